@@ -1,0 +1,50 @@
+"""A folder of small audio files, and a codec that needs no training."""
+
+import numpy as np
+import pytest
+import soundfile
+
+from codecssl.tokenize import encodec, tiny
+
+
+def speechlike(seconds, rate, seed):
+    """Float32 bursts of tone and noise at changing levels."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(int(seconds * rate)) / rate
+    level = np.interp(t, np.linspace(0, max(seconds, 1e-3), 8), rng.uniform(0, 0.4, 8))
+    return (level * (np.sin(2 * np.pi * rng.uniform(80, 300) * t) + 0.3 * rng.standard_normal(len(t)))).astype("f4")
+
+
+@pytest.fixture
+def audio_folder(tmp_path):
+    """11 good files of several kinds and lengths, and 4 that cannot be read."""
+    root = tmp_path / "audio"
+    (root / "deep").mkdir(parents=True)
+    for i, seconds in enumerate([0.5, 1.0, 0.02, 2.3, 0.7, 1.5, 0.3]):
+        soundfile.write(root / f"u{i}.wav", speechlike(seconds, 16_000, i), 16_000)
+    soundfile.write(root / "a.wav", speechlike(0.6, 16_000, 20), 16_000)
+    soundfile.write(root / "a.flac", speechlike(0.6, 16_000, 21), 16_000)
+    stereo = np.stack([speechlike(0.8, 44_100, 30), speechlike(0.8, 44_100, 31)], 1)
+    soundfile.write(root / "deep" / "stereo44.flac", stereo, 44_100)
+    soundfile.write(root / "deep" / "eight.ogg", speechlike(1.1, 8_000, 32), 8_000)
+    (root / "empty.wav").write_bytes(b"")
+    (root / "text.wav").write_text("this is a letter, not a sound\n")
+    whole = (root / "deep" / "stereo44.flac").read_bytes()
+    (root / "truncated.flac").write_bytes(whole[: len(whole) // 2])
+    soundfile.write(root / "nothing.wav", np.zeros(0, "f4"), 16_000)
+    (root / "notes.txt").write_text("not audio by name either")
+    return root
+
+
+@pytest.fixture(scope="session")
+def codec_file(tmp_path_factory):
+    """Weights of the untrained tiny network, loadable by path as tiny_16khz."""
+    network = tiny.random_network(7)
+    path = tmp_path_factory.mktemp("codec") / "tiny_16khz.safetensors"
+    tiny.save_weights(network, path, {})
+    return path
+
+
+@pytest.fixture(scope="session")
+def codec(codec_file):
+    return encodec.load("tiny_16khz", str(codec_file), None, "cpu")

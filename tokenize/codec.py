@@ -1,0 +1,231 @@
+"""What a codec is here: the `Codec` protocol, its card, and how one is found by name or path.
+
+A new codec is one file beside this one with a loader, and one line in `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from codecssl.tokenize.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecCard:
+    """All that determines a codec's codes; it is written into every dataset and every exported model."""
+
+    name: str
+    weights: str
+    """The name or path from which the weights were loaded."""
+    weights_sha256: str
+    sample_rate: int
+    """Hz."""
+    hop_length: int
+    """Samples per frame."""
+    codebook_sizes: tuple[int, ...]
+    """Entries of each codebook that is kept, coarsest first."""
+    codes_per_frame: tuple[int, ...]
+    """Codes of each codebook in one frame: 1, or more where codebooks run at different rates."""
+    latent_dim: int
+    policies: dict[str, str] = field(default_factory=dict)
+    """How audio becomes the codec's input: channels, resampling, padding, chunks, precision, device."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Libraries that computed the codes."""
+
+    @property
+    def num_codebooks(self) -> int:
+        return len(self.codebook_sizes)
+
+    @property
+    def frame_rate(self) -> Fraction:
+        """Frames per second, exactly."""
+        return Fraction(self.sample_rate, self.hop_length)
+
+    @property
+    def code_bits(self) -> tuple[int, ...]:
+        """Bits that a stored code of each codebook takes: ceil(log2 size)."""
+        return tuple(max(1, (size - 1).bit_length()) for size in self.codebook_sizes)
+
+    @property
+    def bits_per_second(self) -> float:
+        """Nominal rate of the stored codes."""
+        per_frame = sum(b * n for b, n in zip(self.code_bits, self.codes_per_frame))
+        return float(per_frame * self.frame_rate)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over what determines the codes (not where the weights lay, nor library versions)."""
+        parts = {k: v for k, v in self.to_dict().items() if k not in ("weights", "versions")}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {
+            "codebook_sizes": list(self.codebook_sizes),
+            "codes_per_frame": list(self.codes_per_frame),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CodecCard:
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise UserError(f"codec card: unknown field {unknown[0]!r}; it was written by a newer codecssl")
+        sizes, per_frame = tuple(values["codebook_sizes"]), tuple(values["codes_per_frame"])
+        return cls(**values | {"codebook_sizes": sizes, "codes_per_frame": per_frame})
+
+    def difference(self, other: CodecCard) -> str:
+        """The first field that makes two cards' codes different, for an error message."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        for key in mine:
+            if key not in ("weights", "versions") and mine[key] != theirs[key]:
+                return f"{key} {_short(mine[key])} against {_short(theirs[key])}"
+        return "no difference"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 70 else text[:67] + "..."
+
+
+class StreamEncoder(Protocol):
+    """Encodes one utterance piece by piece in bounded memory; any cut gives the same codes."""
+
+    def push(self, wave: Tensor) -> Tensor:
+        """1-D float32 samples in, the codes [K, t] that are now certain out (t may be 0)."""
+
+    def finish(self) -> Tensor:
+        """The remaining codes [K, t]; the last frame is filled up with zeros."""
+
+
+class Codec(Protocol):
+    """A neural codec with its weights on a device."""
+
+    card: CodecCard
+
+    def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
+        """1-D float32 mono waves at `card.sample_rate`, any lengths >= 1, to int64 codes [K, ceil(n / hop)] each.
+
+        A wave's codes depend on that wave alone: batched equals single equals chunked.
+        """
+
+    def stream(self) -> StreamEncoder:
+        """A fresh encoder for one utterance."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [K, T] to a 1-D float32 wave of T * hop samples."""
+
+    def embeddings(self) -> list[Tensor]:
+        """K latent-exact tables [V_k, latent_dim]: the sum of the looked-up rows is `latents(codes)`."""
+
+    def latents(self, codes: Tensor) -> Tensor:
+        """Codes [K, T] to the codec's own dequantised latent [latent_dim, T]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One registered codec: where its loader is, and what `codecssl-tokenize codecs` says of it."""
+
+    module: str
+    summary: str
+    weights: str
+    """How to get the weights, as the error says it when they are missing."""
+
+
+BACKENDS = {
+    "tiny_16khz": Backend(
+        module="codecssl.tokenize.encodec",
+        summary="16 kHz, 50 Hz, 8 x 1024, 4 kbps; embedded, runs anywhere",
+        weights="shipped with codecssl",
+    ),
+    "encodec_24khz": Backend(
+        module="codecssl.tokenize.encodec",
+        summary="24 kHz, 75 Hz, up to 32 x 1024, 0.75 kbps a codebook (Defossez et al. 2022)",
+        weights="`huggingface-cli download facebook/encodec_24khz`, or give the folder or the .th file as --codec PATH",
+    ),
+    "lyra_v2": Backend(
+        module="codecssl.tokenize.lyra",
+        summary="16 kHz, 50 Hz, up to 46 x 16, 0.2 kbps a codebook (SoundStream as in Lyra v2)",
+        weights="give the folder with Lyra's model_coeffs/*.tflite as --codec PATH (needs pip install ai-edge-litert)",
+    ),
+}
+
+
+def load_codec(name_or_path: str, *, num_codebooks: int | None = None, device: str = "cpu") -> Codec:
+    """Load a codec by NAME, by the PATH of its weights, or by NAME@PATH where a path alone is ambiguous.
+
+    num_codebooks keeps the first (coarsest) codebooks; the default is the backend's own.
+    Raises UserError for an unknown name, missing weights, or a count out of range.
+    """
+    name, _, path = name_or_path.partition("@")
+    if name in BACKENDS:
+        return _loader(name)(name, path or None, num_codebooks, device)
+    if Path(name_or_path).exists():
+        return _loader(found := identify(Path(name_or_path)))(found, name_or_path, num_codebooks, device)
+    if "/" in name_or_path or name_or_path.startswith("."):
+        raise UserError(f"codec {name_or_path!r}: no such file or folder; give a path that exists or a codec's name")
+    raise UserError(f"unknown codec {name_or_path!r}: give a path or one of {', '.join(sorted(BACKENDS))}")
+
+
+def load_codec_for(card: CodecCard, *, device: str = "cpu", weights: str | None = None) -> Codec:
+    """Load the codec that wrote `card`, from `weights` where the card's own source has moved.
+
+    Raises UserError when the weights are not the ones of the card (by sha256).
+    """
+    source = weights or card.weights
+    spec = source if source.partition("@")[0] in BACKENDS else f"{card.name}@{source}"
+    codec = load_codec(spec, num_codebooks=card.num_codebooks, device=device)
+    if codec.card.weights_sha256 != card.weights_sha256:
+        raise UserError(
+            f"codec {card.name}: {source} has weights {codec.card.weights_sha256[:12]}, the data was written with "
+            f"{card.weights_sha256[:12]}; give the original weights"
+        )
+    return codec
+
+
+def identify(path: Path) -> str:
+    """The name of the codec whose weights lie at `path`. Raises UserError when none is recognised."""
+    config = path / "config.json"
+    if config.exists():
+        values = json.loads(config.read_text())
+        kind, rate = values.get("model_type"), values.get("sampling_rate")
+        if kind == "encodec" and rate == 24_000:
+            return "encodec_24khz"
+        raise UserError(f"{path}: model_type {kind!r} at {rate} Hz is no codec of ours; have {', '.join(BACKENDS)}")
+    if path.is_dir() and any(path.rglob("soundstream_encoder.tflite")):
+        return "lyra_v2"
+    if path.suffix == ".safetensors":
+        return "tiny_16khz"
+    if path.name.startswith("encodec_24khz") and path.suffix == ".th":
+        return "encodec_24khz"
+    raise UserError(f"{path}: no codec recognised; say which with NAME@{path}, NAME one of {', '.join(BACKENDS)}")
+
+
+def _loader(name: str) -> Any:
+    return importlib.import_module(BACKENDS[name].module).load
+
+
+def keep_codebooks(name: str, wanted: int | None, default: int, available: int) -> int:
+    """Check the number of codebooks asked for. Raises UserError outside 1..available."""
+    count = default if wanted is None else wanted
+    if not 1 <= count <= available:
+        raise UserError(f"num_codebooks {count}: {name} has 1 to {available}")
+    return count
+
+
+def file_sha256(*paths: Path) -> str:
+    """sha256 over the bytes of files, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

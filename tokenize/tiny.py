@@ -1,0 +1,135 @@
+"""`tiny_16khz`: the embedded codec, EnCodec's architecture made small (16 kHz, 50 Hz, 8 codebooks x 1024).
+
+The parts are the `encodec` package's own: a causal SEANet encoder and decoder and its residual vector quantizer
+(Defossez et al. 2022, arXiv 2210.13438, section 3.2). Against EnCodec's 24 kHz model the width is halved, one LSTM
+layer is kept of the encoder's two and none of the decoder's, the latent has 64 channels, and the strides come in the
+other order (8, 5, 4, 2), so that most of the work happens at a low rate: a third of the operations.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from encodec.model import EncodecModel
+from encodec.modules import SEANetDecoder, SEANetEncoder
+from encodec.quantization import ResidualVectorQuantizer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from codecssl.tokenize.codec import Codec
+
+SAMPLE_RATE = 16_000
+NUM_CODEBOOKS = 8
+CODEBOOK_SIZE = 1024
+LATENT_DIM = 64
+NUM_FILTERS = 16
+RATIOS = [2, 4, 5, 8]
+"""Of the decoder, in its order; the encoder's strides are these backwards."""
+WEIGHTS = Path(__file__).with_name("tiny_16khz.safetensors")
+
+
+def build_network(*, weight_norm: bool, dead_code_threshold: float = 0.0) -> EncodecModel:
+    """Make the network with fresh weights.
+
+    Training wants `weight_norm`; inference has it folded into plain weights (`fold`), which is faster and smaller.
+    `dead_code_threshold` is the moving count below which training replaces a codebook entry.
+    """
+    width: dict[str, Any] = dict(ratios=RATIOS, dimension=LATENT_DIM, n_filters=NUM_FILTERS, causal=True, norm="weight_norm" if weight_norm else "none")
+    with warnings.catch_warnings():  # torch deprecates the weight_norm that the encodec package uses
+        warnings.simplefilter("ignore", FutureWarning)
+        encoder, decoder = SEANetEncoder(lstm=1, **width), SEANetDecoder(lstm=0, **width)
+    quantizer = ResidualVectorQuantizer(
+        dimension=LATENT_DIM, n_q=NUM_CODEBOOKS, bins=CODEBOOK_SIZE, threshold_ema_dead_code=dead_code_threshold  # type: ignore[arg-type]
+    )
+    kbps_per_codebook = 10 * SAMPLE_RATE / encoder.hop_length / 1000
+    bandwidths = [kbps_per_codebook * k for k in range(1, NUM_CODEBOOKS + 1)]
+    model = EncodecModel(encoder, decoder, quantizer, bandwidths, SAMPLE_RATE, channels=1, name="tiny_16khz")
+    model.set_target_bandwidth(bandwidths[-1])
+    return model
+
+
+def fold(trained: EncodecModel) -> dict[str, Tensor]:
+    """Inference weights of a trained network: weight norm folded, float16, without the training's counters."""
+    source, state = trained.state_dict(), {}
+    for key, value in source.items():
+        if key.endswith(".weight_g"):
+            stem = key.removesuffix("_g")
+            direction = source[stem + "_v"]
+            norm = direction.flatten(1).norm(dim=1).view(-1, *[1] * (direction.dim() - 1))
+            state[stem] = value * direction / norm
+        elif not key.endswith((".weight_v", ".cluster_size", ".embed_avg", ".inited")):
+            state[key] = value
+    return {key: value.detach().to(torch.float16).contiguous() for key, value in state.items()}
+
+
+def save_weights(trained: EncodecModel, path: Path, metadata: dict[str, str]) -> None:
+    """Write `fold(trained)` as safetensors (about 6 MB)."""
+    save_file(fold(trained), path, metadata=metadata)
+
+
+def load_network(path: Path = WEIGHTS) -> EncodecModel:
+    """Load inference weights (stored float16, computed in float32)."""
+    model = build_network(weight_norm=False)
+    state = {key: value.float() for key, value in load_file(path).items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    counters = (".cluster_size", ".embed_avg", ".inited")
+    if unexpected or any(not key.endswith(counters) for key in missing):
+        raise ValueError(f"{path}: not the weights of tiny_16khz (unexpected {unexpected[:3]}, missing {missing[:3]})")
+    mark_initialised(model)
+    return model.eval()
+
+
+def mark_initialised(model: nn.Module) -> None:
+    """Tell every codebook that its entries are set, so that no forward pass fits them anew."""
+    for key, buffer in model.named_buffers():
+        if key.endswith(".inited"):
+            buffer.fill_(1)
+
+
+@torch.no_grad()
+def fit_codebooks(model: EncodecModel, latents: Tensor, iterations: int = 10) -> None:
+    """Fit each codebook in turn by k-means on the residual of the ones before it.
+
+    latents: [N, latent_dim], N >= 1024 encoder outputs. Without it random codebooks are all zeros.
+    """
+    residual = latents
+    for layer in model.quantizer.vq.layers:
+        codebook = layer._codebook
+        start = residual[torch.randperm(len(residual))[: codebook.codebook_size]].clone()
+        for _ in range(iterations):
+            nearest = torch.cdist(residual, start).argmin(1)
+            counts = torch.bincount(nearest, minlength=len(start)).unsqueeze(1)
+            sums = torch.zeros_like(start).index_add_(0, nearest, residual)
+            start = torch.where(counts > 0, sums / counts.clamp(min=1), start)
+        codebook.embed.copy_(start)
+        codebook.cluster_size.copy_(counts.squeeze(1).float())
+        codebook.embed_avg.copy_(start * counts)
+        codebook.inited.fill_(1)
+        residual = residual - start[codebook.quantize(residual)]
+
+
+def random_network(seed: int = 0) -> EncodecModel:
+    """The network with untrained weights and codebooks fitted by k-means to its own latents of noise bursts.
+
+    A yardstick for the trained codec, and a codec for tests that must not depend on training.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_network(weight_norm=False)
+        level = torch.rand(4, 1, 200).repeat_interleave(320 * 2, dim=2) ** 4
+        with torch.no_grad():
+            latents = model.encoder(level * torch.randn(4, 1, 200 * 640) * 0.3)
+        fit_codebooks(model, latents.transpose(1, 2).reshape(-1, LATENT_DIM), iterations=3)
+    return model.eval()
+
+
+def random_codec(seed: int = 0, num_codebooks: int = NUM_CODEBOOKS) -> Codec:
+    """`random_network` as a `Codec`; its card is named `tiny_random`."""
+    from codecssl.tokenize import encodec
+
+    net = encodec.from_encodec(random_network(seed))
+    card = encodec.make_card("tiny_random", f"seed {seed}", f"{seed:064x}", net, num_codebooks, "cpu")
+    return encodec.EncodecCodec(net, card)
