@@ -1,0 +1,150 @@
+"""The spoken sample corpus that ships with the package: unpack it, read its manifest. Needs no espeak-ng.
+
+`sample_corpus.tar` holds the manifest and one Opus file per speaker, in which the utterances follow one
+another; one file per utterance would spend a third of its bytes on headers. `unpack` cuts them into one FLAC
+per utterance, 16 kHz mono, which every reader of audio opens at the rate that the manifest says.
+`sample_corpus.md` says what is inside.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from codecssl.tokenize.errors import UserError
+
+ARCHIVE = Path(__file__).with_name("sample_corpus.tar")
+SAMPLE_RATE = 16_000
+MANIFEST = "manifest.jsonl"
+MARKER = "unpacked.json"
+"""Written last: the sha256 of the archive and the size of every file that came out of it."""
+
+Row = dict[str, Any]
+
+
+def unpack(output: str | Path) -> Path:
+    """Unpack the corpus into the folder `output` and return it; a whole one is left as it is.
+
+    The folder appears by one rename, so a killed run leaves nothing that looks whole, and of two processes
+    that unpack at once one wins and the other takes its result. A damaged or older copy is replaced.
+    UserError if `output` holds anything else.
+    """
+    output = Path(output)
+    if is_whole(output):
+        return output
+    _check_free(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise UserError(f"{output}: cannot write there ({error.strerror}); give another folder") from error
+    try:
+        _extract(scratch)
+        _publish(scratch, output)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return output
+
+
+def manifest_rows(path: str | Path) -> list[Row]:
+    """The rows of an unpacked corpus, given its folder or its manifest; each `path` is made absolute."""
+    manifest = Path(path)
+    if manifest.is_dir():
+        manifest = manifest / MANIFEST
+    if not manifest.is_file():
+        raise UserError(f"{manifest}: no such manifest; make one with `codecssl-superb sample OUTPUT`")
+    folder = manifest.parent.absolute()
+    rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+    return [{**row, "path": str(folder / row["path"])} for row in rows]
+
+
+def is_whole(output: str | Path) -> bool:
+    """True if `output` was unpacked from this very archive and no file is missing or of another size."""
+    output = Path(output)
+    marker = _read_marker(output)
+    if marker.get("archive_sha256") != _archive_sha256():
+        return False
+    try:
+        return all((output / name).stat().st_size == size for name, size in marker["bytes"].items())
+    except OSError:
+        return False
+
+
+def _archive_sha256() -> str:
+    try:
+        return hashlib.sha256(ARCHIVE.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{ARCHIVE}: cannot be read ({error.strerror}); install codecssl again") from error
+
+
+def _read_marker(output: Path) -> dict[str, Any]:
+    try:
+        marker = json.loads((output / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return marker if isinstance(marker, dict) else {}
+
+
+def _check_free(output: Path) -> None:
+    """UserError unless `output` is absent, empty, or an earlier unpacking that may be replaced."""
+    if not output.exists() or (output.is_dir() and (output / MARKER).exists()):
+        return
+    if not output.is_dir() or any(output.iterdir()):
+        raise UserError(f"{output}: exists and is no unpacked sample corpus; give a new or an empty folder")
+
+
+def _extract(folder: Path) -> None:
+    """Write every utterance, the manifest and, last, the marker into `folder`."""
+    import soundfile
+
+    with tarfile.open(ARCHIVE) as archive:
+        members = {member.name: archive.extractfile(member) for member in archive.getmembers()}
+        blobs = {name: stream.read() for name, stream in members.items() if stream is not None}
+    bundles: dict[str, list[Row]] = defaultdict(list)
+    lines = []
+    for line in gzip.decompress(blobs[MANIFEST + ".gz"]).decode().splitlines():
+        row: Row = json.loads(line)
+        # Where the utterance lies in its Opus file matters to nobody after the cut.
+        cut = {"path": row["path"], "start": row.pop("start"), "stop": row.pop("stop")}
+        bundles[row.pop("bundle")].append(cut)
+        lines.append(json.dumps(row))
+    for name, cuts in bundles.items():
+        wave, rate = soundfile.read(io.BytesIO(blobs[name]), dtype="float32")
+        assert rate == SAMPLE_RATE, (name, rate)
+        for cut in cuts:
+            target = folder / cut["path"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(target, wave[cut["start"] : cut["stop"]], SAMPLE_RATE, subtype="PCM_16")
+    (folder / MANIFEST).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+    marker = {"archive_sha256": _archive_sha256(), "bytes": sizes}
+    (folder / MARKER).write_text(json.dumps(marker), encoding="utf-8")
+
+
+def _publish(scratch: Path, output: Path) -> None:
+    """Rename `scratch` to `output`; if another process was faster, its whole copy stays."""
+    scratch.chmod(0o755)  # mkdtemp makes it private
+    while True:
+        try:
+            scratch.rename(output)  # takes the place of an empty folder, fails on any other
+            return
+        except OSError:
+            if is_whole(output):
+                return
+            _check_free(output)
+            aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+            try:
+                output.rename(aside)
+            except FileNotFoundError:
+                pass  # another process has just moved the same damaged copy
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
