@@ -24,6 +24,8 @@ from codecssl.tokenize.errors import UserError
 ARCHIVE = Path(__file__).with_name("sample_corpus.tar")
 SAMPLE_RATE = 16_000
 MANIFEST = "manifest.jsonl"
+PRETRAIN = "pretrain.jsonl"
+"""The rows that are in no task's valid or test split: what may be pretrained on, without its labels."""
 MARKER = "unpacked.json"
 """Written last: the sha256 of the archive and the size of every file that came out of it."""
 
@@ -109,13 +111,15 @@ def _extract(folder: Path) -> None:
         members = {member.name: archive.extractfile(member) for member in archive.getmembers()}
         blobs = {name: stream.read() for name, stream in members.items() if stream is not None}
     bundles: dict[str, list[Row]] = defaultdict(list)
-    lines = []
+    lines, pretrain = [], []
     for line in gzip.decompress(blobs[MANIFEST + ".gz"]).decode().splitlines():
         row: Row = json.loads(line)
         # Where the utterance lies in its Opus file matters to nobody after the cut.
         cut = {"path": row["path"], "start": row.pop("start"), "stop": row.pop("stop")}
         bundles[row.pop("bundle")].append(cut)
         lines.append(json.dumps(row))
+        if set(row["splits"].values()) == {"train"}:
+            pretrain.append(json.dumps({"path": row["path"]}))
     for name, cuts in bundles.items():
         wave, rate = soundfile.read(io.BytesIO(blobs[name]), dtype="float32")
         assert rate == SAMPLE_RATE, (name, rate)
@@ -123,7 +127,8 @@ def _extract(folder: Path) -> None:
             target = folder / cut["path"]
             target.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(target, wave[cut["start"] : cut["stop"]], SAMPLE_RATE, subtype="PCM_16")
-    (folder / MANIFEST).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    for manifest, rows in ((MANIFEST, lines), (PRETRAIN, pretrain)):
+        (folder / manifest).write_text("".join(row + "\n" for row in rows), encoding="utf-8")
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
     marker = {"archive_sha256": _archive_sha256(), "bytes": sizes}

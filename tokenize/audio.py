@@ -13,13 +13,27 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
-from numpy.typing import NDArray
-
 from codecssl.tokenize.errors import UserError
+from numpy.typing import NDArray
 
 BLOCK_FRAMES = 1 << 17
 
-EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".sph", ".w64", ".caf")
+EXTENSIONS = (
+    ".wav",
+    ".flac",
+    ".ogg",
+    ".oga",
+    ".opus",
+    ".mp3",
+    ".aif",
+    ".aiff",
+    ".aifc",
+    ".au",
+    ".snd",
+    ".sph",
+    ".w64",
+    ".caf",
+)
 
 
 class AudioReader:
@@ -29,7 +43,11 @@ class AudioReader:
     """
 
     def __init__(
-        self, path: Path, sample_rate: int, start_seconds: float | None = None, stop_seconds: float | None = None
+        self,
+        path: Path,
+        sample_rate: int,
+        start_seconds: float | None = None,
+        stop_seconds: float | None = None,
     ) -> None:
         self.path, self.sample_rate = path, sample_rate
         self.start_seconds, self.stop_seconds = start_seconds or 0.0, stop_seconds

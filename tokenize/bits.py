@@ -11,7 +11,7 @@ def packed_size(count: int, bits: int) -> int:
     return (count * bits + 7) // 8
 
 
-def pack(codes: NDArray[np.unsignedinteger], bits: int) -> bytes:
+def pack(codes: NDArray[np.integer], bits: int) -> bytes:
     """Pack 1-D codes, each below 2**bits, bits in 1..16; the last byte is filled up with zero bits."""
     if len(codes) and int(codes.max()) >> bits:
         raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits")

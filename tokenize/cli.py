@@ -24,19 +24,36 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, action: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = commands.add_parser(
+            name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
         sub.set_defaults(action=action)
         return sub
 
     add = command("run", _run, "encode audio into token shards; run it again to resume").add_argument
-    add("sources", nargs="+", metavar="SOURCE", help="folder, glob, audio file, or .tsv/.csv/.jsonl manifest (path, [id, start, end in seconds, labels])")
+    add(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="folder, glob, audio file, or .tsv/.csv/.jsonl manifest (path, [id, start, end in seconds, labels])",
+    )
     add("--output", "-o", type=Path, required=True, metavar="DIR", help="the dataset's folder")
-    add("--codec", default="tiny_16khz", metavar="NAME|PATH", help="a codec of `codecssl-tokenize codecs`, or its weights")
+    add(
+        "--codec",
+        default="tiny_16khz",
+        metavar="NAME|PATH",
+        help="a codec of `codecssl-tokenize codecs`, or its weights",
+    )
     add("--num-codebooks", type=int, metavar="K", help="keep the first K codebooks (default: the codec's own)")
     add("--device", default="cpu", choices=["cpu", "cuda"], help="where the codec runs")
     add("--tasks", type=int, default=1, metavar="N", help="split the work into N tasks")
     add("--task", type=int, default=0, metavar="I", help="do task I of 0..N-1")
-    add("--workers", type=int, metavar="N", help="processes that decode and encode (default: one per core; 0: none)")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that decode and encode (default: one per core; 0: none)",
+    )
     add("--shard-inputs", type=int, default=8192, metavar="N", help="inputs per shard")
     add("--strict", action="store_true", help="exit 1 when an input could not be read")
     for name, action, help in (
@@ -64,7 +81,13 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="training steps (default: the shipped codec's)")
     add = command("eval-codec", _eval_codec, "mel distance, SI-SDR and code usage on held-out clips").add_argument
     add("manifest", type=Path, metavar="JSONL")
-    add("--codec", action="append", required=True, metavar="NAME|PATH[:K]", help="repeat to compare; :K keeps K codebooks")
+    add(
+        "--codec",
+        action="append",
+        required=True,
+        metavar="NAME|PATH[:K]",
+        help="repeat to compare; :K keeps K codebooks",
+    )
     add("--clips", type=int, default=120, help="held-out clips, evenly spread over the tasks")
     add("--json", action="store_true", help="print JSON")
     return main
@@ -115,9 +138,14 @@ def _run(args: argparse.Namespace) -> int:
         f"{totals['failed']} failed, {wall:.0f} s"
     )
     if totals["failed"]:
-        print(f"{totals['failed']} inputs could not be read: see {args.output / 'failed.jsonl'}", file=sys.stderr)
+        print(
+            f"{totals['failed']} inputs could not be read: see {args.output / 'failed.jsonl'}",
+            file=sys.stderr,
+        )
     if not totals["utterances"]:
-        raise UserError(f"{args.output}: none of {totals['inputs']} inputs could be read; see {args.output / 'failed.jsonl'}")
+        raise UserError(
+            f"{args.output}: none of {totals['inputs']} inputs could be read; see {args.output / 'failed.jsonl'}"
+        )
     return 1 if args.strict and totals["failed"] else 0
 
 
@@ -132,7 +160,10 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
         def report(progress: Progress) -> None:
             bar.update(progress.inputs - bar.n)
             rate = progress.seconds / max(time.monotonic() - began, 1e-9)
-            bar.set_postfix_str(f"{progress.seconds / 3600:.2f} h, {rate:.0f} x real time, {progress.failed} failed", refresh=False)
+            bar.set_postfix_str(
+                f"{progress.seconds / 3600:.2f} h, {rate:.0f} x real time, {progress.failed} failed",
+                refresh=False,
+            )
 
         yield report
 
@@ -160,7 +191,8 @@ def _status(args: argparse.Namespace) -> int:
         done = "finished" if state["finished"] else "not finished"
         print(
             f"{args.dataset}: {done}; {state['shards']} shards and {state['blocks']} blocks of further ones written, "
-            f"{state['inputs']} inputs, {state['hours']:.2f} h, {state['failed']} failed; last write {state['age_seconds']:.0f} s ago"
+            f"{state['inputs']} inputs, {state['hours']:.2f} h, {state['failed']} failed; "
+            f"last write {state['age_seconds']:.0f} s ago"
         )
     return 0
 
@@ -175,17 +207,20 @@ def _stats(args: argparse.Namespace) -> int:
     print(f"codec            {found['codec']}, {found['num_codebooks']} codebooks at {found['frame_rate']:g} frames/s")
     print(f"utterances       {found['utterances']} ({found['failed']} inputs failed)")
     print(f"audio            {found['hours']:.3f} h, {found['frames']} frames, {found['codes']} codes")
-    print(f"bits per code    {found['stored_bits_per_code']:.3f} stored in all files, {found['nominal_bits_per_code']:.3f} nominal ({found['overhead']:+.2%})")
+    nominal = f"{found['nominal_bits_per_code']:.3f} nominal ({found['overhead']:+.2%})"
+    print(f"bits per code    {found['stored_bits_per_code']:.3f} stored in all files, {nominal}")
     print(f"smaller than     PCM16 by {found['ratio_to_pcm16']:.1f} x")
     for k, book in enumerate(found["codebooks"]):
-        print(f"codebook {k:<2}      {book['used']} of {book['size']} used, entropy {book['entropy_bits']:.3f} bits, perplexity {book['perplexity']:.1f}")
+        use = f"{book['used']} of {book['size']} used"
+        print(
+            f"codebook {k:<2}      {use}, entropy {book['entropy_bits']:.3f} bits, perplexity {book['perplexity']:.1f}"
+        )
     return 0
 
 
 def _decode(args: argparse.Namespace) -> int:
     import soundfile
     import torch
-
     from codecssl.tokenize.codec import load_codec_for
     from codecssl.tokenize.shards import Shards
 
@@ -199,7 +234,9 @@ def _decode(args: argparse.Namespace) -> int:
     try:
         soundfile.write(args.output, wave.numpy(), shards.card.sample_rate)
     except (soundfile.LibsndfileError, OSError, TypeError, ValueError) as error:
-        raise UserError(f"{args.output}: cannot be written ({error}); give a .wav or .flac in a folder that exists") from error
+        raise UserError(
+            f"{args.output}: cannot be written ({error}); give a .wav or .flac in a folder that exists"
+        ) from error
     print(f"{args.output}: {len(wave) / shards.card.sample_rate:.3f} s at {shards.card.sample_rate} Hz")
     return 0
 

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from codecssl.tokenize.codec import BACKENDS, CodecCard, file_sha256, keep_codebooks
 from codecssl.tokenize.errors import UserError
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 CHUNK_SECONDS = 10
 CONTEXT_FRAMES = 8
@@ -232,7 +231,9 @@ def _load_24khz(weights: str | None) -> tuple[Seanet, str]:
     """EnCodec 24 kHz from a folder in the hub's format, from the package's .th file, or from their caches."""
     if weights and Path(weights).is_file():
         return _load_th(Path(weights))
-    cached = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache/torch")) / "hub/checkpoints/encodec_24khz-d7cc33bc.th"
+    cached = (
+        Path(os.environ.get("TORCH_HOME", Path.home() / ".cache/torch")) / "hub/checkpoints/encodec_24khz-d7cc33bc.th"
+    )
     if weights is None and cached.exists():
         return _load_th(cached)
     import transformers

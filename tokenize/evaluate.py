@@ -1,4 +1,4 @@
-"""`codecssl-tokenize eval-codec`: how good a codec sounds, in figures, on clips that `tiny_16khz` was not trained on."""
+"""`codecssl-tokenize eval-codec`: how a codec sounds, in figures, on clips that `tiny_16khz` was not trained on."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ import numpy as np
 import soxr
 import torch
 import torchaudio
-from numpy.typing import NDArray
-from torch import Tensor
-
 from codecssl.tokenize import encodec, tiny
 from codecssl.tokenize.audio import read_wave
 from codecssl.tokenize.codec import Codec, load_codec
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.stats import entropy
 from codecssl.tokenize.train import is_held_out
+from numpy.typing import NDArray
+from torch import Tensor
 
 RATE = 16_000
 MAX_LAG = 800
@@ -85,7 +84,7 @@ def mel_distance(target: NDArray[np.float32], output: NDArray[np.float32]) -> fl
 def si_sdr(target: NDArray[np.float32], output: NDArray[np.float32]) -> float:
     """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019, equation 5)."""
     x, y = target.astype(np.float64), output.astype(np.float64)
-    scaled = x * (x @ y) / max(x @ x, 1e-12)
+    scaled = x * (x @ y) / (x @ x + 1e-12)
     return float(10 * np.log10((scaled @ scaled + 1e-12) / ((y - scaled) @ (y - scaled) + 1e-12)))
 
 
@@ -101,7 +100,8 @@ def align(target: NDArray[np.float32], output: NDArray[np.float32]) -> tuple[NDA
 def table(rows: list[dict[str, Any]]) -> str:
     """The figures as Markdown."""
     lines = [
-        "| codec | kbps | mel distance | SI-SDR (median, dB) | encode, x real time | entries used, per codebook | perplexity, per codebook |",
+        "| codec | kbps | mel distance | SI-SDR (median, dB) | encode, x real time "
+        "| entries used, per codebook | perplexity, per codebook |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in rows:

@@ -1,7 +1,7 @@
 """`codecssl-tokenize run`: audio in, shards out, in any number of tasks and after any number of kills the same bytes.
 
-Input number i of the stream of sources belongs to shard i // shard_inputs, and shard s to task s % tasks. A task encodes
-its shards block by block; a finished block is never encoded again. The task that sees the last shard finished writes
+Input i of the stream of sources belongs to shard i // shard_inputs, and shard s to task s % tasks. A task encodes its
+shards block by block; a finished block is never encoded again. The task that sees the last shard finished writes
 dataset.json.
 """
 
@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
-
 from codecssl.tokenize.audio import AudioReader, sha256_of
 from codecssl.tokenize.codec import Codec, CodecCard, load_codec
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.shards import load_json, shard_path
 from codecssl.tokenize.sources import Input, read_sources
 from codecssl.tokenize.writer import Encoded, Failure, ShardWriter, finish_dataset, to_json, write_atomic
+from torch.utils.data import DataLoader, Dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +111,15 @@ class _Encoder(Dataset[Any]):
     """Encodes in a DataLoader's workers: ordered, prefetched, and gone when the main process is."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.config, self.codec = config, None
+        self.config = config
+        self.codec: Codec | None = None
 
     def __getitem__(self, item: Any) -> Encoded | Failure:
         if self.codec is None:
             torch.set_num_threads(1)  # the bits of a convolution may depend on the number of threads
-            self.codec = load_codec(self.config.codec, num_codebooks=self.config.num_codebooks, device=self.config.device)
+            self.codec = load_codec(
+                self.config.codec, num_codebooks=self.config.num_codebooks, device=self.config.device
+            )
         return encode_input(self.codec, item)
 
 
@@ -152,7 +154,10 @@ def open_plan(config: RunConfig, card: CodecCard) -> dict[str, Any]:
         )
     for key in ("sources", "shard_inputs", "block_inputs", "block_seconds"):
         if begun[key] != plan[key]:
-            raise UserError(f"{config.output}: begun with {key} {begun[key]}, this run has {plan[key]}; give the same or another --output")
+            raise UserError(
+                f"{config.output}: begun with {key} {begun[key]}, this run has {plan[key]}; "
+                "give the same or another --output"
+            )
     return begun
 
 
@@ -188,7 +193,9 @@ def run(config: RunConfig, report: Callable[[Progress], None] = lambda _: None) 
         _consume(config, card, todo, iter(loader), report)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{config.output}: disk full; make room and run the same command again, nothing is lost") from error
+            raise UserError(
+                f"{config.output}: disk full; make room and run the same command again, nothing is lost"
+            ) from error
         raise
     if any(not shard_path(config.output, s).with_suffix(".json").exists() for s in range(todo.shards)):
         return None
@@ -218,7 +225,9 @@ class _Todo:
         if not mark.exists():
             return False
         if load_json(mark)["inputs_sha256"] != digest:
-            raise UserError(f"{self.config.output}: the sources changed since shard {shard:05d} was written; give another --output")
+            raise UserError(
+                f"{self.config.output}: the sources changed since shard {shard:05d} was written; give another --output"
+            )
         return True
 
     def __iter__(self) -> Iterator[Input]:
@@ -248,7 +257,11 @@ def _done(root: Path, shard: int) -> int:
 
 
 def _consume(
-    config: RunConfig, card: CodecCard, todo: _Todo, results: Iterator[Encoded | Failure], report: Callable[[Progress], None]
+    config: RunConfig,
+    card: CodecCard,
+    todo: _Todo,
+    results: Iterator[Encoded | Failure],
+    report: Callable[[Progress], None],
 ) -> None:
     """Put the loader's results, which come in order, into blocks and shards."""
     inputs, seconds, failed = 0, 0.0, 0

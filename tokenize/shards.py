@@ -29,11 +29,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
-
 from codecssl.tokenize.bits import packed_size, unpack
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
+from numpy.typing import NDArray
 
 FORMAT = "codecssl-shards"
 FORMAT_VERSION = 1
@@ -106,7 +105,9 @@ def read_header(path: Path) -> dict[str, Any]:
     if header.get("format") != FORMAT:
         raise UserError(f"{file}: format {header.get('format')!r}, expected {FORMAT!r}")
     if header["format_version"] > FORMAT_VERSION:
-        raise UserError(f"{file}: format version {header['format_version']}, this codecssl reads up to {FORMAT_VERSION}")
+        raise UserError(
+            f"{file}: format version {header['format_version']}, this codecssl reads up to {FORMAT_VERSION}"
+        )
     return header
 
 
@@ -124,7 +125,9 @@ class Shards:
         self.frames: NDArray[np.integer] = np.load(self.path / "index.npy", mmap_mode="r")
         self.blocks = np.load(self.path / "blocks.npy")
         if len(self.frames) != self.header["totals"]["utterances"]:
-            raise UserError(f"{self.path}: index.npy has {len(self.frames)} utterances, dataset.json says otherwise; verify it")
+            raise UserError(
+                f"{self.path}: index.npy has {len(self.frames)} utterances, dataset.json says otherwise; verify it"
+            )
         self._firsts: list[int] = self.blocks["first"].tolist()
         self._open_caches()
 

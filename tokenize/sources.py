@@ -66,14 +66,14 @@ def read_source(source: str) -> Iterator[Input]:
     if path.is_file():
         return _from_paths([path], path.parent)
     if any(c in source for c in "*?["):
-        matches = sorted(Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file())
+        matches = sorted(Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file())  # noqa: PTH207
         root = Path(os.path.commonpath([p.parent for p in matches])) if matches else Path()
         return _some(_from_paths(matches, root), source)
     raise UserError(f"source {source!r}: no such file or folder")
 
 
 def walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
-    """Audio files below `folder`, depth first, in the order of their names' bytes; links are followed, not in circles."""
+    """Audio files below `folder`, depth first, ordered by their names' bytes; links are followed, not in circles."""
     status = folder.stat()
     if (here := (status.st_dev, status.st_ino)) in above:
         return

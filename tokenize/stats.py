@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from codecssl.tokenize.shards import Shards
 
 

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from codecssl.tokenize.codec import Codec
 from encodec.model import EncodecModel
-from encodec.modules import SEANetDecoder, SEANetEncoder
-from encodec.quantization import ResidualVectorQuantizer
+from encodec.modules.seanet import SEANetDecoder, SEANetEncoder
+from encodec.quantization.vq import ResidualVectorQuantizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-from codecssl.tokenize.codec import Codec
 
 SAMPLE_RATE = 16_000
 NUM_CODEBOOKS = 8
@@ -37,14 +36,23 @@ def build_network(*, weight_norm: bool, dead_code_threshold: float = 0.0) -> Enc
     Training wants `weight_norm`; inference has it folded into plain weights (`fold`), which is faster and smaller.
     `dead_code_threshold` is the moving count below which training replaces a codebook entry.
     """
-    width: dict[str, Any] = dict(ratios=RATIOS, dimension=LATENT_DIM, n_filters=NUM_FILTERS, causal=True, norm="weight_norm" if weight_norm else "none")
+    width: dict[str, Any] = dict(
+        ratios=RATIOS,
+        dimension=LATENT_DIM,
+        n_filters=NUM_FILTERS,
+        causal=True,
+        norm="weight_norm" if weight_norm else "none",
+    )
     with warnings.catch_warnings():  # torch deprecates the weight_norm that the encodec package uses
         warnings.simplefilter("ignore", FutureWarning)
         encoder, decoder = SEANetEncoder(lstm=1, **width), SEANetDecoder(lstm=0, **width)
     quantizer = ResidualVectorQuantizer(
-        dimension=LATENT_DIM, n_q=NUM_CODEBOOKS, bins=CODEBOOK_SIZE, threshold_ema_dead_code=dead_code_threshold  # type: ignore[arg-type]
+        dimension=LATENT_DIM,
+        n_q=NUM_CODEBOOKS,
+        bins=CODEBOOK_SIZE,
+        threshold_ema_dead_code=dead_code_threshold,  # type: ignore[arg-type]
     )
-    kbps_per_codebook = 10 * SAMPLE_RATE / encoder.hop_length / 1000
+    kbps_per_codebook = float(10 * SAMPLE_RATE / encoder.hop_length / 1000)
     bandwidths = [kbps_per_codebook * k for k in range(1, NUM_CODEBOOKS + 1)]
     model = EncodecModel(encoder, decoder, quantizer, bandwidths, SAMPLE_RATE, channels=1, name="tiny_16khz")
     model.set_target_bandwidth(bandwidths[-1])

@@ -19,29 +19,29 @@ from typing import Any
 import numpy as np
 import torch
 import torchaudio
+from codecssl.tokenize import tiny
+from codecssl.tokenize.errors import UserError
 from encodec.model import EncodecModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from codecssl.tokenize import tiny
-from codecssl.tokenize.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How `tiny_16khz` is trained."""
 
-    steps: int = 9000
-    warmup_steps: int = 600
-    """Steps without quantization at the start; then the codebooks are fitted by k-means."""
+    steps: int = 5000
+    warmup_steps: int = 1200
+    """At the start encoder and decoder learn apart, from the guide; then the codebooks are fitted by k-means."""
     batch_size: int = 8
     segment_seconds: float = 0.8
     lr: float = 1.5e-3
     seed: int = 0
     mel_weight: float = 1.0
-    wave_weight: float = 5.0
-    spectrum_weight: float = 2.0
+    wave_weight: float = 0.5
+    spectrum_weight: float = 0.1
     commit_weight: float = 1.0
+    guide_weight: float = 1.0
 
 
 # ---------------------------------------------------------------- data
@@ -100,7 +100,9 @@ class SpectralLoss(nn.Module):
         super().__init__()
         self.windows = windows
         for n in windows:
-            fbank = torchaudio.functional.melscale_fbanks(n // 2 + 1, 0.0, 8000.0, max(8, n * 80 // 1024), tiny.SAMPLE_RATE)
+            fbank = torchaudio.functional.melscale_fbanks(
+                n // 2 + 1, 0.0, 8000.0, max(8, n * 80 // 1024), tiny.SAMPLE_RATE
+            )
             self.register_buffer(f"fbank{n}", fbank)
             self.register_buffer(f"window{n}", torch.hann_window(n))
 
@@ -108,10 +110,12 @@ class SpectralLoss(nn.Module):
         """Return (L1 of log mels, L1 of compressed complex spectra), scalars, means over window lengths."""
         mel_loss = spectrum_loss = output.new_zeros(())
         for n in self.windows:
+            fbank = self.get_buffer(f"fbank{n}")
             spectra = [self._spectrum(wave, n) for wave in (output, target)]
-            mels = [torch.log(s.abs().transpose(1, 2) @ self.get_buffer(f"fbank{n}") + self.LOG_FLOOR) for s in spectra]
-            mel_loss = mel_loss + F.l1_loss(*mels)
-            spectrum_loss = spectrum_loss + F.l1_loss(*(torch.view_as_real(_compress(s)) for s in spectra))
+            ours, theirs = (torch.log(s.abs().transpose(1, 2) @ fbank + self.LOG_FLOOR) for s in spectra)
+            mel_loss = mel_loss + F.l1_loss(ours, theirs)
+            ours, theirs = (torch.view_as_real(_compress(s)) for s in spectra)
+            spectrum_loss = spectrum_loss + F.l1_loss(ours, theirs)
         return mel_loss / len(self.windows), spectrum_loss / len(self.windows)
 
     def _spectrum(self, wave: Tensor, n: int) -> Tensor:
@@ -123,6 +127,40 @@ def _compress(spectrum: Tensor) -> Tensor:
     """Magnitude to the power 0.3, phase kept: quiet partials count, and the phase is learned with them."""
     power = spectrum.real.square() + spectrum.imag.square()
     return spectrum * (power + 1e-3).pow(-0.35)
+
+
+class Guide(nn.Module):
+    """What the latent is led towards: the normalised 64-band log-mel spectrum at each frame's end.
+
+    Left alone, encoder and decoder must invent a common language, which takes them days of CPU. With a guide the encoder
+    learns by regression and the decoder as a vocoder, at once and apart; quantization then starts from a latent that
+    already means something, as when a teacher's features guide a codec (SpeechTokenizer, Mimi).
+    """
+
+    WINDOW, HOP = 1024, 320
+
+    def __init__(self, waves: Tensor) -> None:
+        """waves: [B, 1, N] of training audio, for the mean and the deviation of each band."""
+        super().__init__()
+        fbank = torchaudio.functional.melscale_fbanks(
+            self.WINDOW // 2 + 1, 0.0, 8000.0, tiny.LATENT_DIM, tiny.SAMPLE_RATE
+        )
+        self.register_buffer("fbank", fbank)
+        self.register_buffer("window", torch.hann_window(self.WINDOW))
+        logs = self._log_mel(waves)
+        self.register_buffer("mean", logs.mean((0, 2), keepdim=True))
+        self.register_buffer("std", logs.std((0, 2), keepdim=True))
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """[B, 1, T * 320] to [B, 64, T]: frame t sees the 1,024 samples up to its own end, nothing later."""
+        return (self._log_mel(wave) - self.get_buffer("mean")) / self.get_buffer("std")
+
+    def _log_mel(self, wave: Tensor) -> Tensor:
+        past = F.pad(wave.squeeze(1), (self.WINDOW - self.HOP, 0))
+        window = self.get_buffer("window")
+        spectrum = torch.stft(past, self.WINDOW, self.HOP, window=window, center=False, return_complex=True)
+        mel = spectrum.abs().transpose(1, 2) @ self.get_buffer("fbank")
+        return torch.log(mel + SpectralLoss.LOG_FLOOR).transpose(1, 2)
 
 
 # ---------------------------------------------------------------- the loop
@@ -151,7 +189,9 @@ def train(pool: AudioPool, config: TrainConfig, work: Path, log: Callable[[str],
     model = tiny.build_network(weight_norm=True, dead_code_threshold=0.1 * mean_count).train()
     spectral = SpectralLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.8, 0.99), weight_decay=1e-4)
-    calibrate(model, pool.batch(np.random.default_rng(config.seed), config.batch_size, frames * 320))
+    first = pool.batch(np.random.default_rng(config.seed), 20 * config.batch_size, frames * 320)
+    calibrate(model, first[: config.batch_size])
+    guide = Guide(first)
     start, checkpoint = 0, work / "last.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -166,10 +206,13 @@ def train(pool: AudioPool, config: TrainConfig, work: Path, log: Callable[[str],
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         wave = pool.batch(generator, config.batch_size, frames * 320)
-        latents = model.encoder(wave)
+        latents, target = model.encoder(wave), guide(wave)
+        guided = F.mse_loss(latents, target)
         commit = wave.new_zeros(())
         if step >= config.warmup_steps:
             latents, commit = quantize(model, latents, generator)
+        else:
+            latents = target + 0.1 * torch.randn_like(target)
         output = model.decoder(latents)
         mel, spectrum = spectral(output, wave)
         wave_l1 = F.l1_loss(output, wave)
@@ -178,6 +221,7 @@ def train(pool: AudioPool, config: TrainConfig, work: Path, log: Callable[[str],
             + config.spectrum_weight * spectrum
             + config.wave_weight * wave_l1
             + config.commit_weight * commit
+            + config.guide_weight * guided
         )
         optimizer.zero_grad()
         loss.backward()
@@ -185,7 +229,7 @@ def train(pool: AudioPool, config: TrainConfig, work: Path, log: Callable[[str],
         optimizer.step()
         if step % 50 == 0 or step + 1 == config.steps:
             row = dict(step=step, mel=mel.item(), spectrum=spectrum.item(), wave=wave_l1.item(), commit=commit.item())
-            row["snr_db"] = 10 * math.log10(wave.square().sum().item() / (output - wave).square().sum().item())
+            row["guided"] = guided.item()
             row["seconds"] = time.time() - began
             log(" ".join(f"{k} {v:.4g}" for k, v in row.items()))
             with (work / "log.jsonl").open("a") as file:
@@ -207,12 +251,16 @@ def calibrate(model: EncodecModel, wave: Tensor) -> None:
     layers = [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.ConvTranspose1d)]
     for layer in layers:
         layer.bias.zero_()  # type: ignore[union-attr]
-        seen: list[Tensor] = []
-        hook = layer.register_forward_hook(lambda _m, _i, output: seen.append(output.std()))
-        model.decoder(model.encoder(wave))
-        hook.remove()
-        layer.weight_g.div_(seen[0])
-    layers[-1].weight_g.mul_(wave.std())
+        layer.get_parameter("weight_g").div_(_output_std(layer, model, wave))
+    layers[-1].get_parameter("weight_g").mul_(wave.std())
+
+
+def _output_std(layer: nn.Module, model: EncodecModel, wave: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda _m, _i, output: seen.append(output.std()))
+    model.decoder(model.encoder(wave))
+    hook.remove()
+    return seen[0]
 
 
 @torch.no_grad()

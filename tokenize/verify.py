@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.shards import Shards, load_json, read_columns, read_header, shard_path, utterance_bytes
@@ -53,7 +52,9 @@ def _verify_shard(root: Path, shard: int, card: CodecCard) -> tuple[dict[str, An
     if damages and found:
         return mark, found  # they say where
     if mark["inputs"] != mark["utterances"] + len(mark["failed"]):
-        damages.append(f"{name}: {mark['inputs']} inputs, but {mark['utterances']} utterances and {len(mark['failed'])} failures")
+        damages.append(
+            f"{name}: {mark['inputs']} inputs, but {mark['utterances']} utterances and {len(mark['failed'])} failures"
+        )
     return mark, damages + found
 
 
@@ -65,7 +66,8 @@ def _verify_blocks(path: Path, name: str, mark: dict[str, Any], card: CodecCard)
             file.seek(block["codes_offset"])
             codes = file.read(block["codes_bytes"])
             if zlib.crc32(codes) != block["crc32"]:
-                yield f"{where}: codes damaged between offsets {block['codes_offset']} and {block['codes_offset'] + len(codes)}"
+                end = block["codes_offset"] + block["codes_bytes"]
+                yield f"{where}: codes damaged between offsets {block['codes_offset']} and {end}"
             try:
                 text, numbers = read_columns(file, block["offset"])
             except Exception as error:  # a flipped bit can break any layer of tar, zip, gzip or JSON
@@ -73,7 +75,7 @@ def _verify_blocks(path: Path, name: str, mark: dict[str, Any], card: CodecCard)
                 continue
             lengths = -(-numbers["samples"].astype(np.int64) // card.hop_length)
             if len(text["id"]) != block["count"] or utterance_bytes(lengths, card).sum() != block["codes_bytes"]:
-                yield f"{where}: index at offset {block['offset']} does not fit its {block['codes_bytes']} bytes of codes"
+                yield f"{where}: index at offset {block['offset']} does not fit {block['codes_bytes']} bytes of codes"
             utterances += len(text["id"])
             frames += int(lengths.sum())
     if (utterances, frames) != (mark["utterances"], mark["frames"]):
@@ -102,9 +104,9 @@ def _verify_dataset(root: Path, header: dict[str, Any], marks: list[dict[str, An
 
 def _verify_codes(shards: Shards, sample: int = 64) -> Iterator[str]:
     """Read some utterances as the trainer does; a code must be below its codebook's size."""
-    picks = np.unique(np.linspace(0, len(shards) - 1, sample).astype(int)) if len(shards) else []
+    picks: list[int] = np.unique(np.linspace(0, len(shards) - 1, sample).astype(int)).tolist() if len(shards) else []
     for index in picks:
-        for k, (plane, size) in enumerate(zip(shards.planes(int(index)), shards.card.codebook_sizes)):
+        for k, (plane, size) in enumerate(zip(shards.planes(index), shards.card.codebook_sizes)):
             if len(plane) and int(plane.max()) >= size:
                 yield f"utterance {index}: code {int(plane.max())} in codebook {k}, which has {size} entries"
 

@@ -21,12 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
 from codecssl.tokenize.bits import pack
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.shards import BLOCK, FORMAT, FORMAT_VERSION, Shards, frames_of, load_json, read_columns, shard_path
+from codecssl.tokenize.shards import (
+    BLOCK,
+    FORMAT,
+    FORMAT_VERSION,
+    Shards,
+    frames_of,
+    load_json,
+    read_columns,
+    shard_path,
+)
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +128,7 @@ def _text_columns(utterances: list[Encoded]) -> bytes:
 
 def _number_columns(utterances: list[Encoded], sample_rate: int) -> bytes:
     hashes = np.frombuffer(b"".join(bytes.fromhex(u.source_sha256) for u in utterances), np.uint8).reshape(-1, 32)
-    columns = {
+    columns: dict[str, NDArray[Any]] = {
         "samples": np.array([u.samples for u in utterances], np.uint64),
         "source_rate": np.array([u.source_rate for u in utterances], np.uint32),
         "source_rest": np.array([source_rest(u, sample_rate) for u in utterances], np.int64),
@@ -256,7 +264,12 @@ def finish_dataset(root: Path, header: dict[str, Any], shards: int) -> dict[str,
         for block in mark["blocks"]:
             frames.append(_frames_of_block(root, mark["shard"], block["offset"], card))
             rows.append(
-                (mark["shard"], first, block["count"], *(block[k] for k in ("offset", "codes_offset", "codes_bytes", "crc32")))
+                (
+                    mark["shard"],
+                    first,
+                    block["count"],
+                    *(block[k] for k in ("offset", "codes_offset", "codes_bytes", "crc32")),
+                )
             )
             first += block["count"]
     index = np.concatenate(frames) if frames else np.zeros(0, np.uint32)
@@ -265,7 +278,11 @@ def finish_dataset(root: Path, header: dict[str, Any], shards: int) -> dict[str,
     failed = [failure for mark in marks for failure in mark["failed"]]
     write_atomic(root / "failed.jsonl", b"".join(to_json(row, indent=None) for row in failed))
     totals = {key: sum(mark[key] for mark in marks) for key in ("inputs", "utterances", "frames", "samples", "bytes")}
-    totals |= {"failed": len(failed), "shards": shards, "hours": round(totals["samples"] / card.sample_rate / 3600, 4)}
+    totals |= {
+        "failed": len(failed),
+        "shards": shards,
+        "hours": round(totals["samples"] / card.sample_rate / 3600, 4),
+    }
     digest = hashlib.sha256("".join(mark["sha256"] for mark in marks).encode()).hexdigest()
     dataset = {"format": FORMAT, "format_version": FORMAT_VERSION, "sha256": digest, "totals": totals}
     write_atomic(root / "dataset.json", to_json(dataset | header))
@@ -284,7 +301,10 @@ def _save_array(path: Path, array: NDArray[Any]) -> None:
 
 
 def write_shards(
-    path: str | Path, card: CodecCard, items: Iterable[tuple[str, NDArray[np.integer], dict[str, Any]]], per_shard: int = 8192
+    path: str | Path,
+    card: CodecCard,
+    items: Iterable[tuple[str, NDArray[np.integer], dict[str, Any]]],
+    per_shard: int = 8192,
 ) -> Shards:
     """Write codes that are at hand as a dataset: items are (id, codes [K, T], labels).
 
@@ -315,6 +335,12 @@ def _encoded(card: CodecCard, id: str, codes: NDArray[np.integer], labels: dict[
     samples = codes.shape[1] * card.hop_length
     digest = hashlib.sha256(np.ascontiguousarray(codes, np.uint16).tobytes()).hexdigest()
     return Encoded(
-        id=id, path=id, codes=list(codes), samples=samples, source_sha256=digest,
-        source_rate=card.sample_rate, source_samples=samples, labels=labels,
+        id=id,
+        path=id,
+        codes=list(codes),
+        samples=samples,
+        source_sha256=digest,
+        source_rate=card.sample_rate,
+        source_samples=samples,
+        labels=labels,
     )

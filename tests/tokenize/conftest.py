@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import soundfile
-
 from codecssl.tokenize import encodec, tiny
 
 

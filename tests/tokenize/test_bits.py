@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from codecssl.tokenize.bits import pack, packed_size, unpack
 
 

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from encodec.model import EncodecModel
-from torch.nn import functional as F
-
 from codecssl.tokenize import encodec, tiny
 from codecssl.tokenize.codec import load_codec
 from codecssl.tokenize.errors import UserError
+from encodec.model import EncodecModel
+from torch.nn import functional as F
 
 
 def wave(seconds, rate, seed=0):
@@ -148,7 +147,11 @@ def test_what_cannot_be_loaded_says_what_to_do(spec, says):
 def test_missing_weights_say_how_to_get_them(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(transformers.EncodecModel, "from_pretrained", classmethod(lambda cls, source: (_ for _ in ()).throw(OSError("no net"))))
+    monkeypatch.setattr(
+        transformers.EncodecModel,
+        "from_pretrained",
+        classmethod(lambda cls, source: (_ for _ in ()).throw(OSError("no net"))),
+    )
     with pytest.raises(UserError, match="huggingface-cli download facebook/encodec_24khz"):
         load_codec("encodec_24khz")
 

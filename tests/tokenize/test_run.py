@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-
 from codecssl.tokenize import run as run_module
 from codecssl.tokenize.audio import read_wave
 from codecssl.tokenize.cli import main
@@ -24,13 +23,22 @@ BAD = {"empty.wav", "text.wav", "truncated.flac", "nothing.wav"}
 
 
 def config(folder, output, codec_file, **changes):
-    defaults = dict(sources=(str(folder),), output=output, codec=str(codec_file), workers=0, shard_inputs=6, block_inputs=2)
+    defaults = dict(
+        sources=(str(folder),),
+        output=output,
+        codec=str(codec_file),
+        workers=0,
+        shard_inputs=6,
+        block_inputs=2,
+    )
     return RunConfig(**defaults | changes)
 
 
 def contents(root):
     """name -> sha256 of every file that a user keeps."""
-    return {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in root.rglob("*") if f.is_file()}
+    return {
+        str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in root.rglob("*") if f.is_file()
+    }
 
 
 def test_every_input_is_in_a_shard_or_in_failed_once(audio_folder, tmp_path, codec_file, codec):
@@ -93,8 +101,8 @@ def test_a_sigkill_in_the_middle_leaves_nothing_half_written(tmp_path, codec_fil
         soundfile.write(folder / f"{i:02d}.wav", rng.standard_normal(16_000 * 4).astype("f4") * 0.1, 16_000)
     script = (
         "from pathlib import Path; from codecssl.tokenize.run import RunConfig, run;"
-        f"run(RunConfig(sources=({str(folder)!r},), output=Path({str(tmp_path / 'killed')!r}), codec={str(codec_file)!r},"
-        " workers=0, shard_inputs=16, block_inputs=4))"
+        f"run(RunConfig(sources=({str(folder)!r},), output=Path({str(tmp_path / 'killed')!r}),"
+        f" codec={str(codec_file)!r}, workers=0, shard_inputs=16, block_inputs=4))"
     )
     process = subprocess.Popen([sys.executable, "-c", script])
     deadline = time.time() + 120
@@ -111,7 +119,9 @@ def test_a_sigkill_in_the_middle_leaves_nothing_half_written(tmp_path, codec_fil
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def test_a_finished_run_does_nothing_and_other_codecs_and_sources_are_refused(audio_folder, tmp_path, codec_file, monkeypatch):
+def test_a_finished_run_does_nothing_and_other_codecs_and_sources_are_refused(
+    audio_folder, tmp_path, codec_file, monkeypatch
+):
     output = tmp_path / "out"
     run(config(audio_folder, output, codec_file))
     before = contents(output)
@@ -119,7 +129,7 @@ def test_a_finished_run_does_nothing_and_other_codecs_and_sources_are_refused(au
         patch.setattr(run_module, "encode_input", lambda *_: pytest.fail("encoded again"))
         run(config(audio_folder, output, codec_file))
     assert contents(output) == before
-    with pytest.raises(UserError, match="begun with codec tiny_16khz, this run has tiny_16khz .codebook_sizes"):
+    with pytest.raises(UserError, match=r"begun with codec tiny_16khz, this run has tiny_16khz \(codebook_sizes"):
         run(config(audio_folder, output, codec_file, num_codebooks=4))
     with pytest.raises(UserError, match="begun with shard_inputs 6, this run has 7"):
         run(config(audio_folder, output, codec_file, shard_inputs=7))
@@ -163,7 +173,11 @@ def test_manifest_segments_and_labels(audio_folder, tmp_path, codec_file):
     assert (totals["utterances"], totals["failed"]) == (2, 1)
     shards = Shards(tmp_path / "out")
     part, whole = shards.utterances()
-    assert (part.id, part.samples, part.labels) == ("u3.wav#0.5-1.5", 16_000, {"speaker": "s1", "phones": ["A", "B"]})
+    assert (part.id, part.samples, part.labels) == (
+        "u3.wav#0.5-1.5",
+        16_000,
+        {"speaker": "s1", "phones": ["A", "B"]},
+    )
     assert (whole.id, whole.path, whole.labels) == ("whole", "u3.wav", {"speaker": "s2", "text": "héllo"})
     assert "segment ends at 9.0 s" in (tmp_path / "out/failed.jsonl").read_text()
 
@@ -179,7 +193,18 @@ def test_manifest_segments_and_labels(audio_folder, tmp_path, codec_file):
 )
 def test_a_bad_manifest_is_one_line(audio_folder, tmp_path, codec_file, capsys, text, says):
     (audio_folder / "list.jsonl").write_text(text)
-    code = main(["run", str(audio_folder / "list.jsonl"), "-o", str(tmp_path / "out"), "--codec", str(codec_file), "--workers", "0"])
+    code = main(
+        [
+            "run",
+            str(audio_folder / "list.jsonl"),
+            "-o",
+            str(tmp_path / "out"),
+            "--codec",
+            str(codec_file),
+            "--workers",
+            "0",
+        ]
+    )
     error = capsys.readouterr().err
     assert code == 1
     assert says in error
@@ -192,7 +217,10 @@ def test_a_bad_manifest_is_one_line(audio_folder, tmp_path, codec_file, capsys, 
         (["run", "/nowhere", "-o", "OUT"], "error: source '/nowhere': no such file or folder"),
         (["run", "AUDIO", "-o", "OUT", "--codec", "encodek"], "error: unknown codec 'encodek'"),
         (["run", "AUDIO", "-o", "OUT", "--task", "3", "--tasks", "2"], "error: task 3 of 2"),
-        (["run", "AUDIO", "-o", "OUT", "--num-codebooks", "9"], "error: num_codebooks 9: tiny_16khz has 1 to 8"),
+        (
+            ["run", "AUDIO", "-o", "OUT", "--num-codebooks", "9"],
+            "error: num_codebooks 9: tiny_16khz has 1 to 8",
+        ),
         (["verify", "AUDIO"], "no dataset.json; this is not a folder of token shards"),
     ],
 )

@@ -8,7 +8,6 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
-
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.shards import Shards, utterance_bytes
@@ -18,8 +17,14 @@ from codecssl.tokenize.writer import Encoded, ShardWriter, finish_dataset, write
 
 def card(sizes, per_frame=None):
     return CodecCard(
-        name="made", weights="made", weights_sha256="0" * 64, sample_rate=16_000, hop_length=320,
-        codebook_sizes=tuple(sizes), codes_per_frame=tuple(per_frame or (1,) * len(sizes)), latent_dim=4,
+        name="made",
+        weights="made",
+        weights_sha256="0" * 64,
+        sample_rate=16_000,
+        hop_length=320,
+        codebook_sizes=tuple(sizes),
+        codes_per_frame=tuple(per_frame or (1,) * len(sizes)),
+        latent_dim=4,
     )
 
 
@@ -50,7 +55,15 @@ def test_codebooks_at_different_rates(tmp_path):
     planes = [[rng.integers(0, 4096, t * r).astype(np.uint16) for r in (1, 2, 4)] for t in (5, 31, 64)]
     writer = ShardWriter(tmp_path, 0, made)
     items = [
-        Encoded(id=str(i), path=str(i), codes=p, samples=len(p[0]) * 320, source_sha256="ab" * 32, source_rate=16_000, source_samples=1)
+        Encoded(
+            id=str(i),
+            path=str(i),
+            codes=p,
+            samples=len(p[0]) * 320,
+            source_sha256="ab" * 32,
+            source_rate=16_000,
+            source_samples=1,
+        )
         for i, p in enumerate(planes)
     ]
     writer.add_block(3, items, [])
@@ -76,12 +89,17 @@ def test_a_stock_webdataset_reads_the_members(tmp_path):
 
 
 def test_all_files_together_cost_at_most_two_percent_over_the_nominal_bits(tmp_path):
-    """Utterances of 5 s, 8 x 10 bits at 50 Hz, named as corpora name them, two blocks of 2 h: the hardest case promised."""
+    """5 s each, 8 x 10 bits at 50 Hz, named as corpora name them, two blocks of 2 h: the hardest case promised."""
     made, rng = card([1024] * 8), np.random.default_rng(0)
     utterances = [
         Encoded(
-            id=f"common_voice_en_{rng.integers(10**7, 10**8)}.mp3", path="", codes=list(codes_for(made, 250, rng)),
-            samples=80_000 - int(rng.integers(0, 320)), source_sha256=rng.bytes(32).hex(), source_rate=16_000, source_samples=0,
+            id=f"common_voice_en_{rng.integers(10**7, 10**8)}.mp3",
+            path="",
+            codes=list(codes_for(made, 250, rng)),
+            samples=80_000 - int(rng.integers(0, 320)),
+            source_sha256=rng.bytes(32).hex(),
+            source_rate=16_000,
+            source_samples=0,
         )
         for _ in range(2880)
     ]

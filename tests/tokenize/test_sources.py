@@ -1,0 +1,64 @@
+"""Sources: what they list, in which order, under which ids."""
+
+import pytest
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.sources import read_sources
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name in ("b/z.wav", "b/a.FLAC", "a.wav", "a.flac", "Ä.mp3", "b.wav", "read.me", "c/none.txt"):
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return tmp_path / "tree"
+
+
+def ids(*sources):
+    return [item.id for item in read_sources([str(s) for s in sources])]
+
+
+def test_a_folder_is_listed_by_the_bytes_of_its_names(tree):
+    assert ids(tree) == ["a.flac", "a.wav", "b/a.FLAC", "b/z.wav", "b.wav", "Ä.mp3"]
+
+
+def test_links_are_followed_but_not_in_circles(tree):
+    (tree / "c" / "up").symlink_to(tree)
+    (tree / "c" / "b").symlink_to(tree / "b")
+    assert ids(tree).count("c/b/z.wav") == 1
+    assert len(ids(tree)) == 8
+
+
+def test_a_glob_and_a_file(tree):
+    assert ids(tree / "**" / "*.wav") == ["a.wav", "b/z.wav", "b.wav"]
+    assert ids(tree / "a.wav") == ["a.wav"]
+
+
+def test_several_sources_keep_their_ids_apart(tree, tmp_path):
+    (tmp_path / "other" / "tree").mkdir(parents=True)
+    (tmp_path / "other" / "tree" / "a.wav").touch()
+    both = ids(tree, tmp_path / "other" / "tree")
+    assert len(both) == len(set(both)) == 7
+    assert both[0] == "0-tree/a.flac"
+    assert both[-1] == "1-tree/a.wav"
+    assert ids(tree / "b", tree / "b.wav")[-1] == "b.wav/b.wav"
+
+
+def test_tables_with_labels_and_segments(tree):
+    table = tree / "list.tsv"
+    table.write_text("path\tstart\tend\tspeaker\na.wav\t0.5\t1\tanna\nb/z.wav\t\t\tbert\n")
+    first, second = read_sources([str(table)])
+    assert (first.id, first.start, first.end, first.labels) == ("a.wav#0.5-1", 0.5, 1.0, {"speaker": "anna"})
+    assert (second.id, second.start, second.file) == ("b/z.wav", None, str(tree / "b/z.wav"))
+    table.with_suffix(".csv").write_text("path,id\na.wav,x\nb.wav,x\n")
+    with pytest.raises(UserError, match=r"list\.csv, line 3: id 'x' is there twice"):
+        ids(table.with_suffix(".csv"))
+    table.with_suffix(".csv").write_text("path,id\na.wav,x,3\n")
+    with pytest.raises(UserError, match="another number of fields than the header"):
+        ids(table.with_suffix(".csv"))
+
+
+@pytest.mark.parametrize("name", ["gone", "c", "*.ogg"])
+def test_a_source_without_audio_says_so(tree, name):
+    with pytest.raises(UserError, match="no audio found|no such file or folder"):
+        ids(tree / name)
