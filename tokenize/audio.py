@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
-from codecssl.tokenize.errors import UserError
 from numpy.typing import NDArray
+
+from codecssl.tokenize.errors import UserError
 
 BLOCK_FRAMES = 1 << 17
 

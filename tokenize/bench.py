@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
 from codecssl.tokenize.audio import read_wave
 from codecssl.tokenize.codec import Codec, load_codec
 from codecssl.tokenize.sources import read_sources
-from numpy.typing import NDArray
-from torch.nn import functional as F
 
 
 def bench(sources: list[str], codec_name: str, seconds: float) -> Iterator[str]:

@@ -221,6 +221,7 @@ def _stats(args: argparse.Namespace) -> int:
 def _decode(args: argparse.Namespace) -> int:
     import soundfile
     import torch
+
     from codecssl.tokenize.codec import load_codec_for
     from codecssl.tokenize.shards import Shards
 

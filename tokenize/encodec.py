@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from codecssl.tokenize.codec import BACKENDS, CodecCard, file_sha256, keep_codebooks
-from codecssl.tokenize.errors import UserError
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from codecssl.tokenize.codec import BACKENDS, CodecCard, file_sha256, keep_codebooks
+from codecssl.tokenize.errors import UserError
 
 CHUNK_SECONDS = 10
 CONTEXT_FRAMES = 8

@@ -12,14 +12,15 @@ import numpy as np
 import soxr
 import torch
 import torchaudio
+from numpy.typing import NDArray
+from torch import Tensor
+
 from codecssl.tokenize import encodec, tiny
 from codecssl.tokenize.audio import read_wave
 from codecssl.tokenize.codec import Codec, load_codec
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.stats import entropy
 from codecssl.tokenize.train import is_held_out
-from numpy.typing import NDArray
-from torch import Tensor
 
 RATE = 16_000
 MAX_LAG = 800

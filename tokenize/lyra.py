@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from codecssl.tokenize.codec import BACKENDS, CodecCard, file_sha256, keep_codebooks
-from codecssl.tokenize.errors import UserError
 from numpy.typing import NDArray
 from torch import Tensor
+
+from codecssl.tokenize.codec import BACKENDS, CodecCard, file_sha256, keep_codebooks
+from codecssl.tokenize.errors import UserError
 
 SAMPLE_RATE, HOP, MAX_CODEBOOKS, CODEBOOK_SIZE = 16_000, 320, 46, 16
 DEFAULT_CODEBOOKS = 16

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
+
 from codecssl.tokenize.audio import AudioReader, sha256_of
 from codecssl.tokenize.codec import Codec, CodecCard, load_codec
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.shards import load_json, shard_path
 from codecssl.tokenize.sources import Input, read_sources
 from codecssl.tokenize.writer import Encoded, Failure, ShardWriter, finish_dataset, to_json, write_atomic
-from torch.utils.data import DataLoader, Dataset
 
 
 @dataclass(frozen=True, kw_only=True)

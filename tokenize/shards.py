@@ -29,10 +29,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
+
 from codecssl.tokenize.bits import packed_size, unpack
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
-from numpy.typing import NDArray
 
 FORMAT = "codecssl-shards"
 FORMAT_VERSION = 1

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from codecssl.tokenize.codec import Codec
 from encodec.model import EncodecModel
 from encodec.modules.seanet import SEANetDecoder, SEANetEncoder
 from encodec.quantization.vq import ResidualVectorQuantizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from codecssl.tokenize.codec import Codec
 
 SAMPLE_RATE = 16_000
 NUM_CODEBOOKS = 8

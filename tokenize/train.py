@@ -19,19 +19,20 @@ from typing import Any
 import numpy as np
 import torch
 import torchaudio
-from codecssl.tokenize import tiny
-from codecssl.tokenize.errors import UserError
 from encodec.model import EncodecModel
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from codecssl.tokenize import tiny
+from codecssl.tokenize.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How `tiny_16khz` is trained."""
 
-    steps: int = 5000
-    warmup_steps: int = 1200
+    steps: int = 3400
+    warmup_steps: int = 900
     """At the start encoder and decoder learn apart, from the guide; then the codebooks are fitted by k-means."""
     batch_size: int = 8
     segment_seconds: float = 0.8

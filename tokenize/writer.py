@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from codecssl.tokenize.bits import pack
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
@@ -34,7 +36,6 @@ from codecssl.tokenize.shards import (
     read_columns,
     shard_path,
 )
-from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import soundfile
+
 from codecssl.tokenize import encodec, tiny
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
+
 from codecssl.tokenize import audio
 from codecssl.tokenize.audio import AudioReader, read_wave, sha256_of
 from codecssl.tokenize.errors import UserError

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from codecssl.tokenize.bits import pack, packed_size, unpack
 
 

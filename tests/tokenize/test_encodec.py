@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from encodec.model import EncodecModel
+from torch.nn import functional as F
+
 from codecssl.tokenize import encodec, tiny
 from codecssl.tokenize.codec import load_codec
 from codecssl.tokenize.errors import UserError
-from encodec.model import EncodecModel
-from torch.nn import functional as F
 
 
 def wave(seconds, rate, seed=0):

@@ -1,6 +1,7 @@
 """The codec's figures against plain formulas."""
 
 import numpy as np
+
 from codecssl.tokenize.evaluate import align, mel_distance, si_sdr
 
 

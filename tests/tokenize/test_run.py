@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+
 from codecssl.tokenize import run as run_module
 from codecssl.tokenize.audio import read_wave
 from codecssl.tokenize.cli import main

@@ -8,6 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
+
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.shards import Shards, utterance_bytes

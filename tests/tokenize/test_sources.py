@@ -1,6 +1,7 @@
 """Sources: what they list, in which order, under which ids."""
 
 import pytest
+
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.sources import read_sources
 

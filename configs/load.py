@@ -1,0 +1,152 @@
+"""The one config loader: defaults in the code < a YAML file by name or path < dotted overrides.
+
+A config is a tree of frozen dataclasses. Keys are checked here, against the fields, so that an unknown one
+is an error on one line with a suggestion; types and ranges of values are checked by jsonargparse and by the
+dataclasses.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from codecssl.tokenize.errors import UserError
+
+C = TypeVar("C")
+
+HERE = Path(__file__).resolve().parent
+
+
+def names(stage: str) -> list[str]:
+    """Configs that ship for a stage, by the name under which `load_config` finds them."""
+    return sorted(path.stem for path in (HERE / stage).glob("*.yaml"))
+
+
+def config_path(stage: str, name: str) -> Path:
+    """The YAML file meant by `name`: a path that exists, or a name among the stage's own configs."""
+    for path in (HERE / stage / f"{name}.yaml", Path(name)):
+        if path.is_file():
+            return path
+    raise UserError(
+        f"config {name!r}: no such file, and not among the {stage} configs ({', '.join(names(stage))})"
+        + _suggestion(name, names(stage))
+    )
+
+
+def load_config(kind: type[C], stage: str, name: str, overrides: Sequence[str] = ()) -> C:
+    """A `kind` from the YAML file `name`, changed by `overrides` (["--section.key", "value", "--a.b=c",
+    ...])."""
+    path = config_path(stage, name)
+    values = _read_yaml(path)
+    check_keys(kind, values, str(path))
+    changes = parse_overrides(overrides)
+    check_keys(kind, changes, "command line")
+    return from_dict(kind, _merge(values, changes))
+
+
+def from_dict(kind: type[C], values: Mapping[str, Any]) -> C:
+    """A `kind` from nested plain values, defaults for those left out; UserError on a wrong key or type."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    check_keys(kind, values, "config")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    try:
+        parsed = parser.instantiate(parser.parse_object(dict(values)))
+    except (ArgumentError, TypeError) as error:
+        raise UserError("config: " + " ".join(str(error).split())) from None
+    return kind(**{field.name: parsed[field.name] for field in dataclasses.fields(typing.cast(Any, kind))})
+
+
+def to_yaml(config: Any) -> str:
+    """The whole config, every default spelled out, as YAML that `from_dict` reads back to an equal one."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old, new) for every value in which two configs of one kind differ."""
+    flat_old, flat_new = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    return {key: (flat_old[key], flat_new[key]) for key in flat_new if flat_old[key] != flat_new[key]}
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """["--section.key", "value"] or ["--section.key=value"] as nested values; values are read as YAML."""
+    nested: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        key, equals, text = rest.pop(0).partition("=")
+        if not key.startswith("--"):
+            raise UserError(f"argument {key!r}: not understood; overrides are --section.key value")
+        if not equals:
+            if not rest:
+                raise UserError(f"override {key}: has no value; give {key} VALUE")
+            text = rest.pop(0)
+        _put(nested, key[2:].split("."), _yaml_value(key, text))
+    return nested
+
+
+def check_keys(kind: Any, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
+    """UserError for the first key of `values` that is not a field of `kind`, with the nearest one that is."""
+    hints = typing.get_type_hints(kind)
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{source}: unknown key '{prefix}{key}'{_suggestion(str(key), list(hints), prefix)}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{source}: '{prefix}{key}' is a section, and was given {value!r}")
+            check_keys(hints[key], value, source, f"{prefix}{key}.")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict | None):
+        raise UserError(f"{path}: holds a {type(values).__name__}; it must hold sections of keys")
+    return values or {}
+
+
+def _yaml_value(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {key}: {text!r} is not a YAML value") from None
+
+
+def _put(nested: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        nested = nested.setdefault(key, {})
+        if not isinstance(nested, dict):
+            raise UserError(f"override --{'.'.join(keys)}: '{key}' was already given a value")
+    nested[keys[-1]] = value
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _suggestion(key: str, known: Sequence[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean '{prefix}{near[0]}'?" if near else ""

@@ -1,0 +1,43 @@
+"""Random numbers without a state: each is a hash of what it is for.
+
+A draw depends on its keys alone (seed, step, utterance, ...), never on what was drawn before, on which rank
+or on which thread. So a resumed run, or a run on other ranks, draws the same numbers with nothing to store.
+The hash is the finaliser of splitmix64 (Steele, Lea, Flood 2014), applied key by key.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_A = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_B = np.uint64(0x94D049BB133111EB)
+
+Keys = npt.NDArray[np.uint64]
+
+
+def hashed(*keys: npt.ArrayLike) -> Keys:
+    """uint64 hashes of the broadcast integer `keys`; the order of the keys matters."""
+    state: Keys = np.zeros(1, dtype=np.uint64)
+    for key in keys:
+        state = _mix(state ^ _mix(np.atleast_1d(np.asarray(key)).astype(np.uint64)))
+    return state
+
+
+def uniform(*keys: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """float64 in [0, 1), one per broadcast combination of the integer `keys`."""
+    return (hashed(*keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def smallest(values: npt.NDArray[np.float64], counts: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """[N, M] values, [N] counts -> [N, M] true at the `counts[i]` smallest values of row i."""
+    ranks = np.argsort(np.argsort(values, axis=1, kind="stable"), axis=1)
+    return ranks < counts[:, None]
+
+
+def _mix(x: Keys) -> Keys:
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * _MIX_A
+    x = (x ^ (x >> np.uint64(27))) * _MIX_B
+    return x ^ (x >> np.uint64(31))

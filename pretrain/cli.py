@@ -1,0 +1,89 @@
+"""codecssl-pretrain: train on token shards, export the model, look at a run."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from codecssl.configs.load import load_config, names, to_yaml
+from codecssl.pretrain.config import RunConfig
+from codecssl.tokenize.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns 0 done, 1 an error told on one line, 2 wrong usage (argparse exits with it)."""
+    arguments, overrides = _parser().parse_known_args(argv)
+    if overrides and arguments.command != "run":
+        _parser().error(f"unrecognized arguments: {' '.join(overrides)}")
+    try:
+        {"run": _run, "export": _export, "status": _status}[arguments.command](arguments, overrides)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    if arguments.data:
+        overrides = [*overrides, f"--data.dirs=[{', '.join(_quoted(path) for path in arguments.data)}]"]
+    config = load_config(RunConfig, "pretrain", arguments.config, overrides)
+    if arguments.print_config:
+        print(to_yaml(config), end="")
+        return
+    if arguments.output is None:
+        raise UserError("--output: not given; name the run's folder with --output RUN")
+    from codecssl.pretrain.run import run
+
+    run(config, arguments.output)
+
+
+def _export(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from codecssl.pretrain.export import export
+
+    export(arguments.run, arguments.output)
+    print(f"{arguments.output}: model.safetensors and config.json written")
+
+
+def _status(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from codecssl.pretrain import checkpoint, rundir
+    from codecssl.pretrain.telemetry import console_line, read_rows
+
+    config = rundir.read_config(arguments.run)
+    found = checkpoint.whole(arguments.run / "checkpoints")
+    step = checkpoint.read_state(found[-1])["step"] if found else 0
+    print(f"{arguments.run}: step {step} of {config.optim.steps} saved, {len(found)} checkpoint(s)")
+    for row in {row["split"]: row for row in read_rows(arguments.run / "metrics.jsonl")}.values():
+        print(console_line(row))
+
+
+def _quoted(path: str) -> str:
+    return "'" + path.replace("'", "''") + "'"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="codecssl-pretrain", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser(
+        "run",
+        allow_abbrev=False,
+        help="train; resumes what RUN holds",
+        description="Train as CONFIG says; go on from the newest checkpoint in RUN, if it has one.",
+        epilog="Any value of the config: --section.key VALUE (--print_config shows them all).",
+    )
+    run.add_argument("config", metavar="CONFIG", help=f"a YAML file, or one of {', '.join(names('pretrain'))}")
+    run.add_argument("--data", metavar="DIR", nargs="+", help="folders of token shards, all of one codec")
+    run.add_argument("--output", metavar="RUN", type=Path, help="the run's folder")
+    run.add_argument("--print_config", action="store_true", help="print the whole config and stop")
+    export = commands.add_parser("export", allow_abbrev=False, help="write the newest checkpoint as a model folder")
+    export.add_argument("run", metavar="RUN", type=Path)
+    export.add_argument("--output", metavar="MODEL", type=Path, required=True, help="a new or empty folder")
+    status = commands.add_parser("status", allow_abbrev=False, help="how far a run is, and its last metrics")
+    status.add_argument("run", metavar="RUN", type=Path)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""All that a pretraining run can be told: frozen dataclasses, defaults in the code, units in the names.
+
+A YAML file holds differences only. Defaults are the published Codec2Vec base model where it was published and
+HuBERT's base recipe where it was not. A section checks its own ranges when it is made; `RunConfig` checks
+what spans sections. Every failed check is a UserError that names the key, its value, the bound and the
+remedy.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from codecssl.tokenize.errors import UserError
+
+ENCODECMAE_GAMMA = (
+    0.22407463,
+    0.1759858,
+    0.14499009,
+    0.12150037,
+    0.10315603,
+    0.08831368,
+    0.07608274,
+    0.06589669,
+)
+"""Codebook weights of EnCodecMAE's loss (arXiv 2309.07391, released configuration): eight, sum 1."""
+
+
+def _at_least(key: str, value: float, bound: float) -> None:
+    if value < bound:
+        raise UserError(f"{key}: {value}, must be at least {bound}")
+
+
+def _probability(key: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise UserError(f"{key}: {value}, must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The encoder: Codec2Vec base (arXiv 2511.16639), which is HuBERT base behind code embeddings."""
+
+    dim: int = 768
+    """Width D of every layer."""
+    layers: int = 12
+    heads: int = 12
+    ffn_dim: int = 3072
+    norm: Literal["post", "pre"] = "post"
+    """Layer norm after (BERT, HuBERT base) or before (large models) each block."""
+    positions: Literal["conv", "rotary"] = "conv"
+    """HuBERT's grouped convolution before the first layer, or rotary embeddings in each attention."""
+    conv_kernel: int = 128
+    """Frames that the convolutional position encoder sees."""
+    conv_groups: int = 16
+    rotary_max_frames: int = 30_000
+    """Longest input of a rotary model, frames (10 minutes at 50 Hz)."""
+    embedding_init: Literal["codec", "random"] = "codec"
+    """Start the code embeddings from the codec's own codebooks (latent-exact) or from noise."""
+    dropout: float = 0.1
+    """After attention and feed-forward blocks."""
+    input_dropout: float = 0.1
+    """Before the first layer."""
+    attention_dropout: float = 0.1
+    activation_dropout: float = 0.0
+    """Inside the feed-forward block."""
+    layerdrop: float = 0.05
+
+    def __post_init__(self) -> None:
+        for key in ("dim", "layers", "heads", "ffn_dim", "conv_kernel", "conv_groups", "rotary_max_frames"):
+            _at_least(f"model.{key}", getattr(self, key), 1)
+        for key in ("dropout", "input_dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+            _probability(f"model.{key}", getattr(self, key))
+        if self.dim % self.heads:
+            raise UserError(f"model.heads: {self.heads}, must divide model.dim ({self.dim})")
+        if self.positions == "conv" and self.dim % self.conv_groups:
+            raise UserError(f"model.conv_groups: {self.conv_groups}, must divide model.dim ({self.dim})")
+        if self.positions == "rotary" and self.dim // self.heads % 2:
+            raise UserError(f"model.heads: {self.heads}, leaves an odd head width with rotary positions; change it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Span masking as in HuBERT and Codec2Vec: 8 % of the frames start a span of 10; 57 % are masked."""
+
+    start_probability: float = 0.08
+    """Fraction of the frames at which a span starts."""
+    span_frames: int = 10
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.start_probability <= 1.0:
+            raise UserError(f"mask.start_probability: {self.start_probability}, must be above 0 and at most 1")
+        _at_least("mask.span_frames", self.span_frames, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which shards, and how their frames become batches."""
+
+    dirs: tuple[str, ...] = ()
+    """Shard folders to train on; the command line's --data sets them."""
+    valid_dirs: tuple[str, ...] = ()
+    """Shard folders to validate on; where empty, `valid_fraction` of the training utterances is held out."""
+    valid_fraction: float = 0.01
+    """Fraction of the utterances held out by a hash of their id; 0 turns validation off."""
+    valid_frames: int = 60_000
+    """Most frames that one validation looks at."""
+    num_codebooks: int | None = None
+    """Read the first so many codebooks of the shards; null reads all."""
+    codec_weights: str | None = None
+    """The codec's weights, where they are not any more at the place that the shards' card names."""
+    batch_frames: int = 140_000
+    """Frames of a global batch, over all ranks and accumulation steps (140 000 = 2 800 s at 50 Hz)."""
+    crop_frames: int = 780
+    """Longest piece of an utterance in a batch (780 = 15.6 s at 50 Hz); a longer one gives several pieces."""
+    min_frames: int = 20
+    """Shorter utterances are left out."""
+    bucket_ratio: float = 1.1
+    """Utterances within a batch differ in length by about this factor at most."""
+    workers: int = 2
+    """Threads that read and mask batches."""
+    prefetch: int = 4
+    """Batches made ahead of the model."""
+
+    def __post_init__(self) -> None:
+        for key in ("crop_frames", "min_frames", "workers", "prefetch", "valid_frames"):
+            _at_least(f"data.{key}", getattr(self, key), 1)
+        _probability("data.valid_fraction", self.valid_fraction)
+        if self.num_codebooks is not None:
+            _at_least("data.num_codebooks", self.num_codebooks, 1)
+        if self.bucket_ratio <= 1.0:
+            raise UserError(f"data.bucket_ratio: {self.bucket_ratio}, must be above 1")
+        if self.crop_frames < self.min_frames:
+            raise UserError(f"data.crop_frames: {self.crop_frames}, is below data.min_frames ({self.min_frames})")
+        if self.batch_frames < 2 * self.crop_frames:
+            raise UserError(
+                f"data.batch_frames: {self.batch_frames}, must be at least twice data.crop_frames"
+                f" ({self.crop_frames}); raise it or lower the crop"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the model predicts at masked frames, and how the codebooks are weighed."""
+
+    target: Literal["codes"] = "codes"
+    """codes: the codec's own codes, one head per codebook (Codec2Vec's reconstruction target)."""
+    gamma: Literal["uniform", "encodecmae"] = "uniform"
+    """Weights of the codebooks in the loss, made to sum to 1."""
+    visible_weight: float = 0.0
+    """Weight of the same loss over the frames that are not masked (HuBERT's pred_nomask_weight)."""
+    quantizer_dropout: float = 0.5
+    """Fraction of the items whose input keeps only n ~ U{1..K} codebooks; targets keep all of them."""
+    quantizer_dropout_kind: Literal["prefix", "subset"] = "prefix"
+    """prefix keeps the first n codebooks, subset any n of them."""
+
+    def __post_init__(self) -> None:
+        _at_least("objective.visible_weight", self.visible_weight, 0.0)
+        if not 0.0 <= self.quantizer_dropout <= 1.0:
+            raise UserError(f"objective.quantizer_dropout: {self.quantizer_dropout}, must be between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule: HuBERT's polynomial decay, DinoSR's tri-stage, or constant."""
+
+    steps: int = 400_000
+    lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    clip_norm: float = 10.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    schedule: Literal["polynomial", "tri_stage", "constant"] = "polynomial"
+    warmup_fraction: float = 0.08
+    """Part of the steps over which the learning rate rises from 1 % of `lr` to `lr`, in every schedule."""
+    hold_fraction: float = 0.47
+    """Part of the steps at the full rate (tri_stage)."""
+    final_scale: float = 0.01
+    """The last learning rate as a part of `lr` (polynomial, tri_stage)."""
+
+    def __post_init__(self) -> None:
+        _at_least("optim.steps", self.steps, 1)
+        for key in ("lr", "eps", "final_scale"):
+            if getattr(self, key) <= 0.0:
+                raise UserError(f"optim.{key}: {getattr(self, key)}, must be above 0")
+        for key in ("weight_decay", "clip_norm"):
+            _at_least(f"optim.{key}", getattr(self, key), 0.0)
+        for value in (*self.betas, self.warmup_fraction, self.hold_fraction):
+            _probability("optim.betas, warmup_fraction, hold_fraction", value)
+        if self.warmup_fraction + self.hold_fraction > 1.0:
+            raise UserError(
+                f"optim.hold_fraction: {self.hold_fraction}, with the warm-up"
+                f" ({self.warmup_fraction}) must not be above 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the steps are executed; the DeepSpeed dictionary is derived from it."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: bfloat16 weights and activations, with fp32 master weights in the optimizer; the loss is fp32."""
+    accumulation: int = 1
+    """Micro-batches that make up one global batch on one rank."""
+
+    def __post_init__(self) -> None:
+        _at_least("engine.accumulation", self.accumulation, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """How often the run speaks and saves, in steps."""
+
+    log_every: int = 100
+    valid_every: int = 5_000
+    checkpoint_every: int = 5_000
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        for key in ("log_every", "valid_every", "checkpoint_every", "keep_checkpoints"):
+            _at_least(f"log.{key}", getattr(self, key), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One pretraining run."""
+
+    seed: int = 1
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed: {self.seed}, must be at least 0 and below 2**63")
+        if self.data.min_frames < 2 * self.mask.span_frames:
+            raise UserError(
+                f"data.min_frames: {self.data.min_frames}, must be at least two spans"
+                f" (mask.span_frames: {self.mask.span_frames}), or whole utterances are masked"
+            )

@@ -1,0 +1,72 @@
+"""The model that others use: a folder of model.safetensors and config.json, loaded without DeepSpeed."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from codecssl.configs.load import from_dict
+from codecssl.pretrain import checkpoint, rundir
+from codecssl.pretrain.config import ModelConfig
+from codecssl.pretrain.model import CodecModel
+from codecssl.pretrain.telemetry import read_rows
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.errors import UserError
+
+FORMAT, VERSION = "codecssl-model", 1
+
+
+def export(run_dir: str | Path, output_dir: str | Path) -> None:
+    """The newest checkpoint of a run as a model folder: fp32 weights, model config, codec card, history."""
+    run, output = Path(run_dir), Path(output_dir)
+    config = rundir.read_config(run)
+    newest = checkpoint.newest(run / "checkpoints")
+    if newest is None:
+        raise UserError(f"{run}: has no complete checkpoint yet; let codecssl-pretrain run reach one")
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"{output}: is not empty; give another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    step = int(checkpoint.read_state(newest)["step"])
+    data = rundir.read_data(run)
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": dataclasses.asdict(config.model),
+        "codec": data["codec"],
+        "training": {"step": step, "config": dataclasses.asdict(config), "data": data["train"],
+                     "metrics": _last_rows(run, step), "versions": rundir.read_versions(run)},
+    }  # fmt: skip
+    shutil.copyfile(newest / checkpoint.WEIGHTS, output / "model.safetensors")
+    # Written last: a folder without it is not taken for a model.
+    (output / "config.json").write_text(json.dumps(description, indent=1))
+
+
+def load_pretrained(path: str | Path) -> CodecModel:
+    """The exported model, fp32 on the CPU, in evaluation mode; its codec's card is `model.card`."""
+    from safetensors.torch import load_file
+
+    folder = Path(path)
+    description = _read_description(folder)
+    model = CodecModel(from_dict(ModelConfig, description["model"]), CodecCard.from_dict(description["codec"]))
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.eval()
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    try:
+        description: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{folder}: is not an exported model (no readable config.json);"
+                        " make one with codecssl-pretrain export RUN --output MODEL") from None  # fmt: skip
+    if description.get("format") != FORMAT or description.get("version") != VERSION:
+        raise UserError(
+            f"{folder}: format {description.get('format')!r} version {description.get('version')!r},"
+            f" this codecssl reads {FORMAT!r} version {VERSION}; export it again"
+        )
+    return description
+
+
+def _last_rows(run: Path, step: int) -> dict[str, Any]:
+    """The last training and validation row up to the step."""
+    return {row["split"]: row for row in read_rows(run / "metrics.jsonl") if row["step"] <= step}

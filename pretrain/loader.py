@@ -1,0 +1,93 @@
+"""Executes the plan: reads the pieces of a step, pads and masks them, some steps ahead of the model."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from codecssl.pretrain.chance import hashed
+from codecssl.pretrain.config import MaskConfig, ObjectiveConfig
+from codecssl.pretrain.corpus import Corpus
+from codecssl.pretrain.fs2 import NATIVE_DATA, DataPipelineError, read_sequence
+from codecssl.pretrain.masking import kept_codebooks, span_mask
+from codecssl.pretrain.plan import Pieces, Plan, cut
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank."""
+
+    codes: Tensor
+    """int64 [B, K, T], zero in the padding."""
+    frames: list[int]
+    """Frames of each item, the rest of T is padding."""
+    mask: Tensor
+    """bool [B, T], true where the model must predict; false in the padding."""
+    kept: Tensor
+    """bool [B, K], the codebooks that the input keeps."""
+    masked_total: int
+    """Masked frames of the whole global batch: the denominator of the loss, on every rank."""
+    visible_total: int
+    """Unmasked frames of the whole global batch."""
+
+    def to(self, device: torch.device) -> "Batch":
+        return replace(self, codes=self.codes.to(device), mask=self.mask.to(device), kept=self.kept.to(device))
+
+
+class Loader:
+    """step -> the micro-batches of this rank, a pure function; `steps` makes them ahead in other threads.
+
+    `fixed_masks` masks as if every step were the first, which validation needs: one utterance, one mask.
+    """
+
+    def __init__(
+        self, corpus: Corpus, plan: Plan, mask: MaskConfig, objective: ObjectiveConfig, *,
+        seed: int, rank: int = 0, world_size: int = 1, accumulation: int = 1, fixed_masks: bool = False,
+    ) -> None:  # fmt: skip
+        self.corpus, self.plan, self._mask, self._objective = corpus, plan, mask, objective
+        self._seed, self._fixed = seed, fixed_masks
+        self._rank, self._world_size, self._accumulation = rank, world_size, accumulation
+
+    def step(self, step: int) -> list[Batch]:
+        """The micro-batches of a step for this rank, in the order in which their gradients are added up."""
+        shares = cut(self.plan.batch(step), self._world_size * self._accumulation)
+        masks = [span_mask(self._mask, self._keys(step, share), share.frames) for share in shares]
+        masked = sum(int(mask.sum()) for mask in masks)
+        visible = sum(int(share.frames.sum()) for share in shares) - masked
+        mine = range(self._rank, len(shares), self._world_size)
+        return [self._read(step, shares[i], masks[i], masked, visible) for i in mine]
+
+    def steps(self, first: int, last: int, *, workers: int, prefetch: int) -> Iterator[list[Batch]]:
+        """`step(first)` .. `step(last - 1)`, read by `workers` threads, `prefetch` steps ahead."""
+        if not NATIVE_DATA:
+            yield from map(self.step, range(first, last))
+            return
+        pipeline = read_sequence(range(first, last)).map(self.step, num_parallel_calls=workers).prefetch(prefetch)
+        yield from _reraised(pipeline.and_return)
+
+    def _keys(self, step: int, pieces: Pieces) -> Any:
+        return hashed(self._seed, 0 if self._fixed else step, pieces.utterance, pieces.start)
+
+    def _read(self, step: int, pieces: Pieces, mask: Any, masked_total: int, visible_total: int) -> Batch:
+        num_codebooks = self.corpus.card.num_codebooks
+        codes = np.zeros((len(pieces), num_codebooks, int(pieces.frames.max())), dtype=np.int64)  # [B, K, T]
+        for row, (utterance, start, frames) in enumerate(
+            zip(pieces.utterance.tolist(), pieces.start.tolist(), pieces.frames.tolist(), strict=True)
+        ):
+            codes[row, :, :frames] = self.corpus.codes(utterance, start, frames)
+        kept = kept_codebooks(self._objective, self._keys(step, pieces), num_codebooks)
+        return Batch(
+            torch.from_numpy(codes), pieces.frames.tolist(), torch.from_numpy(mask), torch.from_numpy(kept),
+            masked_total, visible_total,
+        )  # fmt: skip
+
+
+def _reraised(open_pipeline: Callable[[], Any]) -> Iterator[list[Batch]]:
+    """The items of a fairseq2 pipeline, with a reader's own error in place of the pipeline's wrapper."""
+    try:
+        yield from open_pipeline()
+    except DataPipelineError as error:
+        raise (error.__cause__ or error) from None

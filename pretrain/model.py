@@ -1,0 +1,185 @@
+"""The encoder: codes in, hidden states out.
+
+    codes [B, K, T] -> one embedding table per codebook, summed -> LayerNorm -> Linear -> (masked frames
+    replaced by one learned vector) -> positions -> Transformer layers [B, T, D]
+
+Architecture: Codec2Vec (arXiv 2511.16639), which is HuBERT's encoder behind code embeddings. Layers are
+fairseq2's.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from codecssl.pretrain.config import ModelConfig
+from codecssl.pretrain.fs2 import (
+    BatchLayout,
+    IdentityBias,
+    Linear,
+    RotaryEncoder,
+    StandardFeedForwardNetwork,
+    StandardLayerNorm,
+    StandardMultiheadAttention,
+    StandardTransformerEncoder,
+    StandardTransformerEncoderLayer,
+    TorchSDPA,
+    TransformerNormOrder,
+    Wav2Vec2PositionEncoder,
+    init_bert_projection,
+)
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.errors import UserError
+
+
+class CodeEmbedding(nn.Module):
+    """Sum over codebooks of one embedding each: one flat table, codebook k's rows from `offset[k]`."""
+
+    offset: Tensor
+
+    def __init__(self, codebook_sizes: Sequence[int], latent_dim: int) -> None:
+        super().__init__()
+        self.rows = sum(codebook_sizes)
+        # One row more, always zero and without gradient, stands for a codebook that is dropped.
+        self.weight = nn.Parameter(torch.zeros(self.rows + 1, latent_dim))
+        starts = torch.tensor([0, *codebook_sizes[:-1]]).cumsum(0)
+        self.register_buffer("offset", starts[:, None], persistent=False)  # [K, 1]
+
+    def load_tables(self, tables: Sequence[Tensor]) -> None:
+        """Start from K tables [V_k, latent_dim], a codec's latent-exact embeddings."""
+        flat = torch.cat([table.detach().float().cpu() for table in tables])
+        if flat.shape != (self.rows, self.weight.shape[1]):
+            raise UserError(
+                f"codec embeddings: {tuple(flat.shape)}, the card says {self.rows, self.weight.shape[1]};"
+                " use the codec that wrote the shards"
+            )
+        with torch.no_grad():
+            self.weight[:-1] = flat
+
+    def forward(self, codes: Tensor, kept: Tensor | None = None) -> Tensor:
+        """int64 codes [B, K, T], kept codebooks bool [B, K] -> [B, T, latent_dim]."""
+        rows = codes + self.offset
+        if kept is not None:
+            rows = rows.masked_fill(~kept[:, :, None], self.rows)
+        batch, num_codebooks, frames = rows.shape
+        bags = rows.transpose(1, 2).reshape(batch * frames, num_codebooks)
+        summed = F.embedding_bag(bags, self.weight, mode="sum", padding_idx=self.rows)
+        return summed.view(batch, frames, -1)
+
+
+class CodecModel(nn.Module):
+    """The pretrained model, without the heads that pretraining puts on top."""
+
+    def __init__(self, config: ModelConfig, card: CodecCard) -> None:
+        super().__init__()
+        self.config, self.card = config, card
+        self.embedding = CodeEmbedding(card.codebook_sizes, card.latent_dim)
+        self.input_norm = StandardLayerNorm(card.latent_dim, bias=True)
+        self.projection = Linear(card.latent_dim, config.dim, bias=True, init_fn=init_bert_projection)
+        self.mask_vector = nn.Parameter(torch.empty(config.dim).uniform_())  # as HuBERT's mask_emb
+        self.positions: nn.Module | None = None
+        if config.positions == "conv":
+            self.positions = Wav2Vec2PositionEncoder(config.dim, config.conv_kernel, config.conv_groups)
+        self.encoder_norm = StandardLayerNorm(config.dim, bias=True) if config.norm == "post" else None
+        self.input_dropout = nn.Dropout(config.input_dropout)
+        self.encoder = _encoder(config)
+
+    def forward(
+        self, codes: Tensor, frames: Sequence[int], mask: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """codes int64 [B, K, T], lengths, masked frames [B, T], kept codebooks [B, K] -> [B, T, D]."""
+        layout = self._layout(codes, frames)
+        return self.encoder(self._front(codes, layout, mask, kept), layout)
+
+    @torch.no_grad()
+    def extract(self, codes: Tensor, frames: Sequence[int]) -> list[Tensor]:
+        """codes int64 [B, K, T] -> L + 1 tensors [B, T, D]: the input of the first layer, then each layer's
+        output.
+
+        The last one is after the final norm of a pre-norm model. No mask, no dropout; values in the padding
+        mean nothing. The model is in evaluation mode afterwards.
+        """
+        self.eval()
+        states: list[Tensor] = []
+
+        def keep(layer_idx: int, layer_output: Tensor, layer_output_layout: BatchLayout, num_layers: int) -> bool:
+            states.append(layer_output)
+            return True
+
+        layout = self._layout(codes, frames)
+        first = self._front(codes, layout, None, None)
+        hook = self.encoder.register_layer_hook(keep)
+        try:
+            last = self.encoder(first, layout)
+        finally:
+            hook.remove()
+        return [first, *states[:-1], last]
+
+    def _layout(self, codes: Tensor, frames: Sequence[int]) -> BatchLayout:
+        config = self.config
+        if config.positions == "rotary" and codes.shape[2] > config.rotary_max_frames:
+            raise UserError(
+                f"input: {codes.shape[2]} frames, but this model's model.rotary_max_frames is"
+                f" {config.rotary_max_frames}; cut the input"
+            )
+        return BatchLayout((codes.shape[0], codes.shape[2]), list(frames), device=codes.device)
+
+    def _front(self, codes: Tensor, layout: BatchLayout, mask: Tensor | None, kept: Tensor | None) -> Tensor:
+        """Everything before the first layer, [B, T, D]."""
+        x = self.projection(self.input_norm(self.embedding(codes, kept)))
+        if mask is not None:
+            x = torch.where(mask[:, :, None], self.mask_vector.to(x.dtype), x)
+        if self.positions is not None:
+            x = self.positions(x, layout)
+        if self.encoder_norm is not None:
+            x = self.encoder_norm(x)
+        return self.input_dropout(x)
+
+
+def untrained(config: ModelConfig, card: CodecCard, tables: Sequence[Tensor] | None, seed: int) -> CodecModel:
+    """A fresh model: weights from `seed`; code embeddings from the codec's `tables`, or noise."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CodecModel(config, card)
+        if tables is None:
+            nn.init.normal_(model.embedding.weight[:-1].data)
+        else:
+            model.embedding.load_tables(tables)
+    return model
+
+
+def _encoder(config: ModelConfig) -> StandardTransformerEncoder:
+    rotary = None
+    if config.positions == "rotary":
+        rotary = RotaryEncoder(config.dim // config.heads, config.rotary_max_frames)  # one table for all layers
+    layers = [_layer(config, rotary) for _ in range(config.layers)]
+    final = StandardLayerNorm(config.dim, bias=True) if config.norm == "pre" else None
+    return StandardTransformerEncoder(layers, final, layer_drop_p=config.layerdrop)
+
+
+def _layer(config: ModelConfig, rotary: RotaryEncoder | None) -> StandardTransformerEncoderLayer:
+    attention = StandardMultiheadAttention(
+        config.dim,
+        config.heads,
+        TorchSDPA(IdentityBias(), dropout_p=config.attention_dropout),
+        qkv_proj_init_fn=init_bert_projection,
+        pos_encoder=rotary,
+        output_proj_init_fn=init_bert_projection,
+    )
+    feed_forward = StandardFeedForwardNetwork(
+        config.dim,
+        config.ffn_dim,
+        bias=True,
+        inner_activation=nn.GELU(),
+        inner_dropout_p=config.activation_dropout,
+        proj_init_fn=init_bert_projection,
+    )
+    return StandardTransformerEncoderLayer(
+        attention,
+        StandardLayerNorm(config.dim, bias=True),
+        feed_forward,
+        StandardLayerNorm(config.dim, bias=True),
+        norm_order=TransformerNormOrder.PRE if config.norm == "pre" else TransformerNormOrder.POST,
+        dropout_p=config.dropout,
+    )

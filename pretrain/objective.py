@@ -1,0 +1,152 @@
+"""The masked loss: cross-entropy per codebook at the masked frames, weighed by gamma."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from codecssl.pretrain.config import ENCODECMAE_GAMMA, ObjectiveConfig
+from codecssl.pretrain.fs2 import Linear, init_bert_projection
+from codecssl.pretrain.loader import Batch
+from codecssl.pretrain.model import CodecModel
+from codecssl.pretrain.targets import Target
+from codecssl.tokenize.errors import UserError
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums over some frames of one micro-batch, per stream [S]; divide by `frames` for means."""
+
+    frames: int
+    cross_entropy: Tensor
+    """Nats; the only one with a gradient."""
+    correct: Tensor | None = None
+    """Frames whose most likely class is the target."""
+    predicted: list[Tensor] | None = None
+    """Per stream [V_s]: how often each class was the most likely."""
+    target: list[Tensor] | None = None
+    """Per stream [V_s]: how often each class was the target."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of one micro-batch and what it is made of."""
+
+    total: Tensor
+    """Its part of the global batch's loss: the parts of all micro-batches and ranks add up to that."""
+    masked: Scores
+    visible: Scores | None
+
+
+class MaskedPrediction(nn.Module):
+    """Model and heads; forward gives the loss.
+
+    loss = mean over masked frames of sum_s gamma_s CE_s + visible_weight * the same over visible frames
+
+    The means are over the global batch. Padding is in neither. Heads are one matrix, applied only where
+    needed.
+    """
+
+    def __init__(self, model: CodecModel, target: Target, config: ObjectiveConfig) -> None:
+        super().__init__()
+        self.model, self.target = model, target
+        self.visible_weight = config.visible_weight
+        self.heads = Linear(model.config.dim, sum(target.sizes), bias=True, init_fn=init_bert_projection)
+        self.gamma = codebook_weights(config.gamma, len(target.sizes))  # not a buffer: a bf16 engine would round it
+
+    def forward(self, batch: Batch, *, detailed: bool = False, score_visible: bool = False) -> Loss:
+        """detailed: count accuracy and usage too; score_visible: score visible frames even at weight 0."""
+        hidden = self.model(batch.codes, batch.frames, batch.mask, batch.kept)
+        labels = self.target.labels(batch).transpose(1, 2)  # [B, T, S]
+        masked = self._score(hidden[batch.mask], labels[batch.mask], detailed)
+        gamma = self.gamma.to(masked.cross_entropy.device)
+        total = (gamma * masked.cross_entropy).sum() / batch.masked_total
+        visible = None
+        if self.visible_weight > 0.0 or score_visible:
+            seen = _not_padding(batch) & ~batch.mask
+            visible = self._score(hidden[seen], labels[seen], detailed)
+            if self.visible_weight > 0.0:
+                total = total + self.visible_weight * (gamma * visible.cross_entropy).sum() / batch.visible_total
+        return Loss(total, masked, visible)
+
+    def weighted(self, masked: Mapping[str, list[float]], visible: Mapping[str, list[float]]) -> float:
+        """The loss of a whole evaluation, from the means in two summaries."""
+        means = [
+            float(self.gamma.double() @ torch.tensor(part["cross_entropy"]).double()) for part in (masked, visible)
+        ]
+        return means[0] + self.visible_weight * means[1]
+
+    def _score(self, hidden: Tensor, labels: Tensor, detailed: bool) -> Scores:
+        """hidden [N, D], labels [N, S]."""
+        logits = self.heads(hidden).split(self.target.sizes, dim=1)
+        pairs = list(zip(logits, labels.unbind(1), strict=True))
+        # Summed in fp32 whatever the weights are: thousands of terms do not fit bf16's 8 bits.
+        entropy = torch.stack([F.cross_entropy(x.float(), y, reduction="sum") for x, y in pairs])
+        if not detailed:
+            return Scores(len(hidden), entropy)
+        guesses = [x.argmax(1) for x, _ in pairs]
+        sizes = self.target.sizes
+        return Scores(
+            len(hidden),
+            entropy,
+            torch.stack([(guess == y).sum() for guess, (_, y) in zip(guesses, pairs, strict=True)]),
+            [torch.bincount(guess, minlength=size) for guess, size in zip(guesses, sizes, strict=True)],
+            [torch.bincount(y, minlength=size) for (_, y), size in zip(pairs, sizes, strict=True)],
+        )
+
+
+def codebook_weights(gamma: str, streams: int) -> Tensor:
+    """float32 [S], sum 1: equal, or EnCodecMAE's first S."""
+    if gamma == "uniform":
+        return torch.full((streams,), 1.0 / streams)
+    if streams > len(ENCODECMAE_GAMMA):
+        raise UserError(
+            f"objective.gamma: encodecmae has {len(ENCODECMAE_GAMMA)} weights, the target {streams}"
+            " streams; use uniform or a smaller data.num_codebooks"
+        )
+    weights = torch.tensor(ENCODECMAE_GAMMA[:streams])
+    return weights / weights.sum()
+
+
+def merged(parts: Sequence[Scores]) -> Scores:
+    """The detailed scores of several micro-batches as one."""
+    return Scores(
+        sum(part.frames for part in parts),
+        torch.stack([part.cross_entropy.detach() for part in parts]).sum(0),
+        torch.stack([part.correct for part in parts if part.correct is not None]).sum(0),
+        [torch.stack(counts).sum(0) for counts in zip(*(part.predicted or [] for part in parts), strict=True)],
+        [torch.stack(counts).sum(0) for counts in zip(*(part.target or [] for part in parts), strict=True)],
+    )
+
+
+def summary(scores: Scores) -> dict[str, list[float]]:
+    """Detailed scores as metrics, one number per stream.
+
+    cross_entropy in nats; accuracy in 0..1; perplexity = exp(cross_entropy); predicted_perplexity and
+    target_perplexity = exp(entropy) of the histograms of guesses and of targets: 1 is collapse, V full use.
+    """
+    assert scores.correct is not None, "only detailed scores can be summed up"
+    assert scores.predicted is not None
+    assert scores.target is not None
+    frames = max(scores.frames, 1)
+    mean = scores.cross_entropy.detach().double() / frames
+    return {
+        "cross_entropy": mean.tolist(),
+        "accuracy": (scores.correct.double() / frames).tolist(),
+        "perplexity": mean.exp().tolist(),
+        "predicted_perplexity": histogram_perplexity(scores.predicted),
+        "target_perplexity": histogram_perplexity(scores.target),
+    }
+
+
+def histogram_perplexity(counts: Sequence[Tensor]) -> list[float]:
+    """exp(entropy) of each histogram: 1 when one class takes all, V when all V are equally often."""
+    shares = [count.double() / count.sum().clamp(min=1) for count in counts]
+    return [float(torch.exp(-torch.special.xlogy(share, share).sum())) for share in shares]
+
+
+def _not_padding(batch: Batch) -> Tensor:
+    frames = torch.tensor(batch.frames, device=batch.mask.device)
+    return torch.arange(batch.mask.shape[1], device=batch.mask.device)[None, :] < frames[:, None]

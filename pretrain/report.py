@@ -1,0 +1,99 @@
+"""Said and checked about a run: the model, the data, whether the targets can teach anything, whether it learns."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from codecssl.pretrain.config import RunConfig
+from codecssl.pretrain.loader import Batch, Loader
+from codecssl.pretrain.objective import MaskedPrediction, histogram_perplexity
+from codecssl.pretrain.targets import Target
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.errors import UserError
+
+_SAMPLED_STEPS = 4
+_LEARNING = 200  # steps in which every model gives one answer to everything: the commonest codes come first
+_DEGENERATE = 1.5  # perplexity of the targets or guesses below which nearly every frame has the same one
+
+
+def check_targets(train: Loader, target: Target) -> list[float]:
+    """Perplexity of each stream's targets over the first batches; UserError when one is (nearly) constant.
+
+    Labels that all fell on one id have cost people a month: the loss goes to zero and looks like success.
+    """
+    counts = [torch.zeros(size, dtype=torch.int64) for size in target.sizes]
+    for step in range(min(_SAMPLED_STEPS, train.plan.steps_per_epoch)):
+        for batch in train.step(step):
+            seen = torch.arange(batch.mask.shape[1])[None, :] < torch.tensor(batch.frames)[:, None]
+            labels = target.labels(batch).transpose(1, 2)[seen]  # [N, S]
+            for stream, count in enumerate(counts):
+                count += torch.bincount(labels[:, stream], minlength=len(count))
+    perplexities = histogram_perplexity(counts)
+    for stream, (perplexity, count) in enumerate(zip(perplexities, counts, strict=True)):
+        if perplexity < _DEGENERATE:
+            raise UserError(
+                f"targets: stream {stream} is (nearly) constant: class {int(count.argmax())} has"
+                f" {100.0 * float(count.max()) / float(count.sum()):.1f} % of {int(count.sum())} frames"
+                f" (perplexity {perplexity:.2f} of {len(count)}); check the data that was tokenized"
+            )
+    return perplexities
+
+
+def collapse(step: int, steps: int, predicted_perplexity: Sequence[float]) -> str | None:
+    """A warning when a model that should have learnt by now predicts one class for (nearly) every frame."""
+    most = max(predicted_perplexity)
+    if step <= max(_LEARNING, steps // 4) or most >= _DEGENERATE:
+        return None
+    return (
+        f"step {step}: the model predicts (nearly) one code for every frame (perplexity {most:.2f});"
+        " lower optim.lr or look at the data"
+    )
+
+
+def model_report(objective: MaskedPrediction, card: CodecCard, device: Any) -> str:
+    """One line on what is trained."""
+    model, config = _parameters(objective.model), objective.model.config
+    return (
+        f"model: {model / 1e6:.2f} M parameters ({config.layers} layers of {config.dim}, {config.norm}-norm,"
+        f" {config.positions} positions) + heads {_parameters(objective.heads) / 1e6:.2f} M; on {device};"
+        f" codec {card.name}, {card.num_codebooks} codebooks, {float(card.frame_rate):g} frames/s"
+    )
+
+
+def data_report(train: Loader, valid: Loader | None, config: RunConfig, perplexities: list[float]) -> str:
+    """Lines on what it is trained on, and for how long."""
+    plan, card, steps = train.plan, train.corpus.card, config.optim.steps
+    hours = plan.frames_per_epoch / float(card.frame_rate) / 3600
+    lines = [
+        f"data: {hours:.2f} h an epoch = {plan.pieces_per_epoch} pieces = {plan.frames_per_epoch} frames ="
+        f" {plan.frames_per_epoch * card.num_codebooks / 1e6:.2f} M codes; {plan.steps_per_epoch} steps of"
+        f" {plan.frames_per_epoch // plan.steps_per_epoch} frames an epoch; {steps} steps ="
+        f" {steps / plan.steps_per_epoch:.1f} epochs",
+        f"validation: {valid.plan.frames_per_epoch} frames held out" if valid else "validation: none",
+        "targets: perplexity per codebook " + " ".join(f"{value:.0f}" for value in perplexities),
+    ]
+    return "\n".join(lines)
+
+
+def training_flops(objective: MaskedPrediction, batches: list[Batch]) -> float:
+    """Floating-point operations of one update on these batches, forward and backward; padding not counted.
+
+    6 per weight and frame for matrices (Kaplan et al. 2020, section 2.1), 12 D T per layer and frame for
+    attention, 6 per head weight at each masked frame.
+    """
+    model = objective.model
+    matrices = _parameters(model.encoder) + _parameters(model.projection)
+    if model.positions is not None:
+        matrices += _parameters(model.positions)
+    per_pair = 12 * model.config.layers * model.config.dim
+    total = 0.0
+    for batch in batches:
+        total += sum(6.0 * matrices * frames + per_pair * frames * frames for frames in batch.frames)
+        total += 6.0 * _parameters(objective.heads) * int(batch.mask.sum())
+    return total
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,97 @@
+"""The run folder's own papers: which config, which data and which library versions made it.
+
+RUN/config.yaml  the whole config, defaults spelled out      RUN/data.json  codec card, fingerprints of the
+shards
+RUN/versions.json                                            RUN/checkpoints, metrics.jsonl, ...: see their
+files
+"""
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from codecssl.configs.load import differences, from_dict, to_yaml
+from codecssl.pretrain.config import RunConfig
+from codecssl.tokenize.errors import UserError
+
+# What may change when a run is resumed: where data lies and how it is fetched, how often the run speaks and
+# saves.
+_FREE = ("log.", "data.dirs", "data.valid_dirs", "data.workers", "data.prefetch", "data.codec_weights")
+_PACKAGES = ("codecssl", "torch", "fairseq2", "fairseq2n", "deepspeed", "numpy")
+
+
+def claim(run: Path, config: RunConfig, data: dict[str, Any]) -> None:
+    """Make `run` the folder of this config and this data, or check that it already is.
+
+    data: {"codec": card as a dict, "train": fingerprints, "valid": fingerprints}.
+    """
+    if (run / "config.yaml").exists():
+        _check_config(run, config)
+        _check_data(run, data)
+    elif run.exists() and any(run.iterdir()):
+        raise UserError(f"{run}: has files in it but is not a run folder; give another --output")
+    run.mkdir(parents=True, exist_ok=True)
+    _write(run / "data.json", json.dumps(data, indent=1))
+    _write(run / "versions.json", json.dumps(versions(), indent=1))
+    _write(run / "config.yaml", to_yaml(config))
+
+
+def read_config(run: Path) -> RunConfig:
+    """The config that made a run."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run}: is not a run folder (no config.yaml); give the --output of codecssl-pretrain run")
+    return from_dict(RunConfig, yaml.safe_load(path.read_text()))
+
+
+def read_data(run: Path) -> dict[str, Any]:
+    """What `claim` was told of the data."""
+    data: dict[str, Any] = json.loads((run / "data.json").read_text())
+    return data
+
+
+def read_versions(run: Path) -> dict[str, str]:
+    """The versions under which a run was last started."""
+    found: dict[str, str] = json.loads((run / "versions.json").read_text())
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries on which a number may depend."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _check_config(run: Path, config: RunConfig) -> None:
+    changed = {key: pair for key, pair in differences(read_config(run), config).items() if not key.startswith(_FREE)}
+    for key, (old, new) in changed.items():
+        raise UserError(f"{run}: was made with {key} {old}, this run says {new}; use that value or another --output")
+
+
+def _check_data(run: Path, data: dict[str, Any]) -> None:
+    old = read_data(run)
+    for part in ("train", "valid"):
+        if old[part] != data[part]:
+            raise UserError(
+                f"{run}: was made from other {part} shards ({_short(old[part])}, now"
+                f" {_short(data[part])}); give the same --data, in the same order, or another --output"
+            )
+
+
+def _short(fingerprints: list[str]) -> str:
+    return ", ".join(fingerprint[:8] for fingerprint in fingerprints) or "none"
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,162 @@
+"""What a run says: a console line, metrics.jsonl, TensorBoard and curves.png, of the same rows."""
+
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+
+# Dense bf16 peak of the datasheets, FLOP/s. Elsewhere the utilisation is not known and not reported.
+_PEAK_BF16 = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "B200": 2250e12,
+}
+
+
+class Telemetry:
+    """Takes rows ({"split", "step", metrics}); a list in a row holds one number per codebook.
+
+    On resume, rows of steps after `step` are cut off first, so that no step is told twice.
+    """
+
+    def __init__(self, run: Path, *, step: int) -> None:
+        from rich.console import Console
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path, self._curves = run / "metrics.jsonl", run / "curves.png"
+        self.rows = [row for row in read_rows(self._path) if row["step"] <= step]
+        _rewrite(self._path, self.rows)
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def say(self, text: str) -> None:
+        """A line for the reader at the console."""
+        self._console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """A line that must not be overlooked."""
+        self._console.print(f"warning: {text}", markup=False, style="bold yellow")
+
+    def log(self, row: Row) -> None:
+        """Record a row everywhere but in the curves."""
+        self.rows.append(row)
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for key, value in row.items():
+            for name, number in _scalars(f"{row['split']}/{key}", value):
+                self._board.add_scalar(name, number, row["step"])
+        self.say(console_line(row))
+
+    def draw(self) -> None:
+        """Bring curves.png up to date."""
+        draw_curves(self.rows, self._curves)
+        self._board.flush()
+
+    def close(self) -> None:
+        self._board.close()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl; a last line that was cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def draw_curves(rows: Sequence[Row], path: Path) -> None:
+    """Loss, accuracy and variety of the guesses over the steps, as a picture; codebooks from dark to light."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    for split, style in (("train", "-"), ("valid", "o--")):
+        chosen = [row for row in rows if row["split"] == split]
+        steps = [row["step"] for row in chosen]
+        axes[0].plot(steps, [row["loss"] for row in chosen], style, label=split, markersize=3)
+        for key, axis in (("accuracy", axes[1]), ("predicted_perplexity", axes[2])):
+            books = len(chosen[0][key]) if chosen else 0
+            for book in range(books):
+                color = pyplot.get_cmap("viridis")(book / max(books - 1, 1))
+                label = f"codebook {book}, {split}" if book in (0, books - 1) else None
+                axis.plot(steps, [row[key][book] for row in chosen], style, color=color, label=label, markersize=3)
+    titles = ("loss, nats", "accuracy at masked frames", "perplexity of the predicted codes")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(title=title, xlabel="step")
+        if axis.lines:
+            axis.legend(fontsize="x-small")
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=100, format="png")
+    pyplot.close(figure)
+    temporary.replace(path)
+
+
+def machine_row(flops_per_second: float, precision: str) -> Row:
+    """Memory, and how much of the machine is used, where its peak is known."""
+    row: Row = {"memory_gib": _memory_gib(), "tflops": flops_per_second / 1e12}
+    if torch.cuda.is_available() and precision == "bf16":
+        name = torch.cuda.get_device_name()
+        peaks = [peak for part, peak in _PEAK_BF16.items() if part in name]
+        if peaks:
+            row["mfu_percent"] = 100.0 * flops_per_second / peaks[0]
+    return row
+
+
+def _memory_gib() -> float:
+    """Most memory used so far: the device's, or this process's on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _scalars(name: str, value: Any) -> list[tuple[str, float]]:
+    if isinstance(value, list):
+        return [(f"{name}/{i}", float(item)) for i, item in enumerate(value)]
+    return [(name, float(value))] if isinstance(value, int | float) else []
+
+
+def console_line(row: Mapping[str, Any]) -> str:
+    """step 100/400 | train | loss 5.123 | accuracy 12.3 % (first 20.1) | ..."""
+    parts = [f"step {row['step']:>6}", f"{row['split']:<5}", f"loss {row['loss']:.4f}"]
+    mean = math.fsum(row["accuracy"]) / len(row["accuracy"])
+    parts.append(f"accuracy {100 * mean:.2f} % (codebook 0: {100 * row['accuracy'][0]:.2f} %)")
+    if row["split"] == "train":
+        parts += [
+            f"lr {row['lr']:.2e}",
+            f"norm {row['grad_norm']:.2f}",
+            f"{row['frames_per_second']:.0f} frames/s",
+            f"{row['audio_hours_per_hour']:.0f} h/h",
+            f"wait {row['data_wait_percent']:.0f} %",
+            f"left {clock(row['seconds_left'])}",
+        ]
+    return " | ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def _rewrite(path: Path, rows: Sequence[Row]) -> None:
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,137 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from codecssl.pretrain import loader
+from codecssl.pretrain.config import RunConfig
+from codecssl.pretrain.corpus import Corpus, split
+from codecssl.pretrain.engine import Ranks
+from codecssl.pretrain.loader import Batch, Loader
+from codecssl.pretrain.run import open_data
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.shards import Shards
+
+
+def same(left: Batch, right: Batch) -> bool:
+    tensors = all(torch.equal(getattr(left, name), getattr(right, name)) for name in ("codes", "mask", "kept"))
+    return tensors and (left.frames, left.masked_total) == (right.frames, right.masked_total)
+
+
+@pytest.fixture
+def train(make_shards: Callable[..., Path], small_config: Callable[..., RunConfig]) -> Loader:
+    dirs = [make_shards("a", count=25, seed=0), make_shards("b", count=25, seed=1)]
+    return open_data(small_config(dirs), Ranks(0, 1))[0]
+
+
+def test_batches_are_the_planned_codes(train: Loader, tmp_path: Path) -> None:
+    shards = [Shards(tmp_path / "a"), Shards(tmp_path / "b")]
+    seen = set()
+    for step in range(train.plan.steps_per_epoch):
+        (batch,), pieces = train.step(step), train.plan.batch(step)
+        for row, (index, start, frames) in enumerate(zip(pieces.utterance, pieces.start, pieces.frames, strict=True)):
+            seen.add(index >= 25)
+            codes = shards[index // 25].codes(int(index % 25))[:, start : start + frames]
+            assert torch.equal(batch.codes[row, :, :frames], torch.from_numpy(codes.astype("int64")))
+            assert not batch.codes[row, :, frames:].any()
+            assert not batch.mask[row, frames:].any()
+    assert seen == {False, True}, "both folders must be read"
+
+
+def test_the_native_pipeline_gives_the_pure_functions_batches_in_order(
+    train: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert loader.NATIVE_DATA, "the pinned fairseq2n has its native half"
+    piped = list(train.steps(3, 12, workers=3, prefetch=2))
+    monkeypatch.setattr(loader, "NATIVE_DATA", False)
+    plain = list(train.steps(3, 12, workers=3, prefetch=2))
+    assert len(piped) == len(plain) == 9
+    assert all(same(left[0], right[0]) for left, right in zip(piped, plain, strict=True))
+    assert not same(plain[0][0], plain[1][0])
+
+
+def test_a_readers_own_error_comes_through_the_pipeline(train: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(index: int, start: int, frames: int) -> None:
+        raise UserError("shard 3: cannot be read")
+
+    monkeypatch.setattr(train.corpus, "codes", fail)
+    with pytest.raises(UserError, match="shard 3: cannot be read"):
+        next(train.steps(0, 5, workers=2, prefetch=1))
+
+
+def test_ranks_and_accumulation_share_one_global_batch(
+    make_shards: Callable[..., Path], small_config: Callable[..., RunConfig]
+) -> None:
+    """Two ranks with two micro-batches each read and mask what one process does, with its denominators."""
+    config = small_config(make_shards(count=60))
+    corpus = Corpus(config.data.dirs)
+    one = open_data(config, Ranks(0, 1))[0]
+    ranks = [
+        Loader(
+            corpus,
+            one.plan,
+            config.mask,
+            config.objective,
+            seed=config.seed,
+            rank=r,
+            world_size=2,
+            accumulation=2,
+        )
+        for r in range(2)
+    ]
+    (whole,) = one.step(1)
+    shares = [ranks[r].step(1)[a] for a in range(2) for r in range(2)]
+    assert {share.masked_total for share in shares} == {whole.masked_total} == {int(whole.mask.sum())}
+    assert sum(int(share.mask.sum()) for share in shares) == whole.masked_total
+    assert [n for share in shares for n in share.frames] == whole.frames
+    codes = [share.codes[i, :, :n] for share in shares for i, n in enumerate(share.frames)]
+    assert all(
+        torch.equal(row, whole.codes[i, :, :n]) for i, (row, n) in enumerate(zip(codes, whole.frames, strict=True))
+    )
+
+
+def test_held_out_utterances_are_stable_and_disjoint(
+    make_shards: Callable[..., Path], small_config: Callable[..., RunConfig]
+) -> None:
+    config = small_config(make_shards(count=200), data={"valid_frames": 10**6})
+    corpus = Corpus(config.data.dirs)
+    chosen, held_out = split(corpus, config.data)
+    assert set(chosen) & set(held_out) == set()
+    assert set(chosen) | set(held_out) == {i for i in range(200) if corpus.frames[i] >= 20}
+    assert 0.08 < len(held_out) / 200 < 0.25
+    again = small_config(make_shards("more", count=260), data={"valid_frames": 10**6})  # the same and sixty more
+    assert set(held_out) <= set(split(Corpus(again.data.dirs), again.data)[1])
+
+
+def test_validation_masks_are_fixed_and_inputs_whole(
+    make_shards: Callable[..., Path], small_config: Callable[..., RunConfig]
+) -> None:
+    train, valid, _ = open_data(small_config(make_shards()), Ranks(0, 1))
+    assert valid is not None
+    assert same(valid.step(0)[0], valid.step(0)[0])
+    assert valid.step(0)[0].kept.all()
+    assert sum(sum(valid.step(i)[0].frames) for i in range(valid.plan.steps_per_epoch)) <= 300
+    steps = train.plan.steps_per_epoch
+    masks = {str(train.step(e * steps)[0].mask.sum(1).tolist()) for e in range(3)}
+    assert len(masks) == 3, "training masks must change with the step"
+
+
+def test_two_codecs_are_refused_on_one_line(
+    make_shards: Callable[..., Path], small_config: Callable[..., RunConfig]
+) -> None:
+    dirs = [make_shards("a"), make_shards("b", codec="another")]
+    with pytest.raises(UserError, match=r"b: written with codec another, .*a with synthetic .*one codec") as error:
+        open_data(small_config(dirs), Ranks(0, 1))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="validate on shards of the same codec"):
+        open_data(small_config(dirs[0], data={"valid_dirs": [str(dirs[1])]}), Ranks(0, 1))
+
+
+def test_fewer_codebooks_by_option(make_shards: Callable[..., Path], small_config: Callable[..., RunConfig]) -> None:
+    path = make_shards()
+    train = open_data(small_config(path, data={"num_codebooks": 2}), Ranks(0, 1))[0]
+    assert train.corpus.card.codebook_sizes == (16, 12)
+    assert train.step(0)[0].codes.shape[1] == 2
+    with pytest.raises(UserError, match=r"data.num_codebooks: 4, but .* has 3"):
+        open_data(small_config(path, data={"num_codebooks": 4}), Ranks(0, 1))

@@ -1,0 +1,127 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from codecssl.pretrain.config import ENCODECMAE_GAMMA, ModelConfig, ObjectiveConfig
+from codecssl.pretrain.loader import Batch
+from codecssl.pretrain.model import untrained
+from codecssl.pretrain.objective import (
+    MaskedPrediction,
+    codebook_weights,
+    histogram_perplexity,
+    merged,
+    summary,
+)
+from codecssl.pretrain.targets import Codes, make_target
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.errors import UserError
+
+SIZES = (16, 12, 8)
+CARD = CodecCard(
+    name="synthetic", weights="none", weights_sha256="0", sample_rate=16_000, hop_length=320,
+    codebook_sizes=SIZES, codes_per_frame=(1, 1, 1), latent_dim=10,
+)  # fmt: skip
+MODEL = ModelConfig(dim=16, layers=1, heads=2, ffn_dim=16, conv_kernel=4, conv_groups=2, layerdrop=0.0)
+
+
+def objective(**changes: object) -> MaskedPrediction:
+    config = ObjectiveConfig(**changes)
+    torch.manual_seed(0)
+    made = MaskedPrediction(untrained(MODEL, CARD, None, seed=0), make_target(config, CARD), config)
+    torch.nn.init.normal_(made.heads.weight)  # not the small start: every logit counts
+    return made.eval()
+
+
+def batch(frames: list[int], seed: int = 0) -> Batch:
+    random = np.random.default_rng(seed)
+    width = max(frames)
+    codes = np.stack([random.integers(0, size, (len(frames), width)) for size in SIZES], 1)
+    mask = random.random((len(frames), width)) < 0.5
+    for row, count in enumerate(frames):
+        codes[row, :, count:] = 0
+        mask[row, count:] = False
+    masked = int(mask.sum())
+    kept = torch.ones(len(frames), 3, dtype=torch.bool)
+    return Batch(torch.from_numpy(codes), frames, torch.from_numpy(mask), kept, masked, sum(frames) - masked)
+
+
+@pytest.mark.parametrize("gamma", ["uniform", "encodecmae"])
+@pytest.mark.parametrize("visible_weight", [0.0, 0.4])
+def test_loss_equals_a_naive_float64_loop(gamma: str, visible_weight: float) -> None:
+    made, given = objective(gamma=gamma, visible_weight=visible_weight), batch([30, 17, 22])
+    loss = made(given).total
+    hidden = made.model(given.codes, given.frames, given.mask, given.kept).detach().double().numpy()
+    weight, bias = made.heads.weight.detach().double().numpy(), made.heads.bias.detach().double().numpy()
+    weights = [1 / 3] * 3 if gamma == "uniform" else [g / sum(ENCODECMAE_GAMMA[:3]) for g in ENCODECMAE_GAMMA[:3]]
+    sums, counts = {True: 0.0, False: 0.0}, {True: 0, False: 0}
+    for item, frames in enumerate(given.frames):
+        for frame in range(frames):
+            masked, first = bool(given.mask[item, frame]), 0
+            counts[masked] += 1
+            for book, size in enumerate(SIZES):
+                logits = [float(weight[first + v] @ hidden[item, frame] + bias[first + v]) for v in range(size)]
+                top = max(logits)
+                normaliser = top + math.log(math.fsum(math.exp(x - top) for x in logits))
+                sums[masked] += weights[book] * (normaliser - logits[int(given.codes[item, book, frame])])
+                first += size
+    expected = sums[True] / counts[True] + visible_weight * sums[False] / counts[False]
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_padding_contributes_nothing() -> None:
+    made, given = objective(visible_weight=0.5), batch([30, 17])
+    other = Batch(given.codes.clone(), given.frames, given.mask, given.kept, given.masked_total, given.visible_total)
+    other.codes[1, :, 17:] = 5
+    assert torch.equal(made(given).total, made(other).total)
+
+
+def test_parts_of_micro_batches_add_up_to_the_loss_of_the_whole() -> None:
+    made, whole = objective(visible_weight=0.5), batch([30, 30, 30])
+    parts = [
+        Batch(
+            whole.codes[rows],
+            [30] * len(rows),
+            whole.mask[rows],
+            whole.kept[rows],
+            whole.masked_total,
+            whole.visible_total,
+        )
+        for rows in ([0], [1, 2])
+    ]
+    split = [made(part, detailed=True) for part in parts]
+    together = made(whole, detailed=True)
+    assert sum(loss.total.item() for loss in split) == pytest.approx(together.total.item(), rel=1e-5)
+    left, right = summary(merged([loss.masked for loss in split])), summary(together.masked)
+    for key in right:
+        assert left[key] == pytest.approx(right[key], rel=1e-5), key
+
+
+def test_metrics_against_their_definitions() -> None:
+    made, given = objective(), batch([40, 25])
+    scores = summary(made(given, detailed=True).masked)
+    hidden = made.model(given.codes, given.frames, given.mask, given.kept)[given.mask]
+    guesses = made.heads(hidden)[:, 16:28].argmax(1)
+    truth = given.codes[:, 1][given.mask]
+    assert scores["accuracy"][1] == pytest.approx((guesses == truth).double().mean().item())
+    share = np.bincount(guesses.numpy(), minlength=12) / len(guesses)
+    assert scores["predicted_perplexity"][1] == pytest.approx(math.exp(-sum(p * math.log(p) for p in share if p)))
+    assert scores["perplexity"][1] == pytest.approx(math.exp(scores["cross_entropy"][1]))
+
+
+def test_histogram_perplexity_ends() -> None:
+    assert histogram_perplexity([torch.tensor([7, 0, 0]), torch.tensor([5, 5, 5, 5])]) == pytest.approx([1.0, 4.0])
+
+
+def test_targets_keep_the_codebooks_that_the_input_lacks() -> None:
+    given = batch([20])
+    dropped = Batch(given.codes, [20], given.mask, torch.tensor([[True, False, False]]), given.masked_total, 1)
+    assert torch.equal(Codes(CARD).labels(dropped), given.codes)
+
+
+def test_gamma_needs_as_many_weights_as_streams() -> None:
+    assert codebook_weights("encodecmae", 8).sum().item() == pytest.approx(1.0)
+    assert codebook_weights("encodecmae", 8)[0].item() == pytest.approx(0.22407463, rel=1e-4)
+    with pytest.raises(UserError, match="use uniform"):
+        codebook_weights("encodecmae", 9)

@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+
+from codecssl.pretrain.plan import Pieces, Plan, cut, equal_cuts
+from codecssl.tokenize.errors import UserError
+
+CROP, BATCH = 100, 1000
+
+
+def lengths(count: int = 300) -> np.ndarray:
+    return np.random.default_rng(0).integers(20, 460, count).astype(np.uint32)
+
+
+def plan(frames: np.ndarray, *, seed: int = 1, parts: int = 1, crop: int = CROP) -> Plan:
+    utterances = np.arange(len(frames))
+    return Plan(frames, utterances, seed=seed, batch_frames=BATCH, crop_frames=crop, bucket_ratio=1.1, parts=parts)
+
+
+def rows(pieces: Pieces) -> list[tuple[int, int, int]]:
+    return list(zip(pieces.utterance.tolist(), pieces.start.tolist(), pieces.frames.tolist(), strict=True))
+
+
+def test_an_epoch_takes_every_utterance_in_whole_disjoint_pieces() -> None:
+    frames = lengths()
+    made = plan(frames)
+    for epoch in range(2):
+        steps = range(epoch * made.steps_per_epoch, (epoch + 1) * made.steps_per_epoch)
+        seen = [np.zeros(n, dtype=int) for n in frames]
+        for step in steps:
+            for utterance, start, count in rows(made.batch(step)):
+                assert 0 <= start <= start + count <= frames[utterance]
+                seen[utterance][start : start + count] += 1
+        for count, n in zip(seen, frames, strict=True):
+            assert count.max() == 1, "a frame was taken twice"
+            assert count.sum() == (n if n <= CROP else n // CROP * CROP)
+
+
+def test_batches_have_equal_frames() -> None:
+    made = plan(lengths())
+    sums = [int(made.batch(step).frames.sum()) for step in range(made.steps_per_epoch)]
+    share = sum(sums) / len(sums)
+    assert share <= BATCH
+    assert max(abs(total - share) for total in sums) <= CROP
+    assert sum(sums) == made.frames_per_epoch
+
+
+def test_batches_hold_like_lengths() -> None:
+    """Padding is what bucketing is for: without it this data would be padded by a fifth and more."""
+    made = plan(lengths(2000), crop=400)
+    padded = [len(b) * b.frames.max() for b in map(made.batch, range(made.steps_per_epoch))]
+    assert 1.0 - made.frames_per_epoch / sum(padded) < 0.06
+
+
+def test_a_step_depends_on_nothing_but_seed_and_step() -> None:
+    frames = lengths()
+    steps = plan(frames).steps_per_epoch
+    forward = [rows(made.batch(s)) for made in [plan(frames)] for s in range(2 * steps)]
+    assert [rows(plan(frames).batch(s)) for s in (2 * steps - 1, steps, 0)] == [forward[i] for i in (-1, steps, 0)]
+    assert sorted(map(str, forward[:steps])) != sorted(map(str, forward[steps:])), "two epochs have the same batches"
+    assert rows(plan(frames, seed=2).batch(0)) != forward[0]
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (2, 3), (4, 1)])
+def test_ranks_partition_the_same_global_batch(world: int, accumulation: int) -> None:
+    """OLMo-core's test: loop over the ranks; nothing lost, nothing doubled, and no rank without work."""
+    frames = lengths()
+    made = plan(frames, parts=world * accumulation)
+    for step in (0, 7, made.steps_per_epoch + 3):
+        shares = cut(made.batch(step), world * accumulation)
+        assert all(len(share) for share in shares)
+        assert [row for share in shares for row in rows(share)] == rows(plan(frames).batch(step))
+        sums = [int(share.frames.sum()) for share in shares]
+        assert max(sums) - min(sums) <= 2 * CROP
+
+
+def test_too_many_parts_are_refused() -> None:
+    with pytest.raises(UserError, match="use fewer parts"):
+        plan(lengths(8), parts=64)
+    with pytest.raises(UserError, match="no utterance is left"):
+        Plan(lengths(), np.arange(0), seed=1, batch_frames=BATCH, crop_frames=CROP, bucket_ratio=1.1)
+
+
+def test_equal_cuts_against_a_loop() -> None:
+    random = np.random.default_rng(3)
+    for _ in range(50):
+        frames, parts = random.integers(1, 30, random.integers(1, 40)), int(random.integers(1, 9))
+        owners = [int(start * parts // frames.sum()) for start in np.cumsum(frames) - frames]
+        bounds = equal_cuts(frames, parts)
+        assert [p for p in range(parts) for _ in range(bounds[p], bounds[p + 1])] == owners

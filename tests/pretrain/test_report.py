@@ -1,0 +1,42 @@
+import math
+
+import pytest
+import torch
+
+from codecssl.pretrain.config import ModelConfig, ObjectiveConfig
+from codecssl.pretrain.loader import Batch
+from codecssl.pretrain.model import untrained
+from codecssl.pretrain.objective import MaskedPrediction
+from codecssl.pretrain.report import collapse, training_flops
+from codecssl.pretrain.targets import make_target
+from codecssl.tokenize.codec import CodecCard
+
+
+def test_collapse_is_told_after_the_start_and_only_then() -> None:
+    assert collapse(5000, 10_000, [1.0, 1.1]) is not None
+    assert collapse(5000, 10_000, [1.0, 40.0]) is None
+    assert collapse(200, 400, [1.0, 1.0]) is None, "every model starts with the commonest code"
+    assert collapse(2400, 10_000, [1.0, 1.0]) is None
+
+
+def test_operations_agree_with_torchs_own_count() -> None:
+    """Against torch.utils.flop_counter, which counts the matrices, convolutions and attention really executed."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    card = CodecCard(
+        name="synthetic", weights="none", weights_sha256="0", sample_rate=16_000, hop_length=320,
+        codebook_sizes=(64, 64), codes_per_frame=(1, 1), latent_dim=16,
+    )  # fmt: skip
+    config = ModelConfig(dim=64, layers=3, heads=4, ffn_dim=256, positions="rotary", embedding_init="random")
+    objective = MaskedPrediction(
+        untrained(config, card, None, 0), make_target(ObjectiveConfig(), card), ObjectiveConfig()
+    ).eval()
+    mask = torch.zeros(2, 100, dtype=torch.bool)
+    mask[:, 10:60] = True
+    batch = Batch(
+        torch.zeros(2, 2, 100, dtype=torch.int64), [100, 100], mask, torch.ones(2, 2, dtype=torch.bool), 100, 100
+    )
+    with FlopCounterMode(display=False) as counted, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        objective(batch).total.backward()
+    assert math.isfinite(counted.get_total_flops())
+    assert training_flops(objective, [batch]) == pytest.approx(counted.get_total_flops(), rel=0.05)

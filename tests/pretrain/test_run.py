@@ -1,0 +1,261 @@
+"""Whole runs: they learn, repeat bit for bit, resume bit for bit, and refuse what would be wrong."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from codecssl.pretrain import checkpoint
+from codecssl.pretrain import run as run_module
+from codecssl.pretrain.config import RunConfig
+from codecssl.pretrain.engine import Ranks, schedule
+from codecssl.pretrain.export import export, load_pretrained
+from codecssl.pretrain.run import build, open_data, run
+from codecssl.pretrain.telemetry import read_rows
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.shards import Shards
+from codecssl.tokenize.tiny import random_codec
+from codecssl.tokenize.writer import write_shards
+
+MACHINE = {
+    "frames_per_second",
+    "audio_hours_per_hour",
+    "step_seconds",
+    "data_wait_percent",
+    "seconds_left",
+    "memory_gib",
+    "tflops",
+}
+
+Make = Callable[..., Path]
+Config = Callable[..., RunConfig]
+
+
+def rows(path: Path) -> list[dict[str, object]]:
+    """The metrics that do not depend on the machine's speed."""
+    return [{k: v for k, v in row.items() if k not in MACHINE} for row in read_rows(path / "metrics.jsonl")]
+
+
+def engine_state(path: Path) -> dict[str, object]:
+    """All that DeepSpeed saved: weights, optimizer, schedule."""
+    files = sorted((path / "engine").glob("*.pt"))
+    return {file.name: torch.load(file, weights_only=False, map_location="cpu") for file in files}
+
+
+def assert_same(left: object, right: object, name: str = "state") -> None:
+    """Equal all the way down, tensors bit for bit."""
+    if isinstance(left, torch.Tensor):
+        assert isinstance(right, torch.Tensor)
+        assert left.dtype == right.dtype, name
+        assert torch.equal(left, right), name
+    elif isinstance(left, dict):
+        assert isinstance(right, dict)
+        assert left.keys() == right.keys(), name
+        for key in left:
+            assert_same(left[key], right[key], f"{name}.{key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), name
+        for index, pair in enumerate(zip(left, right, strict=True)):
+            assert_same(*pair, f"{name}.{index}")
+    elif not callable(left) and type(left).__module__ == "builtins":
+        assert left == right, name
+
+
+def forget_after(path: Path, step: int, into: Path) -> Path:
+    """A copy of a run as a crash after checkpoint `step` leaves it: later rows are still in the metrics."""
+    shutil.copytree(path, into, symlinks=True)
+    for found in checkpoint.whole(into / "checkpoints"):
+        if int(found.name.removeprefix("step-")) > step:
+            shutil.rmtree(found)
+    return into
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_equals_uninterrupted_bit_for_bit(
+    make_shards: Make, small_config: Config, tmp_path: Path, precision: str
+) -> None:
+    """From step 10 of 20, over an epoch boundary: weights, optimizer, schedule and metrics."""
+    dirs = make_shards(count=50)
+    config = small_config(dirs, engine={"precision": precision, "accumulation": 2})
+    steps_per_epoch = open_data(config, Ranks(0, 1))[0].plan.steps_per_epoch
+    assert any(10 < boundary < 20 for boundary in range(0, 20, steps_per_epoch)), "no epoch ends in the resumed part"
+    run(config, tmp_path / "whole")
+    resumed = forget_after(tmp_path / "whole", 10, tmp_path / "resumed")
+    run(config, resumed)
+    ends = [checkpoint.newest(path / "checkpoints") for path in (tmp_path / "whole", resumed)]
+    assert ends[0] is not None
+    assert ends[1] is not None
+    assert ends[0].name == ends[1].name == "step-00000020"
+    assert_same(engine_state(ends[0]), engine_state(ends[1]))
+    assert_same(load_file(ends[0] / "model.safetensors"), load_file(ends[1] / "model.safetensors"))
+    assert rows(tmp_path / "whole") == rows(resumed)
+    steps = [row["step"] for row in rows(resumed) if row["split"] == "train"]
+    assert steps == [3, 6, 9, 12, 15, 18, 20], "each step once"
+
+
+def test_a_short_run_learns_and_repeats_bit_for_bit(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
+    config = small_config(make_shards(count=50))
+    torch.manual_seed(1)  # the caller's generator must not matter
+    run(config, tmp_path / "a")
+    torch.manual_seed(2)
+    run(config, tmp_path / "b")
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    ends = [checkpoint.newest(tmp_path / name / "checkpoints") for name in "ab"]
+    assert_same(*(load_file(end / "model.safetensors") for end in ends if end))
+    losses = {
+        split: [row["loss"] for row in rows(tmp_path / "a") if row["split"] == split] for split in ("train", "valid")
+    }
+    guess = np.mean([np.log(size) for size in (16, 12, 8)])
+    assert losses["train"][0] == pytest.approx(guess, rel=0.05), "an untrained model should know nothing"
+    assert losses["train"][-1] < losses["train"][0] - 0.1
+    assert losses["valid"][-1] < losses["valid"][0]
+    for name in ("curves.png", "config.yaml", "versions.json", "tensorboard", "checkpoints/latest"):
+        assert (tmp_path / "a" / name).exists(), name
+
+
+def test_the_engine_does_what_a_plain_torch_loop_does(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
+    """DeepSpeed, accumulation, clipping and schedule against torch.optim.AdamW on whole batches, by hand."""
+    config = small_config(
+        make_shards(count=50), engine={"accumulation": 3},
+        model={"positions": "rotary", "dropout": 0.0, "input_dropout": 0.0, "attention_dropout": 0.0,
+               "layerdrop": 0.0},
+        optim={"steps": 6, "clip_norm": 0.05}, log={"checkpoint_every": 6},
+    )  # fmt: skip
+    run(config, tmp_path / "run")
+    train = open_data(config, Ranks(0, 1))[0]
+    whole = build(config, train.corpus, from_codec=True).train()
+    optimizer = torch.optim.AdamW(whole.parameters(), lr=3e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
+    scheduler = schedule(config.optim, optimizer)
+    for step in range(6):
+        loss = sum(whole(batch).total for batch in train.step(step))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.05)
+        assert norm > 0.05, "clipping must be at work"
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    found = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    trained = load_file(found / "model.safetensors")
+    for name, parameter in whole.model.named_parameters():
+        assert torch.allclose(trained[name], parameter, atol=2e-5), name
+
+
+def test_export_loads_without_deepspeed_and_is_the_checkpoint(
+    make_shards: Make, small_config: Config, tmp_path: Path
+) -> None:
+    config = small_config(make_shards(), engine={"precision": "bf16"}, optim={"steps": 4})
+    run(config, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "model")
+    model = load_pretrained(tmp_path / "model")
+    assert model.config == config.model
+    assert model.card.codebook_sizes == (16, 12, 8)
+    found = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    saved = engine_state(found)["mp_rank_00_model_states.pt"]["module"]
+    rounded = 0
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.bfloat16(), saved[f"model.{name}"]), name
+        rounded += int((value != value.bfloat16().float()).sum())
+    assert rounded > 1000, "the fp32 master weights are to be exported, not their bf16 copies"
+    states = model.extract(torch.zeros(1, 3, 9, dtype=torch.int64), [9])
+    assert [tuple(state.shape) for state in states] == [(1, 9, 32)] * 3
+    summary = json.loads((tmp_path / "model" / "config.json").read_text())["training"]
+    assert summary["step"] == 4
+    assert summary["metrics"]["train"]["step"] == 4
+    with pytest.raises(UserError, match="is not empty"):
+        export(tmp_path / "run", tmp_path / "model")
+    with pytest.raises(UserError, match="not an exported model"):
+        load_pretrained(tmp_path / "run" / "checkpoints")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_embeddings_start_from_the_codec_of_the_shards(
+    small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    codec = random_codec(seed=0)
+    random = np.random.default_rng(0)
+    items = ((f"u{i}", random.integers(0, 1024, (8, 80)).astype(np.uint16), {}) for i in range(20))
+    write_shards(tmp_path / "shards", codec.card, items)
+    asked = []
+
+    def load(card: object, weights: str | None) -> object:
+        asked.append(weights)
+        return codec
+
+    monkeypatch.setattr(run_module, "load_codec_for", load)
+    config = small_config(
+        tmp_path / "shards", model={"embedding_init": "codec"}, data={"codec_weights": "there"},
+        optim={"steps": 1, "lr": 1e-9}, engine={"precision": precision},
+    )  # fmt: skip
+    run(config, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "model")
+    codes = torch.from_numpy(random.integers(0, 1024, (8, 50)))
+    ours = load_pretrained(tmp_path / "model").embedding(codes[None])[0]
+    assert (ours.T - codec.latents(codes)).abs().max() < 1e-5
+    assert asked == ["there"]
+
+
+def test_another_config_or_other_data_is_refused(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
+    dirs = make_shards()
+    run(small_config(dirs, optim={"steps": 2}), tmp_path / "run")
+    run(
+        small_config(dirs, optim={"steps": 2}, log={"log_every": 1}), tmp_path / "run"
+    )  # how often it speaks may change
+    with pytest.raises(UserError, match=r"was made with optim.lr 0.003, this run says 0.1"):
+        run(small_config(dirs, optim={"steps": 2, "lr": 0.1}), tmp_path / "run")
+    with pytest.raises(UserError, match="other train shards"):
+        run(small_config(make_shards("other", seed=5), optim={"steps": 2}), tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="not a run folder"):
+        run(small_config(dirs), tmp_path / "mine")
+
+
+def test_constant_targets_are_refused_before_anything_is_written(
+    make_shards: Make, small_config: Config, tmp_path: Path
+) -> None:
+    card = Shards(make_shards("lively")).card
+    codes = np.stack([np.arange(100) % 16, np.full(100, 7), np.arange(100) % 8]).astype(np.uint16)
+    write_shards(tmp_path / "flat", card, ((f"u{i}", codes, {}) for i in range(30)))
+    with pytest.raises(UserError, match=r"stream 1 is \(nearly\) constant: class 7 has 100.0 %"):
+        run(small_config(tmp_path / "flat"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
+    config = small_config(make_shards(), optim={"lr": 1e30, "clip_norm": 0.0, "warmup_fraction": 0.0})
+    with pytest.raises(UserError, match=r"step \d+: the loss is (nan|inf); lower optim.lr"):
+        run(config, tmp_path / "run")
+    assert not checkpoint.whole(tmp_path / "run" / "checkpoints"), "a broken model was saved"
+
+
+def test_torn_checkpoints_are_passed_over_and_the_newest_kept(
+    make_shards: Make, small_config: Config, tmp_path: Path
+) -> None:
+    config = small_config(make_shards(), optim={"steps": 8}, log={"checkpoint_every": 2, "keep_checkpoints": 3})
+    run(config, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoint.whole(folder)] == [
+        "step-00000004",
+        "step-00000006",
+        "step-00000008",
+    ]
+    assert (folder / "latest").resolve() == (folder / "step-00000008").resolve()
+    before = rows(tmp_path / "run")
+    states = folder / "step-00000008" / "engine" / "mp_rank_00_model_states.pt"
+    states.write_bytes(states.read_bytes()[:-100])
+    (folder / ".step-00000009.partial").mkdir()
+    found = checkpoint.newest(folder)
+    assert found is not None
+    assert found.name == "step-00000006"
+    run(config, tmp_path / "run")
+    found = checkpoint.newest(folder)
+    assert found is not None
+    assert found.name == "step-00000008"
+    assert rows(tmp_path / "run") == before
