@@ -4,7 +4,6 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,24 +12,16 @@ from torch import Tensor, nn
 from codecssl.pretrain.config import OptimConfig, RunConfig
 from codecssl.pretrain.fs2 import PolynomialDecayLR, RotaryEncoder, TriStageLR
 from codecssl.pretrain.objective import MaskedPrediction
+from codecssl.slurm.job import Ranks, find_ranks
 from codecssl.tokenize.errors import UserError
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among its peers."""
-
-    rank: int
-    world_size: int
-
-
 def join_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
-    """Join the process group that the environment describes (RANK, WORLD_SIZE, ...), or be alone.
+    """Join the process group that the environment describes (`find_ranks`), or be alone.
 
     Must come before the first import of deepspeed, which decides then which accelerator it uses.
     """
-    given = os.environ if environment is None else environment
-    ranks = Ranks(int(given.get("RANK", "0")), int(given.get("WORLD_SIZE", "1")))
+    ranks = find_ranks(os.environ if environment is None else environment)
     if ranks.world_size != 1:
         raise UserError(f"WORLD_SIZE: {ranks.world_size}, but training runs in one process; start one, or unset it")
     if not torch.cuda.is_available():

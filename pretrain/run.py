@@ -14,7 +14,7 @@ from codecssl.pretrain import checkpoint, rundir
 from codecssl.pretrain.chance import hashed
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.corpus import Corpus, limited, split
-from codecssl.pretrain.engine import Ranks, join_ranks, start_engine, take_step
+from codecssl.pretrain.engine import join_ranks, start_engine, take_step
 from codecssl.pretrain.loader import Batch, Loader
 from codecssl.pretrain.model import untrained
 from codecssl.pretrain.objective import MaskedPrediction, Scores, merged, summary
@@ -22,6 +22,7 @@ from codecssl.pretrain.plan import Plan
 from codecssl.pretrain.report import check_targets, collapse, data_report, model_report, training_flops
 from codecssl.pretrain.targets import make_target
 from codecssl.pretrain.telemetry import Row, Telemetry, machine_row
+from codecssl.slurm.job import Ranks
 from codecssl.tokenize.codec import load_codec_for
 from codecssl.tokenize.errors import UserError
 

@@ -133,9 +133,9 @@ def _compress(spectrum: Tensor) -> Tensor:
 class Guide(nn.Module):
     """What the latent is led towards: the normalised 64-band log-mel spectrum at each frame's end.
 
-    Left alone, encoder and decoder must invent a common language, which takes them days of CPU. With a guide the encoder
-    learns by regression and the decoder as a vocoder, at once and apart; quantization then starts from a latent that
-    already means something, as when a teacher's features guide a codec (SpeechTokenizer, Mimi).
+    Left alone, encoder and decoder must invent a common language, which takes them days of CPU. With a guide the
+    encoder learns by regression and the decoder as a vocoder, at once and apart; quantization then starts from a latent
+    that already means something, as where a teacher guides a codec (SpeechTokenizer, Mimi).
     """
 
     WINDOW, HOP = 1024, 320

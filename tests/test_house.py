@@ -1,0 +1,105 @@
+"""The shape of the project: what would break imports, a wheel, or the README if it slipped in."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("tokenize", "pretrain", "superb", "configs", "slurm")
+
+
+@pytest.mark.parametrize("folder", [*STAGES, "tests"])
+def test_no_stage_shadows_the_standard_library(folder):
+    """A top-level `tokenize` package, or a `queue.py` on sys.path, breaks `import torch` for whoever runs there."""
+    assert not list((ROOT / folder).rglob("__init__.py"))
+    if folder in STAGES:
+        assert not [p for p in (ROOT / folder).rglob("*.py") if p.parent != ROOT / folder], "stages are flat"
+        names = {p.stem for p in (ROOT / folder).glob("*.py")}
+        assert not names & set(sys.stdlib_module_names)
+
+
+def test_a_script_at_the_root_still_finds_the_standard_librarys_tokenize():
+    code = "import tokenize, torch; print(tokenize.open.__module__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "tokenize", done.stderr
+
+
+def test_no_file_names_a_registry():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.split():
+        path = ROOT / name
+        if path.suffix in (".tar", ".safetensors") or not path.is_file():
+            continue
+        text = path.read_text(errors="replace")
+        for host in ("pypi" + ".org", "pythonhosted" + ".org", "--index" + "-url", "index" + "_url"):
+            assert host not in text, f"{name} names {host}"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(source)], check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        ".",
+    ]
+    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=300)
+    [path] = folder.glob("*.whl")
+    return path
+
+
+def test_a_regular_install_holds_every_tracked_file_of_the_stages(wheel):
+    """What is missing from the wheel is only noticed by users: an editable install reads the checkout."""
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    tracked = subprocess.run(["git", "ls-files", *STAGES], cwd=ROOT, capture_output=True, text=True, check=True)
+    missing = [name for name in tracked.stdout.split() if f"codecssl/{name}" not in inside]
+    assert not missing
+
+
+def test_a_regular_install_runs(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import codecssl.tokenize.cli as c, codecssl.pretrain.cli, codecssl.superb.cli, codecssl.configs.load as l;"
+        "from codecssl.tokenize.codec import load_codec; from codecssl.superb.sample import ARCHIVE;"
+        "print(c.__file__, load_codec('tiny_16khz').card.num_codebooks, ARCHIVE.is_file(), l.names('pretrain')[:1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path), "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) in done.stdout
+    assert "8 True ['codec2vec_" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["codecssl-tokenize", "codecssl-pretrain", "codecssl-superb"])
+def test_help_is_quick_and_usage_errors_exit_2(command):
+    """Heavy imports only after parsing: --help must not load torch."""
+    module = f"codecssl.{command.partition('-')[2]}.cli"
+    code = (
+        f"import sys; import {module} as m\n"
+        "try: m.main(['--help'])\nexcept SystemExit as e: assert e.code == 0\n"
+        "assert 'torch' not in sys.modules, 'torch was imported for --help'\n"
+        "try: m.main(['no-such-command'])\nexcept SystemExit as e: sys.exit(e.code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert "usage: " + command in done.stdout
