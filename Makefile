@@ -20,8 +20,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) ".[dev,lyra]"
 	@touch $@
 
+# The whole chain, each line a command that a user would type; run again, it goes on where it stopped.
+STEPS ?= 250
+TASKS ?= ks,sid,er,ic
 demo: install
-	PATH="$(abspath $(BIN)):$$PATH" bash slurm/demo.sh "$(DEMO)" "$(AUDIO)"
+	$(BIN)/codecssl-superb sample $(DEMO)/sample
+	$(BIN)/codecssl-tokenize run $(or $(AUDIO),$(DEMO)/sample/pretrain.jsonl) --output $(DEMO)/shards --codec tiny_16khz
+	$(BIN)/codecssl-pretrain run codec2vec_tiny_codes --data $(DEMO)/shards --output $(DEMO)/run --optim.steps $(STEPS)
+	$(BIN)/codecssl-pretrain export $(DEMO)/run --output $(DEMO)/model
+	$(BIN)/codecssl-superb run --upstream $(DEMO)/model --upstream fbank --upstream codes --upstream random \
+		--tasks $(TASKS) --data $(DEMO)/sample --budget smoke --output $(DEMO)/superb
+	$(BIN)/codecssl-superb report $(DEMO)/superb
 
 test: install
 	$(BIN)/python -m pytest

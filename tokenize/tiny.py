@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from codecssl.tokenize.codec import Codec
+from codecssl.tokenize.errors import UserError
 
 SAMPLE_RATE = 16_000
 NUM_CODEBOOKS = 8
@@ -86,7 +87,7 @@ def load_network(path: Path = WEIGHTS) -> EncodecModel:
     missing, unexpected = model.load_state_dict(state, strict=False)
     counters = (".cluster_size", ".embed_avg", ".inited")
     if unexpected or any(not key.endswith(counters) for key in missing):
-        raise ValueError(f"{path}: not the weights of tiny_16khz (unexpected {unexpected[:3]}, missing {missing[:3]})")
+        raise UserError(f"{path}: not the weights of tiny_16khz (unexpected {unexpected[:3]}, missing {missing[:3]})")
     mark_initialised(model)
     return model.eval()
 

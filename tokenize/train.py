@@ -26,6 +26,9 @@ from torch.nn import functional as F
 from codecssl.tokenize import tiny
 from codecssl.tokenize.errors import UserError
 
+SAVE_EVERY = 500
+"""Steps between checkpoints."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -202,6 +205,7 @@ def train(pool: AudioPool, config: TrainConfig, work: Path, log: Callable[[str],
     began = time.time()
     for step in range(start, config.steps):
         generator = np.random.default_rng([config.seed, step])
+        torch.manual_seed(config.seed * config.steps + step)  # a resumed run draws what an uninterrupted one does
         if step == config.warmup_steps:
             fit_to_data(model, pool, generator, frames * 320)
         for group in optimizer.param_groups:
@@ -235,7 +239,7 @@ def train(pool: AudioPool, config: TrainConfig, work: Path, log: Callable[[str],
             log(" ".join(f"{k} {v:.4g}" for k, v in row.items()))
             with (work / "log.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
-        if (step + 1) % 500 == 0 or step + 1 == config.steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == config.steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save({**state, "config": asdict(config)}, work / "tmp.pt")
             (work / "tmp.pt").replace(checkpoint)

@@ -7,9 +7,9 @@ import torch
 from codecssl.pretrain import loader
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.corpus import Corpus, split
-from codecssl.pretrain.engine import Ranks
 from codecssl.pretrain.loader import Batch, Loader
 from codecssl.pretrain.run import open_data
+from codecssl.slurm.job import Ranks
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.shards import Shards
 
@@ -22,7 +22,7 @@ def same(left: Batch, right: Batch) -> bool:
 @pytest.fixture
 def train(make_shards: Callable[..., Path], small_config: Callable[..., RunConfig]) -> Loader:
     dirs = [make_shards("a", count=25, seed=0), make_shards("b", count=25, seed=1)]
-    return open_data(small_config(dirs), Ranks(0, 1))[0]
+    return open_data(small_config(dirs), Ranks(rank=0, world_size=1, local_rank=0))[0]
 
 
 def test_batches_are_the_planned_codes(train: Loader, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_ranks_and_accumulation_share_one_global_batch(
     """Two ranks with two micro-batches each read and mask what one process does, with its denominators."""
     config = small_config(make_shards(count=60))
     corpus = Corpus(config.data.dirs)
-    one = open_data(config, Ranks(0, 1))[0]
+    one = open_data(config, Ranks(rank=0, world_size=1, local_rank=0))[0]
     ranks = [
         Loader(
             corpus,
@@ -107,7 +107,7 @@ def test_held_out_utterances_are_stable_and_disjoint(
 def test_validation_masks_are_fixed_and_inputs_whole(
     make_shards: Callable[..., Path], small_config: Callable[..., RunConfig]
 ) -> None:
-    train, valid, _ = open_data(small_config(make_shards()), Ranks(0, 1))
+    train, valid, _ = open_data(small_config(make_shards()), Ranks(rank=0, world_size=1, local_rank=0))
     assert valid is not None
     assert same(valid.step(0)[0], valid.step(0)[0])
     assert valid.step(0)[0].kept.all()
@@ -122,16 +122,16 @@ def test_two_codecs_are_refused_on_one_line(
 ) -> None:
     dirs = [make_shards("a"), make_shards("b", codec="another")]
     with pytest.raises(UserError, match=r"b: written with codec another, .*a with synthetic .*one codec") as error:
-        open_data(small_config(dirs), Ranks(0, 1))
+        open_data(small_config(dirs), Ranks(rank=0, world_size=1, local_rank=0))
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="validate on shards of the same codec"):
-        open_data(small_config(dirs[0], data={"valid_dirs": [str(dirs[1])]}), Ranks(0, 1))
+        open_data(small_config(dirs[0], data={"valid_dirs": [str(dirs[1])]}), Ranks(rank=0, world_size=1, local_rank=0))
 
 
 def test_fewer_codebooks_by_option(make_shards: Callable[..., Path], small_config: Callable[..., RunConfig]) -> None:
     path = make_shards()
-    train = open_data(small_config(path, data={"num_codebooks": 2}), Ranks(0, 1))[0]
+    train = open_data(small_config(path, data={"num_codebooks": 2}), Ranks(rank=0, world_size=1, local_rank=0))[0]
     assert train.corpus.card.codebook_sizes == (16, 12)
     assert train.step(0)[0].codes.shape[1] == 2
     with pytest.raises(UserError, match=r"data.num_codebooks: 4, but .* has 3"):
-        open_data(small_config(path, data={"num_codebooks": 4}), Ranks(0, 1))
+        open_data(small_config(path, data={"num_codebooks": 4}), Ranks(rank=0, world_size=1, local_rank=0))
