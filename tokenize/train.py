@@ -26,6 +26,9 @@ from torch.nn import functional as F
 from codecssl.tokenize import tiny
 from codecssl.tokenize.errors import UserError
 
+FIT_BATCHES = 20
+"""Of 20 segments each, to which the codebooks are fitted."""
+
 SAVE_EVERY = 500
 """Steps between checkpoints."""
 
@@ -270,8 +273,8 @@ def _output_std(layer: nn.Module, model: EncodecModel, wave: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fit_to_data(model: EncodecModel, pool: AudioPool, generator: np.random.Generator, length: int) -> None:
-    """Fit the codebooks by k-means on about 16,000 frames of training audio."""
-    waves = [pool.batch(generator, 20, length) for _ in range(20)]
+    """Fit the codebooks by k-means on frames of training audio."""
+    waves = [pool.batch(generator, 20, length) for _ in range(FIT_BATCHES)]
     latents = torch.cat([model.encoder(wave) for wave in waves])
     tiny.fit_codebooks(model, latents.transpose(1, 2).reshape(-1, tiny.LATENT_DIM))
 

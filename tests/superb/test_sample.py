@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+
 from codecssl.superb import make_sample, sample, sample_text, sample_voice
 from codecssl.tokenize.errors import UserError
 

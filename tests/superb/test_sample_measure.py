@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from codecssl.superb import sample_measure
 from torchaudio.functional import edit_distance as reference_distance
+
+from codecssl.superb import sample_measure
 
 
 def test_edit_distance_is_torchaudios() -> None:

@@ -1,0 +1,138 @@
+"""The commands: exit codes, one line for an error, and a whole run from corpus to report."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codecssl.superb import tasks
+from codecssl.superb.cli import main
+
+
+def test_run_then_report(
+    corpus: Path,
+    model_folder: Path,
+    loads_codec: Any,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = tasks.Budget(name="smoke", divisor=10**6, least=8, evaluations=2, learning_rates=(1e-2, 1e-3))
+    monkeypatch.setitem(tasks.BUDGETS, "smoke", few)
+    monkeypatch.setenv("COLUMNS", "200")
+    command = [
+        "run",
+        "--upstream",
+        str(model_folder),
+        "--upstream",
+        "fbank",
+        "--upstream",
+        "codes",
+        "--tasks",
+        "ks,ic",
+    ]
+    command += [
+        "--data",
+        str(corpus),
+        "--output",
+        str(tmp_path / "out"),
+        "--budget",
+        "smoke",
+        "--lr",
+        "1e-2,1e-3",
+    ]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "12 runs, 0 finished before" in said
+    assert "Not SUPERB: smoke budget" in said
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"{model_folder.name} − codes" in page
+    assert main(command) == 0
+    assert "12 runs, 12 finished before" in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "report.html").read_text() == page
+
+
+def test_a_failed_run_is_exit_1_and_one_line(corpus: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    from codecssl.superb import run
+
+    def fails(run: Any, machine: Any) -> None:
+        run.folder.mkdir(parents=True)
+        raise RuntimeError("no\nmemory")
+
+    monkeypatch.setattr(run, "run_one", fails)
+    command = [
+        "run",
+        "--upstream",
+        "fbank",
+        "--tasks",
+        "ks",
+        "--data",
+        str(corpus),
+        "--output",
+        str(tmp_path),
+    ]
+    assert main(command) == 1
+    assert capsys.readouterr().err == "error: 1 of 1 runs failed, the first with: RuntimeError: no memory\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["run", "--upstream", "nope", "--data", "CORPUS", "--output", "OUT"],
+            "error: upstream nope: not known",
+        ),
+        (["run", "--upstream", "fbank", "--data", "OUT", "--output", "OUT"], "no manifest.jsonl in it"),
+        (
+            ["run", "--upstream", "fbank", "--tasks", "xx", "--data", "CORPUS", "--output", "OUT"],
+            "error: task xx: not known",
+        ),
+        (["report", "OUT"], "no finished run"),
+        (["probe", "--upstream", "fbank", "--data", "OUT", "--output", "OUT"], "no dataset.json"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, corpus: Path, tmp_path: Path, capsys: Any) -> None:
+    places = {"CORPUS": str(corpus), "OUT": str(tmp_path)}
+    assert main([places.get(argument, argument) for argument in arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["run"], ["nothing"], ["run", "--lr", "x"], ["probe", "--jobs", "0"]])
+def test_usage_is_exit_2(arguments: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+
+
+def test_tasks_lists_them(capsys: Any) -> None:
+    assert main(["tasks"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in [*tasks.TASKS, *tasks.BUDGETS])
+
+
+def test_help_is_quick() -> None:
+    """Nothing heavy is imported before the arguments are parsed."""
+    code = "import sys\ntry:\n from codecssl.superb.cli import main; main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('torch', 's3prl', 'transformers', 'numpy', 'sklearn') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_python_m() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "codecssl.superb", "tasks"], capture_output=True, text=True, check=True
+    )
+    assert "SuperbKS" in done.stdout
+
+
+def test_sample_unpacks_the_corpus_that_ships(tmp_path: Path, capsys: Any) -> None:
+    """And every task finds its splits in it."""
+    assert main(["sample", str(tmp_path / "sample")]) == 0
+    corpus = tasks.Corpus(tmp_path / "sample")
+    for task in tasks.TASKS.values():
+        assert all(len(examples) >= 40 for examples in corpus.examples(task).values())

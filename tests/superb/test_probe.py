@@ -1,0 +1,168 @@
+"""Probes: folds that keep groups apart, layers chosen without the test folds, shards and audio alike."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from codecssl.superb import probe, results
+from codecssl.superb.crossvalidate import Settings, assign_folds, evaluate
+from codecssl.superb.probe import Probe, load_probes
+from codecssl.superb.probe_data import open_rows
+from codecssl.tokenize.errors import UserError
+
+KS = Probe(name="ks", label="keyword", task="ks")
+
+
+def test_the_shipped_probes() -> None:
+    probes = {p.name: p for p in load_probes("probes")}
+    assert {name: (p.label, p.group) for name, p in probes.items()} == {
+        "digits": ("label", "speaker"),
+        "keywords": ("label", None),
+        "emotion": ("label", "speaker"),
+        "speaker": ("speaker", None),
+        "language": ("label", None),
+    }
+    assert probes["speaker"].takes({"task": "asr,pr,sid", "path": "asr_pr_sid_speechocean/1/2.flac"})
+    assert not probes["speaker"].takes({"task": "asr,sid", "path": "asr_cv_en/2.mp3"})
+    assert not probes["keywords"].takes({"task": "kws2"})
+
+
+def test_groups_never_stand_on_both_sides() -> None:
+    groups = np.array(list("aabbccddee") * 3)
+    fold = assign_folds(np.array(list("xy") * 15), groups, 4, seed=0)
+    assert all(len(set(fold[groups == g])) == 1 for g in "abcde")
+    assert set(fold) == {0, 1, 2, 3}
+
+
+def test_without_groups_folds_are_stratified_and_follow_the_seed() -> None:
+    labels = np.array(list("xxxy") * 10)
+    folds = [assign_folds(labels, None, 5, seed) for seed in (0, 0, 1)]
+    assert all((labels[folds[0] == f] == "y").sum() == 2 for f in range(5))
+    assert (folds[0] == folds[1]).all()
+    assert (folds[0] != folds[2]).any()
+
+
+def test_accuracy_is_what_scikit_learn_says() -> None:
+    """Of one layer: cross_val_score of the same pipeline on the same folds."""
+    from sklearn.datasets import make_classification
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    features, labels = make_classification(200, 20, n_informative=4, n_classes=3, flip_y=0.3, random_state=0)
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    folds = StratifiedKFold(4, shuffle=True, random_state=5)
+    expected = (cross_val_predict(model, features, labels, cv=folds) == labels).mean()
+    row = evaluate(features[:, None], labels, None, Settings(seeds=(5,)))
+    assert row["layers"] == [pytest.approx(expected, abs=1e-5)]
+    assert row["best_layer"] == row["optimistic_layer"] == row["layers"][0]
+
+
+def test_the_layer_is_chosen_without_the_test_folds() -> None:
+    """Against a plain nested cross-validation, on noise where the optimistic figure is far above it."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    generator = np.random.default_rng(0)
+    features, labels = generator.standard_normal((60, 12, 5)), np.array([0, 1] * 30)
+    row = evaluate(features, labels, None, Settings(seeds=(0,)))
+    fold, right, chosen = assign_folds(labels, None, 4, 0), 0.0, []
+    for f in range(4):
+        scores = []
+        for layer in range(12):
+            inner = []
+            for g in range(4):
+                if g != f:
+                    train = (fold != f) & (fold != g)
+                    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+                    model.fit(features[train, layer], labels[train])
+                    inner.append(model.score(features[fold == g, layer], labels[fold == g]))
+            scores.append(np.mean(inner))
+        chosen.append(int(np.argmax(scores)))
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+        model.fit(features[fold != f, chosen[-1]], labels[fold != f])
+        right += (model.predict(features[fold == f, chosen[-1]]) == labels[fold == f]).sum()
+    assert row["chosen_layers"] == [chosen]
+    assert row["best_layer"] == pytest.approx(right / 60, abs=1e-5)
+    assert row["optimistic_layer"] > row["best_layer"] + 0.05
+
+
+def test_probing_audio_finds_what_is_there_and_is_not_done_twice(
+    corpus: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Tones of four pitches: fbank names them; a second call computes nothing."""
+    pitch = Probe(name="pitch", label="speaker")
+    said: list[str] = []
+    settings = Settings(seeds=(0, 1))
+    rows = probe.run(["fbank"], corpus, [pitch, KS], tmp_path, settings, report=said.append)
+    assert rows[0]["best_layer"] > 0.95
+    assert rows[0]["utterances"] == 48
+    assert rows[0]["chance"] == 0.25
+    assert len(results.publish(tmp_path)) == 2
+    assert "| pitch | fbank |" in probe.write_markdown(rows, tmp_path).read_text()
+    monkeypatch.setattr(probe, "_measure", None)
+    assert probe.run(["fbank"], corpus, [pitch, KS], tmp_path, settings, report=said.append) == rows
+    assert len(said) == 4
+
+
+def test_shards_give_what_audio_gives(corpus: Path, model_folder: Path, loads_codec: Any, tmp_path: Path) -> None:
+    """The codes in the shards are the ones that the expert makes of the files."""
+    import torch
+
+    from codecssl.tokenize.audio import read_wave
+    from codecssl.tokenize.writer import write_shards
+
+    rows = [json.loads(line) for line in (corpus / "manifest.jsonl").read_text().splitlines()]
+    waves = [torch.from_numpy(read_wave(corpus / row["path"], 16000)) for row in rows]
+    items = [(row["path"], codes.numpy(), {"task": row["task"], "keyword": row["keyword"]})
+             for row, codes in zip(rows, loads_codec.encode(waves), strict=True)]  # fmt: skip
+    write_shards(tmp_path / "shards", loads_codec.card, items)
+    settings, names = Settings(seeds=(0,)), [str(model_folder), "codes", "random"]
+    from_audio = probe.run(names, corpus, [KS], tmp_path / "a", settings, report=lambda text: None)
+    from_codes = probe.run(names, tmp_path / "shards", [KS], tmp_path / "b", settings, report=lambda text: None)
+    assert [row["layers"] for row in from_audio] == [row["layers"] for row in from_codes]
+    assert len(from_audio[0]["layers"]) == 3
+    with pytest.raises(UserError, match="upstream fbank: reads audio"):
+        probe.run(["fbank"], tmp_path / "shards", [KS], tmp_path / "b", settings)
+
+
+def test_shards_of_another_codec_are_refused(codec: Any, model_folder: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from codecssl.tokenize.writer import write_shards
+
+    card = replace(codec.card, weights_sha256="f" * 64)
+    write_shards(tmp_path / "shards", card, [("a", np.zeros((8, 9), np.uint16), {"task": "ks", "keyword": "x"})])
+    with pytest.raises(UserError, match=r"its codec is not the one of .* \(weights_sha256"):
+        probe.run([str(model_folder)], tmp_path / "shards", [KS], tmp_path, Settings())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (Probe(name="p", label="keyword", task="none"), "no row matches it"),
+        (Probe(name="p", label="text"), "has no column text"),
+        (Probe(name="p", label="path"), "class 00.flac has 1 rows; give two classes and 4 rows"),
+        (Probe(name="p", label="keyword", group="style"), "2 values of style for 4 folds"),
+    ],
+)
+def test_a_probe_that_does_not_fit_is_one_clear_line(wrong: Probe, message: str, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        probe.run(["fbank"], corpus, [wrong], tmp_path, Settings())
+
+
+def test_bad_settings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="folds 2: at least 3"):
+        Settings(folds=2)
+    with pytest.raises(UserError, match="neither a file nor a name"):
+        load_probes("nothing")
+    (tmp_path / "p.yaml").write_text("digits: {labell: x}")
+    with pytest.raises(UserError, match="labell"):
+        load_probes(str(tmp_path / "p.yaml"))
+    with pytest.raises(UserError, match="no such file or folder"):
+        open_rows(tmp_path / "nothing")
