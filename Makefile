@@ -6,6 +6,8 @@ AUDIO  ?=
 DEMO   ?= demo
 export DS_BUILD_OPS = 0
 export DS_ACCELERATOR ?= cpu
+# threads that wait must sleep: spinning ones take the cores of a machine that others use too
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: install demo test check bench clean
 
@@ -29,7 +31,7 @@ demo: install
 	$(BIN)/codecssl-pretrain run codec2vec_tiny_codes --data $(DEMO)/shards --output $(DEMO)/run --optim.steps $(STEPS)
 	$(BIN)/codecssl-pretrain export $(DEMO)/run --output $(DEMO)/model
 	$(BIN)/codecssl-superb run --upstream $(DEMO)/model --upstream fbank --upstream codes --upstream random \
-		--tasks $(TASKS) --data $(DEMO)/sample --budget smoke --output $(DEMO)/superb
+		--tasks $(TASKS) --data $(DEMO)/sample --budget smoke --jobs 2 --output $(DEMO)/superb
 	$(BIN)/codecssl-superb report $(DEMO)/superb
 
 test: install

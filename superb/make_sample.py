@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from codecssl.superb import sample_text as said
 from codecssl.superb.sample_voice import (
     MANNERS,

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from codecssl.superb.sample import Row, manifest_rows
 from codecssl.tokenize.errors import UserError
 
@@ -105,9 +106,7 @@ def voices_at_once(corpus: Corpus) -> tuple[float, float]:
             frames = np.pad(corpus.frames(row), ((10, 10), (0, 0)), mode="edge")
             length = len(frames) - 20
             times = np.arange(length) * HOP / 16_000
-            features[split].append(
-                np.hstack([frames[shift : shift + length] for shift in (0, 5, 10, 15, 20)])
-            )
+            features[split].append(np.hstack([frames[shift : shift + length] for shift in (0, 5, 10, 15, 20)]))
             spans = [(times >= s["start"]) & (times < s["end"]) for s in row["segments"]]
             counts[split].append(np.sum(spans, axis=0).astype(str))
     train, test = np.concatenate(counts["train"])[::5], np.concatenate(counts["test"])
@@ -199,9 +198,7 @@ def edit_distance(one: list[str], other: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m codecssl.superb.sample_measure", description=__doc__)
     parser.add_argument("folder", type=Path, help="the unpacked corpus")
-    parser.add_argument(
-        "--ctc", type=int, metavar="EPOCHS", default=0, help="also train pr, asr and sf so long"
-    )
+    parser.add_argument("--ctc", type=int, metavar="EPOCHS", default=0, help="also train pr, asr and sf so long")
     arguments = parser.parse_args(argv)
     try:
         corpus = Corpus(arguments.folder)

@@ -120,11 +120,7 @@ def _bring(object_: str) -> Intent:
 
 
 INTENTS = (
-    *(
-        _switch(a, "lights", where)
-        for a in ("activate", "deactivate")
-        for where in ("kitchen", "bedroom", "none")
-    ),
+    *(_switch(a, "lights", where) for a in ("activate", "deactivate") for where in ("kitchen", "bedroom", "none")),
     *(_switch(a, "music", "none") for a in ("activate", "deactivate")),
     *(_change(a, "heat", where) for a in ("increase", "decrease") for where in ("kitchen", "bedroom")),
     *(_change(a, "volume", "none") for a in ("increase", "decrease")),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from codecssl.tokenize.errors import UserError
 
 SAMPLE_RATE = 16_000
@@ -187,6 +188,4 @@ def _espeak(*arguments: str) -> bytes:
     try:
         return subprocess.run(["espeak-ng", *arguments], capture_output=True, check=True).stdout
     except FileNotFoundError:
-        raise UserError(
-            "espeak-ng: not found; install it (only remaking the sample corpus needs it)"
-        ) from None
+        raise UserError("espeak-ng: not found; install it (only remaking the sample corpus needs it)") from None

@@ -1,0 +1,255 @@
+"""Upstreams by name, and the expert that makes a codec model one: waves in, hidden states out, always frozen.
+
+A wave at 16 kHz becomes codes (the codec runs once per distinct wave), the codes become hidden states. The
+contract is s3prl's: `forward(list of 1-D float waves) -> {"hidden_states": [[B, T, D], ...]}` and
+`get_downsample_rates`.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from codecssl.superb import compat
+from codecssl.superb.codes import CodeCache
+from codecssl.tokenize.codec import Codec, CodecCard, load_codec, load_codec_for
+from codecssl.tokenize.errors import UserError
+
+if TYPE_CHECKING:
+    from codecssl.pretrain.config import ModelConfig
+
+SAMPLE_RATE = 16_000  # of every wave that s3prl hands over
+DEFAULT_CODEC = "tiny_16khz"  # of bare `codes` and `random` where no model is named beside them,
+DEFAULT_CONFIG = "codec2vec_tiny_codes"  # and the architecture of that `random`
+NAMES = "an exported model's folder, fbank, codes, random, codes:MODEL, codes:CODEC, random:MODEL, or NAME@s3prl"
+
+
+class Encoder(Protocol):
+    """Codes to hidden states: a pretrained model, or the codec's own tables."""
+
+    def extract(self, codes: Tensor, frames: Sequence[int]) -> list[Tensor]:
+        """int64 codes [B, K, T], frames per item -> hidden states, each [B, T, D]."""
+        ...
+
+
+class CodeTables(nn.Module):
+    """The baseline `codes`: the codec's dequantised latent, the sum of its K table rows; one hidden state."""
+
+    def __init__(self, tables: Sequence[Tensor]) -> None:
+        super().__init__()
+        for k, table in enumerate(tables):
+            self.register_buffer(f"table_{k}", table.detach().clone())
+
+    def extract(self, codes: Tensor, frames: Sequence[int]) -> list[Tensor]:
+        """int64 codes [B, K, T] -> one hidden state [B, T, latent_dim]."""
+        tables = list(self.buffers())
+        return [torch.stack([table[codes[:, k]] for k, table in enumerate(tables)]).sum(dim=0)]
+
+
+class CodecExpert(nn.Module):
+    """An s3prl upstream of a codec and an encoder.
+
+    Frozen by construction: neither is a submodule, so that no parameter reaches an optimiser or a checkpoint,
+    `train()` can't switch dropout on, and `to(device)` still moves them. Frames follow s3prl's arithmetic
+    exactly: a wave of n samples has ceil(n / rate) frames. Where the codec's frame is not a whole number of
+    samples at 16 kHz (24 kHz with a hop of 320: 213.33), `rate` is the integer part, and frame j is the
+    codec's frame at sample j * rate: one frame in 640 appears twice, and nothing drifts, however long the
+    wave.
+    """
+
+    def __init__(self, card: CodecCard, codes: CodeCache, encoder: nn.Module) -> None:
+        super().__init__()
+        self.card = card
+        self.codes = codes
+        self._encoder = (encoder.eval().requires_grad_(False),)
+        self._frame = Fraction(SAMPLE_RATE * card.hop_length, card.sample_rate)  # samples at 16 kHz
+        self._rate = int(self._frame)
+
+    @property
+    def encoder(self) -> Any:
+        return self._encoder[0]
+
+    def get_downsample_rates(self, key: str) -> int:
+        """Samples at 16 kHz per frame of hidden state."""
+        return self._rate
+
+    @torch.no_grad()
+    def forward(self, wavs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+        """1-D float waves at 16 kHz -> {"hidden_states": [[B, T, D], ...]}, zeros beyond each wave's own
+        frames.
+        """
+        device = wavs[0].device
+        codes = self.codes(wavs)
+        batch = nn.utils.rnn.pad_sequence([c.T for c in codes], batch_first=True).transpose(1, 2)  # [B, K, T]
+        states = self.encoder.extract(batch.to(device), [c.shape[1] for c in codes])
+        index = [self._index(len(wav), c.shape[1]).to(device) for wav, c in zip(wavs, codes, strict=True)]
+        pad = nn.utils.rnn.pad_sequence
+        return {"hidden_states": [pad([s[i, at] for i, at in enumerate(index)], batch_first=True) for s in states]}
+
+    def _index(self, samples: int, frames: int) -> Tensor:
+        """For each of s3prl's ceil(samples / rate) frames, the codec's frame that holds its first sample."""
+        starts = torch.arange(-(-samples // self._rate)) * self._rate
+        return (starts * self._frame.denominator // self._frame.numerator).clamp(max=frames - 1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "CodecExpert":
+        self.encoder._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+
+def encode(codec: Codec, wavs: Sequence[Tensor], device: str = "cpu") -> list[Tensor]:
+    """1-D waves at 16 kHz -> codes; where the codec's rate differs, resampled as codecssl-tokenize resamples
+    files.
+    """
+    import soxr
+
+    rate = codec.card.sample_rate
+    if rate == SAMPLE_RATE:
+        return codec.encode([wav.detach().float().to(device) for wav in wavs])
+    samples = [soxr.resample(wav.detach().cpu().float().numpy(), SAMPLE_RATE, rate, quality="HQ") for wav in wavs]
+    return codec.encode([torch.from_numpy(wave).to(device) for wave in samples])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upstream:
+    """What an upstream's name means. `argument` is a model's folder, a codec's name or an s3prl name."""
+
+    name: str
+    kind: Literal["model", "fbank", "codes", "random", "s3prl"]
+    argument: str | None = None
+
+    @property
+    def reads_codes(self) -> bool:
+        return self.kind in ("model", "codes", "random")
+
+    def identity(self) -> dict[str, str | None]:
+        """What determines its features, as far as the name goes: for a model's folder, the sha256 of its
+        files.
+        """
+        digest = None
+        if self.argument and _is_model(self.argument):
+            files = sorted(p for p in Path(self.argument).iterdir() if p.suffix in (".json", ".safetensors"))
+            digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in files)).hexdigest()
+        return {"name": self.name, "kind": self.kind, "argument": self.argument, "sha256": digest}
+
+
+def parse(name: str) -> Upstream:
+    """A name as the user types it; UserError where it names nothing."""
+    head, _, tail = name.partition(":")
+    if name.endswith("@s3prl"):
+        return Upstream(name=name, kind="s3prl", argument=name.removesuffix("@s3prl"))
+    if name == "fbank":
+        return Upstream(name=name, kind="fbank")
+    if head == "codes":
+        return Upstream(name=name, kind="codes", argument=tail or None)
+    if head == "random" and (not tail or _is_model(tail)):
+        return Upstream(name=name, kind="random", argument=tail or None)
+    if _is_model(name):
+        return Upstream(name=name, kind="model", argument=name)
+    raise UserError(f"upstream {name}: not known; give {NAMES} (codecssl-pretrain export makes such a folder)")
+
+
+def parse_all(names: Sequence[str]) -> list[Upstream]:
+    """Names of one comparison: bare `codes` and `random` take the codec and architecture of the first model
+    named.
+    """
+    upstreams = [parse(name) for name in names]
+    model = next((u.argument for u in upstreams if u.kind == "model"), None)
+    bare = [u.kind in ("codes", "random") and u.argument is None for u in upstreams]
+    return [
+        Upstream(name=u.name, kind=u.kind, argument=model) if is_bare else u
+        for u, is_bare in zip(upstreams, bare, strict=True)
+    ]
+
+
+def _is_model(path: str) -> bool:
+    return (Path(path) / "config.json").is_file()
+
+
+class Shelf:
+    """Builds upstreams for one process; those that share a codec share its codes, so that it runs once per
+    wave.
+    """
+
+    def __init__(self, *, device: str = "cpu", code_folder: Path | None = None, seed: int = 0) -> None:
+        self.device = device
+        self.code_folder = code_folder
+        self.seed = seed
+        self._codecs: dict[str, tuple[Codec, CodeCache]] = {}
+
+    def build(self, upstream: Upstream) -> nn.Module:
+        """The upstream, frozen and on the device."""
+        if upstream.kind == "fbank":
+            return _fbank("fbank").to(self.device)
+        if upstream.kind == "s3prl":
+            return _from_s3prl(upstream.argument or "").to(self.device)
+        card, encoder = self.encoder(upstream)
+        _, codes = self._codec(card.fingerprint, lambda: load_codec_for(card, device=self.device))
+        return CodecExpert(card, codes, encoder).to(self.device)
+
+    def build_unnormalised(self, upstream: Upstream) -> nn.Module:
+        """The same, but fbank without the normalisation that makes the mean over time of every utterance
+        zero.
+        """
+        return _fbank("fbank_no_cmvn").to(self.device) if upstream.kind == "fbank" else self.build(upstream)
+
+    def encoder(self, upstream: Upstream) -> tuple[CodecCard, nn.Module]:
+        """The part from codes to hidden states, for data that is codes already."""
+        from codecssl.pretrain.export import load_pretrained
+
+        assert upstream.reads_codes
+        if upstream.argument and _is_model(upstream.argument):
+            model = load_pretrained(upstream.argument)
+            if upstream.kind == "model":
+                return model.card, model
+            codec, _ = self._codec(model.card.fingerprint, lambda: load_codec_for(model.card, device=self.device))
+            return model.card, self._baseline(upstream.kind, codec, model.config)
+        from codecssl.configs.load import load_config
+        from codecssl.pretrain.config import RunConfig
+
+        codec = load_codec(upstream.argument or DEFAULT_CODEC, device=self.device)
+        codec, _ = self._codec(codec.card.fingerprint, lambda: codec)
+        return codec.card, self._baseline(
+            upstream.kind, codec, load_config(RunConfig, "pretrain", DEFAULT_CONFIG).model
+        )
+
+    def _baseline(self, kind: str, codec: Codec, config: "ModelConfig") -> nn.Module:
+        from codecssl.pretrain.model import untrained
+
+        tables = [table.cpu() for table in codec.embeddings()]
+        if kind == "codes":
+            return CodeTables(tables)
+        return untrained(config, codec.card, tables if config.embedding_init == "codec" else None, self.seed)
+
+    def _codec(self, fingerprint: str, load: Callable[[], Codec]) -> tuple[Codec, CodeCache]:
+        if fingerprint not in self._codecs:
+            codec = load()
+            cache = CodeCache(lambda wavs: encode(codec, wavs, self.device), fingerprint, self.code_folder)
+            self._codecs[fingerprint] = codec, cache
+        return self._codecs[fingerprint]
+
+
+def _fbank(name: str) -> nn.Module:
+    """s3prl's own log-mel filterbank, imported without the rest of its hub (seconds)."""
+    compat.install()
+    from s3prl.upstream.baseline import hubconf
+
+    return _frozen(getattr(hubconf, name)())
+
+
+def _from_s3prl(name: str) -> nn.Module:
+    compat.install()
+    import s3prl.hub as hub
+
+    if not callable(getattr(hub, name, None)):
+        raise UserError(f"upstream {name}@s3prl: s3prl's hub has no {name}; its names: python -c 'import s3prl.hub'")
+    return _frozen(getattr(hub, name)())
+
+
+def _frozen(module: nn.Module) -> nn.Module:
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,84 @@
+"""What a probe reads: a manifest of audio files, or token shards whose columns are the labels."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codecssl.superb.expert import SAMPLE_RATE, Shelf, Upstream
+from codecssl.tokenize.errors import UserError
+
+SHORTEST = 800  # samples: what s3prl pads its shortest waves to
+
+
+class AudioRows:
+    """A manifest of audio files: path and label columns."""
+
+    def __init__(self, manifest: Path) -> None:
+        self.manifest = manifest
+        self.fingerprint = hashlib.sha256(manifest.read_bytes()).hexdigest()
+        lines = manifest.read_text(encoding="utf-8").splitlines()
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
+
+    def features(self, upstream: Upstream, shelf: Shelf) -> Callable[[int], list[np.ndarray]]:
+        """A function from a row's number to its hidden states [T, D]."""
+        import torch
+
+        from codecssl.tokenize.audio import read_wave
+
+        expert = shelf.build_unnormalised(upstream)
+
+        def states(index: int) -> list[np.ndarray]:
+            wave = torch.from_numpy(read_wave(self.manifest.parent / self.rows[index]["path"], SAMPLE_RATE))
+            wave = torch.nn.functional.pad(wave, (0, max(0, SHORTEST - len(wave)))).to(shelf.device)
+            with torch.no_grad():
+                return [layer[0].cpu().numpy() for layer in expert([wave])["hidden_states"]]
+
+        return states
+
+
+class ShardRows:
+    """A folder of token shards whose label columns are the probe's: no codec and no audio is needed."""
+
+    def __init__(self, folder: Path) -> None:
+        from codecssl.tokenize.shards import Shards
+
+        self.shards: Shards = Shards(folder)
+        self.fingerprint = self.shards.fingerprint
+        self.rows: list[dict[str, Any]] = [{"path": u.path, **u.labels} for u in self.shards.utterances()]
+
+    def features(self, upstream: Upstream, shelf: Shelf) -> Callable[[int], list[np.ndarray]]:
+        """A function from a row's number to its hidden states [T, D]."""
+        import torch
+
+        if not upstream.reads_codes:
+            raise UserError(
+                f"upstream {upstream.name}: reads audio, and {self.shards.path} holds codes; probe the audio"
+            )
+        card, encoder = shelf.encoder(upstream)
+        theirs = self.shards.card
+        if (card.weights_sha256, card.codebook_sizes) != (theirs.weights_sha256, theirs.codebook_sizes):
+            where = card.difference(theirs)
+            raise UserError(f"upstream {upstream.name}: its codec is not the one of {self.shards.path} ({where})")
+        encoder = encoder.to(shelf.device)
+
+        def states(index: int) -> list[np.ndarray]:
+            codes = torch.from_numpy(self.shards.codes(index).astype(np.int64))[None].to(shelf.device)
+            with torch.no_grad():
+                return [layer[0].cpu().numpy() for layer in encoder.extract(codes, [codes.shape[2]])]  # type: ignore[operator]
+
+        return states
+
+
+def open_rows(path: Path) -> "AudioRows | ShardRows":
+    """A manifest file, a folder with manifest.jsonl, or a folder of token shards."""
+    if (path / "manifest.jsonl").is_file():
+        return AudioRows(path / "manifest.jsonl")
+    if path.is_file():
+        return AudioRows(path)
+    if path.is_dir():
+        return ShardRows(path)
+    raise UserError(f"data {path}: no such file or folder; give a manifest.jsonl or a folder of token shards")

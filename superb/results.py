@@ -1,0 +1,35 @@
+"""Result rows on disk: one file per finished run, appearing whole, and results.jsonl made of them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write by rename: a reader sees the old file or the new one, never a part."""
+    _write(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def read_rows(output: Path, kind: str = "*") -> list[Row]:
+    """What finished under `output`, in the order of names; kind: runs, probes, or both."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(output.glob(f"{kind}/**/result.json"))]
+
+
+def publish(output: Path) -> list[Row]:
+    """Write results.jsonl from all that finished; safe while other processes finish theirs."""
+    rows = read_rows(output)
+    _write(output / "results.jsonl", "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+    return rows
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
