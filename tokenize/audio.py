@@ -63,7 +63,7 @@ class AudioReader:
         try:
             yield from self._resampled()
         except soundfile.LibsndfileError as error:
-            raise UserError(f"cannot decode: {str(error).rsplit(': ', 1)[-1].strip()}") from error
+            raise UserError(f"cannot decode: {_reason(self.path, error)}") from error
         if self.source_samples == 0:
             raise UserError("no samples: the file or segment holds no audio")
 
@@ -100,6 +100,14 @@ class AudioReader:
                 raise UserError(f"NaN or infinite samples after {self.source_samples / file.samplerate:.3f} s")
             self.source_samples += len(block)
             yield block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
+
+
+def _reason(path: Path, error: soundfile.LibsndfileError) -> str:
+    """libsndfile's word, but for two cases that it tells wrongly."""
+    if path.stat().st_size == 0:
+        return "the file is empty"
+    text = str(error).rsplit(": ", 1)[-1].strip()
+    return "no audio found in it" if text.startswith("File does not exist") else text
 
 
 def read_wave(path: Path, sample_rate: int) -> NDArray[np.float32]:

@@ -63,7 +63,7 @@ def test_what_is_no_whole_audio_is_refused_with_a_reason(tmp_path):
     with pytest.raises(UserError, match="flac decoder lost sync|truncated"):
         read_wave(path, 16_000)
     path.write_bytes(b"")
-    with pytest.raises(UserError, match="cannot decode"):
+    with pytest.raises(UserError, match="cannot decode: the file is empty"):
         read_wave(path, 16_000)
     soundfile.write(tmp_path / "nan.wav", np.array([0.1, np.nan, 0.2], "f4"), 16_000, subtype="FLOAT")
     with pytest.raises(UserError, match="NaN or infinite samples"):
