@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from codecssl.pretrain import checkpoint
 from codecssl.pretrain import run as run_module
 from codecssl.pretrain.config import RunConfig
-from codecssl.pretrain.engine import Ranks, schedule
+from codecssl.pretrain.engine import schedule
 from codecssl.pretrain.export import export, load_pretrained
 from codecssl.pretrain.run import build, open_data, run
 from codecssl.pretrain.telemetry import read_rows
+from codecssl.slurm.job import Ranks
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.tiny import random_codec
@@ -82,7 +83,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(
     """From step 10 of 20, over an epoch boundary: weights, optimizer, schedule and metrics."""
     dirs = make_shards(count=50)
     config = small_config(dirs, engine={"precision": precision, "accumulation": 2})
-    steps_per_epoch = open_data(config, Ranks(0, 1))[0].plan.steps_per_epoch
+    steps_per_epoch = open_data(config, Ranks(rank=0, world_size=1, local_rank=0))[0].plan.steps_per_epoch
     assert any(10 < boundary < 20 for boundary in range(0, 20, steps_per_epoch)), "no epoch ends in the resumed part"
     run(config, tmp_path / "whole")
     resumed = forget_after(tmp_path / "whole", 10, tmp_path / "resumed")
@@ -127,7 +128,7 @@ def test_the_engine_does_what_a_plain_torch_loop_does(make_shards: Make, small_c
         optim={"steps": 6, "clip_norm": 0.05}, log={"checkpoint_every": 6},
     )  # fmt: skip
     run(config, tmp_path / "run")
-    train = open_data(config, Ranks(0, 1))[0]
+    train = open_data(config, Ranks(rank=0, world_size=1, local_rank=0))[0]
     whole = build(config, train.corpus, from_codec=True).train()
     optimizer = torch.optim.AdamW(whole.parameters(), lr=3e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
     scheduler = schedule(config.optim, optimizer)

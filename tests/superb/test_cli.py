@@ -73,6 +73,8 @@ def test_a_failed_run_is_exit_1_and_one_line(corpus: Path, tmp_path: Path, capsy
         str(corpus),
         "--output",
         str(tmp_path),
+        "--lr",
+        "1e-2",
     ]
     assert main(command) == 1
     assert capsys.readouterr().err == "error: 1 of 1 runs failed, the first with: RuntimeError: no memory\n"
