@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 # The whole chain, each line a command that a user would type; run again, it goes on where it stopped.
-STEPS ?= 250
+STEPS ?= 120
 TASKS ?= ks,sid,er,ic
 demo: install
 	$(BIN)/codecssl-superb sample $(DEMO)/sample
