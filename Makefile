@@ -45,7 +45,7 @@ check: install .typecheck/codecssl
 
 bench: install
 	$(BIN)/codecssl-superb sample .bench/sample
-	$(BIN)/codecssl-tokenize bench .bench/sample/audio --codec tiny_16khz
+	$(BIN)/codecssl-tokenize bench .bench/sample --codec tiny_16khz
 
 # mypy cannot see through the editable install; this link shows it the package
 .typecheck/codecssl:
