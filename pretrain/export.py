@@ -15,17 +15,21 @@ from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
 
 FORMAT, VERSION = "codecssl-model", 1
+_FILES = {"model.safetensors", "config.json"}
 
 
 def export(run_dir: str | Path, output_dir: str | Path) -> None:
-    """The newest checkpoint of a run as a model folder: fp32 weights, model config, codec card, history."""
+    """The newest checkpoint of a run as a model folder: fp32 weights, model config, codec card, history.
+
+    An earlier export there is replaced; UserError where `output_dir` holds anything else.
+    """
     run, output = Path(run_dir), Path(output_dir)
     config = rundir.read_config(run)
     newest = checkpoint.newest(run / "checkpoints")
     if newest is None:
         raise UserError(f"{run}: has no complete checkpoint yet; let codecssl-pretrain run reach one")
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"{output}: is not empty; give another --output")
+    if output.exists() and {path.name for path in output.iterdir()} - _FILES:
+        raise UserError(f"{output}: is not empty and no earlier export; give another --output")
     output.mkdir(parents=True, exist_ok=True)
     step = int(checkpoint.read_state(newest)["step"])
     data = rundir.read_data(run)
@@ -37,8 +41,9 @@ def export(run_dir: str | Path, output_dir: str | Path) -> None:
         "training": {"step": step, "config": dataclasses.asdict(config), "data": data["train"],
                      "metrics": _last_rows(run, step), "versions": rundir.read_versions(run)},
     }  # fmt: skip
+    # Removed first and written last: a folder without it is not taken for a model.
+    (output / "config.json").unlink(missing_ok=True)
     shutil.copyfile(newest / checkpoint.WEIGHTS, output / "model.safetensors")
-    # Written last: a folder without it is not taken for a model.
     (output / "config.json").write_text(json.dumps(description, indent=1))
 
 

@@ -169,7 +169,11 @@ def test_export_loads_without_deepspeed_and_is_the_checkpoint(
     summary = json.loads((tmp_path / "model" / "config.json").read_text())["training"]
     assert summary["step"] == 4
     assert summary["metrics"]["train"]["step"] == 4
-    with pytest.raises(UserError, match="is not empty"):
+    first = (tmp_path / "model" / "config.json").read_bytes()
+    export(tmp_path / "run", tmp_path / "model")  # again: replaced by the same
+    assert (tmp_path / "model" / "config.json").read_bytes() == first
+    (tmp_path / "model" / "mine.txt").touch()
+    with pytest.raises(UserError, match="is not empty and no earlier export"):
         export(tmp_path / "run", tmp_path / "model")
     with pytest.raises(UserError, match="not an exported model"):
         load_pretrained(tmp_path / "run" / "checkpoints")
