@@ -12,12 +12,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
 
 from codecssl.tokenize.errors import UserError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
+
+Lengths = TypeVar("Lengths", int, "NDArray[np.int64]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,12 @@ class CodecCard:
     codes_per_frame: tuple[int, ...]
     """Codes of each codebook in one frame: 1, or more where codebooks run at different rates."""
     latent_dim: int
+    channels: int = 1
+    """Of the wave that the codec takes."""
+    segment_samples: int = 0
+    """Length of the segments that are encoded each for itself, with one scale each; 0: the wave is encoded as one."""
+    segment_stride: int = 0
+    """From the start of a segment to that of the next, samples."""
     policies: dict[str, str] = field(default_factory=dict)
     """How audio becomes the codec's input: channels, resampling, padding, chunks, precision, device."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -57,10 +68,35 @@ class CodecCard:
         return tuple(max(1, (size - 1).bit_length()) for size in self.codebook_sizes)
 
     @property
+    def num_rows(self) -> int:
+        """R, the rows of the codes [R, T] of an utterance: K, or more where codebooks run at different rates."""
+        return sum(self.codes_per_frame)
+
+    @property
     def bits_per_second(self) -> float:
         """Nominal rate of the stored codes."""
         per_frame = sum(b * n for b, n in zip(self.code_bits, self.codes_per_frame))
-        return float(per_frame * self.frame_rate)
+        rate = per_frame * self.frame_rate
+        if self.segment_samples:  # segments overlap a little
+            rate = per_frame * Fraction(self.frames_of(self.segment_samples) * self.sample_rate, self.segment_stride)
+        return float(rate)
+
+    def frames_of(self, samples: Lengths) -> Lengths:
+        """Frames T that waves of so many samples (an int or an integer array) give: the last one is filled up."""
+        if not self.segment_samples:
+            return -(-samples // self.hop_length)
+        # first the whole segments, then the shorter ones that the wave's end cuts
+        segment, stride = self.segment_samples, self.segment_stride
+        whole = (samples - segment + stride) // stride * (samples >= segment)
+        frames = whole * -(-segment // self.hop_length)
+        for cut in range(-(-segment // stride)):
+            rest = samples - (whole + cut) * stride
+            frames = frames + (rest > 0) * -(-rest // self.hop_length)
+        return frames
+
+    def segments_of(self, samples: int) -> int:
+        """Segments, and so scales, of a wave; 0 for a codec without them."""
+        return -(-samples // self.segment_stride) if self.segment_samples else 0
 
     @property
     def fingerprint(self) -> str:
@@ -100,19 +136,24 @@ class StreamEncoder(Protocol):
     """Encodes one utterance piece by piece in bounded memory; any cut gives the same codes."""
 
     def push(self, wave: Tensor) -> Tensor:
-        """1-D float32 samples in, the codes [K, t] that are now certain out (t may be 0)."""
+        """Samples in ([n] float32, [C, n] where `card.channels` is C > 1), the codes [R, t] that are now certain out."""
 
     def finish(self) -> Tensor:
-        """The remaining codes [K, t]; the last frame is filled up with zeros."""
+        """The remaining codes [R, t]; the last frame is filled up with zeros."""
 
 
 class Codec(Protocol):
-    """A neural codec with its weights on a device."""
+    """A neural codec with its weights on a device.
+
+    Codes are int64 [R, T]: a row per codebook, coarsest first. Where a codebook has n > 1 codes a frame
+    (`card.codes_per_frame`) it has n rows: row j holds its codes j, n + j, 2n + j, ... in time order (or column j of a
+    time-frequency grid).
+    """
 
     card: CodecCard
 
     def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
-        """1-D float32 mono waves at `card.sample_rate`, any lengths >= 1, to int64 codes [K, ceil(n / hop)] each.
+        """Float32 waves at `card.sample_rate`, any lengths >= 1, to codes [R, card.frames_of(n)] each.
 
         A wave's codes depend on that wave alone: batched equals single equals chunked.
         """
@@ -121,13 +162,21 @@ class Codec(Protocol):
         """A fresh encoder for one utterance."""
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [K, T] to a 1-D float32 wave of T * hop samples."""
+        """Codes [R, T] to a float32 wave of T * hop samples."""
 
     def embeddings(self) -> list[Tensor]:
-        """K latent-exact tables [V_k, latent_dim]: the sum of the looked-up rows is `latents(codes)`."""
+        """R latent-exact tables [V_k, latent_dim]: the sum of the looked-up rows is `latents(codes)`."""
 
     def latents(self, codes: Tensor) -> Tensor:
-        """Codes [K, T] to the codec's own dequantised latent [latent_dim, T]."""
+        """Codes [R, T] to the codec's own dequantised latent [latent_dim, T]."""
+
+
+@runtime_checkable
+class Reference(Protocol):
+    """What a codec may offer beside: the plain way, as users of the reference package encode a file."""
+
+    def encode_plainly(self, wave: Tensor) -> Tensor:
+        """One whole wave through the reference implementation, to codes [R, T]. `bench` and `check-codec` use it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +189,10 @@ class Backend:
     """How to get the weights, as the error says it when they are missing."""
 
 
+def _hub(repository: str, also: str = "") -> str:
+    return f"`huggingface-cli download {repository}`, or give the folder{also} as --codec PATH"
+
+
 BACKENDS = {
     "tiny_16khz": Backend(
         module="codecssl.tokenize.encodec",
@@ -149,7 +202,47 @@ BACKENDS = {
     "encodec_24khz": Backend(
         module="codecssl.tokenize.encodec",
         summary="24 kHz, 75 Hz, up to 32 x 1024, 0.75 kbps a codebook (Defossez et al. 2022)",
-        weights="`huggingface-cli download facebook/encodec_24khz`, or give the folder or the .th file as --codec PATH",
+        weights=_hub("facebook/encodec_24khz", " or the .th file"),
+    ),
+    "encodec_48khz": Backend(
+        module="codecssl.tokenize.encodec48",
+        summary="48 kHz stereo, 150 Hz in segments of 1 s, up to 16 x 1024, 1.5 kbps a codebook (Defossez et al. 2022)",
+        weights=_hub("facebook/encodec_48khz", " or the .th file"),
+    ),
+    "dac_16khz": Backend(
+        module="codecssl.tokenize.dac",
+        summary="16 kHz, 50 Hz, up to 12 x 1024, 0.5 kbps a codebook (Kumar et al. 2023)",
+        weights=_hub("descript/dac_16khz"),
+    ),
+    "dac_24khz": Backend(
+        module="codecssl.tokenize.dac",
+        summary="24 kHz, 75 Hz, up to 32 x 1024, 0.75 kbps a codebook (Kumar et al. 2023)",
+        weights=_hub("descript/dac_24khz"),
+    ),
+    "dac_44khz": Backend(
+        module="codecssl.tokenize.dac",
+        summary="44.1 kHz, 86.1 Hz, up to 9 x 1024, 0.86 kbps a codebook (Kumar et al. 2023)",
+        weights=_hub("descript/dac_44khz"),
+    ),
+    "mimi": Backend(
+        module="codecssl.tokenize.mimi",
+        summary="24 kHz, 12.5 Hz, up to 32 x 2048, 0.14 kbps a codebook, the first one semantic (Defossez et al. 2024)",
+        weights=_hub("kyutai/mimi"),
+    ),
+    "xcodec": Backend(
+        module="codecssl.tokenize.xcodec",
+        summary="16 kHz, 50 Hz, up to 8 x 1024, 0.5 kbps a codebook, HuBERT inside (Ye et al. 2024)",
+        weights=_hub("hf-audio/xcodec-hubert-librispeech"),
+    ),
+    "snac_24khz": Backend(
+        module="codecssl.tokenize.snac",
+        summary="24 kHz, 3 x 4096 at 11.7, 23.4 and 46.9 Hz, 0.98 kbps (Siuzdak et al. 2024; needs pip install snac)",
+        weights=_hub("hubertsiuzdak/snac_24khz"),
+    ),
+    "semanticodec": Backend(
+        module="codecssl.tokenize.semanticodec",
+        summary="16 kHz, a semantic and an acoustic code in each cell of a time-frequency grid (Liu et al. 2024)",
+        weights="install the semanticodec package from its repository; give its checkpoint's folder as --codec PATH",
     ),
     "lyra_v2": Backend(
         module="codecssl.tokenize.lyra",
@@ -159,17 +252,35 @@ BACKENDS = {
 }
 
 
+MODEL_TYPES = {
+    ("encodec", 24_000): "encodec_24khz",
+    ("encodec", 48_000): "encodec_48khz",
+    ("dac", 16_000): "dac_16khz",
+    ("dac", 24_000): "dac_24khz",
+    ("dac", 44_100): "dac_44khz",
+    ("mimi", 24_000): "mimi",
+    ("xcodec", 16_000): "xcodec",
+    ("snac", 24_000): "snac_24khz",
+}
+"""(model_type, sampling rate) of a config.json in the hub's format: the codec's name."""
+
+
 def load_codec(name_or_path: str, *, num_codebooks: int | None = None, device: str = "cpu") -> Codec:
-    """Load a codec by NAME, by the PATH of its weights, or by NAME@PATH where a path alone is ambiguous.
+    """Load a codec by NAME, by the PATH or URL of its weights, or by NAME@PATH where a path alone is ambiguous.
 
     num_codebooks keeps the first (coarsest) codebooks; the default is the backend's own.
     Raises UserError for an unknown name, missing weights, or a count out of range.
     """
+    from codecssl.tokenize.weights import download, is_url, local
+
     name, _, path = name_or_path.partition("@")
     if name in BACKENDS:
+        path = str(download(path)) if is_url(path) else local(path) if path else ""
         return _loader(name)(name, path or None, num_codebooks, device)
+    if is_url(name_or_path):
+        name_or_path = str(download(name_or_path))
     if Path(name_or_path).exists():
-        return _loader(found := identify(Path(name_or_path)))(found, name_or_path, num_codebooks, device)
+        return _loader(found := identify(Path(name_or_path)))(found, local(name_or_path), num_codebooks, device)
     if "/" in name_or_path or name_or_path.startswith("."):
         raise UserError(f"codec {name_or_path!r}: no such file or folder; give a path that exists or a codec's name")
     raise UserError(f"unknown codec {name_or_path!r}: give a path or one of {', '.join(sorted(BACKENDS))}")
@@ -196,16 +307,18 @@ def identify(path: Path) -> str:
     config = path / "config.json"
     if config.exists():
         values = json.loads(config.read_text())
-        kind, rate = values.get("model_type"), values.get("sampling_rate")
-        if kind == "encodec" and rate == 24_000:
-            return "encodec_24khz"
+        kind, rate = values.get("model_type"), values.get("sampling_rate") or values.get("sample_rate")
+        kind = kind or ("snac" if "vq_strides" in values else None)
+        if name := MODEL_TYPES.get((str(kind), rate or 0)):
+            return name
         raise UserError(f"{path}: model_type {kind!r} at {rate} Hz is no codec of ours; have {', '.join(BACKENDS)}")
     if path.is_dir() and any(path.rglob("soundstream_encoder.tflite")):
         return "lyra_v2"
     if path.suffix == ".safetensors":
         return "tiny_16khz"
-    if path.name.startswith("encodec_24khz") and path.suffix == ".th":
-        return "encodec_24khz"
+    for name in ("encodec_24khz", "encodec_48khz"):
+        if path.name.startswith(name) and path.suffix == ".th":
+            return name
     raise UserError(f"{path}: no codec recognised; say which with NAME@{path}, NAME one of {', '.join(BACKENDS)}")
 
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codecssl.tokenize.codec import BACKENDS, CodecCard, file_sha256, keep_codebooks
+from codecssl.tokenize.codec import CodecCard, file_sha256, keep_codebooks
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.weights import load_pretrained, state_sha256
 
 CHUNK_SECONDS = 10
 CONTEXT_FRAMES = 8
@@ -240,14 +241,10 @@ def _load_24khz(weights: str | None) -> tuple[Seanet, str]:
     import transformers
 
     source = weights or "facebook/encodec_24khz"
-    try:
-        model = transformers.EncodecModel.from_pretrained(source)
-    except OSError as error:
-        how = BACKENDS["encodec_24khz"].weights
-        raise UserError(f"codec encodec_24khz: no weights at {source}; get them by {how}") from error
+    model = load_pretrained("encodec_24khz", transformers.EncodecModel, source)
     if model.config.sampling_rate != 24_000 or not model.config.use_causal_conv:
         raise UserError(f"{source}: {model.config.sampling_rate} Hz EnCodec, encodec_24khz is causal at 24000 Hz")
-    return from_transformers(model), _state_sha256(model)
+    return from_transformers(model), state_sha256(model)
 
 
 def _load_th(path: Path) -> tuple[Seanet, str]:
@@ -259,13 +256,3 @@ def _load_th(path: Path) -> tuple[Seanet, str]:
     except (RuntimeError, OSError, EOFError) as error:
         raise UserError(f"{path}: not the weights of encodec_24khz ({str(error).splitlines()[0][:120]})") from error
     return from_encodec(model), file_sha256(path)
-
-
-def _state_sha256(model: nn.Module) -> str:
-    """sha256 over names and bytes of a state dict: the same for each way of storing it."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

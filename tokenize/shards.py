@@ -70,11 +70,6 @@ class Utterance:
     labels: dict[str, Any]
 
 
-def frames_of(samples: int, card: CodecCard) -> int:
-    """Frames that a wave of `samples` gives: the last one is filled up with zeros."""
-    return -(-samples // card.hop_length)
-
-
 def utterance_bytes(frames: NDArray[np.integer], card: CodecCard) -> NDArray[np.int64]:
     """Bytes of the packed codes of utterances of so many frames."""
     wide = np.asarray(frames, dtype=np.int64)

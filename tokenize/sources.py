@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from codecssl.tokenize.audio import EXTENSIONS
 from codecssl.tokenize.errors import UserError
@@ -38,6 +38,13 @@ class Input:
     end: float | None = None
     labels: dict[str, Any] = field(default_factory=dict)
     """The manifest's other columns."""
+
+    def open(self) -> BinaryIO:
+        """The encoded audio as a seekable binary file; the caller closes it. Raises UserError when it cannot be read."""
+        try:
+            return open(self.file, "rb")
+        except OSError as error:
+            raise UserError(f"cannot read: {error.strerror}") from error
 
     def digest(self) -> bytes:
         """Changes when the input's name, segment or labels do."""

@@ -74,7 +74,7 @@ def _verify_blocks(path: Path, name: str, mark: dict[str, Any], card: CodecCard)
             except Exception as error:  # a flipped bit can break any layer of tar, zip, gzip or JSON
                 yield f"{where}: index damaged at offset {block['offset']} ({type(error).__name__})"
                 continue
-            lengths = -(-numbers["samples"].astype(np.int64) // card.hop_length)
+            lengths = card.frames_of(numbers["samples"].astype(np.int64))
             if len(text["id"]) != block["count"] or utterance_bytes(lengths, card).sum() != block["codes_bytes"]:
                 yield f"{where}: index at offset {block['offset']} does not fit {block['codes_bytes']} bytes of codes"
             utterances += len(text["id"])

@@ -31,7 +31,6 @@ from codecssl.tokenize.shards import (
     FORMAT,
     FORMAT_VERSION,
     Shards,
-    frames_of,
     load_json,
     read_columns,
     shard_path,
@@ -193,7 +192,7 @@ class ShardWriter:
         content, place = block_bytes(key, utterances, self.card) if utterances else (b"", {"count": 0})
         part = place | {
             "inputs": inputs,
-            "frames": sum(frames_of(u.samples, self.card) for u in utterances),
+            "frames": sum(self.card.frames_of(u.samples) for u in utterances),
             "samples": sum(u.samples for u in utterances),
             "failed": [asdict(f) for f in failures],
         }
@@ -293,7 +292,7 @@ def finish_dataset(root: Path, header: dict[str, Any], shards: int) -> dict[str,
 def _frames_of_block(root: Path, shard: int, offset: int, card: CodecCard) -> NDArray[np.integer]:
     with shard_path(root, shard).open("rb") as file:
         samples = read_columns(file, offset)[1]["samples"].astype(np.int64)
-    return -(-samples // card.hop_length)
+    return card.frames_of(samples)
 
 
 def _save_array(path: Path, array: NDArray[Any]) -> None:

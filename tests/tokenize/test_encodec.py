@@ -135,7 +135,7 @@ def test_the_packages_own_file_loads(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("encodec_25khz", "unknown codec 'encodec_25khz': give a path or one of encodec_24khz"),
+        ("encodec_25khz", "unknown codec 'encodec_25khz': give a path or one of dac_16khz"),
         ("./nowhere", "no such file or folder"),
         ("tiny_16khz@/nowhere", "no weights at /nowhere"),
     ],
