@@ -43,10 +43,15 @@ class ModelConfig:
     layers: int = 12
     heads: int = 12
     ffn_dim: int = 3072
-    norm: Literal["post", "pre"] = "post"
-    """Layer norm after (BERT, HuBERT base) or before (large models) each block."""
-    positions: Literal["conv", "rotary"] = "conv"
-    """HuBERT's grouped convolution before the first layer, or rotary embeddings in each attention."""
+    norm: Literal["post", "pre", "residual"] = "post"
+    """Layer norm after (BERT, HuBERT base) or before (large models) each block; residual is ResiDual (EnCodecMAE)."""
+    positions: Literal["conv", "rotary", "sinusoidal"] = "conv"
+    """HuBERT's grouped convolution before the first layer, rotary embeddings in each attention, or fixed sinusoids
+    with a learned scale (EnCodecMAE)."""
+    activation: Literal["gelu", "relu"] = "gelu"
+    """Inside the feed-forward blocks."""
+    tie_ffn: bool = False
+    """One feed-forward block shared by all layers, as in EnCodecMAE's released code."""
     conv_kernel: int = 128
     """Frames that the convolutional position encoder sees."""
     conv_groups: int = 16
@@ -54,6 +59,10 @@ class ModelConfig:
     """Longest input of a rotary model, frames (10 minutes at 50 Hz)."""
     embedding_init: Literal["codec", "random"] = "codec"
     """Start the code embeddings from the codec's own codebooks (latent-exact) or from noise."""
+    freeze_embedding: bool = False
+    """Never change the code embeddings."""
+    embedding_dim: int | None = None
+    """Width of the code embeddings; null is the codec's latent width. Columns beyond that start from noise."""
     dropout: float = 0.1
     """After attention and feed-forward blocks."""
     input_dropout: float = 0.1
@@ -80,8 +89,12 @@ class ModelConfig:
 class MaskConfig:
     """Span masking as in HuBERT and Codec2Vec: 8 % of the frames start a span of 10; 57 % are masked."""
 
+    kind: Literal["spans", "exact"] = "spans"
+    """spans: HuBERT's, overlap allowed, their number fixed. exact: EnCodecMAE's, exactly `fraction` is masked."""
     start_probability: float = 0.08
-    """Fraction of the frames at which a span starts."""
+    """Fraction of the frames at which a span starts (spans)."""
+    fraction: float = 0.5
+    """Of the frames that are masked (exact)."""
     span_frames: int = 10
 
     def __post_init__(self) -> None:
@@ -96,6 +109,10 @@ class DataConfig:
 
     dirs: tuple[str, ...] = ()
     """Shard folders to train on; the command line's --data sets them."""
+    labels: tuple[str, ...] = ()
+    """Label folders (of `codecssl-pretrain label`), one for each of `dirs`, for objective.target labels."""
+    weights: tuple[float, ...] = ()
+    """How often an epoch goes through each of `dirs` (2 is twice, 0.5 every other utterance); empty is once each."""
     valid_dirs: tuple[str, ...] = ()
     """Shard folders to validate on; where empty, `valid_fraction` of the training utterances is held out."""
     valid_fraction: float = 0.01
@@ -140,8 +157,13 @@ class DataConfig:
 class ObjectiveConfig:
     """What the model predicts at masked frames, and how the codebooks are weighed."""
 
-    target: Literal["codes"] = "codes"
-    """codes: the codec's own codes, one head per codebook (Codec2Vec's reconstruction target)."""
+    name: Literal["codec2vec", "encodecmae"] = "codec2vec"
+    """codec2vec: masked frames are replaced by a vector. encodecmae: they are removed before the encoder, and a light
+    decoder fills them in."""
+    target: Literal["codes", "labels", "online"] = "codes"
+    """codes: the codec's own codes, one head per codebook (Codec2Vec's reconstruction target). labels: those of
+    data.labels, such as k-means clusters of a model's features (its iterative clustering). online: clusters of an
+    average of the model itself (DinoSR)."""
     gamma: Literal["uniform", "encodecmae"] = "uniform"
     """Weights of the codebooks in the loss, made to sum to 1."""
     visible_weight: float = 0.0
@@ -155,6 +177,40 @@ class ObjectiveConfig:
         _at_least("objective.visible_weight", self.visible_weight, 0.0)
         if not 0.0 <= self.quantizer_dropout <= 1.0:
             raise UserError(f"objective.quantizer_dropout: {self.quantizer_dropout}, must be between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig:
+    """Online clustering (objective.target online): DinoSR (arXiv 2305.10005), or SpidR's variant of it."""
+
+    variant: Literal["dinosr", "spidr"] = "dinosr"
+    """dinosr: every head predicts from the student's last layer. spidr: student layer k predicts teacher layer k."""
+    top_layers: int = 8
+    """Teacher layers, from the last downwards, whose features are clustered: one codebook each."""
+    clusters: int = 256
+    """Codewords of each codebook."""
+    codebook_decay: float = 0.9
+    """Of the codewords' moving sums and counts."""
+    ema_start: float = 0.999
+    """Decay of the teacher at step 0 (dinosr: rises linearly to `ema_end` over `ema_fraction` of the steps)."""
+    ema_end: float = 0.9999
+    ema_fraction: float = 0.075
+    """30,000 of 400,000 steps."""
+    freeze_fraction: float = 0.5
+    """The teacher stands still after this part of the steps (200,000 of 400,000)."""
+    spidr_timescale: float = 20_000.0
+    """Steps: the teacher's decay is 1 - (1 - ema_start) exp(-step / timescale) (spidr)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaeConfig:
+    """EnCodecMAE's decoder and loss (arXiv 2309.07391, released configuration)."""
+
+    decoder_layers: int = 2
+    masked_weight: float = 0.9
+    """Of the masked frames' loss; the visible ones have the rest."""
+    mask_token: Literal["learned", "zeros"] = "learned"
+    """What the decoder sees at masked frames: a learned vector, or zeros as in the released code."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +256,13 @@ class EngineConfig:
     """bf16: bfloat16 weights and activations, with fp32 master weights in the optimizer; the loss is fp32."""
     accumulation: int = 1
     """Micro-batches that make up one global batch on one rank."""
+    zero_stage: int | None = None
+    """DeepSpeed's ZeRO: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights are divided among ranks; null is
+    0 in fp32 and 1 in bf16."""
+    activation_checkpointing: bool = False
+    """Compute the layers' activations twice instead of keeping them: less memory, a third more time."""
+    compile: bool = False
+    """torch.compile the layers."""
 
     def __post_init__(self) -> None:
         _at_least("engine.accumulation", self.accumulation, 1)
@@ -229,6 +292,8 @@ class RunConfig:
     mask: MaskConfig = field(default_factory=MaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    mae: MaeConfig = field(default_factory=MaeConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -29,6 +29,11 @@ class Corpus:
         self.fingerprints = [shards.fingerprint for shards in self._shards]
         self._first = np.cumsum([0, *(len(shards) for shards in self._shards)])
 
+    @property
+    def label_sizes(self) -> tuple[int, ...]:
+        """Classes of each stream of the label folders; () without such."""
+        return ()
+
     def __len__(self) -> int:
         return int(self._first[-1])
 

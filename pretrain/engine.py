@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from codecssl.pretrain.config import OptimConfig, RunConfig
 from codecssl.pretrain.fs2 import PolynomialDecayLR, RotaryEncoder, TriStageLR
-from codecssl.pretrain.objective import MaskedPrediction
+from codecssl.pretrain.objective import Objective
 from codecssl.slurm.job import Ranks, find_ranks
 from codecssl.tokenize.errors import UserError
 
@@ -37,7 +37,7 @@ def join_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
     return ranks
 
 
-def start_engine(objective: MaskedPrediction, config: RunConfig) -> Any:
+def start_engine(objective: Objective, config: RunConfig) -> Any:
     """A DeepSpeed engine around model, heads, torch's AdamW and a fairseq2 schedule."""
     deepspeed = _quiet_deepspeed()
     optim = config.optim

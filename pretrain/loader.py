@@ -32,9 +32,13 @@ class Batch:
     """Masked frames of the whole global batch: the denominator of the loss, on every rank."""
     visible_total: int
     """Unmasked frames of the whole global batch."""
+    labels: Tensor | None = None
+    """int64 [B, S, T] from label folders, zero in the padding."""
 
     def to(self, device: torch.device) -> "Batch":
-        return replace(self, codes=self.codes.to(device), mask=self.mask.to(device), kept=self.kept.to(device))
+        labels = None if self.labels is None else self.labels.to(device)
+        codes, mask, kept = (part.to(device) for part in (self.codes, self.mask, self.kept))
+        return replace(self, codes=codes, mask=mask, kept=kept, labels=labels)
 
 
 class Loader:

@@ -47,15 +47,16 @@ class CodeEmbedding(nn.Module):
         self.register_buffer("offset", starts[:, None], persistent=False)  # [K, 1]
 
     def load_tables(self, tables: Sequence[Tensor]) -> None:
-        """Start from K tables [V_k, latent_dim], a codec's latent-exact embeddings."""
+        """Start the first columns from K tables [V_k, latent_dim], a codec's latent-exact embeddings."""
         flat = torch.cat([table.detach().float().cpu() for table in tables])
-        if flat.shape != (self.rows, self.weight.shape[1]):
+        if len(flat) != self.rows or flat.shape[1] > self.weight.shape[1]:
             raise UserError(
-                f"codec embeddings: {tuple(flat.shape)}, the card says {self.rows, self.weight.shape[1]};"
-                " use the codec that wrote the shards"
+                f"codec embeddings: {tuple(flat.shape)}, the model has {self.rows, self.weight.shape[1]};"
+                " use the codec that wrote the shards, and a model.embedding_dim of its latent width or more"
             )
         with torch.no_grad():
-            self.weight[:-1] = flat
+            self.weight[:-1, flat.shape[1] :] *= flat.square().mean().sqrt()  # noise of the tables' own size
+            self.weight[:-1, : flat.shape[1]] = flat
 
     def forward(self, codes: Tensor, kept: Tensor | None = None) -> Tensor:
         """int64 codes [B, K, T], kept codebooks bool [B, K] -> [B, T, latent_dim]."""
@@ -74,9 +75,10 @@ class CodecModel(nn.Module):
     def __init__(self, config: ModelConfig, card: CodecCard) -> None:
         super().__init__()
         self.config, self.card = config, card
-        self.embedding = CodeEmbedding(card.codebook_sizes, card.latent_dim)
-        self.input_norm = StandardLayerNorm(card.latent_dim, bias=True)
-        self.projection = Linear(card.latent_dim, config.dim, bias=True, init_fn=init_bert_projection)
+        width = config.embedding_dim or card.latent_dim
+        self.embedding = CodeEmbedding(card.codebook_sizes, width)
+        self.input_norm = StandardLayerNorm(width, bias=True)
+        self.projection = Linear(width, config.dim, bias=True, init_fn=init_bert_projection)
         self.mask_vector = nn.Parameter(torch.empty(config.dim).uniform_())  # as HuBERT's mask_emb
         self.positions: nn.Module | None = None
         if config.positions == "conv":
@@ -142,9 +144,8 @@ def untrained(config: ModelConfig, card: CodecCard, tables: Sequence[Tensor] | N
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CodecModel(config, card)
-        if tables is None:
-            nn.init.normal_(model.embedding.weight[:-1].data)
-        else:
+        nn.init.normal_(model.embedding.weight[:-1].data)
+        if tables is not None:
             model.embedding.load_tables(tables)
     return model
 

@@ -1,4 +1,4 @@
-"""The masked loss: cross-entropy per codebook at the masked frames, weighed by gamma."""
+"""What every objective shares: its contract, cross-entropy per stream of targets, and what is counted beside."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codecssl.pretrain.config import ENCODECMAE_GAMMA, ObjectiveConfig
-from codecssl.pretrain.fs2 import Linear, init_bert_projection
+from codecssl.pretrain.config import ENCODECMAE_GAMMA
 from codecssl.pretrain.loader import Batch
 from codecssl.pretrain.model import CodecModel
-from codecssl.pretrain.targets import Target
 from codecssl.tokenize.errors import UserError
 
 
@@ -40,36 +38,23 @@ class Loss:
     visible: Scores | None
 
 
-class MaskedPrediction(nn.Module):
-    """Model and heads; forward gives the loss.
+class Objective(nn.Module):
+    """What is trained: the model, what it is to predict, and the loss. The base of all objectives.
 
-    loss = mean over masked frames of sum_s gamma_s CE_s + visible_weight * the same over visible frames
-
-    The means are over the global batch. Padding is in neither. Heads are one matrix, applied only where
-    needed.
+    A subclass sets `model` and `sizes`. State that must not be cast by a bf16 engine, or that is no weight of the
+    optimizer (a teacher, moving averages), is kept outside of the module's parameters and buffers, in `extra_state`.
     """
 
-    def __init__(self, model: CodecModel, target: Target, config: ObjectiveConfig) -> None:
-        super().__init__()
-        self.model, self.target = model, target
-        self.visible_weight = config.visible_weight
-        self.heads = Linear(model.config.dim, sum(target.sizes), bias=True, init_fn=init_bert_projection)
-        self.gamma = codebook_weights(config.gamma, len(target.sizes))  # not a buffer: a bf16 engine would round it
+    model: CodecModel
+    sizes: tuple[int, ...]
+    """Classes of each stream that is predicted, [S]."""
+    gamma: Tensor
+    """Weight of each stream in the loss, float32 [S]."""
+    visible_weight: float = 0.0
 
     def forward(self, batch: Batch, *, detailed: bool = False, score_visible: bool = False) -> Loss:
         """detailed: count accuracy and usage too; score_visible: score visible frames even at weight 0."""
-        hidden = self.model(batch.codes, batch.frames, batch.mask, batch.kept)
-        labels = self.target.labels(batch).transpose(1, 2)  # [B, T, S]
-        masked = self._score(hidden[batch.mask], labels[batch.mask], detailed)
-        gamma = self.gamma.to(masked.cross_entropy.device)
-        total = (gamma * masked.cross_entropy).sum() / batch.masked_total
-        visible = None
-        if self.visible_weight > 0.0 or score_visible:
-            seen = _not_padding(batch) & ~batch.mask
-            visible = self._score(hidden[seen], labels[seen], detailed)
-            if self.visible_weight > 0.0:
-                total = total + self.visible_weight * (gamma * visible.cross_entropy).sum() / batch.visible_total
-        return Loss(total, masked, visible)
+        raise NotImplementedError
 
     def weighted(self, masked: Mapping[str, list[float]], visible: Mapping[str, list[float]]) -> float:
         """The loss of a whole evaluation, from the means in two summaries."""
@@ -78,23 +63,40 @@ class MaskedPrediction(nn.Module):
         ]
         return means[0] + self.visible_weight * means[1]
 
-    def _score(self, hidden: Tensor, labels: Tensor, detailed: bool) -> Scores:
-        """hidden [N, D], labels [N, S]."""
-        logits = self.heads(hidden).split(self.target.sizes, dim=1)
-        pairs = list(zip(logits, labels.unbind(1), strict=True))
-        # Summed in fp32 whatever the weights are: thousands of terms do not fit bf16's 8 bits.
-        entropy = torch.stack([F.cross_entropy(x.float(), y, reduction="sum") for x, y in pairs])
-        if not detailed:
-            return Scores(len(hidden), entropy)
-        guesses = [x.argmax(1) for x, _ in pairs]
-        sizes = self.target.sizes
-        return Scores(
-            len(hidden),
-            entropy,
-            torch.stack([(guess == y).sum() for guess, (_, y) in zip(guesses, pairs, strict=True)]),
-            [torch.bincount(guess, minlength=size) for guess, size in zip(guesses, sizes, strict=True)],
-            [torch.bincount(y, minlength=size) for (_, y), size in zip(pairs, sizes, strict=True)],
-        )
+    def after_update(self, step: int) -> None:
+        """Called on every rank after the optimizer's update number `step` (1, 2, ...), for averages and the like."""
+
+    def place(self, device: torch.device) -> None:
+        """Bring the extra state to the device, once, before training."""
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold beside the engine's own state; the same on every rank."""
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `extra_state` gave."""
+
+    def head_parameters(self) -> int:
+        """Weights applied at each predicted frame, for counting operations."""
+        return 0
+
+
+def score(logits: Sequence[Tensor], labels: Tensor, detailed: bool) -> Scores:
+    """Logits [N, V_s] of each stream and labels [N, S] of N frames."""
+    pairs = list(zip(logits, labels.unbind(1), strict=True))
+    # Summed in fp32 whatever the weights are: thousands of terms do not fit bf16's 8 bits.
+    entropy = torch.stack([F.cross_entropy(x.float(), y, reduction="sum") for x, y in pairs])
+    if not detailed:
+        return Scores(len(labels), entropy)
+    guesses = [x.argmax(1) for x, _ in pairs]
+    sizes = [x.shape[1] for x in logits]
+    return Scores(
+        len(labels),
+        entropy,
+        torch.stack([(guess == y).sum() for guess, (_, y) in zip(guesses, pairs, strict=True)]),
+        [torch.bincount(guess, minlength=size) for guess, size in zip(guesses, sizes, strict=True)],
+        [torch.bincount(y, minlength=size) for (_, y), size in zip(pairs, sizes, strict=True)],
+    )
 
 
 def codebook_weights(gamma: str, streams: int) -> Tensor:
@@ -147,6 +149,6 @@ def histogram_perplexity(counts: Sequence[Tensor]) -> list[float]:
     return [float(torch.exp(-torch.special.xlogy(share, share).sum())) for share in shares]
 
 
-def _not_padding(batch: Batch) -> Tensor:
+def not_padding(batch: Batch) -> Tensor:
     frames = torch.tensor(batch.frames, device=batch.mask.device)
     return torch.arange(batch.mask.shape[1], device=batch.mask.device)[None, :] < frames[:, None]

@@ -8,7 +8,7 @@ from torch import nn
 
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.loader import Batch, Loader
-from codecssl.pretrain.objective import MaskedPrediction, histogram_perplexity
+from codecssl.pretrain.objective import Objective, histogram_perplexity
 from codecssl.pretrain.targets import Target
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
@@ -52,12 +52,12 @@ def collapse(step: int, steps: int, predicted_perplexity: Sequence[float]) -> st
     )
 
 
-def model_report(objective: MaskedPrediction, card: CodecCard, device: Any) -> str:
+def model_report(objective: Objective, card: CodecCard, device: Any) -> str:
     """One line on what is trained."""
     model, config = _parameters(objective.model), objective.model.config
     return (
         f"model: {model / 1e6:.2f} M parameters ({config.layers} layers of {config.dim}, {config.norm}-norm,"
-        f" {config.positions} positions) + heads {_parameters(objective.heads) / 1e6:.2f} M; on {device};"
+        f" {config.positions} positions) + heads {objective.head_parameters() / 1e6:.2f} M; on {device};"
         f" codec {card.name}, {card.num_codebooks} codebooks, {float(card.frame_rate):g} frames/s"
     )
 
@@ -77,7 +77,7 @@ def data_report(train: Loader, valid: Loader | None, config: RunConfig, perplexi
     return "\n".join(lines)
 
 
-def training_flops(objective: MaskedPrediction, batches: list[Batch]) -> float:
+def training_flops(objective: Objective, batches: list[Batch]) -> float:
     """Floating-point operations of one update on these batches, forward and backward; padding not counted.
 
     6 per weight and frame for matrices (Kaplan et al. 2020, section 2.1), 12 D T per layer and frame for
@@ -91,7 +91,7 @@ def training_flops(objective: MaskedPrediction, batches: list[Batch]) -> float:
     total = 0.0
     for batch in batches:
         total += sum(6.0 * matrices * frames + per_pair * frames * frames for frames in batch.frames)
-        total += 6.0 * _parameters(objective.heads) * int(batch.mask.sum())
+        total += 6.0 * objective.head_parameters() * int(batch.mask.sum())
     return total
 
 

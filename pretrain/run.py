@@ -11,19 +11,18 @@ import torch
 from torch import Tensor
 
 from codecssl.pretrain import checkpoint, rundir
+from codecssl.pretrain.build import build
 from codecssl.pretrain.chance import hashed
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.corpus import Corpus, limited, split
 from codecssl.pretrain.engine import join_ranks, start_engine, take_step
 from codecssl.pretrain.loader import Batch, Loader
-from codecssl.pretrain.model import untrained
-from codecssl.pretrain.objective import MaskedPrediction, Scores, merged, summary
+from codecssl.pretrain.objective import Scores, merged, summary
 from codecssl.pretrain.plan import Plan
 from codecssl.pretrain.report import check_targets, collapse, data_report, model_report, training_flops
 from codecssl.pretrain.targets import make_target
 from codecssl.pretrain.telemetry import Row, Telemetry, machine_row
 from codecssl.slurm.job import Ranks
-from codecssl.tokenize.codec import load_codec_for
 from codecssl.tokenize.errors import UserError
 
 _DROPOUT, _VALID = 200, 201  # streams of random numbers
@@ -110,17 +109,6 @@ def _valid_loader(config: RunConfig, corpus: Corpus, held_out: Any, parts: int) 
     return Loader(corpus, plan, config.mask, whole_input, seed=seed, fixed_masks=True)
 
 
-def build(config: RunConfig, corpus: Corpus, *, from_codec: bool) -> MaskedPrediction:
-    """Model and heads. from_codec: fill the embeddings as the config says; a resumed run has them already."""
-    tables = None
-    if from_codec and config.model.embedding_init == "codec":
-        tables = load_codec_for(corpus.card, weights=config.data.codec_weights).embeddings()
-    model = untrained(config.model, corpus.card, tables, config.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed + 1)
-        return MaskedPrediction(model, make_target(config.objective, corpus.card), config.objective)
-
-
 class Window:
     """Running sums since the last training row; the loss is part of a checkpoint, the clocks are not."""
 
@@ -198,6 +186,7 @@ class Training:
             total = total + loss.total.detach()
             scores.append(loss.masked)
             norm = take_step(self.engine, want_norm=detailed)
+        self.engine.module.after_update(step + 1)
         return total, scores, norm
 
     @torch.no_grad()

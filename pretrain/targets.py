@@ -29,6 +29,19 @@ class Codes:
         return batch.codes
 
 
-def make_target(config: ObjectiveConfig, card: CodecCard) -> Target:
-    """The target that the config names."""
-    return {"codes": Codes}[config.target](card)
+class Labels:
+    """Labels from outside, one stream or more, read beside the codes: clusters of a model's features, or any other."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        self.sizes = sizes
+
+    def labels(self, batch: Batch) -> Tensor:
+        assert batch.labels is not None, "the loader was given no label folders"
+        return batch.labels
+
+
+def make_target(config: ObjectiveConfig, card: CodecCard, label_sizes: tuple[int, ...] = ()) -> Target:
+    """The target that the config names: the codes of `card`, or the labels, of `label_sizes` classes a stream."""
+    if config.target == "labels":
+        return Labels(label_sizes)
+    return Codes(card)

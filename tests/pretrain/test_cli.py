@@ -74,7 +74,7 @@ def test_print_config_is_the_whole_config(capsys: pytest.CaptureFixture[str]) ->
     assert main(["run", "codec2vec_tiny_codes", "--print_config", "--optim.steps", "7"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["optim"]["steps"] == 7
-    assert printed["mask"] == {"start_probability": 0.08, "span_frames": 10}
+    assert printed["mask"] == {"kind": "spans", "start_probability": 0.08, "fraction": 0.5, "span_frames": 10}
 
 
 def test_nothing_heavy_is_imported_before_the_arguments_are_read() -> None:

@@ -52,7 +52,7 @@ def test_a_dropped_codebook_adds_nothing() -> None:
 
 
 def test_tables_of_another_codec_are_refused() -> None:
-    with pytest.raises(UserError, match="the card says"):
+    with pytest.raises(UserError, match="the model has"):
         untrained(CONFIG, CARD, [torch.zeros(16, 10)], seed=0)
 
 

@@ -6,9 +6,9 @@ import torch
 
 from codecssl.pretrain.config import ENCODECMAE_GAMMA, ModelConfig, ObjectiveConfig
 from codecssl.pretrain.loader import Batch
+from codecssl.pretrain.masked import MaskedPrediction
 from codecssl.pretrain.model import untrained
 from codecssl.pretrain.objective import (
-    MaskedPrediction,
     codebook_weights,
     histogram_perplexity,
     merged,

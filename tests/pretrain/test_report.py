@@ -5,8 +5,8 @@ import torch
 
 from codecssl.pretrain.config import ModelConfig, ObjectiveConfig
 from codecssl.pretrain.loader import Batch
+from codecssl.pretrain.masked import MaskedPrediction
 from codecssl.pretrain.model import untrained
-from codecssl.pretrain.objective import MaskedPrediction
 from codecssl.pretrain.report import collapse, training_flops
 from codecssl.pretrain.targets import make_target
 from codecssl.tokenize.codec import CodecCard

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from codecssl.pretrain import build as build_module
 from codecssl.pretrain import checkpoint
-from codecssl.pretrain import run as run_module
+from codecssl.pretrain.build import build
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.engine import schedule
 from codecssl.pretrain.export import export, load_pretrained
-from codecssl.pretrain.run import build, open_data, run
+from codecssl.pretrain.run import open_data, run
 from codecssl.pretrain.telemetry import read_rows
 from codecssl.slurm.job import Ranks
 from codecssl.tokenize.errors import UserError
@@ -193,7 +194,7 @@ def test_embeddings_start_from_the_codec_of_the_shards(
         asked.append(weights)
         return codec
 
-    monkeypatch.setattr(run_module, "load_codec_for", load)
+    monkeypatch.setattr(build_module, "load_codec_for", load)
     config = small_config(
         tmp_path / "shards", model={"embedding_init": "codec"}, data={"codec_weights": "there"},
         optim={"steps": 1, "lr": 1e-9}, engine={"precision": precision},

@@ -1,0 +1,27 @@
+"""Model and objective as the config names them."""
+
+import torch
+
+from codecssl.pretrain.config import RunConfig
+from codecssl.pretrain.corpus import Corpus
+from codecssl.pretrain.masked import MaskedPrediction
+from codecssl.pretrain.model import CodecModel, untrained
+from codecssl.pretrain.objective import Objective
+from codecssl.pretrain.targets import make_target
+from codecssl.tokenize.codec import load_codec_for
+
+
+def build(config: RunConfig, corpus: Corpus, *, from_codec: bool) -> Objective:
+    """Model and heads. from_codec: fill the embeddings as the config says; a resumed run has them already."""
+    tables = None
+    if from_codec and config.model.embedding_init == "codec":
+        tables = load_codec_for(corpus.card, weights=config.data.codec_weights).embeddings()
+    model = untrained(config.model, corpus.card, tables, config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed + 1)
+        return _objective(config, model, corpus)
+
+
+def _objective(config: RunConfig, model: CodecModel, corpus: Corpus) -> Objective:
+    target = make_target(config.objective, corpus.card, corpus.label_sizes)
+    return MaskedPrediction(model, target, config.objective)

@@ -1,0 +1,49 @@
+"""Codec2Vec's objective: cross-entropy per stream of targets at the masked frames, weighed by gamma."""
+
+from torch import Tensor
+
+from codecssl.pretrain.config import ObjectiveConfig
+from codecssl.pretrain.fs2 import Linear, init_bert_projection
+from codecssl.pretrain.loader import Batch
+from codecssl.pretrain.model import CodecModel
+from codecssl.pretrain.objective import Loss, Objective, Scores, codebook_weights, not_padding, score
+from codecssl.pretrain.targets import Target
+
+
+class MaskedPrediction(Objective):
+    """Model and heads; forward gives the loss.
+
+    loss = mean over masked frames of sum_s gamma_s CE_s + visible_weight * the same over visible frames
+
+    The means are over the global batch. Padding is in neither. Heads are one matrix, applied only where
+    needed.
+    """
+
+    def __init__(self, model: CodecModel, target: Target, config: ObjectiveConfig) -> None:
+        super().__init__()
+        self.model, self.target, self.sizes = model, target, target.sizes
+        self.visible_weight = config.visible_weight
+        self.heads = Linear(model.config.dim, sum(target.sizes), bias=True, init_fn=init_bert_projection)
+        self.gamma = codebook_weights(config.gamma, len(target.sizes))  # not a buffer: a bf16 engine would round it
+
+    def forward(self, batch: Batch, *, detailed: bool = False, score_visible: bool = False) -> Loss:
+        """detailed: count accuracy and usage too; score_visible: score visible frames even at weight 0."""
+        hidden = self.model(batch.codes, batch.frames, batch.mask, batch.kept)
+        labels = self.target.labels(batch).transpose(1, 2)  # [B, T, S]
+        masked = self._score(hidden[batch.mask], labels[batch.mask], detailed)
+        gamma = self.gamma.to(masked.cross_entropy.device)
+        total = (gamma * masked.cross_entropy).sum() / batch.masked_total
+        visible = None
+        if self.visible_weight > 0.0 or score_visible:
+            seen = not_padding(batch) & ~batch.mask
+            visible = self._score(hidden[seen], labels[seen], detailed)
+            if self.visible_weight > 0.0:
+                total = total + self.visible_weight * (gamma * visible.cross_entropy).sum() / batch.visible_total
+        return Loss(total, masked, visible)
+
+    def head_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.heads.parameters())
+
+    def _score(self, hidden: Tensor, labels: Tensor, detailed: bool) -> Scores:
+        """hidden [N, D], labels [N, S]."""
+        return score(self.heads(hidden).split(self.sizes, dim=1), labels, detailed)
