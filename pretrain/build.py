@@ -24,4 +24,5 @@ def build(config: RunConfig, corpus: Corpus, *, from_codec: bool) -> Objective:
 
 def _objective(config: RunConfig, model: CodecModel, corpus: Corpus) -> Objective:
     target = make_target(config.objective, corpus.card, corpus.label_sizes)
+    assert target is not None
     return MaskedPrediction(model, target, config.objective)

@@ -115,8 +115,10 @@ class DataConfig:
     """How often an epoch goes through each of `dirs` (2 is twice, 0.5 every other utterance); empty is once each."""
     valid_dirs: tuple[str, ...] = ()
     """Shard folders to validate on; where empty, `valid_fraction` of the training utterances is held out."""
+    valid_labels: tuple[str, ...] = ()
+    """Label folders of `valid_dirs`."""
     valid_fraction: float = 0.01
-    """Fraction of the utterances held out by a hash of their id; 0 turns validation off."""
+    """Fraction of the utterances held out, by a hash of their place in the folder; 0 turns validation off."""
     valid_frames: int = 60_000
     """Most frames that one validation looks at."""
     num_codebooks: int | None = None
@@ -129,7 +131,7 @@ class DataConfig:
     """Longest piece of an utterance in a batch (780 = 15.6 s at 50 Hz); a longer one gives several pieces."""
     min_frames: int = 20
     """Shorter utterances are left out."""
-    bucket_ratio: float = 1.1
+    bucket_ratio: float = 1.04
     """Utterances within a batch differ in length by about this factor at most."""
     workers: int = 2
     """Threads that read and mask batches."""

@@ -21,13 +21,13 @@ class Batch:
     """One micro-batch of one rank."""
 
     codes: Tensor
-    """int64 [B, K, T], zero in the padding."""
+    """int64 [B, R, T], zero in the padding; R is K, or more where codebooks have several codes a frame."""
     frames: list[int]
     """Frames of each item, the rest of T is padding."""
     mask: Tensor
     """bool [B, T], true where the model must predict; false in the padding."""
     kept: Tensor
-    """bool [B, K], the codebooks that the input keeps."""
+    """bool [B, R], the codebooks that the input keeps."""
     masked_total: int
     """Masked frames of the whole global batch: the denominator of the loss, on every rank."""
     visible_total: int
@@ -76,17 +76,24 @@ class Loader:
         return hashed(self._seed, 0 if self._fixed else step, pieces.utterance, pieces.start)
 
     def _read(self, step: int, pieces: Pieces, mask: Any, masked_total: int, visible_total: int) -> Batch:
-        num_codebooks = self.corpus.card.num_codebooks
-        codes = np.zeros((len(pieces), num_codebooks, int(pieces.frames.max())), dtype=np.int64)  # [B, K, T]
-        for row, (utterance, start, frames) in enumerate(
-            zip(pieces.utterance.tolist(), pieces.start.tolist(), pieces.frames.tolist(), strict=True)
-        ):
-            codes[row, :, :frames] = self.corpus.codes(utterance, start, frames)
-        kept = kept_codebooks(self._objective, self._keys(step, pieces), num_codebooks)
+        corpus, card = self.corpus, self.corpus.card
+        streams = len(corpus.label_sizes)
+        kept = kept_codebooks(self._objective, self._keys(step, pieces), card.num_codebooks)
         return Batch(
-            torch.from_numpy(codes), pieces.frames.tolist(), torch.from_numpy(mask), torch.from_numpy(kept),
-            masked_total, visible_total,
+            _padded(corpus.codes, card.num_rows, pieces), pieces.frames.tolist(), torch.from_numpy(mask),
+            torch.from_numpy(np.repeat(kept, card.codes_per_frame, axis=1)), masked_total, visible_total,
+            _padded(corpus.labels, streams, pieces) if streams else None,
         )  # fmt: skip
+
+
+def _padded(read: Callable[[int, int, int], Any], rows: int, pieces: Pieces) -> Tensor:
+    """int64 [B, rows, T]: what `read` gives for each piece, zero in the padding."""
+    padded = np.zeros((len(pieces), rows, int(pieces.frames.max())), dtype=np.int64)
+    for item, (utterance, start, frames) in enumerate(
+        zip(pieces.utterance.tolist(), pieces.start.tolist(), pieces.frames.tolist(), strict=True)
+    ):
+        padded[item, :, :frames] = read(utterance, start, frames)
+    return torch.from_numpy(padded)
 
 
 def _reraised(open_pipeline: Callable[[], Any]) -> Iterator[list[Batch]]:

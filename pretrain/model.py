@@ -76,7 +76,7 @@ class CodecModel(nn.Module):
         super().__init__()
         self.config, self.card = config, card
         width = config.embedding_dim or card.latent_dim
-        self.embedding = CodeEmbedding(card.codebook_sizes, width)
+        self.embedding = CodeEmbedding(card.row_sizes, width)
         self.input_norm = StandardLayerNorm(width, bias=True)
         self.projection = Linear(width, config.dim, bias=True, init_fn=init_bert_projection)
         self.mask_vector = nn.Parameter(torch.empty(config.dim).uniform_())  # as HuBERT's mask_emb

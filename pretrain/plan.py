@@ -1,10 +1,12 @@
 """The order of data: a pure function of (seed, epoch, step), the same on every rank and after every resume.
 
-An epoch cuts each utterance into pieces of at most `crop_frames` (from a new random offset every epoch),
-shuffles the pieces within buckets of like length, and cuts that list into batches of equal frames, which it
-shuffles. Nothing is kept but a few integers a piece for the current epoch.
+An epoch is a random permutation of the utterances, never listed as a whole, walked chapter by chapter (a hundred
+thousand utterances). A chapter cuts its utterances into pieces of at most `crop_frames` (from a new random offset every
+epoch), shuffles the pieces within buckets of like length, and cuts that list into batches of equal frames, which it
+shuffles. Memory is that of two chapters and of one number per utterance, whatever the corpus.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import Lock
@@ -13,12 +15,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from codecssl.pretrain.chance import hashed, uniform
+from codecssl.pretrain.chance import hashed, permuted, uniform
 from codecssl.tokenize.errors import UserError
 
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
-_ORDER, _OFFSET, _BATCHES = range(100, 103)  # streams of random numbers; masking has its own
+CHAPTER = 1 << 17
+"""Utterances of a chapter."""
+_CHUNK = 1 << 20
+
+_ORDER, _OFFSET, _BATCHES, _COPIES, _SHUFFLE, _HOLD = range(100, 106)  # streams of random numbers; masking has its own
 
 
 @dataclass(frozen=True)
@@ -32,43 +39,109 @@ class Pieces:
     def __len__(self) -> int:
         return len(self.utterance)
 
-    def __getitem__(self, part: slice) -> "Pieces":
+    def __getitem__(self, part: slice | Ints) -> "Pieces":
         return Pieces(self.utterance[part], self.start[part], self.frames[part])
+
+
+class Pool:
+    """The utterances that an epoch draws from, as places 0 .. size - 1, some of which may be empty.
+
+    frames:     [N] frames per utterance, of the whole corpus (may be a memory map).
+    first:      [F + 1] first utterance of each of the F folders, and N.
+    weights:    [F] how often an epoch goes through each folder; () is once each.
+    min_frames: shorter utterances are left out.
+    held_out:   fraction of the utterances left out for validation: which, depends on their places in the folder alone.
+    """
+
+    def __init__(
+        self,
+        frames: npt.NDArray[Any],
+        *,
+        first: Sequence[int] | None = None,
+        weights: Sequence[float] = (),
+        min_frames: int = 1,
+        held_out: float = 0.0,
+    ) -> None:
+        self.frames = frames
+        self.first = np.asarray([0, len(frames)] if first is None else first, dtype=np.int64)
+        self.weights = np.asarray(weights or [1.0] * (len(self.first) - 1), dtype=np.float64)
+        self.min_frames, self.held_out = min_frames, held_out
+        self._copies = np.ceil(self.weights).astype(np.int64)  # places that an utterance of the folder has
+        self._bounds = np.concatenate([[0], np.cumsum(np.diff(self.first) * self._copies)])
+
+    @property
+    def size(self) -> int:
+        return int(self._bounds[-1])
+
+    def utterances(self, places: Ints, *keys: int) -> tuple[Ints, Ints]:
+        """(places that are not empty, the utterance at each); `keys` decide which fractional copies are there."""
+        folder = np.searchsorted(self._bounds, places, side="right") - 1
+        within, copies = places - self._bounds[folder], self._copies[folder]
+        utterance = self.first[folder] + within // copies
+        part = self.weights[folder] - within % copies  # of this copy: 1 or more is a whole one
+        there = self.usable(utterance, folder) & ((part >= 1.0) | (uniform(*keys, _COPIES, places) < part))
+        return places[there], utterance[there]
+
+    def name(self, utterances: Ints) -> Ints:
+        """The corpus's own numbers of utterances of this pool."""
+        return utterances
+
+    def usable(self, utterance: Ints, folder: Ints) -> Bools:
+        """Whether training may use these utterances of these folders."""
+        long_enough: Bools = self.frames[utterance] >= self.min_frames
+        if not self.held_out:
+            return long_enough
+        return long_enough & ~is_held_out(utterance - self.first[folder], self.held_out)
+
+    def totals(self, crop_frames: int) -> tuple[int, int]:
+        """(pieces, frames) of an epoch, on average where weights are no whole numbers."""
+        pieces = frames = 0.0
+        for folder, (begin, end) in enumerate(pairwise(self.first.tolist())):
+            for start in range(begin, end, _CHUNK):
+                utterance = np.arange(start, min(start + _CHUNK, end))
+                usable = self.usable(utterance, np.full(len(utterance), folder))
+                lengths = self.frames[utterance[usable]].astype(np.int64)
+                counts = np.maximum(lengths // crop_frames, 1)
+                pieces += self.weights[folder] * int(counts.sum())
+                frames += self.weights[folder] * int((counts * np.minimum(lengths, crop_frames)).sum())
+        return round(pieces), round(frames)
+
+
+def is_held_out(number: npt.ArrayLike, fraction: float) -> Bools:
+    """Whether the utterances with these numbers in their folders are held out: more data after them changes nothing."""
+    held: Bools = uniform(_HOLD, number) < fraction
+    return held
 
 
 class Plan:
     """step -> the pieces of that step's global batch; `cut` gives one rank's share of it.
 
-    frames:       [N] frames per utterance, of the whole corpus (may be a memory map).
-    utterances:   which of them to use.
-    batch_frames: bound on the frames of a global batch. All batches are within one piece of total /
-    steps_per_epoch,
-                  the largest equal share not above the bound.
+    batch_frames: bound on the frames of a global batch. An epoch has ceil(its frames / batch_frames) steps, rounded up
+                  to equally many per chapter; all batches of a chapter are within one piece of each other.
     parts:        into how many shares every batch must be divisible (ranks x accumulation).
+    chapter:      utterances of a chapter.
     """
 
     def __init__(
-        self, frames: npt.NDArray[Any], utterances: Ints, *,
-        seed: int, batch_frames: int, crop_frames: int, bucket_ratio: float, parts: int = 1,
+        self, pool: Pool, *, seed: int, batch_frames: int, crop_frames: int, bucket_ratio: float,
+        parts: int = 1, chapter: int = CHAPTER,
     ) -> None:  # fmt: skip
-        if not len(utterances):
+        self.pool, self._seed, self._crop, self._ratio = pool, seed, crop_frames, bucket_ratio
+        self.pieces_per_epoch, self.frames_per_epoch = pool.totals(crop_frames)
+        if not self.pieces_per_epoch:
             raise UserError("data: no utterance is left to use; lower data.min_frames or give more data")
-        self._seed, self._crop, self._ratio = seed, crop_frames, bucket_ratio
-        self._utterances, self._frames = utterances, np.asarray(frames[utterances], dtype=np.int64)
-        counts = np.maximum(self._frames // crop_frames, 1)
-        self._first = np.concatenate([[0], np.cumsum(counts)])  # [N + 1] first piece of each utterance
-        self.pieces_per_epoch = int(self._first[-1])
-        self.frames_per_epoch = int((counts * np.minimum(self._frames, crop_frames)).sum())
-        self.steps_per_epoch = -(-self.frames_per_epoch // batch_frames)
-        longest = int(np.minimum(self._frames, crop_frames).max())
+        self.chapters = max(1, round(pool.size / chapter))
+        self.steps_per_chapter = -(-self.frames_per_epoch // (batch_frames * self.chapters))
+        self.steps_per_epoch = self.steps_per_chapter * self.chapters
+        longest = min(int(pool.frames.max()), crop_frames)
         if self.frames_per_epoch < longest * self.steps_per_epoch * parts:
             raise UserError(
                 f"data: {self.frames_per_epoch} frames in {self.steps_per_epoch} batches do not fill"
                 f" {parts} part(s) with pieces of up to {longest} frames; use fewer parts (ranks x"
                 " engine.accumulation), a smaller data.crop_frames or a larger data.batch_frames"
             )
-        self._epochs: dict[int, tuple[Ints, Ints, Ints]] = {}
-        self._lock = Lock()  # readers in several threads may ask for the first batch of an epoch at once
+        self._chapters: dict[tuple[int, int], tuple[Pieces, Ints, Ints]] = {}
+        self._lock = Lock()  # readers in several threads may ask for the first batch of a chapter at once
 
     def epoch(self, step: int) -> int:
         """The epoch that step (0, 1, ...) falls into."""
@@ -77,31 +150,37 @@ class Plan:
     def batch(self, step: int) -> Pieces:
         """The global batch of a step."""
         epoch, index = divmod(step, self.steps_per_epoch)
+        chapter, index = divmod(index, self.steps_per_chapter)
         with self._lock:
-            if epoch not in self._epochs:
-                kept = {epoch - 1: self._epochs[epoch - 1]} if epoch - 1 in self._epochs else {}
-                self._epochs = {**kept, epoch: self._order(epoch)}
-            order, bounds, turns = self._epochs[epoch]
+            if (epoch, chapter) not in self._chapters:
+                newest = list(self._chapters.items())[-1:]
+                self._chapters = {**dict(newest), (epoch, chapter): self._chapter(epoch, chapter)}
+            pieces, bounds, turns = self._chapters[epoch, chapter]
         turn = int(turns[index])
-        return self._pieces(epoch, order[bounds[turn] : bounds[turn + 1]])
+        return pieces[slice(int(bounds[turn]), int(bounds[turn + 1]))]
 
-    def _order(self, epoch: int) -> tuple[Ints, Ints, Ints]:
-        """An epoch's pieces, shuffled in buckets; [steps + 1] bounds of its batches; their order."""
-        pieces, steps = np.arange(self.pieces_per_epoch), np.arange(self.steps_per_epoch)
-        frames = np.repeat(np.minimum(self._frames, self._crop), np.diff(self._first))
-        bucket = np.floor(np.log(frames) / np.log(self._ratio)).astype(np.int32)
-        order = np.lexsort((hashed(self._seed, _ORDER, epoch, pieces), bucket))
-        turns = np.argsort(hashed(self._seed, _BATCHES, epoch, steps))
-        return order, equal_cuts(frames[order], self.steps_per_epoch), turns
+    def _chapter(self, epoch: int, chapter: int) -> tuple[Pieces, Ints, Ints]:
+        """A chapter's pieces, shuffled in buckets; [steps + 1] bounds of its batches; their order."""
+        begin, end = (self.pool.size * c // self.chapters for c in (chapter, chapter + 1))
+        places = permuted(np.arange(begin, end), self.pool.size, self._seed, _ORDER, epoch)
+        places, utterances = self.pool.utterances(places, self._seed, epoch)
+        owner, pieces = self._pieces(epoch, places, utterances)
+        bucket = np.floor(np.log(pieces.frames) / np.log(self._ratio)).astype(np.int32)
+        order = np.lexsort((hashed(self._seed, _SHUFFLE, epoch, places[owner], pieces.start), bucket))
+        pieces = pieces[order]
+        steps = np.arange(self.steps_per_chapter)
+        turns = np.argsort(hashed(self._seed, _BATCHES, epoch, chapter, steps))
+        return pieces, equal_cuts(pieces.frames, self.steps_per_chapter), turns
 
-    def _pieces(self, epoch: int, pieces: Ints) -> Pieces:
-        owner = np.searchsorted(self._first, pieces, side="right") - 1
-        frames = np.minimum(self._frames[owner], self._crop)
-        count = self._first[owner + 1] - self._first[owner]
-        slack = self._frames[owner] - count * frames  # frames that this epoch leaves out
-        utterance = self._utterances[owner]
-        offset = np.floor(uniform(self._seed, _OFFSET, epoch, utterance) * (slack + 1)).astype(np.int64)
-        return Pieces(utterance, offset + (pieces - self._first[owner]) * frames, frames)
+    def _pieces(self, epoch: int, places: Ints, utterances: Ints) -> tuple[Ints, Pieces]:
+        """(which of `utterances` a piece comes from, the pieces)."""
+        lengths = self.pool.frames[utterances].astype(np.int64)
+        counts, frames = np.maximum(lengths // self._crop, 1), np.minimum(lengths, self._crop)
+        slack = lengths - counts * frames  # frames that this epoch leaves out
+        offset = np.floor(uniform(self._seed, _OFFSET, epoch, places) * (slack + 1)).astype(np.int64)
+        owner = np.repeat(np.arange(len(utterances)), counts)
+        turn = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return owner, Pieces(self.pool.name(utterances)[owner], offset[owner] + turn * frames[owner], frames[owner])
 
 
 def cut(batch: Pieces, parts: int) -> list[Pieces]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ from codecssl.pretrain import checkpoint, rundir
 from codecssl.pretrain.build import build
 from codecssl.pretrain.chance import hashed
 from codecssl.pretrain.config import RunConfig
-from codecssl.pretrain.corpus import Corpus, limited, split
+from codecssl.pretrain.data import open_data
 from codecssl.pretrain.engine import join_ranks, start_engine, take_step
 from codecssl.pretrain.loader import Batch, Loader
 from codecssl.pretrain.objective import Scores, merged, summary
-from codecssl.pretrain.plan import Plan
 from codecssl.pretrain.report import check_targets, collapse, data_report, model_report, training_flops
 from codecssl.pretrain.targets import make_target
 from codecssl.pretrain.telemetry import Row, Telemetry, machine_row
@@ -32,7 +31,7 @@ def run(config: RunConfig, output: Path) -> None:
     """Train as the config says, from the newest checkpoint in `output` if there is one, to the last step."""
     ranks = join_ranks()
     train, valid, held_out = open_data(config, ranks)
-    perplexities = check_targets(train, make_target(config.objective, train.corpus.card))
+    perplexities = check_targets(train, make_target(config.objective, train.corpus.card, train.corpus.label_sizes))
     rundir.claim(
         output,
         config,
@@ -53,60 +52,6 @@ def run(config: RunConfig, output: Path) -> None:
         Training(config, output, engine, train, valid, telemetry, ranks).to_the_end(state)
     finally:
         telemetry.close()
-
-
-def open_data(config: RunConfig, ranks: Ranks) -> tuple[Loader, Loader | None, Corpus]:
-    """Training loader, validation loader (None where nothing is held out), and the corpus validated on."""
-    data = config.data
-    corpus = Corpus(data.dirs, num_codebooks=data.num_codebooks)
-    chosen, held_out = split(corpus, data)
-    other = corpus
-    if data.valid_dirs:
-        other = Corpus(data.valid_dirs, num_codebooks=data.num_codebooks)
-        if other.card.fingerprint != corpus.card.fingerprint:
-            raise UserError(
-                f"{data.valid_dirs[0]}: codec {other.card.name}, training data {corpus.card.name}"
-                f" ({other.card.difference(corpus.card)}); validate on shards of the same codec"
-            )
-        held_out = limited(other, np.arange(len(other)), data)
-    parts = ranks.world_size * config.engine.accumulation
-    plan = Plan(
-        corpus.frames,
-        chosen,
-        seed=config.seed,
-        batch_frames=data.batch_frames,
-        crop_frames=data.crop_frames,
-        bucket_ratio=data.bucket_ratio,
-        parts=parts,
-    )
-    train = Loader(
-        corpus,
-        plan,
-        config.mask,
-        config.objective,
-        seed=config.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        accumulation=config.engine.accumulation,
-    )
-    return train, _valid_loader(config, other, held_out, parts), other
-
-
-def _valid_loader(config: RunConfig, corpus: Corpus, held_out: Any, parts: int) -> Loader | None:
-    if not len(held_out):
-        return None
-    data = config.data
-    seed = int(hashed(config.seed, _VALID)[0] >> np.uint64(1))
-    plan = Plan(
-        corpus.frames,
-        held_out,
-        seed=seed,
-        batch_frames=max(data.batch_frames // parts, 2 * data.crop_frames),
-        crop_frames=data.crop_frames,
-        bucket_ratio=data.bucket_ratio,
-    )
-    whole_input = replace(config.objective, quantizer_dropout=0.0)
-    return Loader(corpus, plan, config.mask, whole_input, seed=seed, fixed_masks=True)
 
 
 class Window:

@@ -23,7 +23,7 @@ class Codes:
     """The codec's own codes, all of them, also where quantizer dropout hides some from the input."""
 
     def __init__(self, card: CodecCard) -> None:
-        self.sizes = card.codebook_sizes
+        self.sizes = card.row_sizes
 
     def labels(self, batch: Batch) -> Tensor:
         return batch.codes
@@ -40,8 +40,10 @@ class Labels:
         return batch.labels
 
 
-def make_target(config: ObjectiveConfig, card: CodecCard, label_sizes: tuple[int, ...] = ()) -> Target:
-    """The target that the config names: the codes of `card`, or the labels, of `label_sizes` classes a stream."""
+def make_target(config: ObjectiveConfig, card: CodecCard, label_sizes: tuple[int, ...] = ()) -> Target | None:
+    """The codes of `card`, or labels, of `label_sizes` classes a stream; None where targets are made while training."""
+    if config.target == "online":
+        return None
     if config.target == "labels":
         return Labels(label_sizes)
     return Codes(card)

@@ -73,6 +73,11 @@ class CodecCard:
         return sum(self.codes_per_frame)
 
     @property
+    def row_sizes(self) -> tuple[int, ...]:
+        """Entries of the codebook of each row, [R]."""
+        return tuple(size for size, rate in zip(self.codebook_sizes, self.codes_per_frame) for _ in range(rate))
+
+    @property
     def bits_per_second(self) -> float:
         """Nominal rate of the stored codes."""
         per_frame = sum(b * n for b, n in zip(self.code_bits, self.codes_per_frame))

@@ -1,17 +1,20 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from codecssl.pretrain import loader
 from codecssl.pretrain.config import RunConfig
-from codecssl.pretrain.corpus import Corpus, split
+from codecssl.pretrain.corpus import Corpus
+from codecssl.pretrain.data import held_out_utterances, open_data
 from codecssl.pretrain.loader import Batch, Loader
-from codecssl.pretrain.run import open_data
 from codecssl.slurm.job import Ranks
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.shards import Shards
+from codecssl.tokenize.writer import write_shards
 
 
 def same(left: Batch, right: Batch) -> bool:
@@ -96,12 +99,14 @@ def test_held_out_utterances_are_stable_and_disjoint(
 ) -> None:
     config = small_config(make_shards(count=200), data={"valid_frames": 10**6})
     corpus = Corpus(config.data.dirs)
-    chosen, held_out = split(corpus, config.data)
-    assert set(chosen) & set(held_out) == set()
-    assert set(chosen) | set(held_out) == {i for i in range(200) if corpus.frames[i] >= 20}
+    train, _, _ = open_data(config, Ranks(rank=0, world_size=1, local_rank=0))
+    chosen = set(np.concatenate([train.plan.batch(s).utterance for s in range(train.plan.steps_per_epoch)]).tolist())
+    held_out = set(held_out_utterances(corpus, config.data).tolist())
+    assert not chosen & held_out
+    assert chosen | held_out == {i for i in range(200) if corpus.frames[i] >= 20}
     assert 0.08 < len(held_out) / 200 < 0.25
     again = small_config(make_shards("more", count=260), data={"valid_frames": 10**6})  # the same and sixty more
-    assert set(held_out) <= set(split(Corpus(again.data.dirs), again.data)[1])
+    assert held_out <= set(held_out_utterances(Corpus(again.data.dirs), again.data).tolist())
 
 
 def test_validation_masks_are_fixed_and_inputs_whole(
@@ -135,3 +140,55 @@ def test_fewer_codebooks_by_option(make_shards: Callable[..., Path], small_confi
     assert train.step(0)[0].codes.shape[1] == 2
     with pytest.raises(UserError, match=r"data.num_codebooks: 4, but .* has 3"):
         open_data(small_config(path, data={"num_codebooks": 4}), Ranks(rank=0, world_size=1, local_rank=0))
+
+
+def label(data: Path, output: Path, *, classes: int = 5, of: str | None = None, drop: int = 0) -> Path:
+    """A label folder by hand: label = (first code + frame) % classes."""
+    shards = Shards(data)
+    card = replace(
+        shards.card, name="labels", weights_sha256=f"{classes:064x}", codebook_sizes=(classes,), codes_per_frame=(1,),
+        policies={"labels_of": shards.fingerprint if of is None else of},
+    )  # fmt: skip
+    items = []
+    for index in range(len(shards) - drop):
+        codes = shards.codes(index)[:1].astype(int)
+        items.append((shards.utterance(index).id, (codes + np.arange(codes.shape[1])) % classes, {}))
+    write_shards(output, card, items)
+    return output
+
+
+def test_labels_are_those_of_the_same_piece(
+    make_shards: Callable[..., Path], small_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    dirs = [make_shards("a", count=25, seed=0), make_shards("b", count=25, seed=1)]
+    labels = [str(label(path, tmp_path / f"labels-{path.name}")) for path in dirs]
+    config = small_config(dirs, data={"labels": labels}, objective={"target": "labels"})
+    train, valid, _ = open_data(config, Ranks(rank=0, world_size=1, local_rank=0))
+    assert valid is not None
+    assert train.corpus.label_sizes == (5,)
+    for step in range(train.plan.steps_per_epoch):
+        (batch,), pieces = train.step(step), train.plan.batch(step)
+        assert batch.labels is not None
+        for row, (start, frames) in enumerate(zip(pieces.start, pieces.frames, strict=True)):
+            expected = (batch.codes[row, 0, :frames] + torch.arange(int(start), int(start + frames))) % 5
+            assert torch.equal(batch.labels[row, 0, :frames], expected)
+            assert not batch.labels[row, :, frames:].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"of": "another"}, "labels of other data than"),
+        ({"drop": 1}, "not as many frames"),
+        (None, "2 folders for 1 of data.dirs"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(
+    make_shards: Callable[..., Path], small_config: Callable[..., RunConfig], tmp_path: Path,
+    changes: dict[str, object] | None, message: str,
+) -> None:  # fmt: skip
+    data = make_shards(count=25)
+    made = str(label(data, tmp_path / "labels", **(changes or {})))
+    config = small_config(data, data={"labels": [made] if changes else [made, made]}, objective={"target": "labels"})
+    with pytest.raises(UserError, match=message):
+        open_data(config, Ranks(rank=0, world_size=1, local_rank=0))

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from codecssl.pretrain.plan import Pieces, Plan, cut, equal_cuts
+from codecssl.pretrain.chance import permuted
+from codecssl.pretrain.plan import CHAPTER, Pieces, Plan, Pool, cut, equal_cuts, is_held_out
 from codecssl.tokenize.errors import UserError
 
 CROP, BATCH = 100, 1000
@@ -11,18 +12,20 @@ def lengths(count: int = 300) -> np.ndarray:
     return np.random.default_rng(0).integers(20, 460, count).astype(np.uint32)
 
 
-def plan(frames: np.ndarray, *, seed: int = 1, parts: int = 1, crop: int = CROP) -> Plan:
-    utterances = np.arange(len(frames))
-    return Plan(frames, utterances, seed=seed, batch_frames=BATCH, crop_frames=crop, bucket_ratio=1.1, parts=parts)
+def plan(frames: np.ndarray, *, seed: int = 1, parts: int = 1, crop: int = CROP, chapter: int = CHAPTER) -> Plan:
+    pool = Pool(frames)
+    return Plan(pool, seed=seed, batch_frames=BATCH, crop_frames=crop, bucket_ratio=1.04, parts=parts, chapter=chapter)
 
 
 def rows(pieces: Pieces) -> list[tuple[int, int, int]]:
     return list(zip(pieces.utterance.tolist(), pieces.start.tolist(), pieces.frames.tolist(), strict=True))
 
 
-def test_an_epoch_takes_every_utterance_in_whole_disjoint_pieces() -> None:
+@pytest.mark.parametrize("chapter", [CHAPTER, 64, 7])
+def test_an_epoch_takes_every_utterance_in_whole_disjoint_pieces(chapter: int) -> None:
     frames = lengths()
-    made = plan(frames)
+    made = plan(frames, chapter=chapter)
+    assert made.chapters == max(1, round(len(frames) / chapter))
     for epoch in range(2):
         steps = range(epoch * made.steps_per_epoch, (epoch + 1) * made.steps_per_epoch)
         seen = [np.zeros(n, dtype=int) for n in frames]
@@ -48,7 +51,7 @@ def test_batches_hold_like_lengths() -> None:
     """Padding is what bucketing is for: without it this data would be padded by a fifth and more."""
     made = plan(lengths(2000), crop=400)
     padded = [len(b) * b.frames.max() for b in map(made.batch, range(made.steps_per_epoch))]
-    assert 1.0 - made.frames_per_epoch / sum(padded) < 0.06
+    assert 1.0 - made.frames_per_epoch / sum(padded) < 0.03
 
 
 def test_a_step_depends_on_nothing_but_seed_and_step() -> None:
@@ -77,7 +80,7 @@ def test_too_many_parts_are_refused() -> None:
     with pytest.raises(UserError, match="use fewer parts"):
         plan(lengths(8), parts=64)
     with pytest.raises(UserError, match="no utterance is left"):
-        Plan(lengths(), np.arange(0), seed=1, batch_frames=BATCH, crop_frames=CROP, bucket_ratio=1.1)
+        Plan(Pool(lengths(), min_frames=500), seed=1, batch_frames=BATCH, crop_frames=CROP, bucket_ratio=1.04)
 
 
 def test_equal_cuts_against_a_loop() -> None:
@@ -87,3 +90,45 @@ def test_equal_cuts_against_a_loop() -> None:
         owners = [int(start * parts // frames.sum()) for start in np.cumsum(frames) - frames]
         bounds = equal_cuts(frames, parts)
         assert [p for p in range(parts) for _ in range(bounds[p], bounds[p + 1])] == owners
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 17, 256, 1000])
+def test_permuted_is_a_permutation_of_its_keys(size: int) -> None:
+    places = np.arange(size)
+    first, second = permuted(places, size, 1, 2), permuted(places, size, 1, 3)
+    assert sorted(first) == sorted(second) == places.tolist()
+    assert np.array_equal(permuted(places[::-1], size, 1, 2), first[::-1]), "a place's value must not depend on others"
+    if size > 100:
+        assert (first != second).mean() > 0.9
+        ranks = np.corrcoef(places, first)[0, 1]
+        assert abs(ranks) < 0.15, "neighbours must not stay neighbours"
+
+
+def test_weights_repeat_and_thin_out_folders() -> None:
+    """Folder 0 twice an epoch, folder 1 in half of the epochs, folder 2 never: counted over many epochs."""
+    frames = np.full(300, 50, dtype=np.uint16)
+    pool = Pool(frames, first=[0, 100, 200, 300], weights=[2.0, 0.5, 0.0])
+    made = Plan(pool, seed=1, batch_frames=BATCH, crop_frames=CROP, bucket_ratio=1.04, chapter=90)
+    epochs = 40
+    seen = np.zeros(300, dtype=int)
+    for step in range(epochs * made.steps_per_epoch):
+        np.add.at(seen, made.batch(step).utterance, 1)
+    assert (seen[:100] == 2 * epochs).all()
+    assert not seen[200:].any()
+    assert 0.45 < seen[100:200].mean() / epochs < 0.55
+    assert made.frames_per_epoch == 50 * 250
+
+
+def test_short_and_held_out_utterances_are_never_drawn() -> None:
+    frames = lengths(1000)
+    pool = Pool(frames, first=[0, 400, 1000], min_frames=60, held_out=0.2)
+    made = Plan(pool, seed=1, batch_frames=BATCH, crop_frames=CROP, bucket_ratio=1.04, chapter=128)
+    drawn = np.unique(np.concatenate([made.batch(s).utterance for s in range(made.steps_per_epoch)]))
+    number = np.concatenate([np.arange(400), np.arange(600)])
+    expected = np.flatnonzero((frames >= 60) & ~is_held_out(number, 0.2))
+    assert np.array_equal(drawn, expected)
+    assert 0.15 < is_held_out(number, 0.2).mean() < 0.25
+    share = made.frames_per_epoch / made.steps_per_epoch
+    sums = [int(made.batch(s).frames.sum()) for s in range(made.steps_per_epoch)]
+    assert sum(sums) == made.frames_per_epoch
+    assert max(abs(total - share) for total in sums) < 0.25 * share, "chapters are nearly equal"

@@ -1,0 +1,125 @@
+"""The data of a run: its corpus, what is held out of it, and the loaders of training and validation."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from codecssl.pretrain.chance import hashed
+from codecssl.pretrain.config import DataConfig, RunConfig
+from codecssl.pretrain.corpus import Corpus
+from codecssl.pretrain.loader import Loader
+from codecssl.pretrain.plan import Ints, Plan, Pool, is_held_out
+from codecssl.slurm.job import Ranks
+from codecssl.tokenize.errors import UserError
+
+_VALID = 201  # a stream of random numbers
+_CHUNK = 1 << 20
+
+
+def open_data(config: RunConfig, ranks: Ranks) -> tuple[Loader, Loader | None, Corpus]:
+    """Training loader, validation loader (None where nothing is held out), and the corpus validated on."""
+    data = config.data
+    labels = data.labels if config.objective.target == "labels" else ()
+    if config.objective.target == "labels" and not labels:
+        raise UserError("data.labels: none given for objective.target labels; make some with codecssl-pretrain label")
+    corpus = Corpus(data.dirs, num_codebooks=data.num_codebooks, labels=labels)
+    other, held_out = _validation(config, corpus)
+    pool = Pool(
+        corpus.frames,
+        first=corpus.first.tolist(),
+        weights=_weights(data, len(corpus.first) - 1),
+        min_frames=data.min_frames,
+        held_out=0.0 if data.valid_dirs else data.valid_fraction,
+    )
+    parts = ranks.world_size * config.engine.accumulation
+    plan = Plan(
+        pool,
+        seed=config.seed,
+        batch_frames=data.batch_frames,
+        crop_frames=data.crop_frames,
+        bucket_ratio=data.bucket_ratio,
+        parts=parts,
+    )
+    train = Loader(
+        corpus,
+        plan,
+        config.mask,
+        config.objective,
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        accumulation=config.engine.accumulation,
+    )
+    return train, _valid_loader(config, other, held_out, parts), other
+
+
+def held_out_utterances(corpus: Corpus, config: DataConfig) -> Ints:
+    """Those of `valid_fraction` that are long enough, limited to about `valid_frames` frames in all."""
+    found = [np.zeros(0, dtype=np.int64)]
+    if config.valid_fraction:
+        for begin, end in zip(corpus.first[:-1].tolist(), corpus.first[1:].tolist()):
+            for start in range(begin, end, _CHUNK):
+                utterance = np.arange(start, min(start + _CHUNK, end))
+                found.append(utterance[is_held_out(utterance - begin, config.valid_fraction)])
+    return limited(corpus, np.concatenate(found), config)
+
+
+def limited(corpus: Corpus, utterances: Ints, config: DataConfig) -> Ints:
+    """Some of the usable `utterances`, from all over, that give `valid_frames` frames; at least one, where any is."""
+    usable = utterances[corpus.frames[utterances] >= config.min_frames]
+    usable = usable[np.argsort(hashed(usable), kind="stable")]
+    lengths = corpus.frames[usable].astype(np.int64)
+    seen = np.cumsum(np.maximum(lengths // config.crop_frames, 1) * np.minimum(lengths, config.crop_frames))
+    return np.sort(usable[: max(1, int(np.searchsorted(seen, config.valid_frames, side="right")))])
+
+
+def _weights(data: DataConfig, folders: int) -> tuple[float, ...]:
+    if data.weights and len(data.weights) != folders:
+        raise UserError(f"data.weights: {len(data.weights)} for {folders} of data.dirs; give one for each, in order")
+    return data.weights
+
+
+def _validation(config: RunConfig, corpus: Corpus) -> tuple[Corpus, Ints]:
+    """The corpus validated on, and which of its utterances."""
+    data = config.data
+    if not data.valid_dirs:
+        return corpus, held_out_utterances(corpus, data)
+    labels = data.valid_labels if config.objective.target == "labels" else ()
+    other = Corpus(data.valid_dirs, num_codebooks=data.num_codebooks, labels=labels)
+    if other.card.fingerprint != corpus.card.fingerprint:
+        raise UserError(
+            f"{data.valid_dirs[0]}: codec {other.card.name}, training data {corpus.card.name}"
+            f" ({other.card.difference(corpus.card)}); validate on shards of the same codec"
+        )
+    if other.label_sizes != corpus.label_sizes:
+        raise UserError(
+            f"data.valid_labels: {other.label_sizes} classes, data.labels have {corpus.label_sizes}; match them"
+        )
+    return other, limited(other, np.arange(len(other)), data)
+
+
+def _valid_loader(config: RunConfig, corpus: Corpus, held_out: Ints, parts: int) -> Loader | None:
+    if not len(held_out):
+        return None
+    data = config.data
+    seed = int(hashed(config.seed, _VALID)[0] >> np.uint64(1))
+    plan = Plan(
+        Listed(corpus.frames, held_out),
+        seed=seed,
+        batch_frames=max(data.batch_frames // parts, 2 * data.crop_frames),
+        crop_frames=data.crop_frames,
+        bucket_ratio=data.bucket_ratio,
+    )
+    whole_input = replace(config.objective, quantizer_dropout=0.0)
+    return Loader(corpus, plan, config.mask, whole_input, seed=seed, fixed_masks=True)
+
+
+class Listed(Pool):
+    """A pool of few utterances, named one by one."""
+
+    def __init__(self, frames: np.ndarray, utterances: Ints) -> None:  # type: ignore[type-arg]
+        super().__init__(np.asarray(frames[utterances]))
+        self._listed = utterances
+
+    def name(self, utterances: Ints) -> Ints:
+        return self._listed[utterances]
