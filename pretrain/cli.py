@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if overrides and arguments.command != "run":
         _parser().error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
-        {"run": _run, "export": _export, "status": _status}[arguments.command](arguments, overrides)
+        {"run": _run, "label": _label, "export": _export, "status": _status}[arguments.command](arguments, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -45,6 +45,29 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     export(arguments.run, arguments.output)
     print(f"{arguments.output}: model.safetensors and config.json written")
+
+
+def _label(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    import json
+
+    from codecssl.pretrain.label import LabelConfig, label
+
+    found = label(
+        LabelConfig(
+            source=arguments.source,
+            data=tuple(arguments.data),
+            output=arguments.output,
+            layer=arguments.layer,
+            clusters=arguments.clusters,
+            sample_frames=arguments.sample_frames,
+            clustering=arguments.clustering,
+            codec_weights=arguments.codec_weights,
+            device=arguments.device,
+            seed=arguments.seed,
+        )
+    )
+    print(json.dumps(found, indent=1))
+    print(f"{arguments.output}: train with --objective.target labels --data.labels={arguments.output}")
 
 
 def _status(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -77,6 +100,25 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--data", metavar="DIR", nargs="+", help="folders of token shards, all of one codec")
     run.add_argument("--output", metavar="RUN", type=Path, help="the run's folder")
     run.add_argument("--print_config", action="store_true", help="print the whole config and stop")
+    label = commands.add_parser(
+        "label",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="k-means labels of a model's features, as targets of another run",
+        description="Label every frame of token shards by the cluster of its features; one clustering for all data.",
+    )
+    label.add_argument("source", metavar="RUN|MODEL|latents|JSONL", help="whose features, or a file of ready labels")
+    label.add_argument("--data", metavar="DIR", nargs="+", type=Path, required=True, help="folders of token shards")
+    label.add_argument("--output", metavar="LABELS", type=Path, required=True, help="a new folder")
+    label.add_argument("--layer", type=int, default=-1, metavar="L", help="0: before the first; -1: the last")
+    label.add_argument("--clusters", type=int, default=500, metavar="C", help="how many")
+    label.add_argument("--sample-frames", type=int, default=300_000, metavar="N", help="frames to fit k-means to")
+    label.add_argument("--clustering", type=Path, metavar="FILE", help="use an earlier clustering.safetensors")
+    label.add_argument(
+        "--codec-weights", metavar="PATH", help="the codec's weights, for latents, where they have moved"
+    )
+    label.add_argument("--device", default="cpu", help="where the model runs")
+    label.add_argument("--seed", type=int, default=0, help="of the sample and of k-means")
     export = commands.add_parser("export", allow_abbrev=False, help="write the newest checkpoint as a model folder")
     export.add_argument("run", metavar="RUN", type=Path)
     export.add_argument("--output", metavar="MODEL", type=Path, required=True, help="a new or empty folder")

@@ -1,0 +1,131 @@
+"""K-means over frames of features, and how good its clusters are.
+
+One clustering labels all data, training and validation alike: two would make the validation loss rise.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from codecssl.tokenize.errors import UserError
+
+Features = npt.NDArray[np.float32]
+
+BATCH = 10_000
+"""Frames of a k-means minibatch, as HuBERT's."""
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Centroids of one feature space."""
+
+    centroids: Features
+    """[C, D]"""
+    made_of: dict[str, str]
+    """Which features: source, layer, its weights' sha256."""
+
+    def assign(self, features: Features) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """[N, D] -> nearest centroid [N] and the squared distance to it [N], both in float32 arithmetic."""
+        products = features @ self.centroids.T
+        partial = (self.centroids**2).sum(1)[None, :] - 2.0 * products
+        nearest = partial.argmin(1)
+        distance = np.take_along_axis(partial, nearest[:, None], 1)[:, 0] + (features**2).sum(1)
+        return nearest, np.maximum(distance, 0.0)
+
+    def save(self, path: Path) -> None:
+        from safetensors.numpy import save_file
+
+        save_file({"centroids": np.ascontiguousarray(self.centroids)}, path, metadata=self.made_of)
+
+    @classmethod
+    def load(cls, path: Path) -> "Clustering":
+        """Raises UserError when `path` holds no clustering."""
+        from safetensors import safe_open
+
+        try:
+            with safe_open(path, "np") as file:
+                return cls(file.get_tensor("centroids"), dict(file.metadata() or {}))
+        except Exception as error:  # safetensors raises its own for each kind of damage
+            raise UserError(f"{path}: no clustering of codecssl-pretrain label ({error})") from error
+
+
+def fit(batches: Iterable[Features], clusters: int, *, frames: int, seed: int) -> Features:
+    """Centroids [clusters, D] of at most `frames` frames out of `batches`, by scikit-learn's MiniBatchKMeans.
+
+    Settings are HuBERT's: k-means++ with 20 starts, minibatches of 10,000. Raises UserError for too few frames.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+
+    taken, count = [], 0
+    for batch in batches:
+        taken.append(batch[: frames - count])
+        count += len(taken[-1])
+        if count >= frames:
+            break
+    if count < clusters:
+        raise UserError(f"--clusters {clusters}: only {count} frames to cluster; ask for fewer, or give more data")
+    means = MiniBatchKMeans(
+        clusters, batch_size=BATCH, n_init=20, max_no_improvement=100, reassignment_ratio=0.0, random_state=seed
+    )
+    means.fit(np.concatenate(taken))
+    return np.asarray(means.cluster_centers_, dtype=np.float32)
+
+
+class Quality:
+    """Sums over labelled frames: how tight the clusters are, how evenly used, and what they know of phones."""
+
+    def __init__(self, clusters: int) -> None:
+        self.counts = np.zeros(clusters, dtype=np.int64)
+        self.inertia = 0.0
+        self.joint: dict[str, npt.NDArray[np.int64]] = {}
+        """Per phone, frames by cluster."""
+
+    def add(self, labels: npt.NDArray[np.int64], distance: npt.NDArray[np.float32]) -> None:
+        self.counts += np.bincount(labels, minlength=len(self.counts))
+        self.inertia += float(distance.astype(np.float64).sum())
+
+    def add_phones(self, labels: npt.NDArray[np.int64], phones: Sequence[tuple[str, int, int]]) -> None:
+        """phones: (phone, first frame, frame after the last)."""
+        for phone, begin, end in phones:
+            row = self.joint.setdefault(phone, np.zeros_like(self.counts))
+            row += np.bincount(labels[begin:end], minlength=len(self.counts))
+
+    def report(self) -> dict[str, Any]:
+        """Numbers of what was added; phone measures only where there were phones with times."""
+        frames, used = int(self.counts.sum()), self.counts[self.counts > 0]
+        shares = used / max(frames, 1)
+        found: dict[str, Any] = {
+            "frames": frames,
+            "clusters": len(self.counts),
+            "clusters_used": len(used),
+            "perplexity": float(np.exp(-(shares * np.log(shares)).sum())),
+            "largest_share": float(shares.max(initial=0.0)),
+            "inertia_per_frame": self.inertia / max(frames, 1),
+        }
+        if self.joint:
+            found |= phone_measures(np.stack(list(self.joint.values())))
+        return found
+
+
+def phone_measures(joint: npt.NDArray[np.int64]) -> dict[str, float]:
+    """Frames [phones, clusters] -> HuBERT's measures (Hsu et al. 2021, section 5.2).
+
+    phone_purity: share of frames whose cluster's commonest phone is theirs; cluster_purity: the same with the roles
+    exchanged; pnmi: I(phone; cluster) / H(phone), what a cluster tells of the phone.
+    """
+    p = joint / joint.sum()
+    phone, cluster = p.sum(1, keepdims=True), p.sum(0, keepdims=True)
+    there = p > 0
+    information = float((p[there] * np.log(p[there] / (phone @ cluster)[there])).sum())
+    entropy = float(-(phone[phone > 0] * np.log(phone[phone > 0])).sum())
+    return {
+        "phone_frames": int(joint.sum()),
+        "phones": len(joint),
+        "phone_purity": float(p.max(0).sum()),
+        "cluster_purity": float(p.max(1).sum()),
+        "pnmi": information / entropy if entropy > 0 else 0.0,
+    }

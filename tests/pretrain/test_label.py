@@ -1,0 +1,178 @@
+"""Clusters and label folders: against scikit-learn, by hand, and through the trainer."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import cdist
+from sklearn.metrics import mutual_info_score
+
+from codecssl.pretrain.cli import main
+from codecssl.pretrain.cluster import Clustering, Quality, fit, phone_measures
+from codecssl.pretrain.config import RunConfig
+from codecssl.pretrain.export import load_pretrained
+from codecssl.pretrain.label import LabelConfig, label
+from codecssl.pretrain.run import run
+from codecssl.pretrain.telemetry import read_rows
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.shards import Shards
+from codecssl.tokenize.writer import write_shards
+
+CARD = CodecCard(
+    name="synthetic", weights="none", weights_sha256="0" * 64, sample_rate=16_000, hop_length=320,
+    codebook_sizes=(16, 12, 8), codes_per_frame=(1, 1, 1), latent_dim=12,
+)  # fmt: skip
+
+
+def blobs(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    owner = random.integers(0, 6, count)
+    middle = np.random.default_rng(99).normal(size=(6, 8)) * 6
+    return (middle[owner] + random.normal(size=(count, 8))).astype(np.float32), owner
+
+
+def test_assign_is_the_nearest_centroid_and_its_distance() -> None:
+    features, _ = blobs(500)
+    made = Clustering(features[::50].copy(), {})
+    labels, distance = made.assign(features)
+    exact = cdist(features.astype(np.float64), made.centroids.astype(np.float64), "sqeuclidean")
+    assert np.array_equal(labels, exact.argmin(1))
+    assert np.allclose(distance, exact.min(1), rtol=1e-4, atol=1e-3)
+
+
+def test_fit_finds_blobs_and_depends_on_the_seed_alone() -> None:
+    features, owner = blobs(3000)
+
+    def batches() -> Iterator[np.ndarray]:
+        yield from np.array_split(features, 7)
+
+    centroids = fit(batches(), 6, frames=2500, seed=1)
+    labels, _ = Clustering(centroids, {}).assign(features)
+    assert len({(a, b) for a, b in zip(labels.tolist(), owner.tolist())}) == 6, "one cluster for each blob"
+    assert np.array_equal(centroids, fit(batches(), 6, frames=2500, seed=1))
+    with pytest.raises(UserError, match="only 3000 frames"):
+        fit(batches(), 5000, frames=6000, seed=1)
+
+
+def test_phone_measures_against_loops_and_scikit_learn() -> None:
+    random = np.random.default_rng(0)
+    phones, clusters = random.integers(0, 4, 400), random.integers(0, 7, 400)
+    clusters[phones == 2] = 3
+    joint = np.zeros((4, 7), dtype=np.int64)
+    for phone, cluster in zip(phones, clusters):
+        joint[phone, cluster] += 1
+    found = phone_measures(joint)
+    commonest = {c: np.bincount(phones[clusters == c]).argmax() for c in set(clusters.tolist())}
+    assert found["phone_purity"] == pytest.approx(np.mean([commonest[c] == p for p, c in zip(phones, clusters)]))
+    main_cluster = {p: np.bincount(clusters[phones == p]).argmax() for p in range(4)}
+    assert found["cluster_purity"] == pytest.approx(np.mean([main_cluster[p] == c for p, c in zip(phones, clusters)]))
+    shares = np.bincount(phones) / 400
+    entropy = -(shares * np.log(shares)).sum()
+    assert found["pnmi"] == pytest.approx(mutual_info_score(phones, clusters) / entropy)
+    quality = Quality(7)
+    quality.add(clusters, np.full(400, 2.0, np.float32))
+    report = quality.report()
+    assert report["inertia_per_frame"] == pytest.approx(2.0)
+    assert report["clusters_used"] == len(set(clusters.tolist()))
+    assert "pnmi" not in report
+
+
+@pytest.fixture
+def trained(make_shards: Callable[..., Path], small_config: Callable[..., RunConfig], tmp_path: Path) -> Path:
+    run(small_config(make_shards("data"), optim={"steps": 2}), tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_labels_are_the_nearest_centroids_of_the_layer_and_can_be_trained_on(
+    trained: Path, small_config: Callable[..., RunConfig], make_shards: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = Shards(tmp_path / "data")
+    made = label(LabelConfig(source=str(trained), data=(data.path,), output=tmp_path / "labels", layer=1, clusters=9))
+    labels, model = Shards(tmp_path / "labels"), load_pretrained(tmp_path / "labels.model")
+    clustering = Clustering.load(tmp_path / "labels" / "clustering.safetensors")
+    assert clustering.made_of["layer"] == "1"
+    assert made["frames"] == int(data.frames.sum())
+    for index in (0, 7, len(data) - 1):
+        codes = torch.from_numpy(data.codes(index).astype(np.int64))[None]
+        hidden = model.extract(codes, [codes.shape[2]])[1][0].double().numpy()
+        exact = cdist(hidden, clustering.centroids.astype(np.float64)).argmin(1)
+        assert (labels.codes(index)[0] == exact).mean() > 0.99
+        assert labels.utterance(index).id == data.utterance(index).id
+    config = small_config(
+        data.path, data={"labels": [str(labels.path)]}, objective={"target": "labels"}, optim={"steps": 3}
+    )
+    run(config, tmp_path / "second")
+    rows = read_rows(tmp_path / "second" / "metrics.jsonl")
+    assert len(rows[-1]["accuracy"]) == 1, "one stream of labels"
+    again = tmp_path / "again"
+    other = make_shards("other", seed=5)
+    same = LabelConfig(
+        source=str(tmp_path / "labels.model"), data=(data.path, other), output=again, layer=1,
+        clustering=tmp_path / "labels" / "clustering.safetensors",
+    )  # fmt: skip
+    label(same)
+    assert Shards(again / "0-data").fingerprint == labels.fingerprint, "the same centroids give the same labels"
+    assert len(Shards(again / "1-other")) == len(Shards(other))
+
+
+def test_labels_from_a_file(make_shards: Callable[..., Path], tmp_path: Path) -> None:
+    data = Shards(make_shards("data", count=5))
+    rows = [
+        {"id": u.id, "labels": [(u.index + t) % 4 for t in range(u.frames)]} for u in reversed(list(data.utterances()))
+    ]
+    path = tmp_path / "given.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    label(LabelConfig(source=str(path), data=(data.path,), output=tmp_path / "labels"))
+    labels = Shards(tmp_path / "labels")
+    assert labels.card.codebook_sizes == (4,)
+    for index in range(5):
+        assert labels.codes(index)[0].tolist() == [(index + t) % 4 for t in range(int(data.frames[index]))]
+    rows[2]["labels"] = rows[2]["labels"][:-1]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"labels for .* which has .* frames"):
+        label(LabelConfig(source=str(path), data=(data.path,), output=tmp_path / "short"))
+
+
+def test_phones_with_times_are_scored(tmp_path: Path) -> None:
+    """Codes that follow the phone exactly: the file's labels, which are the codes, must know all of it."""
+    items, rows = [], []
+    for number in range(6):
+        phones = [["a", 0.0, 0.2], ["b", 0.2, 0.5], ["c", 0.5, 0.6]]
+        labels = [0] * 10 + [1] * 15 + [2] * 5  # at 50 frames a second
+        items.append((f"u{number}", np.tile(labels, (3, 1)), {"phones": phones}))
+        rows.append(json.dumps({"id": f"u{number}", "labels": labels}))
+    write_shards(tmp_path / "data", CARD, items)
+    (tmp_path / "given.jsonl").write_text("\n".join(rows))
+    found = label(
+        LabelConfig(source=str(tmp_path / "given.jsonl"), data=(tmp_path / "data",), output=tmp_path / "labels")
+    )
+    assert (found["phone_frames"], found["phones"]) == (180, 3)
+    assert [found[key] for key in ("phone_purity", "cluster_purity", "pnmi")] == pytest.approx([1.0] * 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--layer", "1"], "not a run folder"),
+        (["nowhere", "--clusters", "1"], "must be from 2"),
+        (["nowhere.jsonl"], "nowhere.jsonl: rows must be"),
+        (["nowhere", "--sample-frames", "10"], "must be at least --clusters"),
+    ],
+)
+def test_what_cannot_be_labelled_is_told_on_one_line(
+    make_shards: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:  # fmt: skip
+    data = make_shards()
+    assert main(["label", *arguments, "--data", str(data), "--output", str(tmp_path / "labels")]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "labels" / "dataset.json").exists()
