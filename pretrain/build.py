@@ -7,6 +7,7 @@ from codecssl.pretrain.corpus import Corpus
 from codecssl.pretrain.masked import MaskedPrediction
 from codecssl.pretrain.model import CodecModel, untrained
 from codecssl.pretrain.objective import Objective
+from codecssl.pretrain.online import OnlineClusters
 from codecssl.pretrain.targets import make_target
 from codecssl.tokenize.codec import load_codec_for
 
@@ -23,6 +24,8 @@ def build(config: RunConfig, corpus: Corpus, *, from_codec: bool) -> Objective:
 
 
 def _objective(config: RunConfig, model: CodecModel, corpus: Corpus) -> Objective:
+    if config.objective.target == "online":
+        return OnlineClusters(model, config.online, config.optim.steps)
     target = make_target(config.objective, corpus.card, corpus.label_sizes)
     assert target is not None
     return MaskedPrediction(model, target, config.objective)

@@ -85,14 +85,28 @@ class CodecModel(nn.Module):
             self.positions = Wav2Vec2PositionEncoder(config.dim, config.conv_kernel, config.conv_groups)
         self.encoder_norm = StandardLayerNorm(config.dim, bias=True) if config.norm == "post" else None
         self.input_dropout = nn.Dropout(config.input_dropout)
-        self.encoder = _encoder(config)
+        self.encoder = make_encoder(config)
 
     def forward(
         self, codes: Tensor, frames: Sequence[int], mask: Tensor | None = None, kept: Tensor | None = None
     ) -> Tensor:
         """codes int64 [B, K, T], lengths, masked frames [B, T], kept codebooks [B, K] -> [B, T, D]."""
+        x, layout = self.front(codes, frames, mask, kept)
+        return self.encoder(x, layout)
+
+    def front(
+        self,
+        codes: Tensor,
+        frames: Sequence[int],
+        mask: Tensor | None = None,
+        kept: Tensor | None = None,
+        *,
+        dropout: bool = True,
+    ) -> tuple[Tensor, BatchLayout]:
+        """Everything before the first layer: as `forward` -> [B, T, D], and the layout that the layers want."""
         layout = self._layout(codes, frames)
-        return self.encoder(self._front(codes, layout, mask, kept), layout)
+        x = self._front(codes, layout, mask, kept)
+        return self.input_dropout(x) if dropout else x, layout
 
     @torch.no_grad()
     def extract(self, codes: Tensor, frames: Sequence[int]) -> list[Tensor]:
@@ -109,8 +123,7 @@ class CodecModel(nn.Module):
             states.append(layer_output)
             return True
 
-        layout = self._layout(codes, frames)
-        first = self._front(codes, layout, None, None)
+        first, layout = self.front(codes, frames)
         hook = self.encoder.register_layer_hook(keep)
         try:
             last = self.encoder(first, layout)
@@ -136,7 +149,7 @@ class CodecModel(nn.Module):
             x = self.positions(x, layout)
         if self.encoder_norm is not None:
             x = self.encoder_norm(x)
-        return self.input_dropout(x)
+        return x
 
 
 def untrained(config: ModelConfig, card: CodecCard, tables: Sequence[Tensor] | None, seed: int) -> CodecModel:
@@ -150,7 +163,8 @@ def untrained(config: ModelConfig, card: CodecCard, tables: Sequence[Tensor] | N
     return model
 
 
-def _encoder(config: ModelConfig) -> StandardTransformerEncoder:
+def make_encoder(config: ModelConfig) -> StandardTransformerEncoder:
+    """The Transformer layers alone."""
     rotary = None
     if config.positions == "rotary":
         rotary = RotaryEncoder(config.dim // config.heads, config.rotary_max_frames)  # one table for all layers

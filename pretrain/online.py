@@ -1,0 +1,196 @@
+"""Online clustering: DinoSR (Liu et al. 2023, arXiv 2305.10005), and SpidR's variant of it.
+
+A teacher, the moving average of the student's Transformer, sees the unmasked input. The outputs of its top layers'
+feed-forward blocks, before the residual, are normed over time and clustered while training goes on; the student, at
+masked frames, predicts the cluster of each of these layers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codecssl.pretrain.config import OnlineConfig
+from codecssl.pretrain.fs2 import BatchLayout, Linear, init_bert_projection
+from codecssl.pretrain.loader import Batch
+from codecssl.pretrain.model import CodecModel, make_encoder
+from codecssl.pretrain.objective import Loss, Objective, Scores, codebook_weights, not_padding, score
+from codecssl.tokenize.errors import UserError
+
+_EPSILON = 1e-5
+
+
+class OnlineClusters(Objective):
+    """Codec2Vec's online target; streams are the clustered layers, from the lowest to the last.
+
+    steps: of the whole run, for the teacher's schedule. Raises UserError for more layers than the model has.
+    """
+
+    def __init__(self, model: CodecModel, config: OnlineConfig, steps: int) -> None:
+        super().__init__()
+        layers, dim = model.config.layers, model.config.dim
+        if config.top_layers > layers:
+            raise UserError(f"online.top_layers: {config.top_layers}, the model has {layers} layers; lower it")
+        if config.variant == "spidr" and model.config.layerdrop > 0.0:
+            raise UserError(f"model.layerdrop: {model.config.layerdrop}, spidr looks at every layer; set it to 0")
+        self.model, self.config, self.steps = model, config, steps
+        self.sizes = (config.clusters,) * config.top_layers
+        self.gamma = codebook_weights("uniform", config.top_layers)
+        self.heads = nn.ModuleList(
+            Linear(dim, config.clusters, bias=True, init_fn=init_bert_projection) for _ in self.sizes
+        )
+        # In fp32 and out of the engine's reach: see `Objective`.
+        codewords = _normed(torch.randn(config.top_layers, config.clusters, dim), dim=1)
+        self._extra = {"sums": codewords, "counts": torch.ones(config.top_layers, config.clusters)}
+        self._average = {name: p.detach().float().clone() for name, p in model.encoder.named_parameters()}
+        self._teacher: tuple[Any, ...] = ()
+        self._seen = {key: torch.zeros_like(value) for key, value in self._extra.items()}
+
+    def head_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.heads.parameters())
+
+    # ------------------------------------------------------------ loss
+
+    def forward(self, batch: Batch, *, detailed: bool = False, score_visible: bool = False) -> Loss:
+        features = self.teacher_features(batch)
+        states = self._student(batch)
+        masked = self._score(states, features, batch.mask, detailed)
+        total = (self.gamma.to(masked.cross_entropy.device) * masked.cross_entropy).sum() / batch.masked_total
+        visible = None
+        if score_visible:
+            visible = self._score(states, features, not_padding(batch) & ~batch.mask, detailed)
+        if self.training:
+            self._gather([feature[batch.mask] for feature in features])
+        return Loss(total, masked, visible)
+
+    def _student(self, batch: Batch) -> list[Tensor]:
+        """For each stream the hidden states [B, T, D] that its head sees."""
+        if self.config.variant == "dinosr":
+            return [self.model(batch.codes, batch.frames, batch.mask, batch.kept)] * len(self.sizes)
+        states: list[Tensor] = []
+
+        def keep(layer_idx: int, layer_output: Tensor, layer_output_layout: BatchLayout, num_layers: int) -> bool:
+            states.append(layer_output)
+            return True
+
+        hook = self.model.encoder.register_layer_hook(keep)
+        try:
+            self.model(batch.codes, batch.frames, batch.mask, batch.kept)
+        finally:
+            hook.remove()
+        return states[-len(self.sizes) :]
+
+    def _score(self, states: Sequence[Tensor], features: Sequence[Tensor], where: Tensor, detailed: bool) -> Scores:
+        labels = torch.stack([self.assign(k, feature[where]) for k, feature in enumerate(features)], dim=1)
+        logits = [head(state[where]) for head, state in zip(self.heads, states, strict=True)]
+        return score(logits, labels, detailed)
+
+    # ------------------------------------------------------------ targets
+
+    @torch.no_grad()
+    def teacher_features(self, batch: Batch) -> list[Tensor]:
+        """Per stream float32 [B, T, D]: the teacher's feed-forward outputs, instance-normed over each item's frames."""
+        teacher = self._made_teacher()
+        x, layout = self.model.front(batch.codes, batch.frames, dropout=False)
+        with _outputs_of([layer.ffn for layer in teacher.layers][-len(self.sizes) :]) as outputs:
+            teacher(x, layout)
+        valid = not_padding(batch)[:, :, None]
+        return [_normed(output.float(), dim=1, where=valid) for output in outputs]
+
+    def assign(self, stream: int, features: Tensor) -> Tensor:
+        """[N, D] -> the nearest codeword's index [N], by Euclidean distance."""
+        codewords = self._extra["sums"][stream] / self._extra["counts"][stream][:, None]
+        distance = codewords.pow(2).sum(1) - 2.0 * features @ codewords.t()
+        return distance.argmin(1)
+
+    def _gather(self, features: Sequence[Tensor]) -> None:
+        """Add this micro-batch's features to what the codewords will be moved by."""
+        for stream, own in enumerate(features):
+            labels = self.assign(stream, own)
+            self._seen["sums"][stream].index_add_(0, labels, own)
+            self._seen["counts"][stream] += torch.bincount(labels, minlength=len(self._seen["counts"][stream]))
+
+    # ------------------------------------------------------------ averages
+
+    @torch.no_grad()
+    def after_update(self, step: int) -> None:
+        """Move codewords that were used, on all ranks alike, then the teacher (DinoSR, sections 3.2 and 3.3)."""
+        seen, decay = self._seen, self.config.codebook_decay
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            for value in seen.values():
+                torch.distributed.all_reduce(value)
+        used = seen["counts"] > 0
+        for key, where in (("sums", used[:, :, None]), ("counts", used)):
+            moved = decay * self._extra[key] + (1.0 - decay) * seen[key]
+            self._extra[key] = torch.where(where, moved, self._extra[key])
+            seen[key].zero_()
+        if (keep := self.teacher_decay(step)) < 1.0:
+            for name, parameter in self.model.encoder.named_parameters():
+                self._average[name].lerp_(parameter.detach().float(), 1.0 - keep)
+            self._refresh()
+
+    def teacher_decay(self, step: int) -> float:
+        """The teacher's decay at update `step`; 1 leaves it as it is."""
+        config, steps = self.config, self.steps
+        if config.variant == "spidr":
+            from math import exp
+
+            return 1.0 - (1.0 - config.ema_start) * exp(-step / config.spidr_timescale)
+        if step > config.freeze_fraction * steps:
+            return 1.0
+        risen = min(1.0, step / max(1.0, config.ema_fraction * steps))
+        return config.ema_start + risen * (config.ema_end - config.ema_start)
+
+    def _made_teacher(self) -> Any:
+        if not self._teacher:  # a tuple: not a module's child, so that no engine casts or trains it
+            teacher = make_encoder(self.model.config).eval().requires_grad_(False)
+            self._teacher = (teacher.to(next(iter(self._average.values())).device),)
+            self._refresh()
+        return self._teacher[0]
+
+    def _refresh(self) -> None:
+        """The teacher computes in the student's precision; its average is kept in fp32."""
+        student = dict(self.model.encoder.named_parameters())
+        for name, parameter in self._made_teacher().named_parameters():
+            parameter.data = self._average[name].to(student[name].dtype)
+
+    # ------------------------------------------------------------ state
+
+    def place(self, device: torch.device) -> None:
+        self._extra, self._average, self._seen = (
+            {key: value.to(device) for key, value in state.items()}
+            for state in (self._extra, self._average, self._seen)
+        )
+        self._teacher = ()
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {**self._extra, **{f"teacher.{name}": value for name, value in self._average.items()}}
+
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        for key, value in self._extra.items():
+            value.copy_(state[key])
+        for name, value in self._average.items():
+            value.copy_(state[f"teacher.{name}"])
+        self._teacher = ()
+
+
+@contextmanager
+def _outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """What the modules return while the context is open, in their order."""
+    outputs: list[Tensor] = []
+    hooks = [module.register_forward_hook(lambda *call: outputs.append(call[2])) for module in modules]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _normed(x: Tensor, *, dim: int, where: Tensor | None = None) -> Tensor:
+    """Zero mean and unit variance along `dim`, over the places that are true in `where` (the others come out 0)."""
+    weight = torch.ones_like(x[..., :1]) if where is None else where.to(x.dtype)
+    count = weight.sum(dim, keepdim=True).clamp(min=1.0)
+    centred = (x - (x * weight).sum(dim, keepdim=True) / count) * weight
+    return centred / (centred.pow(2).sum(dim, keepdim=True) / count + _EPSILON).sqrt()
