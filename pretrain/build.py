@@ -4,6 +4,7 @@ import torch
 
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.corpus import Corpus
+from codecssl.pretrain.mae import EncodecMae
 from codecssl.pretrain.masked import MaskedPrediction
 from codecssl.pretrain.model import CodecModel, untrained
 from codecssl.pretrain.objective import Objective
@@ -28,4 +29,6 @@ def _objective(config: RunConfig, model: CodecModel, corpus: Corpus) -> Objectiv
         return OnlineClusters(model, config.online, config.optim.steps)
     target = make_target(config.objective, corpus.card, corpus.label_sizes)
     assert target is not None
+    if config.objective.name == "encodecmae":
+        return EncodecMae(model, target, config.objective, config.mae)
     return MaskedPrediction(model, target, config.objective)

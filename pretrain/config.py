@@ -79,6 +79,8 @@ class ModelConfig:
             _probability(f"model.{key}", getattr(self, key))
         if self.dim % self.heads:
             raise UserError(f"model.heads: {self.heads}, must divide model.dim ({self.dim})")
+        if self.tie_ffn and self.norm != "residual":
+            raise UserError("model.tie_ffn: true, but only model.norm residual can share its feed-forward block")
         if self.positions == "conv" and self.dim % self.conv_groups:
             raise UserError(f"model.conv_groups: {self.conv_groups}, must divide model.dim ({self.dim})")
         if self.positions == "rotary" and self.dim // self.heads % 2:
@@ -100,6 +102,8 @@ class MaskConfig:
     def __post_init__(self) -> None:
         if not 0.0 < self.start_probability <= 1.0:
             raise UserError(f"mask.start_probability: {self.start_probability}, must be above 0 and at most 1")
+        if not 0.0 < self.fraction < 1.0:
+            raise UserError(f"mask.fraction: {self.fraction}, must be above 0 and below 1")
         _at_least("mask.span_frames", self.span_frames, 1)
 
 
@@ -268,6 +272,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _at_least("engine.accumulation", self.accumulation, 1)
+        if self.zero_stage not in (None, 0, 1, 2, 3):
+            raise UserError(f"engine.zero_stage: {self.zero_stage}, must be 0, 1, 2 or 3, or null for the usual one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,8 +285,11 @@ class LogConfig:
     checkpoint_every: int = 5_000
     keep_checkpoints: int = 3
     """Newest checkpoints kept."""
+    stall_minutes: float = 30.0
+    """The run ends with an error when no step, validation batch or checkpoint was finished for so long; 0 is never."""
 
     def __post_init__(self) -> None:
+        _at_least("log.stall_minutes", self.stall_minutes, 0.0)
         for key in ("log_every", "valid_every", "checkpoint_every", "keep_checkpoints"):
             _at_least(f"log.{key}", getattr(self, key), 1)
 
@@ -307,4 +316,16 @@ class RunConfig:
             raise UserError(
                 f"data.min_frames: {self.data.min_frames}, must be at least two spans"
                 f" (mask.span_frames: {self.mask.span_frames}), or whole utterances are masked"
+            )
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        if self.objective.name != "encodecmae":
+            return
+        if self.objective.target == "online":
+            raise UserError("objective.target: online, but encodecmae predicts codes or labels")
+        if self.model.positions != "sinusoidal":
+            raise UserError(
+                f"model.positions: {self.model.positions}, but encodecmae removes frames; use sinusoidal, which are"
+                " added before that"
             )

@@ -25,11 +25,13 @@ _preload_libsndfile()
 import fairseq2n  # noqa: E402  (after the preload, which is the point of this file)
 from fairseq2.data.data_pipeline import DataPipeline, DataPipelineError, read_sequence  # noqa: E402
 from fairseq2.models.transformer import (  # noqa: E402
+    AttentionBiasCache,
     IdentityBias,
     StandardFeedForwardNetwork,
     StandardMultiheadAttention,
     StandardTransformerEncoder,
     StandardTransformerEncoderLayer,
+    TransformerEncoder,
     TransformerNormOrder,
 )
 from fairseq2.models.transformer.sdpa.torch import TorchSDPA  # noqa: E402
@@ -43,6 +45,7 @@ NATIVE_DATA = not getattr(fairseq2n, "IS_STUB", False)
 
 __all__ = [
     "NATIVE_DATA",
+    "AttentionBiasCache",
     "BatchLayout",
     "DataPipeline",
     "DataPipelineError",
@@ -56,6 +59,7 @@ __all__ = [
     "StandardTransformerEncoder",
     "StandardTransformerEncoderLayer",
     "TorchSDPA",
+    "TransformerEncoder",
     "TransformerNormOrder",
     "TriStageLR",
     "Wav2Vec2PositionEncoder",

@@ -6,7 +6,7 @@ from codecssl.pretrain.config import ObjectiveConfig
 from codecssl.pretrain.fs2 import Linear, init_bert_projection
 from codecssl.pretrain.loader import Batch
 from codecssl.pretrain.model import CodecModel
-from codecssl.pretrain.objective import Loss, Objective, Scores, codebook_weights, not_padding, score
+from codecssl.pretrain.objective import Loss, Objective, Scores, codebook_weights, not_padding, parameters, score
 from codecssl.pretrain.targets import Target
 
 
@@ -42,7 +42,7 @@ class MaskedPrediction(Objective):
         return Loss(total, masked, visible)
 
     def head_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.heads.parameters())
+        return parameters(self.heads)
 
     def _score(self, hidden: Tensor, labels: Tensor, detailed: bool) -> Scores:
         """hidden [N, D], labels [N, S]."""

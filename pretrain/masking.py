@@ -16,18 +16,52 @@ _COUNT, _STARTS, _DROP, _KEEP, _ORDER = range(5)  # one stream of random numbers
 def span_mask(config: MaskConfig, keys: Keys, frames: npt.NDArray[Any]) -> Bools:
     """Masked frames, [B] keys and [B] lengths -> [B, T] with T = max(frames); false in the padding.
 
-    HuBERT's procedure (fairseq `compute_mask_indices`, static, with overlap; Codec2Vec uses the same): a
-    sequence of T_i frames gets n = floor(p T_i + U[0, 1)) starts, at least one, drawn without replacement
-    from [0, T_i - span]; each start masks `span` frames; spans may overlap. No length may be below the span.
+    No length may be below the span. See `_spans` and `_exact` for the two kinds.
     """
-    span, width = config.span_frames, int(frames.max())
-    assert int(frames.min()) >= span, "shorter utterances are left out by data.min_frames"
-    places = frames - span + 1  # [B] possible starts
+    assert int(frames.min()) >= config.span_frames, "shorter utterances are left out by data.min_frames"
+    return (_spans if config.kind == "spans" else _exact)(config, keys, frames)
+
+
+def _spans(config: MaskConfig, keys: Keys, frames: npt.NDArray[Any]) -> Bools:
+    """HuBERT's procedure (fairseq `compute_mask_indices`, static, with overlap; Codec2Vec uses the same).
+
+    A sequence of T_i frames gets n = floor(p T_i + U[0, 1)) starts, at least one, drawn without replacement from
+    [0, T_i - span]; each start masks `span` frames; spans may overlap.
+    """
+    ranks, places = _start_ranks(config, keys, frames)
     counts = np.floor(config.start_probability * frames + uniform(keys, _COUNT)).astype(np.int64)
-    values = uniform(keys[:, None], _STARTS, np.arange(width - span + 1)[None, :])  # [B, T - span + 1]
-    values[np.arange(width - span + 1)[None, :] >= places[:, None]] = np.inf
-    starts = smallest(values, np.clip(counts, 1, places))
-    return _dilate(starts, span)
+    return _dilate(ranks < np.clip(counts, 1, places)[:, None], config.span_frames)
+
+
+def _exact(config: MaskConfig, keys: Keys, frames: npt.NDArray[Any]) -> Bools:
+    """EnCodecMAE's procedure: random starts until `fraction` of the frames is masked, then the excess is unmasked.
+
+    A frame is masked when the first start that covers it comes early enough; of the last span only a beginning is
+    left, so that floor(fraction T_i) frames are masked, at least one.
+    """
+    ranks, _ = _start_ranks(config, keys, frames)
+    span, width = config.span_frames, int(frames.max())
+    never = np.iinfo(np.int64).max
+    padded = np.full((len(frames), width + span - 1), never, dtype=np.int64)
+    padded[:, span - 1 : span - 1 + ranks.shape[1]] = ranks
+    covered = np.lib.stride_tricks.sliding_window_view(padded, span, axis=1).min(axis=2)  # [B, T]
+    covered[np.arange(width)[None, :] >= frames[:, None]] = never
+    order = np.argsort(covered, axis=1, kind="stable")
+    masked = np.zeros((len(frames), width), dtype=np.bool_)
+    wanted = np.maximum(1, np.floor(config.fraction * frames + 1e-9)).astype(np.int64)
+    np.put_along_axis(masked, order, np.arange(width)[None, :] < wanted[:, None], axis=1)
+    return masked
+
+
+def _start_ranks(
+    config: MaskConfig, keys: Keys, frames: npt.NDArray[Any]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+    """[B, S] when each place is drawn as a start (0 first), and [B] how many places an item has; the rest come last."""
+    places = frames - config.span_frames + 1
+    width = int(frames.max()) - config.span_frames + 1
+    values = uniform(keys[:, None], _STARTS, np.arange(width)[None, :])
+    values[np.arange(width)[None, :] >= places[:, None]] = np.inf
+    return np.argsort(np.argsort(values, axis=1, kind="stable"), axis=1, kind="stable"), places
 
 
 def kept_codebooks(config: ObjectiveConfig, keys: Keys, num_codebooks: int) -> Bools:

@@ -16,19 +16,12 @@ from torch import Tensor, nn
 from codecssl.pretrain.config import ModelConfig
 from codecssl.pretrain.fs2 import (
     BatchLayout,
-    IdentityBias,
     Linear,
-    RotaryEncoder,
-    StandardFeedForwardNetwork,
     StandardLayerNorm,
-    StandardMultiheadAttention,
-    StandardTransformerEncoder,
-    StandardTransformerEncoderLayer,
-    TorchSDPA,
-    TransformerNormOrder,
     Wav2Vec2PositionEncoder,
     init_bert_projection,
 )
+from codecssl.pretrain.layers import SinusoidalPositions, make_encoder
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
 
@@ -77,12 +70,15 @@ class CodecModel(nn.Module):
         self.config, self.card = config, card
         width = config.embedding_dim or card.latent_dim
         self.embedding = CodeEmbedding(card.row_sizes, width)
+        self.embedding.weight.requires_grad_(not config.freeze_embedding)
         self.input_norm = StandardLayerNorm(width, bias=True)
         self.projection = Linear(width, config.dim, bias=True, init_fn=init_bert_projection)
         self.mask_vector = nn.Parameter(torch.empty(config.dim).uniform_())  # as HuBERT's mask_emb
         self.positions: nn.Module | None = None
         if config.positions == "conv":
             self.positions = Wav2Vec2PositionEncoder(config.dim, config.conv_kernel, config.conv_groups)
+        elif config.positions == "sinusoidal":
+            self.positions = SinusoidalPositions(config.dim)
         self.encoder_norm = StandardLayerNorm(config.dim, bias=True) if config.norm == "post" else None
         self.input_dropout = nn.Dropout(config.input_dropout)
         self.encoder = make_encoder(config)
@@ -161,40 +157,3 @@ def untrained(config: ModelConfig, card: CodecCard, tables: Sequence[Tensor] | N
         if tables is not None:
             model.embedding.load_tables(tables)
     return model
-
-
-def make_encoder(config: ModelConfig) -> StandardTransformerEncoder:
-    """The Transformer layers alone."""
-    rotary = None
-    if config.positions == "rotary":
-        rotary = RotaryEncoder(config.dim // config.heads, config.rotary_max_frames)  # one table for all layers
-    layers = [_layer(config, rotary) for _ in range(config.layers)]
-    final = StandardLayerNorm(config.dim, bias=True) if config.norm == "pre" else None
-    return StandardTransformerEncoder(layers, final, layer_drop_p=config.layerdrop)
-
-
-def _layer(config: ModelConfig, rotary: RotaryEncoder | None) -> StandardTransformerEncoderLayer:
-    attention = StandardMultiheadAttention(
-        config.dim,
-        config.heads,
-        TorchSDPA(IdentityBias(), dropout_p=config.attention_dropout),
-        qkv_proj_init_fn=init_bert_projection,
-        pos_encoder=rotary,
-        output_proj_init_fn=init_bert_projection,
-    )
-    feed_forward = StandardFeedForwardNetwork(
-        config.dim,
-        config.ffn_dim,
-        bias=True,
-        inner_activation=nn.GELU(),
-        inner_dropout_p=config.activation_dropout,
-        proj_init_fn=init_bert_projection,
-    )
-    return StandardTransformerEncoderLayer(
-        attention,
-        StandardLayerNorm(config.dim, bias=True),
-        feed_forward,
-        StandardLayerNorm(config.dim, bias=True),
-        norm_order=TransformerNormOrder.PRE if config.norm == "pre" else TransformerNormOrder.POST,
-        dropout_p=config.dropout,
-    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,8 +78,33 @@ class Objective(nn.Module):
         """Put back what `extra_state` gave."""
 
     def head_parameters(self) -> int:
-        """Weights applied at each predicted frame, for counting operations."""
+        """Weights on top of the model."""
         return 0
+
+    def flops(self, batch: Batch) -> float:
+        """Floating-point operations of one update on a micro-batch, forward and backward; padding not counted.
+
+        6 per weight and frame for matrices (Kaplan et al. 2020, section 2.1), 12 D T per layer and frame for
+        attention, 6 per head weight at each masked frame.
+        """
+        front = parameters(self.model.projection)
+        if self.model.positions is not None:
+            front += parameters(self.model.positions)
+        heads = 6.0 * self.head_parameters() * int(batch.mask.sum())
+        return 6.0 * front * sum(batch.frames) + encoder_flops(self.model.encoder, batch.frames) + heads
+
+
+def parameters(module: nn.Module) -> int:
+    """How many weights a module has."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def encoder_flops(encoder: nn.Module, frames: Sequence[int]) -> float:
+    """Operations of Transformer layers, forward and backward, on items of so many frames."""
+    layers: Any = encoder.layers
+    width = layers[0].self_attn.q_proj.input_dim
+    matrices = sum(parameters(layer.self_attn) + parameters(layer.ffn) for layer in layers)
+    return sum(6.0 * matrices * t + 12.0 * len(layers) * width * t * t for t in frames)
 
 
 def score(logits: Sequence[Tensor], labels: Tensor, detailed: bool) -> Scores:

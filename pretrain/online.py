@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from codecssl.pretrain.config import OnlineConfig
 from codecssl.pretrain.fs2 import BatchLayout, Linear, init_bert_projection
+from codecssl.pretrain.layers import make_encoder
 from codecssl.pretrain.loader import Batch
-from codecssl.pretrain.model import CodecModel, make_encoder
-from codecssl.pretrain.objective import Loss, Objective, Scores, codebook_weights, not_padding, score
+from codecssl.pretrain.model import CodecModel
+from codecssl.pretrain.objective import Loss, Objective, Scores, codebook_weights, not_padding, parameters, score
 from codecssl.tokenize.errors import UserError
 
 _EPSILON = 1e-5
@@ -49,7 +50,7 @@ class OnlineClusters(Objective):
         self._seen = {key: torch.zeros_like(value) for key, value in self._extra.items()}
 
     def head_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.heads.parameters())
+        return parameters(self.heads)
 
     # ------------------------------------------------------------ loss
 

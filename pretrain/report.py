@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.loader import Batch, Loader
-from codecssl.pretrain.objective import Objective, histogram_perplexity
+from codecssl.pretrain.objective import Objective, histogram_perplexity, parameters
 from codecssl.pretrain.targets import Target
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
@@ -57,7 +56,7 @@ def collapse(step: int, steps: int, predicted_perplexity: Sequence[float]) -> st
 
 def model_report(objective: Objective, card: CodecCard, device: Any) -> str:
     """One line on what is trained."""
-    model, config = _parameters(objective.model), objective.model.config
+    model, config = parameters(objective.model), objective.model.config
     return (
         f"model: {model / 1e6:.2f} M parameters ({config.layers} layers of {config.dim}, {config.norm}-norm,"
         f" {config.positions} positions) + heads {objective.head_parameters() / 1e6:.2f} M; on {device};"
@@ -81,22 +80,5 @@ def data_report(train: Loader, valid: Loader | None, config: RunConfig, perplexi
 
 
 def training_flops(objective: Objective, batches: list[Batch]) -> float:
-    """Floating-point operations of one update on these batches, forward and backward; padding not counted.
-
-    6 per weight and frame for matrices (Kaplan et al. 2020, section 2.1), 12 D T per layer and frame for
-    attention, 6 per head weight at each masked frame.
-    """
-    model = objective.model
-    matrices = _parameters(model.encoder) + _parameters(model.projection)
-    if model.positions is not None:
-        matrices += _parameters(model.positions)
-    per_pair = 12 * model.config.layers * model.config.dim
-    total = 0.0
-    for batch in batches:
-        total += sum(6.0 * matrices * frames + per_pair * frames * frames for frames in batch.frames)
-        total += 6.0 * objective.head_parameters() * int(batch.mask.sum())
-    return total
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    """Floating-point operations of one update on these batches, forward and backward."""
+    return sum(objective.flops(batch) for batch in batches)

@@ -1,0 +1,150 @@
+"""Transformer encoders out of fairseq2's parts: its own (post- and pre-norm), and ResiDual's, which it lacks."""
+
+import torch
+from torch import Tensor, nn
+
+from codecssl.pretrain.config import ModelConfig
+from codecssl.pretrain.fs2 import (
+    AttentionBiasCache,
+    BatchLayout,
+    IdentityBias,
+    RotaryEncoder,
+    StandardFeedForwardNetwork,
+    StandardLayerNorm,
+    StandardMultiheadAttention,
+    StandardTransformerEncoder,
+    StandardTransformerEncoderLayer,
+    TorchSDPA,
+    TransformerEncoder,
+    TransformerNormOrder,
+    init_bert_projection,
+)
+
+
+def make_encoder(config: ModelConfig) -> TransformerEncoder:
+    """The Transformer layers of a model, with hidden states [B, T, D] in and out."""
+    if config.norm == "residual":
+        return ResidualEncoder(config)
+    rotary = _rotary(config)
+    order = TransformerNormOrder.PRE if config.norm == "pre" else TransformerNormOrder.POST
+    layers = [
+        StandardTransformerEncoderLayer(
+            _attention(config, rotary),
+            StandardLayerNorm(config.dim, bias=True),
+            _feed_forward(config),
+            StandardLayerNorm(config.dim, bias=True),
+            norm_order=order,
+            dropout_p=config.dropout,
+        )
+        for _ in range(config.layers)
+    ]
+    final = StandardLayerNorm(config.dim, bias=True) if config.norm == "pre" else None
+    return StandardTransformerEncoder(layers, final, layer_drop_p=config.layerdrop)
+
+
+class ResidualEncoder(TransformerEncoder):
+    """ResiDual (Xie et al. 2023, arXiv 2304.14802, section 3.1), as EnCodecMAE has it.
+
+    Two streams start as the input: x0 = LN(x0 + f(x0)) after every block f, and x1 = x1 + f(x0), never normed. The
+    output is x0 + LN(x1). Layer hooks see x0.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        rotary = _rotary(config)
+        shared = _feed_forward(config) if config.tie_ffn else None
+        self.layers = nn.ModuleList(
+            ResidualLayer(config, rotary, shared, owner=index == 0) for index in range(config.layers)
+        )
+        self.layer_norm = StandardLayerNorm(config.dim, bias=True)
+
+    def forward(self, seqs: Tensor, seqs_layout: BatchLayout) -> Tensor:
+        x0 = x1 = seqs
+        cache = AttentionBiasCache()
+        for index, layer in enumerate(self.layers):
+            x0, x1 = layer(x0, x1, seqs_layout, cache)
+            for hook in self._layer_hooks.values():
+                if not hook(index, x0, seqs_layout, len(self.layers)):
+                    break
+        output: Tensor = x0 + self.layer_norm(x1)
+        return output
+
+
+class ResidualLayer(nn.Module):
+    """Attention and feed-forward over the two streams. A shared feed-forward block belongs to one layer, its owner."""
+
+    def __init__(
+        self, config: ModelConfig, rotary: RotaryEncoder | None, shared: nn.Module | None, *, owner: bool
+    ) -> None:
+        super().__init__()
+        self.self_attn = _attention(config, rotary)
+        self.self_attn_layer_norm = StandardLayerNorm(config.dim, bias=True)
+        self.ffn_layer_norm = StandardLayerNorm(config.dim, bias=True)
+        self.dropout = nn.Dropout(config.dropout)
+        self._borrowed: tuple[nn.Module, ...] = ()
+        if shared is None or owner:
+            self.own_ffn = _feed_forward(config) if shared is None else shared
+        else:
+            self._borrowed = (shared,)  # a tuple: its weights are saved, and trained, once
+
+    @property
+    def ffn(self) -> nn.Module:
+        return self._borrowed[0] if self._borrowed else self.own_ffn
+
+    def forward(self, x0: Tensor, x1: Tensor, layout: BatchLayout, cache: AttentionBiasCache) -> tuple[Tensor, Tensor]:
+        attended = self.self_attn(x0, layout, keys=x0, keys_layout=layout, values=x0, bias_cache=cache)
+        x0, x1 = self._add(x0, x1, attended, self.self_attn_layer_norm)
+        return self._add(x0, x1, self.ffn(x0), self.ffn_layer_norm)
+
+    def _add(self, x0: Tensor, x1: Tensor, output: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        output = self.dropout(output)
+        return norm(x0 + output), x1 + output
+
+
+class SinusoidalPositions(nn.Module):
+    """Adds sinusoids (Vaswani et al. 2017, section 3.5) times a learned scalar, as EnCodecMAE does."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.scale = nn.Parameter(torch.ones(1))  # DeepSpeed wants a dimension
+
+    def forward(self, x: Tensor, layout: BatchLayout | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]"""
+        return x + self.scale * sinusoids(x.shape[1], self.dim, x.device).to(x.dtype)
+
+
+def sinusoids(frames: int, dim: int, device: torch.device) -> Tensor:
+    """float32 [frames, dim]: sin(t / 10000^(2i/dim)) in column 2i, cos in column 2i + 1."""
+    rate = torch.exp(torch.arange(0, dim, 2, device=device) * (-torch.log(torch.tensor(10_000.0)).item() / dim))
+    angle = torch.arange(frames, device=device)[:, None] * rate
+    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)[:, :dim]
+
+
+def _rotary(config: ModelConfig) -> RotaryEncoder | None:
+    """One table for all layers."""
+    if config.positions != "rotary":
+        return None
+    return RotaryEncoder(config.dim // config.heads, config.rotary_max_frames)
+
+
+def _attention(config: ModelConfig, rotary: RotaryEncoder | None) -> StandardMultiheadAttention:
+    return StandardMultiheadAttention(
+        config.dim,
+        config.heads,
+        TorchSDPA(IdentityBias(), dropout_p=config.attention_dropout),
+        qkv_proj_init_fn=init_bert_projection,
+        pos_encoder=rotary,
+        output_proj_init_fn=init_bert_projection,
+    )
+
+
+def _feed_forward(config: ModelConfig) -> StandardFeedForwardNetwork:
+    return StandardFeedForwardNetwork(
+        config.dim,
+        config.ffn_dim,
+        bias=True,
+        inner_activation=nn.GELU() if config.activation == "gelu" else nn.ReLU(),
+        inner_dropout_p=config.activation_dropout,
+        proj_init_fn=init_bert_projection,
+    )

@@ -1,0 +1,97 @@
+"""EnCodecMAE (Pepino, Riera, Ferrer 2023, arXiv 2309.07391): a masked autoencoder that predicts codes.
+
+Masked frames are removed before the encoder, which so computes on the visible ones only; a light decoder sees the
+encoder's output at its places and a mask token at the others, and predicts every frame's codes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from codecssl.pretrain.config import MaeConfig, ObjectiveConfig
+from codecssl.pretrain.fs2 import BatchLayout, Linear, init_bert_projection
+from codecssl.pretrain.layers import SinusoidalPositions, make_encoder
+from codecssl.pretrain.loader import Batch
+from codecssl.pretrain.model import CodecModel
+from codecssl.pretrain.objective import (
+    Loss,
+    Objective,
+    Scores,
+    codebook_weights,
+    encoder_flops,
+    not_padding,
+    parameters,
+    score,
+)
+from codecssl.pretrain.targets import Target
+
+
+class EncodecMae(Objective):
+    """loss = w * mean over masked frames of sum_s gamma_s CE_s + (1 - w) * the same over visible ones."""
+
+    def __init__(self, model: CodecModel, target: Target, objective: ObjectiveConfig, config: MaeConfig) -> None:
+        super().__init__()
+        self.model, self.target, self.sizes, self.config = model, target, target.sizes, config
+        dim = model.config.dim
+        self.mask_token = nn.Parameter(torch.randn(dim) * 0.02, requires_grad=config.mask_token == "learned")
+        if config.mask_token == "zeros":
+            nn.init.zeros_(self.mask_token)
+        self.positions = SinusoidalPositions(dim)
+        self.decoder = make_encoder(replace(model.config, layers=config.decoder_layers, layerdrop=0.0))
+        self.heads = Linear(dim, sum(self.sizes), bias=True, init_fn=init_bert_projection)
+        self.gamma = codebook_weights(objective.gamma, len(self.sizes))
+
+    def forward(self, batch: Batch, *, detailed: bool = False, score_visible: bool = False) -> Loss:
+        hidden = self.decode(self.encode(batch), batch)
+        labels = self.target.labels(batch).transpose(1, 2)  # [B, T, S]
+        masked = self._score(hidden, labels, batch.mask, detailed)
+        visible = self._score(hidden, labels, visible_frames(batch), detailed)
+        gamma, weight = self.gamma.to(hidden.device), self.config.masked_weight
+        total = weight * (gamma * masked.cross_entropy).sum() / batch.masked_total
+        total = total + (1.0 - weight) * (gamma * visible.cross_entropy).sum() / batch.visible_total
+        return Loss(total, masked, visible)
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Hidden states [V, D] of the visible frames of all items, in order."""
+        x, _ = self.model.front(batch.codes, batch.frames, None, batch.kept)
+        seen = visible_frames(batch)
+        counts = seen.sum(1)
+        slots = torch.arange(int(counts.max()), device=x.device)[None, :] < counts[:, None]  # [B, T']
+        packed = x.new_zeros(*slots.shape, x.shape[2])
+        packed[slots] = x[seen]
+        layout = BatchLayout(tuple(slots.shape), counts.tolist(), device=x.device)
+        output: Tensor = self.model.encoder(packed, layout)
+        return output[slots]
+
+    def decode(self, encoded: Tensor, batch: Batch) -> Tensor:
+        """[V, D] at the visible frames, the mask token at the others -> [B, T, D]."""
+        seen = visible_frames(batch)
+        full = self.mask_token.to(encoded.dtype).expand(*seen.shape, -1).clone()
+        full[seen] = encoded
+        layout = BatchLayout(tuple(seen.shape), batch.frames, device=full.device)
+        output: Tensor = self.decoder(self.positions(full), layout)
+        return output
+
+    def weighted(self, masked: Mapping[str, list[float]], visible: Mapping[str, list[float]]) -> float:
+        gamma, weight = self.gamma.double(), self.config.masked_weight
+        means = [float(gamma @ torch.tensor(part["cross_entropy"]).double()) for part in (masked, visible)]
+        return weight * means[0] + (1.0 - weight) * means[1]
+
+    def flops(self, batch: Batch) -> float:
+        seen = visible_frames(batch).sum(1).tolist()
+        front = 6.0 * parameters(self.model.projection) * sum(batch.frames)
+        heads = 6.0 * parameters(self.heads) * sum(batch.frames)
+        return front + heads + encoder_flops(self.model.encoder, seen) + encoder_flops(self.decoder, batch.frames)
+
+    def head_parameters(self) -> int:
+        return parameters(self.heads) + parameters(self.decoder)
+
+    def _score(self, hidden: Tensor, labels: Tensor, where: Tensor, detailed: bool) -> Scores:
+        return score(self.heads(hidden[where]).split(self.sizes, dim=1), labels[where], detailed)
+
+
+def visible_frames(batch: Batch) -> Tensor:
+    """bool [B, T]: neither masked nor padding."""
+    return not_padding(batch) & ~batch.mask
