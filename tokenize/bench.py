@@ -2,70 +2,184 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import resource
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.nn import functional as F
+from torch import Tensor
 
-from codecssl.tokenize.audio import read_wave
-from codecssl.tokenize.codec import Codec, load_codec
+from codecssl.tokenize.blocks import block_bytes
+from codecssl.tokenize.codec import Codec, Reference
+from codecssl.tokenize.encode import GROUP_INPUTS, Device, Heard, default_workers, encode_heard, read
+from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.sources import read_sources
+from codecssl.tokenize.writer import Encoded
+
+ROUNDS = 3
 
 
-def bench(sources: list[str], codec_name: str, seconds: float) -> Iterator[str]:
-    """Yield printed rows: x real time for reading, the plain way, and ours; the share of codes that differ."""
-    codec = load_codec(codec_name)
-    rate = codec.card.sample_rate
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What `codecssl-tokenize bench` was asked for."""
+
+    sources: tuple[str, ...]
+    codec: str = "tiny_16khz"
+    num_codebooks: int | None = None
+    device: str = "cpu"
+    seconds: float = 120.0
+    """Of audio to use at most."""
+    rounds: int = ROUNDS
+    """Each way runs so often, in turns; the fastest counts."""
+
+
+def bench(config: BenchConfig) -> Iterator[dict[str, Any]]:
+    """Yield one row per measurement: `what`, and what was measured, x real time where it is a speed."""
+    device = Device(codec=config.codec, num_codebooks=config.num_codebooks, device=config.device)
+    codec = device.load()
     began = time.perf_counter()
-    waves = [torch.from_numpy(np.ascontiguousarray(w)) for w in _some_audio(sources, rate, seconds)]
-    total = sum(len(w) for w in waves) / rate
-    yield f"{total:.1f} s of audio in {len(waves)} files, {codec.card.name}, {codec.card.num_codebooks} codebooks"
-    yield f"decode + resample  {total / (time.perf_counter() - began):8.1f} x real time"
-    plain = _plain(codec)
-    for threads in sorted({1, torch.get_num_threads()}):
-        torch.set_num_threads(threads)
-        ours, ours_time = _timed(lambda: codec.encode(waves))
-        yield f"ours, {threads} thread(s)  {total / ours_time:8.1f} x real time"
-        if plain is not None:
-            theirs, theirs_time = _timed(lambda: [plain(w) for w in waves])
-            differing = sum(int((a != b).sum()) for a, b in zip(ours, theirs)) / sum(a.numel() for a in ours)
-            yield f"plain, {threads} thread(s) {total / theirs_time:8.1f} x real time; {differing:.3%} of codes differ"
-    yield f"peak memory        {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:8.2f} GB"
+    heard = list(_some_audio(config, codec))
+    reading = time.perf_counter() - began
+    seconds = sum(h.wave.shape[-1] for h in heard if h.wave is not None) / codec.card.sample_rate
+    codes = codec.card.num_rows * sum(codec.card.frames_of(h.wave.shape[-1]) for h in heard if h.wave is not None)
+    yield {
+        "what": f"{seconds:.1f} s of audio in {len(heard)} files up to 30 s, {codec.card.name}, "
+        f"{codec.card.num_codebooks} codebooks, {config.device}"
+    }
+    yield from _shares(codec, heard, reading, seconds)
+    ways = dict(_ways(config, device, codec, heard))
+    best = _in_turns(ways, config.rounds)
+    for name, took in best.items():
+        yield {"what": name, "x_real_time": seconds / took, "codes_per_second": codes / took}
+    yield from _agreement(codec, heard)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    yield {"what": "peak memory of a worker", "gigabytes": children / 1e6}
 
 
-def _some_audio(sources: list[str], rate: int, seconds: float) -> Iterator[NDArray[np.float32]]:
+def table(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
+    """The rows as lines to print."""
+    for row in rows:
+        figures = []
+        if "x_real_time" in row:
+            figures.append(f"{row['x_real_time']:8.1f} x real time")
+        if "codes_per_second" in row:
+            figures.append(f"{row['codes_per_second']:10.0f} codes/s")
+        if "share" in row:
+            figures.append(f"{row['share']:6.1%} of one thread's time")
+        if "differing" in row:
+            figures.append(f"{row['differing']:8.3%} of codes differ")
+        if "gigabytes" in row:
+            figures.append(f"{row['gigabytes']:8.2f} GB")
+        yield f"{row['what']:<44}" + ", ".join(figures) if figures else row["what"]
+
+
+def _some_audio(config: BenchConfig, codec: Codec) -> Iterator[Heard]:
     had = 0.0
-    for item in read_sources(sources):
-        if had >= seconds:
+    for item in read_sources(list(config.sources)):
+        heard = read(item, codec.card)
+        if isinstance(heard, Heard) and heard.wave is not None:
+            had += heard.wave.shape[-1] / codec.card.sample_rate
+            yield heard
+        if had >= config.seconds:
             return
-        wave = read_wave(Path(item.file), rate)
-        had += len(wave) / rate
-        yield wave
+    if not had:
+        raise UserError(f"bench: no readable audio of up to 30 s in {', '.join(config.sources)}")
 
 
-def _plain(codec: Codec) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """The whole file at once through the reference layers, as users of the encodec package do."""
-    from codecssl.tokenize.encodec import EncodecCodec
+def _shares(codec: Codec, heard: Sequence[Heard], reading: float, seconds: float) -> Iterator[dict[str, Any]]:
+    """Where one thread's time goes: reading, encoding, writing."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    encode_heard(codec, heard[:4])  # warm up
+    encoded, encoding = _timed(lambda: encode_heard(codec, heard))
+    whole = [e for e in encoded if isinstance(e, Encoded)]
+    _, writing = _timed(lambda: block_bytes("bench", whole, codec.card))
+    torch.set_num_threads(threads)
+    total = reading + encoding + writing
+    for what, took in (("decode and resample", reading), ("encode", encoding), ("pack and index", writing)):
+        yield {"what": what, "x_real_time": seconds / took, "share": took / total}
 
-    if not isinstance(codec, EncodecCodec):
-        return None
-    layers = torch.nn.Sequential(*codec.net.encoder)
 
-    @torch.inference_mode()
-    def encode(wave: torch.Tensor) -> torch.Tensor:
-        padded = F.pad(wave, (0, -len(wave) % codec.card.hop_length))
-        return codec.quantize(layers(padded[None, None])[0])
+def _ways(
+    config: BenchConfig, device: Device, codec: Codec, heard: Sequence[Heard]
+) -> Iterator[tuple[str, Callable[[], float]]]:
+    """Name and function of each way to encode `heard`; the function returns the seconds that it took."""
+    cores = default_workers(config.device)
+    waves = [torch.from_numpy(h.wave) for h in heard]
+    if isinstance(codec, Reference):
+        for threads in sorted({1, cores}):
+            yield f"plain way, file by file, {threads} thread(s)", partial(_plainly, codec, waves, threads)
+    yield "ours, one thread", lambda: _with_threads(1, lambda: encode_heard(codec, heard))
+    if config.device == "cpu" and cores > 1:
+        yield f"ours, {cores} processes of one thread", lambda: _in_processes(device, heard, cores)
 
-    return encode
+
+def _plainly(codec: Any, waves: Sequence[Tensor], threads: int) -> float:
+    return _with_threads(threads, lambda: [codec.encode_plainly(wave) for wave in waves])
+
+
+def _with_threads(threads: int, work: Callable[[], Any]) -> float:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _timed(work)[1]
+    finally:
+        torch.set_num_threads(before)
+
+
+def _in_turns(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """The fastest of `rounds` runs of each way; in turns, so that a busy moment of the machine hits all alike."""
+    best: dict[str, float] = {}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            best[name] = min(best.get(name, float("inf")), way())
+    return best
+
+
+def _in_processes(device: Device, heard: Sequence[Heard], processes: int) -> float:
+    """Encode in worker processes; the time from when all are ready to when all are done."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(processes + 1)
+    groups = [heard[i : i + GROUP_INPUTS] for i in range(0, len(heard), GROUP_INPUTS)]
+    workers = [
+        context.Process(target=_worker, args=(device, [h for g in groups[i::processes] for h in g], barrier))
+        for i in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    barrier.wait()
+    _, took = _timed(barrier.wait)
+    for worker in workers:
+        worker.join()
+    return took
+
+
+def _worker(device: Device, heard: Sequence[Heard], barrier: Any) -> None:
+    torch.set_num_threads(1)
+    codec = device.load()
+    encode_heard(codec, heard[:4])
+    barrier.wait()
+    for i in range(0, len(heard), GROUP_INPUTS):
+        encode_heard(codec, heard[i : i + GROUP_INPUTS])
+    barrier.wait()
+
+
+def _agreement(codec: Codec, heard: Sequence[Heard]) -> Iterator[dict[str, Any]]:
+    if not isinstance(codec, Reference):
+        return
+    waves = [torch.from_numpy(h.wave) for h in heard]
+    ours = codec.encode(waves)
+    differing = sum(int((a.cpu() != codec.encode_plainly(w).cpu()).sum()) for a, w in zip(ours, waves))
+    yield {"what": "ours against the plain way", "differing": differing / sum(a.numel() for a in ours)}
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
     began = time.perf_counter()
     result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return result, time.perf_counter() - began

@@ -1,9 +1,19 @@
-"""Codes packed at ceil(log2 size) bits each, little-endian bit order."""
+"""Codes packed at ceil(log2 size) bits each, little-endian bit order.
+
+Codes fall into groups that begin on a byte: four codes of 10 bits in five bytes, eight of 11 bits in eleven. Code j of
+all groups is then one strided view of the bytes, and packing or unpacking takes one pass over it per j.
+"""
 
 from __future__ import annotations
 
+from math import gcd
+
 import numpy as np
 from numpy.typing import NDArray
+
+MAX_BITS = 16
+CHUNK = 1 << 16
+"""Codes packed at a time: what fits a core's cache. A multiple of 8, so that every chunk ends on a byte."""
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -12,19 +22,56 @@ def packed_size(count: int, bits: int) -> int:
 
 
 def pack(codes: NDArray[np.integer], bits: int) -> bytes:
-    """Pack 1-D codes, each below 2**bits, bits in 1..16; the last byte is filled up with zero bits."""
+    """Pack 1-D codes, bits in 1..16 each; the last byte is filled up with zero bits.
+
+    Raises ValueError for a code that is negative or not below 2**bits.
+    """
     if len(codes) and int(codes.max()) >> bits:
         raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits")
-    planes = (codes.astype(np.uint16)[:, None] >> np.arange(bits, dtype=np.uint16)) & 1
-    return np.packbits(planes.astype(np.uint8), bitorder="little").tobytes()
+    if len(codes) and int(codes.min()) < 0:
+        raise ValueError(f"code {int(codes.min())}: must be 0 or more")
+    return b"".join(_pack_chunk(codes[i : i + CHUNK], bits) for i in range(0, len(codes), CHUNK))
 
 
 def unpack(buffer: NDArray[np.uint8], bits: int, start: int, stop: int) -> NDArray[np.uint16]:
-    """Codes start..stop of a packed plane; only the bytes that hold them are touched."""
-    positions = np.arange(start, stop, dtype=np.int64) * bits
-    first, last = start * bits // 8, (stop * bits + 7) // 8
-    window = np.zeros(last - first + 2, dtype=np.uint32)  # a code of up to 16 bits lies in three bytes
-    window[:-2] = buffer[first:last]
-    byte, shift = positions // 8 - first, (positions % 8).astype(np.uint32)
-    words = window[byte] | window[byte + 1] << 8 | window[byte + 2] << 16
-    return ((words >> shift) & np.uint32((1 << bits) - 1)).astype(np.uint16)
+    """Codes start..stop of packed planes: [..., bytes] to [..., stop - start]. Only bytes that hold them are read."""
+    per_group, size = _group(bits)
+    first, last = start // per_group, -(-stop // per_group)
+    held = buffer[..., first * size : last * size]
+    if start == stop:
+        return np.zeros((*buffer.shape[:-1], 0), np.uint16)
+    # a copy with room: the last group may be cut short, and words are read past its end
+    groups, row = last - first, (last - first) * size + 4
+    window = np.zeros((*buffer.shape[:-1], row), np.uint8)
+    window[..., : held.shape[-1]] = held
+    rows = window.size // row
+    codes = np.empty((rows, groups, per_group), np.uint16)
+    word = np.dtype("<u2" if all(j * bits % 8 + bits <= 16 for j in range(per_group)) else "<u4")
+    for j in range(per_group):
+        byte, shift = divmod(j * bits, 8)
+        words: NDArray[np.unsignedinteger] = np.ndarray((rows, groups), word, window, byte, (row, size))
+        np.right_shift(words, word.type(shift), out=codes[:, :, j], casting="unsafe")
+    if bits < MAX_BITS:
+        codes &= np.uint16((1 << bits) - 1)
+    skipped = start - first * per_group
+    return codes.reshape(*buffer.shape[:-1], -1)[..., skipped : skipped + stop - start]
+
+
+def _pack_chunk(codes: NDArray[np.integer], bits: int) -> bytes:
+    per_group, size = _group(bits)
+    groups = -(-len(codes) // per_group)
+    padded = np.zeros((groups, per_group), np.uint32)
+    padded.reshape(-1)[: len(codes)] = codes
+    packed = np.zeros((groups, size), np.uint8)
+    for j in range(per_group):
+        byte, shift = divmod(j * bits, 8)
+        wide = padded[:, j] << np.uint32(shift)
+        for k in range((shift + bits + 7) // 8):
+            packed[:, byte + k] |= (wide >> np.uint32(8 * k)).astype(np.uint8)
+    return packed.tobytes()[: packed_size(len(codes), bits)]
+
+
+def _group(bits: int) -> tuple[int, int]:
+    """(codes, bytes) of the smallest run of codes that ends on a byte."""
+    common = gcd(bits, 8)
+    return 8 // common, bits // common

@@ -99,9 +99,9 @@ class CodecCard:
             frames = frames + (rest > 0) * -(-rest // self.hop_length)
         return frames
 
-    def segments_of(self, samples: int) -> int:
-        """Segments, and so scales, of a wave; 0 for a codec without them."""
-        return -(-samples // self.segment_stride) if self.segment_samples else 0
+    def segments_of(self, samples: Lengths) -> Lengths:
+        """Segments, and so scales, of waves (an int or an integer array of samples); 0 for a codec without them."""
+        return -(-samples // self.segment_stride) if self.segment_samples else 0 * samples
 
     @property
     def fingerprint(self) -> str:
@@ -141,7 +141,7 @@ class StreamEncoder(Protocol):
     """Encodes one utterance piece by piece in bounded memory; any cut gives the same codes."""
 
     def push(self, wave: Tensor) -> Tensor:
-        """Samples in ([n] float32, [C, n] where `card.channels` is C > 1), the codes [R, t] that are now certain out."""
+        """Float32 samples in ([n], or [C, n] where `card.channels` is above 1), codes [R, t] that are certain out."""
 
     def finish(self) -> Tensor:
         """The remaining codes [R, t]; the last frame is filled up with zeros."""

@@ -1,16 +1,16 @@
 """EnCodec and its kin: causal SEANet encoders with an LSTM and a residual vector quantizer.
 
-Exact in bounded memory (tests/tokenize/test_encodec.py): a wave is cut into chunks of `CHUNK_SECONDS`. The convolutions
-before the LSTM see no further back than 2,398 samples, so each chunk is preceded by 8 frames of context, whose outputs
-are dropped; the LSTM's state is carried; the last convolution keeps its 6 previous inputs.
+Exact in bounded memory, and for any number of waves at once (tests/tokenize/test_encodec.py): every wave is computed in
+the same short pieces, each layer carrying what it needs of the piece before (seanet.py).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ from torch.nn import functional as F
 
 from codecssl.tokenize.codec import CodecCard, file_sha256, keep_codebooks
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.seanet import Decoder, Encoder, Lane
 from codecssl.tokenize.weights import load_pretrained, state_sha256
 
-CHUNK_SECONDS = 10
-CONTEXT_FRAMES = 8
+PIECE_FRAMES = {"cpu": 16, "cuda": 128}
+"""Frames of a piece: a CPU's cache holds 0.2 s of the first layers, a GPU wants more work per call."""
+QUANTIZER_ROWS = 32
+"""Frames that the quantizer takes together: products of one size, so that no frame's code depends on others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +35,11 @@ class Seanet:
 
     encoder: Sequence[nn.Module]
     """The encoder's layers in order."""
+    decoder: Sequence[nn.Module]
     codebooks: Tensor
     """[K, V, D] float32."""
-    decoder: nn.Module
+    quantize_plainly: Callable[[Tensor, int], Tensor]
+    """The library's own quantizer: latents [1, D, T] and K to codes [K, 1, T]."""
     sample_rate: int
     hop_length: int
 
@@ -44,43 +49,74 @@ class EncodecCodec:
 
     def __init__(self, net: Seanet, card: CodecCard, device: str = "cpu") -> None:
         self.net, self.card, self.device = net, card, torch.device(device)
-        layers = list(net.encoder)
-        split = next(i for i, layer in enumerate(layers) if hasattr(layer, "lstm"))
-        self.front = nn.Sequential(*layers[:split]).to(device).eval()
-        self.lstm: nn.LSTM = layers[split].lstm.to(device).eval()  # type: ignore[union-attr, assignment]
-        self.activation, self.last = layers[split + 1].to(device), layers[split + 2].to(device).eval()
-        self.decoder = net.decoder.to(device).eval()
-        self.codebooks = net.codebooks[: card.num_codebooks].to(device)
-        self.squared_norms = self.codebooks.pow(2).sum(2)
+        frames = PIECE_FRAMES[self.device.type]
+        for layer in (*net.encoder, *net.decoder):
+            layer.to(self.device).eval().requires_grad_(False)
+        self.encoder = Encoder(net.encoder, net.hop_length, frames)
+        self.decoder = Decoder(net.decoder, net.codebooks.shape[2], frames)
+        self.codebooks = net.codebooks[: card.num_codebooks].to(self.device)
+        # |r - e|^2 / 2 = |r|^2 / 2 - (r e - |e|^2 / 2): the nearest entry has the largest score r e - |e|^2 / 2
+        self._directions = self.codebooks.transpose(1, 2).contiguous()
+        self._offsets = self.codebooks.pow(2).sum(2) / -2
 
     def stream(self) -> EncodecStream:
         return EncodecStream(self)
 
     @torch.inference_mode()
     def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
-        codes = []
-        for wave in waves:
-            stream = self.stream()
-            codes.append(torch.cat([stream.push(wave), stream.finish()], dim=1))
-        return codes
+        """See `Codec`. Waves run side by side, the longest first; one that ends makes room for the next."""
+        waiting = sorted(range(len(waves)), key=lambda i: len(waves[i]))
+        streams: dict[int, EncodecStream] = {}
+        pieces: list[list[Tensor]] = [[] for _ in waves]
+        while waiting or streams:
+            while waiting and len(streams) < self.encoder.widths[-1]:
+                stream = streams[waiting[-1]] = self.stream()
+                stream.add(waves[waiting.pop()])
+            for i, codes in zip(streams, self._advance(list(streams.values()))):
+                pieces[i].append(codes)
+            streams = {i: stream for i, stream in streams.items() if stream.samples}
+        return [torch.cat(codes, 1) for codes in pieces]
+
+    def _advance(self, streams: Sequence[EncodecStream]) -> list[Tensor]:
+        """The codes of the next piece of each stream."""
+        taken = [stream.take() for stream in streams]
+        latents = self.encoder([stream.lane for stream in streams if stream.lane], [piece for piece, _ in taken])
+        codes = self.quantize(latents.flatten(0, 1).t()).unflatten(1, (len(streams), -1))
+        return [codes[:, i, :frames] for i, (_, frames) in enumerate(taken)]
 
     @torch.inference_mode()
     def quantize(self, latents: Tensor) -> Tensor:
         """Latents [D, T] to codes [K, T]: nearest entry of each codebook to what the ones before it left over."""
-        residual, codes = latents.t(), []
-        for table, squared in zip(self.codebooks, self.squared_norms):
-            # the same expression as the encodec package's: ties and rounding fall alike
-            distance = residual.pow(2).sum(1, keepdim=True) - 2 * residual @ table.t() + squared
-            index = distance.argmin(dim=1)
-            residual = residual - F.embedding(index, table)
-            codes.append(index)
-        return torch.stack(codes)
+        count = latents.shape[1]
+        residual = F.pad(latents, (0, -count % QUANTIZER_ROWS)).t().contiguous()
+        codes = torch.empty(len(self.codebooks), len(residual), dtype=torch.int64, device=self.device)
+        scores = residual.new_empty(QUANTIZER_ROWS, self.codebooks.shape[1])
+        largest = residual.new_empty(QUANTIZER_ROWS)
+        for table, directions, offsets, row in zip(self.codebooks, self._directions, self._offsets, codes):
+            for part, index in zip(residual.split(QUANTIZER_ROWS), row.split(QUANTIZER_ROWS)):
+                torch.addmm(offsets, part, directions, out=scores)
+                torch.max(scores, 1, out=(largest, index))
+            residual -= F.embedding(row, table)
+        return codes[:, :count]
+
+    @torch.inference_mode()
+    def encode_plainly(self, wave: Tensor) -> Tensor:
+        """The whole wave, filled up to whole frames, through the layers of the library that built the network."""
+        padded = F.pad(wave, (0, -len(wave) % self.net.hop_length)).to(self.device)[None, None]
+        for layer in self.net.encoder:
+            padded = layer(padded)
+        return self.net.quantize_plainly(padded, self.card.num_codebooks)[:, 0]
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
-        """The decoder runs over the whole utterance: memory grows with its length."""
-        wave: Tensor = self.decoder(self.latents(codes)[None])
-        return wave[0, 0, : codes.shape[1] * self.net.hop_length]
+        """See `Codec`. Piece by piece: memory grows by the wave alone."""
+        size, count = self.decoder.piece_frames, codes.shape[1]
+        lane = Lane(count, size)
+        pieces = [
+            self.decoder(F.pad(latents, (0, size - latents.shape[1])).t(), lane)
+            for latents in (self.latents(part) for part in codes.split(size, 1))
+        ]
+        return torch.cat(pieces)[: count * self.net.hop_length]
 
     def embeddings(self) -> list[Tensor]:
         return [table.cpu().clone() for table in self.codebooks]
@@ -92,64 +128,49 @@ class EncodecCodec:
 
 
 class EncodecStream:
-    """Streaming encoder of one wave; chunk bounds do not depend on how the wave is pushed."""
+    """Streaming encoder of one wave; its pieces do not depend on how the wave is pushed."""
 
     def __init__(self, codec: EncodecCodec) -> None:
-        self.codec, hop = codec, codec.net.hop_length
-        self.chunk = CHUNK_SECONDS * codec.net.sample_rate // hop * hop
-        self.context = CONTEXT_FRAMES * hop
+        self.codec = codec
+        self.lane: Lane | None = None
         self.pending: list[Tensor] = []
-        self.pending_samples = 0
-        self.tail: Tensor | None = None
-        self.state: tuple[Tensor, Tensor] | None = None
-        self.history: Tensor | None = None
+        self.samples = 0
+        """That are pending."""
 
     @torch.inference_mode()
     def push(self, wave: Tensor) -> Tensor:
-        self.pending.append(wave.to(self.codec.device))
-        self.pending_samples += len(wave)
-        codes = [self._empty()]
-        while self.pending_samples > self.chunk:  # not >=: the last chunk is left for finish()
-            everything = torch.cat(self.pending)
-            codes.append(self._encode(everything[: self.chunk]))
-            self.pending = [everything[self.chunk :]]
-            self.pending_samples = len(self.pending[0])
+        self.add(wave)
+        codes = [torch.zeros(self.codec.card.num_codebooks, 0, dtype=torch.int64, device=self.codec.device)]
+        while self.samples >= self.codec.encoder.piece_samples:
+            codes += self.codec._advance([self])
         return torch.cat(codes, dim=1)
 
     @torch.inference_mode()
     def finish(self) -> Tensor:
-        if self.pending_samples == 0:
-            return self._empty()
-        rest = torch.cat(self.pending)
-        self.pending, self.pending_samples = [], 0
-        return self._encode(F.pad(rest, (0, -len(rest) % self.codec.net.hop_length)))
-
-    def _encode(self, wave: Tensor) -> Tensor:
-        codec, first = self.codec, self.tail is None
-        audio = wave if first else torch.cat([self.tail, wave])  # type: ignore[list-item]
-        features = codec.front(audio[None, None])
-        if not first:
-            features = features[..., -(len(wave) // codec.net.hop_length) :]
-        self.tail = audio[-self.context :]
-        output = self._recur(features)
-        return codec.quantize(output[0])
-
-    def _recur(self, features: Tensor) -> Tensor:
-        """LSTM and last convolution: [1, C, t] to latents [1, D, t]."""
-        inputs = features.permute(2, 0, 1)
-        outputs, self.state = self.codec.lstm(inputs, self.state)
-        hidden = (outputs + inputs).permute(1, 2, 0)
-        kept: int = self.codec.last.conv_context  # type: ignore[assignment]
-        if self.history is None:  # start of the wave: the layer pads by reflection, as it was trained
-            latents = self.codec.last(self.codec.activation(hidden))
-        else:
-            hidden = torch.cat([self.history, hidden], dim=2)
-            latents = self.codec.last.conv(self.codec.activation(hidden))  # type: ignore[operator]
-        self.history = hidden[..., -kept:]
-        return latents
-
-    def _empty(self) -> Tensor:
+        """See `StreamEncoder`."""
+        if self.samples:
+            return self.codec._advance([self])[0]
         return torch.zeros(self.codec.card.num_codebooks, 0, dtype=torch.int64, device=self.codec.device)
+
+    def add(self, wave: Tensor) -> None:
+        """Put samples behind the pending ones."""
+        self.pending.append(wave.to(self.codec.device))
+        self.samples += len(wave)
+
+    def take(self) -> tuple[Tensor, int]:
+        """The next piece, filled up with zeros, and how many of its frames are the wave's."""
+        size, parts, had = self.codec.encoder.piece_samples, [], 0
+        while self.pending and had < size:
+            part = self.pending.pop(0)
+            parts.append(part[: size - had])
+            if len(part) > size - had:
+                self.pending.insert(0, part[size - had :])
+            had += len(parts[-1])
+        self.samples -= had
+        frames = -(-had // self.codec.net.hop_length)
+        if self.lane is None:
+            self.lane = self.codec.encoder.lane(frames)
+        return F.pad(torch.cat(parts), (0, size - had)), frames
 
 
 # ---------------------------------------------------------------- loading
@@ -187,7 +208,7 @@ def make_card(name: str, weights: str, digest: str, net: Seanet, num_codebooks: 
             "channels": "mean",
             "resample": "soxr HQ, whole file",
             "padding": "zeros to a whole frame",
-            "chunk": f"{CHUNK_SECONDS} s, {CONTEXT_FRAMES} frames of context, carried LSTM state",
+            "chunk": f"{PIECE_FRAMES[kind]} frames, all state carried",
             "precision": "float32",
             "device": kind,
         },
@@ -197,13 +218,12 @@ def make_card(name: str, weights: str, digest: str, net: Seanet, num_codebooks: 
 
 def from_encodec(model: Any) -> Seanet:
     """Parts of an `encodec.EncodecModel`."""
-    layers = list(model.encoder.model)
-    _remember_context(layers[-1])
     tables = torch.stack([layer.codebook for layer in model.quantizer.vq.layers])
     return Seanet(
-        encoder=layers,
+        encoder=list(model.eval().encoder.model),
+        decoder=list(model.decoder.model),
         codebooks=tables.detach(),
-        decoder=model.decoder,
+        quantize_plainly=lambda latents, count: model.quantizer.vq.encode(latents, n_q=count),
         sample_rate=model.sample_rate,
         hop_length=int(model.encoder.hop_length),
     )
@@ -211,22 +231,18 @@ def from_encodec(model: Any) -> Seanet:
 
 def from_transformers(model: Any) -> Seanet:
     """Parts of a `transformers.EncodecModel`."""
-    layers = list(model.encoder.layers)
-    _remember_context(layers[-1])
     tables = torch.stack([layer.codebook.embed for layer in model.quantizer.layers])
     return Seanet(
-        encoder=layers,
+        encoder=list(model.eval().encoder.layers),
+        decoder=list(model.decoder.layers),
         codebooks=tables.detach(),
-        decoder=model.decoder,
+        # transformers counts codebooks by their rate in kbps, rounded down
+        quantize_plainly=lambda latents, count: model.quantizer.encode(
+            latents, (count + 0.5) * log2(tables.shape[1]) * model.config.frame_rate / 1000
+        ),
         sample_rate=model.config.sampling_rate,
         hop_length=int(model.config.hop_length),
     )
-
-
-def _remember_context(layer: nn.Module) -> None:
-    convolution: Any = layer.conv
-    convolution = getattr(convolution, "conv", convolution)  # the encodec package wraps it once more
-    layer.conv_context = convolution.kernel_size[0] - 1  # type: ignore[assignment]
 
 
 def _load_24khz(weights: str | None) -> tuple[Seanet, str]:

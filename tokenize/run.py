@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from codecssl.tokenize.audio import AudioReader, sha256_of
-from codecssl.tokenize.codec import Codec, CodecCard, load_codec
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.encode import Device, default_workers, encode_inputs
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.layout import COMPRESSION
 from codecssl.tokenize.shards import load_json, shard_path
-from codecssl.tokenize.sources import Input, read_sources
+from codecssl.tokenize.sources import Input, is_stream, read_sources
 from codecssl.tokenize.writer import Encoded, Failure, ShardWriter, finish_dataset, to_json, write_atomic
 
 
@@ -40,7 +39,9 @@ class RunConfig:
     tasks: int = 1
     task: int = 0
     workers: int | None = None
-    """Processes that decode and encode; None is one per core on a CPU, 0 works in this process."""
+    """Processes that read and, on a CPU, encode; None is one per core, 0 works in this process."""
+    compress: bool = False
+    """Entropy-code the shards, losslessly."""
     shard_inputs: int = 8192
     """Inputs per shard."""
     block_inputs: int = 2048
@@ -66,68 +67,19 @@ class Progress:
     seconds: float
     """Of audio encoded by this task in this run."""
     failed: int
-
-
-# ---------------------------------------------------------------- one input
-
-
-def encode_input(codec: Codec, item: Input) -> Encoded | Failure:
-    """Read and encode one input in bounded memory; what cannot be read becomes a Failure, never an exception."""
-    try:
-        return _encode(codec, item)
-    except UserError as error:
-        return Failure(id=item.id, path=item.path, reason=str(error))
-    except (OSError, RuntimeError, ValueError) as error:
-        # a decoder's surprise costs its file, not the run; a full disk or memory is not the file's fault
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
-            raise
-        return Failure(id=item.id, path=item.path, reason=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
-
-
-def _encode(codec: Codec, item: Input) -> Encoded:
-    path, card = Path(item.file), codec.card
-    digest = sha256_of(path)
-    reader = AudioReader(path, card.sample_rate, item.start, item.end)
-    stream, samples, pieces = codec.stream(), 0, []
-    for block in reader.blocks():
-        samples += len(block)
-        pieces.append(stream.push(torch.from_numpy(np.ascontiguousarray(block))).cpu())
-    pieces.append(stream.finish().cpu())
-    if samples == 0:
-        raise UserError(f"no samples left at {card.sample_rate} Hz: {reader.source_samples} at {reader.source_rate} Hz")
-    codes = torch.cat(pieces, dim=1).numpy().astype(np.uint16)
-    return Encoded(
-        id=item.id,
-        path=item.path,
-        codes=list(codes),
-        samples=samples,
-        source_sha256=digest,
-        source_rate=reader.source_rate,
-        source_samples=reader.source_samples,
-        labels=item.labels,
-    )
-
-
-class _Encoder(Dataset[Any]):
-    """Encodes in a DataLoader's workers: ordered, prefetched, and gone when the main process is."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
-        self.codec: Codec | None = None
-
-    def __getitem__(self, item: Any) -> Encoded | Failure:
-        if self.codec is None:
-            torch.set_num_threads(1)  # the bits of a convolution may depend on the number of threads
-            self.codec = load_codec(
-                self.config.codec, num_codebooks=self.config.num_codebooks, device=self.config.device
-            )
-        return encode_input(self.codec, item)
+    total: int | None
+    """Inputs that this task has to encode, where the sources can be counted."""
 
 
 # ---------------------------------------------------------------- the plan
 
 
-def open_plan(config: RunConfig, card: CodecCard) -> dict[str, Any]:
+STDIN = "stdin.jsonl"
+"""A list that came on standard input, in the dataset's folder."""
+SIZES = ("shard_inputs", "block_inputs", "block_seconds")
+
+
+def open_plan(config: RunConfig, card: CodecCard, inputs: int | None) -> dict[str, Any]:
     """Read or write plan.json: all that every task of a dataset must agree on.
 
     Raises UserError when the folder was begun with another codec, other sources or other sizes.
@@ -135,14 +87,12 @@ def open_plan(config: RunConfig, card: CodecCard) -> dict[str, Any]:
     plan = {
         "codec": card.to_dict(),
         "sources": [str(s) for s in config.sources],
-        "shard_inputs": config.shard_inputs,
-        "block_inputs": config.block_inputs,
-        "block_seconds": config.block_seconds,
-    }
+        "inputs": inputs,
+        **({"compression": COMPRESSION} if config.compress else {}),
+    } | {size: getattr(config, size) for size in SIZES}
     path = config.output / "plan.json"
     if not path.exists():
-        if config.output.is_dir() and any(config.output.iterdir()):
-            raise UserError(f"{config.output}: not empty and not a dataset of ours; give a new folder as --output")
+        refuse_foreign(config.output)
         config.output.mkdir(parents=True, exist_ok=True)
         write_atomic(path, to_json(plan))
         return plan
@@ -153,20 +103,33 @@ def open_plan(config: RunConfig, card: CodecCard) -> dict[str, Any]:
             f"{config.output}: begun with codec {theirs.name}, this run has {card.name} ({theirs.difference(card)}); "
             "give the same --codec or another --output"
         )
-    for key in ("sources", "shard_inputs", "block_inputs", "block_seconds"):
-        if begun[key] != plan[key]:
+    for key in ("sources", "compression", *SIZES):
+        if begun.get(key) != plan.get(key):
             raise UserError(
-                f"{config.output}: begun with {key} {begun[key]}, this run has {plan[key]}; "
+                f"{config.output}: begun with {key} {begun.get(key)}, this run has {plan.get(key)}; "
                 "give the same or another --output"
             )
+    if begun.get("inputs", inputs) != inputs:
+        raise UserError(
+            f"{config.output}: the sources changed: {inputs} inputs, {begun['inputs']} when it was begun; "
+            "give another --output"
+        )
     return begun
 
 
-def shards_of(config: RunConfig) -> Iterator[tuple[int, Iterator[Input]]]:
-    """(shard, its inputs) of the whole stream, in order."""
-    numbered = enumerate(read_sources(list(config.sources)))
-    for shard, group in groupby(numbered, key=lambda pair: pair[0] // config.shard_inputs):
-        yield shard, (item for _, item in group)
+def refuse_foreign(output: Path) -> None:
+    """Raises UserError for a folder with files in it that no run of ours began."""
+    ours = {STDIN, "plan.json"}
+    if output.is_dir() and (found := {path.name for path in output.iterdir()}) and not found & ours:
+        raise UserError(f"{output}: not empty and not a dataset of ours; give a new folder as --output")
+
+
+def count_inputs(config: RunConfig) -> int | None:
+    """Inputs of all sources; None where counting would mean to fetch them."""
+    if any(is_stream(source) for source in config.sources):
+        next(read_sources(list(config.sources)))  # a source that isn't there is told before anything is made
+        return None
+    return sum(1 for _ in read_sources(list(config.sources)))
 
 
 # ---------------------------------------------------------------- the run
@@ -178,20 +141,14 @@ def run(config: RunConfig, report: Callable[[Progress], None] = lambda _: None) 
     Raises UserError for sources that changed since a shard was written, and for a folder of another dataset.
     """
     torch.set_num_threads(1 if config.device == "cpu" else torch.get_num_threads())
-    card = load_codec(config.codec, num_codebooks=config.num_codebooks, device=config.device).card
-    next(read_sources(list(config.sources)))  # a missing folder is told before anything is made
-    plan = open_plan(config, card)
+    device = Device(codec=config.codec, num_codebooks=config.num_codebooks, device=config.device)
+    codec = device.load()
+    plan = open_plan(config, codec.card, inputs := count_inputs(config))
     todo = _Todo(config)
-    loader = DataLoader(
-        _Encoder(config),
-        sampler=todo,  # type: ignore[arg-type]
-        batch_size=None,
-        num_workers=(workers := _workers(config)),
-        multiprocessing_context="spawn" if workers else None,
-        prefetch_factor=4 if workers else None,
-    )
+    workers = default_workers(config.device) if config.workers is None else config.workers
+    progress = _Watch(codec.card, todo.left(inputs), report)
     try:
-        _consume(config, card, todo, iter(loader), report)
+        _consume(config, codec.card, todo, progress.watch(encode_inputs(device, codec, todo, workers)))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -207,49 +164,61 @@ def run(config: RunConfig, report: Callable[[Progress], None] = lambda _: None) 
 
 
 class _Todo:
-    """The inputs that this task has still to encode, as the loader asks for them, and where each one goes."""
+    """The inputs that this task has still to encode, in one walk over the sources, and where each one goes."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.shards = 0
-        self.order: list[tuple[int, int, int, str]] = []
-        """(shard, inputs done before, inputs left, sha256 over all of them) for each unfinished shard of ours."""
-        for shard, inputs in shards_of(config):
-            self.shards = shard + 1
-            count, digest = _digest(inputs)
-            if shard % config.tasks == config.task and not self._finished(shard, digest):
-                done = _done(config.output, shard)
-                self.order.append((shard, done, count - done, digest))
+        """Of the whole dataset; known after the walk."""
+        self.places: deque[int] = deque()
+        """The shard of each input handed out whose result has not come back."""
+        self.digests: dict[int, str] = {}
+        """sha256 over the inputs of each unfinished shard of ours, known once all of them are handed out."""
 
-    def _finished(self, shard: int, digest: str) -> bool:
+    def __iter__(self) -> Iterator[Input]:
+        first = self._first_unfinished() if any(map(is_stream, self.config.sources)) else 0
+        self.shards = first  # of a stream, what is finished is not fetched again, nor its inputs compared
+        skip = first * self.config.shard_inputs
+        numbered = enumerate(read_sources(list(self.config.sources), skip), skip)
+        for shard, group in groupby(numbered, key=lambda pair: pair[0] // self.config.shard_inputs):
+            self.shards = shard + 1
+            if shard % self.config.tasks == self.config.task:
+                yield from self._of_shard(shard, (item for _, item in group))
+
+    def _first_unfinished(self) -> int:
+        shard = 0
+        while shard_path(self.config.output, shard).with_suffix(".json").exists():
+            shard += 1
+        return shard
+
+    def _of_shard(self, shard: int, inputs: Iterator[Input]) -> Iterator[Input]:
         mark = shard_path(self.config.output, shard).with_suffix(".json")
-        if not mark.exists():
-            return False
-        if load_json(mark)["inputs_sha256"] != digest:
+        finished, done, digest = mark.exists(), _done(self.config.output, shard), hashlib.sha256()
+        for number, item in enumerate(inputs):
+            digest.update(item.digest())
+            if not finished and number >= done:
+                self.places.append(shard)
+                yield item
+        if not finished:
+            self.digests[shard] = digest.hexdigest()
+        elif load_json(mark)["inputs_sha256"] != digest.hexdigest():
             raise UserError(
                 f"{self.config.output}: the sources changed since shard {shard:05d} was written; give another --output"
             )
-        return True
 
-    def __iter__(self) -> Iterator[Input]:
-        done_before = {shard: done for shard, done, _, _ in self.order}
-        for shard, inputs in shards_of(self.config):
-            if shard in done_before:
-                yield from islice(inputs, done_before[shard], None)
-
-    def __len__(self) -> int:
-        return sum(left for _, _, left, _ in self.order)
-
-
-def _digest(inputs: Iterator[Input]) -> tuple[int, str]:
-    digest, count = hashlib.sha256(), 0
-    for item in inputs:
-        digest.update(item.digest())
-        count += 1
-    return count, digest.hexdigest()
+    def left(self, inputs: int | None) -> int | None:
+        """How many inputs the walk will hand out, of `inputs` in the whole dataset."""
+        if inputs is None:
+            return None
+        size, left = self.config.shard_inputs, 0
+        for shard in range(self.config.task, -(-inputs // size), self.config.tasks):
+            if not shard_path(self.config.output, shard).with_suffix(".json").exists():
+                left += min(size, inputs - shard * size) - _done(self.config.output, shard)
+        return left
 
 
 def _done(root: Path, shard: int) -> int:
+    """Inputs of a shard in blocks that are whole."""
     folder, done, block = root / "work" / f"{shard:05d}", 0, 0
     while (part := folder / f"{block:05d}.json").exists():
         done += load_json(part)["inputs"]
@@ -257,41 +226,68 @@ def _done(root: Path, shard: int) -> int:
     return done
 
 
-def _consume(
-    config: RunConfig,
-    card: CodecCard,
-    todo: _Todo,
-    results: Iterator[Encoded | Failure],
-    report: Callable[[Progress], None],
-) -> None:
-    """Put the loader's results, which come in order, into blocks and shards."""
-    inputs, seconds, failed = 0, 0.0, 0
-    for shard, _, todo_here, digest in todo.order:
-        writer = ShardWriter(config.output, shard, card)
-        utterances: list[Encoded] = []
-        failures: list[Failure] = []
-        held = 0.0
-        for left in range(todo_here, 0, -1):
-            result = next(results)
-            inputs += 1
+def _consume(config: RunConfig, card: CodecCard, todo: _Todo, results: Iterator[Encoded | Failure]) -> None:
+    """Put the results, which come in the order of `todo`, into blocks and shards."""
+    writer: _BlockWriter | None = None
+    for result in results:
+        shard = todo.places.popleft()
+        if writer is None or writer.shard != shard:
+            if writer is not None:
+                writer.finish(todo.digests.pop(writer.shard))
+            writer = _BlockWriter(config, card, shard)
+        writer.add(result)
+    if writer is not None:
+        writer.finish(todo.digests.pop(writer.shard))
+    for shard, digest in todo.digests.items():  # killed after their last block
+        _BlockWriter(config, card, shard).finish(digest)
+
+
+class _BlockWriter:
+    """Cuts a shard's results into blocks."""
+
+    def __init__(self, config: RunConfig, card: CodecCard, shard: int) -> None:
+        self.config, self.card, self.shard = config, card, shard
+        self.writer = ShardWriter(config.output, shard, card, compress=config.compress)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.utterances: list[Encoded] = []
+        self.failures: list[Failure] = []
+        self.samples = 0
+
+    def add(self, result: Encoded | Failure) -> None:
+        if isinstance(result, Failure):
+            self.failures.append(result)
+        else:
+            self.utterances.append(result)
+            self.samples += result.samples
+        full = len(self.utterances) + len(self.failures) >= self.config.block_inputs
+        if full or self.samples >= self.config.block_seconds * self.card.sample_rate:
+            self._flush()
+
+    def _flush(self) -> None:
+        self.writer.add_block(len(self.utterances) + len(self.failures), self.utterances, self.failures)
+        self._clear()
+
+    def finish(self, digest: str) -> None:
+        if self.utterances or self.failures:
+            self._flush()
+        self.writer.finish(digest)
+
+
+class _Watch:
+    """Reports on results as they pass."""
+
+    def __init__(self, card: CodecCard, total: int | None, report: Callable[[Progress], None]) -> None:
+        self.card, self.total, self.report = card, total, report
+
+    def watch(self, results: Iterator[Encoded | Failure]) -> Iterator[Encoded | Failure]:
+        failed = samples = 0
+        self.report(Progress(0, 0.0, 0, self.total))
+        for inputs, result in enumerate(results, 1):
             if isinstance(result, Failure):
-                failures.append(result)
                 failed += 1
             else:
-                utterances.append(result)
-                held += result.samples / card.sample_rate
-                seconds += result.samples / card.sample_rate
-            report(Progress(inputs, seconds, failed))
-            full = len(utterances) + len(failures) >= config.block_inputs or held >= config.block_seconds
-            if full or left == 1:
-                writer.add_block(len(utterances) + len(failures), utterances, failures)
-                utterances, failures, held = [], [], 0.0
-        writer.finish(digest)
-
-
-def _workers(config: RunConfig) -> int:
-    if config.workers is not None:
-        return config.workers
-    if config.device != "cpu":
-        return 0
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+                samples += result.samples
+            yield result
+            self.report(Progress(inputs, samples / self.card.sample_rate, failed, self.total))

@@ -1,30 +1,16 @@
-"""Token shards, format version 1: the layout on disk, and the reader that the trainer uses.
-
-    DIR/dataset.json        format version, codec card, sources, totals; written last
-    DIR/index.npy           frames of each utterance (uint16 or uint32), in order
-    DIR/blocks.npy          where each block of utterances lies (BLOCK)
-    DIR/failed.jsonl        inputs that could not be read
-    DIR/shards/00000.tar    a plain tar of blocks; per block three members:
-        KEY.json.gz             columns of text: id, path, labels
-        KEY.npz                 columns of numbers: sha256, samples, source_rate, source_rest (the source's samples are
-                                samples * source_rate // sample_rate + source_rest)
-        KEY.codes               per utterance, per codebook, the codes packed at `code_bits`, each plane byte-aligned
-    DIR/shards/00000.json   sha256 and counts of the tar: its completion mark
-
-The offset of an utterance inside its block's codes follows from the frames before it: nothing else is stored.
-"""
+"""Reading token shards, at random and in order; the layout on disk is described in `layout`."""
 
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import mmap
-import tarfile
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,22 +19,48 @@ from numpy.typing import NDArray
 
 from codecssl.tokenize.bits import packed_size, unpack
 from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.entropy import SEGMENT_FRAMES, Coder
 from codecssl.tokenize.errors import UserError
-
-FORMAT = "codecssl-shards"
-FORMAT_VERSION = 1
-
-BLOCK = np.dtype(
-    [
-        ("shard", "<u4"),
-        ("first", "<u8"),  # index of the block's first utterance in the dataset
-        ("count", "<u4"),  # utterances
-        ("offset", "<u8"),  # of the block's first member in the shard's tar, bytes
-        ("codes_offset", "<u8"),  # of its codes
-        ("codes_bytes", "<u8"),
-        ("crc32", "<u4"),  # of the codes
-    ]
+from codecssl.tokenize.layout import (
+    BLOCK,
+    COMPRESSION,
+    FORMAT,
+    FORMAT_VERSION,
+    from_planes,
+    load_json,
+    read_coder,
+    read_columns,
+    read_header,
+    read_members,
+    read_numbers,
+    scales_of,
+    segments_of,
+    shard_path,
+    stored_bytes,
+    to_planes,
+    utterance_bytes,
 )
+
+__all__ = [
+    "BLOCK",
+    "COMPRESSION",
+    "FORMAT",
+    "FORMAT_VERSION",
+    "Shards",
+    "Utterance",
+    "from_planes",
+    "load_json",
+    "read_coder",
+    "read_columns",
+    "read_header",
+    "shard_path",
+    "stored_bytes",
+    "to_planes",
+    "utterance_bytes",
+]
+
+OFFSETS_CACHED = 4096
+"""Blocks whose offsets are kept: the reader's working set, about 4 bytes an utterance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,43 +80,8 @@ class Utterance:
     source_samples: int
     """Per channel, at `source_rate`."""
     labels: dict[str, Any]
-
-
-def utterance_bytes(frames: NDArray[np.integer], card: CodecCard) -> NDArray[np.int64]:
-    """Bytes of the packed codes of utterances of so many frames."""
-    wide = np.asarray(frames, dtype=np.int64)
-    total = np.zeros_like(wide)
-    for bits, rate in zip(card.code_bits, card.codes_per_frame):
-        total += (wide * rate * bits + 7) // 8
-    return total
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that we wrote. Raises UserError when it is not one."""
-    try:
-        value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: damaged, not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: damaged, not a JSON object")
-    return value
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """dataset.json of a finished dataset. Raises UserError for another folder, an unfinished or a newer one."""
-    file = path / "dataset.json"
-    if not file.exists():
-        if (path / "plan.json").exists():
-            raise UserError(f"{path}: not finished; run the same `codecssl-tokenize run` again to complete it")
-        raise UserError(f"{path}: no dataset.json; this is not a folder of token shards")
-    header = load_json(file)
-    if header.get("format") != FORMAT:
-        raise UserError(f"{file}: format {header.get('format')!r}, expected {FORMAT!r}")
-    if header["format_version"] > FORMAT_VERSION:
-        raise UserError(
-            f"{file}: format version {header['format_version']}, this codecssl reads up to {FORMAT_VERSION}"
-        )
-    return header
+    scales: NDArray[np.float32] | None = field(default=None, compare=False)
+    """[segments], for a codec that has such."""
 
 
 class Shards:
@@ -118,20 +95,28 @@ class Shards:
         self.path = Path(path)
         self.header = read_header(self.path)
         self.card = CodecCard.from_dict(self.header["codec"])
-        self.frames: NDArray[np.integer] = np.load(self.path / "index.npy", mmap_mode="r")
+        self.compressed = bool(self.header.get("compression"))
+        self.frames: NDArray[np.integer] = np.load(self.path / "index.npy", mmap_mode="r").view(np.ndarray)
+        """[N], of each utterance; mapped, not read."""
         self.blocks = np.load(self.path / "blocks.npy")
         if len(self.frames) != self.header["totals"]["utterances"]:
             raise UserError(
                 f"{self.path}: index.npy has {len(self.frames)} utterances, dataset.json says otherwise; verify it"
             )
+        # lists, since a row of a numpy table costs more than unpacking an utterance
         self._firsts: list[int] = self.blocks["first"].tolist()
+        self._places: list[tuple[int, int]] = self.blocks[["shard", "codes_offset"]].tolist()
+        self._runs = _runs(self.card)
         self._open_caches()
 
     def _open_caches(self) -> None:
         # per instance, so that a closed dataset frees its maps
-        self._map = lru_cache(maxsize=64)(self._map_shard)
-        self._offsets = lru_cache(maxsize=64)(self._block_offsets)
+        self._map = lru_cache(maxsize=256)(self._map_shard)
+        self._offsets = lru_cache(maxsize=OFFSETS_CACHED)(self._block_offsets)
+        self._streams = lru_cache(maxsize=OFFSETS_CACHED)(self._block_streams)
         self._columns = lru_cache(maxsize=4)(self._read_columns)
+        self._coder = lru_cache(maxsize=256)(self._read_coder)  # 3 MB each: 20 ms to make, too much for each utterance
+        self._segment = lru_cache(maxsize=64)(self._decode_segment)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -154,32 +139,26 @@ class Shards:
     def codes(
         self, index: int, *, num_codebooks: int | None = None, start: int = 0, stop: int | None = None
     ) -> NDArray[np.uint16]:
-        """Codes [K, stop - start] of one utterance; only the planes and bytes asked for are read.
+        """Codes [R, stop - start] of one utterance, rows as `Codec` has them; only what is asked for is read.
 
-        For a codec whose codebooks run at different rates use `planes`. Raises IndexError for what is not there.
+        num_codebooks: keep the rows of the first codebooks. Raises IndexError for what is not there.
         """
-        if max(self.card.codes_per_frame) > 1:
-            raise UserError(f"{self.path}: codebooks of {self.card.name} run at different rates; read `planes`")
-        return np.stack(self.planes(index, num_codebooks=num_codebooks, start=start, stop=stop))
+        kept, stop = self._checked(index, num_codebooks, start, stop)
+        if self.compressed:
+            return from_planes(self._decoded(index, kept, start, stop), self.card)
+        stacks = self._unpacked(index, kept, start, stop)
+        if len(stacks) == 1 and self._runs[0].rate == 1:
+            return stacks[0]
+        return from_planes([plane for stack in stacks for plane in stack], self.card)
 
     def planes(
         self, index: int, *, num_codebooks: int | None = None, start: int = 0, stop: int | None = None
     ) -> list[NDArray[np.uint16]]:
         """Per codebook, the codes of frames start..stop: (stop - start) * codes_per_frame[k] of them."""
-        frames = int(self.frames[index])
-        stop = frames if stop is None else stop
-        if not 0 <= start <= stop <= frames:
-            raise IndexError(f"frames {start}..{stop}: utterance {index} has {frames}")
-        kept = self.num_codebooks if num_codebooks is None else num_codebooks
-        if not 1 <= kept <= self.num_codebooks:
-            raise IndexError(f"num_codebooks {kept}: the shards hold 1 to {self.num_codebooks}")
-        buffer, offset = self._locate(index)
-        planes = []
-        for bits, rate in zip(self.card.code_bits[:kept], self.card.codes_per_frame):
-            size = packed_size(frames * rate, bits)
-            planes.append(unpack(buffer[offset : offset + size], bits, start * rate, stop * rate))
-            offset += size
-        return planes
+        kept, stop = self._checked(index, num_codebooks, start, stop)
+        if self.compressed:
+            return self._decoded(index, kept, start, stop)
+        return [plane for stack in self._unpacked(index, kept, start, stop) for plane in stack]
 
     def utterance(self, index: int) -> Utterance:
         """Id, source and labels of one utterance."""
@@ -197,37 +176,111 @@ class Shards:
             source_rate=source_rate,
             source_samples=samples * source_rate // self.card.sample_rate + int(numbers["source_rest"][within]),
             labels={k: v for k, v in labels.items() if v is not None},
+            scales=scales_of(numbers, within, self.card),
         )
 
     def utterances(self) -> Iterator[Utterance]:
         """All utterances, in order."""
         return (self.utterance(i) for i in range(len(self)))
 
+    def ids(self) -> Iterator[str]:
+        """The ids of all utterances, in order, a block at a time: much faster than `utterances`."""
+        for block in range(len(self.blocks)):
+            yield from json.loads(self._read_text(block))["id"]
+
     def find(self, id: str) -> int:
-        """The index of an utterance by its id: a scan. Raises UserError when it is not there."""
-        for utterance in self.utterances():
-            if utterance.id == id:
-                return utterance.index
-        raise UserError(f"id {id!r}: not in {self.path}; ids look like {self.utterance(0).id!r}")
+        """The index of an utterance by its id: a scan of the text, not of the codes.
+
+        Raises UserError when it is not there.
+        """
+        needle = json.dumps(id, ensure_ascii=False).encode()
+        for block, first in enumerate(self._firsts):
+            text = self._read_text(block)
+            if needle in text and id in (ids := json.loads(text)["id"]):
+                return first + ids.index(id)
+        example = f"; ids look like {self.utterance(0).id!r}" if len(self) else ""
+        raise UserError(f"id {id!r}: not in {self.path}{example}")
+
+    # ------------------------------------------------------------ codes
+
+    def _checked(self, index: int, num_codebooks: int | None, start: int, stop: int | None) -> tuple[int, int]:
+        if not 0 <= index < len(self.frames):
+            raise IndexError(f"utterance {index}: the dataset has {len(self)}")
+        frames = int(self.frames[index])
+        stop = frames if stop is None else stop
+        if not 0 <= start <= stop <= frames:
+            raise IndexError(f"frames {start}..{stop}: utterance {index} has {frames}")
+        kept = self.num_codebooks if num_codebooks is None else num_codebooks
+        if not 1 <= kept <= self.num_codebooks:
+            raise IndexError(f"num_codebooks {kept}: the shards hold 1 to {self.num_codebooks}")
+        return kept, stop
+
+    def _unpacked(self, index: int, kept: int, start: int, stop: int) -> list[NDArray[np.uint16]]:
+        """The planes, those of one width and rate stacked: they are unpacked at once."""
+        frames = int(self.frames[index])
+        block, within = self._find(index)
+        shard, offset = self._places[block]
+        buffer, offset = self._map(shard), offset + int(self._offsets(block)[within])
+        stacks: list[NDArray[np.uint16]] = []
+        for run in self._runs:
+            count = min(run.count, kept - run.first)
+            if count <= 0:
+                break
+            size = packed_size(frames * run.rate, run.bits)
+            packed = buffer[offset : offset + count * size].reshape(count, size)
+            stacks.append(unpack(packed, run.bits, start * run.rate, stop * run.rate))
+            offset += count * size
+        return stacks
+
+    def _decoded(self, index: int, kept: int, start: int, stop: int) -> list[NDArray[np.uint16]]:
+        """The planes of a compressed utterance, from the segments that hold them."""
+        first, rates = start // SEGMENT_FRAMES, self.card.codes_per_frame
+        segments = [self._segment(index, s, kept) for s in range(first, -(-stop // SEGMENT_FRAMES))]
+        if start == stop:
+            return [np.zeros(0, np.uint16) for _ in range(kept)]
+        skipped = start - first * SEGMENT_FRAMES
+        return [
+            np.concatenate(pieces)[skipped * rate : (skipped + stop - start) * rate]
+            for pieces, rate in zip(zip(*segments), rates)
+        ]
+
+    def _decode_segment(self, index: int, segment: int, kept: int) -> list[NDArray[np.uint16]]:
+        block, within = self._find(index)
+        shard, offset = self._places[block]
+        ends, firsts = self._streams(block)
+        number = int(firsts[within]) + segment
+        words = self._map(shard)[offset + int(ends[number]) : offset + int(ends[number + 1])]
+        frames = min(SEGMENT_FRAMES, int(self.frames[index]) - segment * SEGMENT_FRAMES)
+        coder = self._coder(shard)
+        try:
+            return coder.decode(np.frombuffer(words.tobytes(), "<u4"), frames, kept)
+        except (AssertionError, IndexError) as error:  # no such stream was ever written
+            raise UserError(
+                f"{shard_path(self.path, shard)}: utterance {index} cannot be decompressed; "
+                f"run `codecssl-tokenize verify {self.path}`"
+            ) from error
 
     # ------------------------------------------------------------ inside
 
     def _find(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
+        if not 0 <= index < len(self.frames):
             raise IndexError(f"utterance {index}: the dataset has {len(self)}")
         block = bisect_right(self._firsts, index) - 1
         return block, index - self._firsts[block]
 
-    def _locate(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        block, within = self._find(index)
-        row = self.blocks[block]
-        offset = int(row["codes_offset"]) + int(self._offsets(block)[within])
-        return self._map(int(row["shard"])), offset
+    def _frames_of(self, block: int) -> NDArray[np.integer]:
+        first = self._firsts[block]
+        return self.frames[first : first + int(self.blocks["count"][block])]
 
-    def _block_offsets(self, block: int) -> NDArray[np.int64]:
-        first, count = self._firsts[block], int(self.blocks[block]["count"])
-        sizes = utterance_bytes(self.frames[first : first + count], self.card)
-        return np.concatenate([[0], np.cumsum(sizes[:-1])])
+    def _block_offsets(self, block: int) -> NDArray[np.unsignedinteger]:
+        """[count] where each utterance's codes begin in the block."""
+        return _starts(utterance_bytes(self._frames_of(block), self.card))
+
+    def _block_streams(self, block: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.unsignedinteger]]:
+        """[segments + 1] where each segment's stream begins in the block, and [count] each utterance's first one."""
+        with self._open(block) as (file, offset):
+            words = read_numbers(file, offset)["stream_words"]
+        return _starts(words.astype(np.int64) * 4), _starts(segments_of(self._frames_of(block)))
 
     def _map_shard(self, shard: int) -> NDArray[np.uint8]:
         path = shard_path(self.path, shard)
@@ -237,28 +290,43 @@ class Shards:
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error}); run `codecssl-tokenize verify {self.path}`") from error
 
+    def _read_coder(self, shard: int) -> Coder:
+        return read_coder(shard_path(self.path, shard), self.card)
+
     def _read_columns(self, block: int) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        with self._open(block) as (file, offset):
+            return read_columns(file, offset)
+
+    def _read_text(self, block: int) -> bytes:
+        with self._open(block) as (file, offset):
+            return gzip.decompress(read_members(file, offset, 1)[0])
+
+    @contextmanager
+    def _open(self, block: int) -> Iterator[tuple[BinaryIO, int]]:
         row = self.blocks[block]
         with shard_path(self.path, int(row["shard"])).open("rb") as file:
-            return read_columns(file, int(row["offset"]))
+            yield file, int(row["offset"])
 
 
-def shard_path(root: Path, shard: int) -> Path:
-    """The tar of a shard."""
-    return root / "shards" / f"{shard:05d}.tar"
+@dataclass(frozen=True)
+class _Run:
+    """Codebooks one after another whose codes have the same width and rate."""
+
+    first: int
+    count: int
+    bits: int
+    rate: int
 
 
-def read_columns(file: BinaryIO, offset: int) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """The text and the number columns of the block whose first member's header is at `offset` of a shard."""
-    file.seek(offset)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        text, numbers = (_content(tar) for _ in range(2))
-    return json.loads(gzip.decompress(text)), dict(np.load(io.BytesIO(numbers)))
+def _runs(card: CodecCard) -> list[_Run]:
+    runs: list[_Run] = []
+    for key, group in groupby(enumerate(zip(card.code_bits, card.codes_per_frame)), key=lambda pair: pair[1]):
+        books = [k for k, _ in group]
+        runs.append(_Run(books[0], len(books), *key))
+    return runs
 
 
-def _content(tar: tarfile.TarFile) -> bytes:
-    member = tar.next()
-    stream = tar.extractfile(member) if member else None
-    if stream is None:
-        raise UserError("the tar ends inside a block; verify the dataset")
-    return stream.read()
+def _starts(sizes: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
+    """[n + 1] where each of n things begins, and the end; as small as they fit: many are kept."""
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    return ends.astype(np.uint32 if ends[-1] < 1 << 32 else np.uint64)

@@ -1,91 +1,99 @@
-"""Where audio comes from: folders, globs, single files and manifests, as one ordered stream of inputs.
+"""Where audio comes from, as one ordered stream of inputs: folders, globs, files, manifests, datasets, tars.
 
 The order is fixed by the names alone, and nothing is listed in memory beyond one folder: a task of an array walks the
-same stream as its siblings and picks its shards.
+same stream as its siblings and picks its shards. Where users give the ids, 8-byte hashes of them are kept.
 """
 
 from __future__ import annotations
 
-import csv
 import glob
-import hashlib
-import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from codecssl.tokenize.audio import EXTENSIONS
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.inputs import Input, in_utf8
+from codecssl.tokenize.manifest import MANIFESTS, read_list, read_manifest
 
-MANIFESTS = (".tsv", ".csv", ".jsonl")
-RESERVED = ("path", "id", "start", "end")
+__all__ = ["Input", "is_stream", "read_source", "read_sources", "walk"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Input:
-    """One utterance to encode: a file or a segment of one."""
-
-    id: str
-    """Unique within the dataset."""
-    path: str
-    """As the user wrote it: relative to the source's root."""
-    file: str
-    """Where it lies on this machine."""
-    start: float | None = None
-    """Seconds; None is the file's start."""
-    end: float | None = None
-    labels: dict[str, Any] = field(default_factory=dict)
-    """The manifest's other columns."""
-
-    def open(self) -> BinaryIO:
-        """The encoded audio as a seekable binary file; the caller closes it. Raises UserError when it cannot be read."""
-        try:
-            return open(self.file, "rb")
-        except OSError as error:
-            raise UserError(f"cannot read: {error.strerror}") from error
-
-    def digest(self) -> bytes:
-        """Changes when the input's name, segment or labels do."""
-        parts = [self.id, self.path, self.start, self.end, self.labels]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).digest()
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+HINT_ENTRIES = 10_000
+"""Of a folder without audio, to tell what it holds instead."""
 
 
-def read_sources(sources: list[str]) -> Iterator[Input]:
-    """All inputs of all sources, in order; where there are several, ids begin with the source's name.
+def read_sources(sources: list[str], skip: int = 0) -> Iterator[Input]:
+    """All inputs of all sources but the first `skip`, in order.
 
-    Raises UserError for a source that does not exist, holds no audio, or repeats an id.
+    Where there are several sources, ids begin with the source's name. Raises UserError for a source that does not
+    exist, holds no audio, or repeats an id (of a stream: among what is not skipped).
     """
     prefixes = _prefixes(sources)
-    for source, prefix in zip(sources, prefixes):
-        for item in read_source(source):
+    for number, (source, prefix) in enumerate(zip(sources, prefixes), 1):
+        last = number == len(sources)  # of an earlier source it must be known how many it has
+        inputs = read_source(source, skip if last else 0)
+        if not last:
+            for _ in islice(inputs, skip):
+                skip -= 1
+        for item in inputs:
             yield item if not prefix else Input(**vars(item) | {"id": f"{prefix}/{item.id}"})
 
 
-def read_source(source: str) -> Iterator[Input]:
-    """Inputs of one source. See `read_sources`."""
+def read_source(source: str, skip: int = 0) -> Iterator[Input]:
+    """Inputs of one source but the first `skip`. See `read_sources`."""
+    if source.startswith(("hf:", "hf-stream:")):
+        from codecssl.tokenize.hf import read_hf
+
+        inputs = read_hf(source, skip if is_stream(source) else 0)
+        return inputs if is_stream(source) else islice(inputs, skip, None)
+    return islice(_read_source(source), skip, None)
+
+
+def is_stream(source: str) -> bool:
+    """Whether reading the inputs of `source` fetches their audio, so that they are better not counted beforehand."""
+    return source.startswith("hf-stream:")
+
+
+def _read_source(source: str) -> Iterator[Input]:
     path = Path(source)
+    if source == "-":
+        return read_list(sys.stdin.buffer)
+    if source.startswith("wds:"):
+        from codecssl.tokenize.wds import read_wds
+
+        return read_wds(source)
     if path.is_dir():
         return _some(_from_paths(walk(path), path), source)
-    if path.is_file() and path.suffix.lower() in MANIFESTS:
-        return _some(_from_manifest(path), source)
     if path.is_file():
-        return _from_paths([path], path.parent)
+        return _from_file(path)
     if any(c in source for c in "*?["):
-        matches = sorted(Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file())  # noqa: PTH207
+        matches = sorted({Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file()})  # noqa: PTH207
         root = Path(os.path.commonpath([p.parent for p in matches])) if matches else Path()
         return _some(_from_paths(matches, root), source)
     raise UserError(f"source {source!r}: no such file or folder")
 
 
+def _from_file(path: Path) -> Iterator[Input]:
+    if path.suffix.lower() in MANIFESTS:
+        return _some(read_manifest(path), str(path), "no rows in it")
+    if path.name.lower().endswith(TARS):
+        raise UserError(f"source {str(path)!r}: a tar; write wds:{path} for the audio in it")
+    return _from_paths([path], path.parent)
+
+
 def walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
     """Audio files below `folder`, depth first, ordered by their names' bytes; links are followed, not in circles."""
-    status = folder.stat()
-    if (here := (status.st_dev, status.st_ino)) in above:
-        return
-    with os.scandir(folder) as entries:
-        ordered = sorted(entries, key=lambda entry: os.fsencode(entry.name))
+    try:
+        status = folder.stat()
+        if (here := (status.st_dev, status.st_ino)) in above:
+            return
+        with os.scandir(folder) as entries:
+            ordered = sorted(entries, key=lambda entry: os.fsencode(entry.name))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed: {error.strerror}") from error
     for entry in ordered:
         if entry.is_dir():
             yield from walk(Path(entry.path), above | {here})
@@ -93,76 +101,35 @@ def walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Itera
             yield Path(entry.path)
 
 
-def _some(inputs: Iterator[Input], source: str) -> Iterator[Input]:
+def _some(inputs: Iterator[Input], source: str, otherwise: str = "") -> Iterator[Input]:
     first = next(inputs, None)
     if first is None:
-        raise UserError(f"source {source!r}: no audio found; files must end in {' '.join(EXTENSIONS)}")
+        otherwise = otherwise or f"no audio found; files must end in {' '.join(EXTENSIONS)}{_hint(Path(source))}"
+        raise UserError(f"source {source!r}: {otherwise}")
     yield first
     yield from inputs
 
 
+def _hint(folder: Path) -> str:
+    """What a folder without audio holds instead."""
+    if not folder.is_dir():
+        return ""
+    if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
+        return f". It is a saved dataset: give hf:{folder}:SPLIT"
+    paths = sorted(islice(folder.rglob("*"), HINT_ENTRIES))
+    if found := [str(p) for p in paths if p.suffix.lower() in MANIFESTS]:
+        return f". It holds manifests: give {' or '.join(found[:3])}"
+    if found := [str(p) for p in paths if p.name.lower().endswith(TARS)]:
+        return f". It holds tars: give 'wds:{Path(found[0]).parent}/*{''.join(Path(found[0]).suffixes)}'"
+    if [p for p in paths if p.suffix.lower() in (".parquet", ".arrow")]:
+        return f". It holds a dataset: give hf:{folder}:SPLIT"
+    return ""
+
+
 def _from_paths(paths: Iterable[Path], root: Path) -> Iterator[Input]:
     for path in paths:
-        name = path.relative_to(root).as_posix()
-        name = name.encode("utf-8", "replace").decode()  # names that are not UTF-8 must not stop a run
+        name = in_utf8(path.relative_to(root).as_posix())  # names that are not UTF-8 must not stop a run
         yield Input(id=name, path=name, file=str(path))
-
-
-def _from_manifest(manifest: Path) -> Iterator[Input]:
-    seen: set[int] = set()
-    for number, row in _rows(manifest):
-        if not row.get("path"):
-            raise UserError(f"{manifest}, line {number}: no 'path' column; the columns are {', '.join(row)}")
-        path = str(row["path"])
-        start, end = _seconds(manifest, number, row, "start"), _seconds(manifest, number, row, "end")
-        if start is not None and end is not None and end <= start:
-            raise UserError(f"{manifest}, line {number}: end {end} is not after start {start}")
-        segment = "" if start is None and end is None else f"#{start or 0:g}-{'' if end is None else f'{end:g}'}"
-        name = str(row.get("id") or path + segment)
-        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-        if key in seen:
-            raise UserError(f"{manifest}, line {number}: id {name!r} is there twice; ids must be unique")
-        seen.add(key)
-        labels = {k: v for k, v in row.items() if k not in RESERVED}
-        file = str(manifest.parent / path)
-        yield Input(id=name, path=path, file=file, start=start, end=end, labels=labels)
-
-
-def _rows(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with manifest.open(encoding="utf-8", newline="") as file:
-        if manifest.suffix.lower() == ".jsonl":
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _json_row(manifest, number, line)
-            return
-        delimiter = "\t" if manifest.suffix.lower() == ".tsv" else ","
-        for number, row in enumerate(csv.DictReader(file, delimiter=delimiter), 2):
-            if None in row or None in row.values():
-                raise UserError(f"{manifest}, line {number}: another number of fields than the header has")
-            yield number, dict(row)
-
-
-def _json_row(manifest: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{manifest}, line {number}: not JSON ({error.msg})") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{manifest}, line {number}: a row must be a JSON object, this is {type(row).__name__}")
-    return row
-
-
-def _seconds(manifest: Path, number: int, row: dict[str, Any], column: str) -> float | None:
-    value = row.get(column)
-    if value in (None, ""):
-        return None
-    try:
-        seconds = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise UserError(f"{manifest}, line {number}: {column} {value!r} is not a number of seconds") from None
-    if seconds < 0:
-        raise UserError(f"{manifest}, line {number}: {column} {seconds} is negative")
-    return seconds
 
 
 def _prefixes(sources: list[str]) -> list[str]:
@@ -170,7 +137,7 @@ def _prefixes(sources: list[str]) -> list[str]:
         raise UserError("no source given; name a folder, a file, a glob or a manifest")
     if len(sources) == 1:
         return [""]
-    names = [Path(source).name or "source" for source in sources]
+    names = [in_utf8(Path(source).name) or "source" for source in sources]
     if len(set(names)) == len(names):
         return names
     return [f"{i}-{name}" for i, name in enumerate(names)]

@@ -1,59 +1,236 @@
-"""`codecssl-tokenize stats`: how much audio, how many bits, and how the codebooks are used."""
+"""`codecssl-tokenize stats`: how much audio, how many bits, and how the codebooks are used.
+
+Entropies are estimates, and none is of the sample that made it: order-0 is Miller and Madow's (1955), the histogram's
+own plus (used - 1) / 2N nats; conditional ones are what a model of counts, smoothed towards order-0, needs for
+utterances that it has not seen. Such a cross-entropy is never below the entropy, and nears it as the data grow.
+"""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from codecssl.tokenize.shards import Shards
+from codecssl.tokenize.entropy import aligned
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.shards import Shards, Utterance
+
+MAX_CODES = 1 << 24
+"""Codes that are counted, at most."""
+FOLDS = 10
+"""Of utterances: the last is measured, the one before it sets the smoothing, the others are counted."""
+SMOOTHING = (1, 3, 10, 30, 100, 300, 1000, 3000)
+FLAC_FILES = 32
+FLAC_SECONDS = 120.0
+"""Longer utterances are not taken for the comparison with FLAC."""
 
 
-def stats(root: Path, max_utterances: int = 20_000) -> dict[str, Any]:
-    """Totals of a dataset, and per codebook the usage and order-0 entropy (bits) of its codes.
+@dataclass(frozen=True)
+class Sample:
+    """Evenly spaced utterances of a dataset."""
 
-    Entropies are counted over at most `max_utterances`, evenly spaced. Perplexity is 2 ** entropy.
+    planes: list[NDArray[np.integer]]
+    """Per codebook, the codes of all of them one after another."""
+    frames: NDArray[np.int64]
+    """Of each."""
+
+
+def stats(root: Path, *, plot: Path | None = None, max_codes: int = MAX_CODES) -> dict[str, Any]:
+    """Totals of a dataset, and per codebook the usage and entropies (bits) of its codes.
+
+    At most about `max_codes` codes are counted, of evenly spaced utterances. `plot` is a PNG file to write.
+    Raises UserError when `root` is no finished dataset.
     """
     shards = Shards(root)
     card, totals = shards.card, shards.header["totals"]
     seconds = totals["samples"] / card.sample_rate
-    counts = count_codes(shards, max_utterances)
-    entropies = [entropy(c) for c in counts]
+    sample = take_sample(shards, max_codes)
     nominal = sum(b * r for b, r in zip(card.code_bits, card.codes_per_frame)) * totals["frames"]
     stored = sum(f.stat().st_size for f in root.rglob("*") if f.is_file()) * 8
     codes = totals["frames"] * sum(card.codes_per_frame)
-    return {
+    flac, flac_files, without_flac = flac_bits_per_second(shards)
+    found = {
         "codec": card.name,
         "num_codebooks": card.num_codebooks,
         "frame_rate": float(card.frame_rate),
+        "compressed": shards.compressed,
         "utterances": totals["utterances"],
         "failed": totals["failed"],
         "hours": seconds / 3600,
         "frames": totals["frames"],
         "codes": codes,
+        "codes_per_second": codes / seconds if seconds else 0.0,
         "nominal_bits_per_code": nominal / max(codes, 1),
         "stored_bits_per_code": stored / max(codes, 1),
         "overhead": stored / max(nominal, 1) - 1,
-        "ratio_to_pcm16": seconds * 16 * card.sample_rate / max(stored, 1),
-        "codebooks": [
-            {"used": int((c > 0).sum()), "size": len(c), "entropy_bits": e, "perplexity": 2**e}
-            for c, e in zip(counts, entropies)
-        ],
+        "ratio_to_pcm16": seconds * 16 * card.sample_rate * card.channels / max(stored, 1),
+        "ratio_to_flac": None if flac is None else seconds * flac / max(stored, 1),
+        "flac_files": flac_files,
+        "without_flac": without_flac,
+        "counted_utterances": len(sample.frames),
+        "codebooks": [codebook(k, sample, size) for k, size in enumerate(card.codebook_sizes)],
+    }
+    if plot is not None:
+        from codecssl.tokenize.plots import draw
+
+        draw(plot, found, sample, shards)
+    return found
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """What `stats` found, as text."""
+    rate = f"{found['frame_rate']:g} frames/s, {found['codes_per_second']:g} codes/s"
+    nominal = f"{found['nominal_bits_per_code']:.3f} nominal ({found['overhead']:+.2%})"
+    flac = f"against FLAC     {found['without_flac']}"
+    if found["ratio_to_flac"] is not None:
+        flac = f"smaller than     FLAC by {found['ratio_to_flac']:.1f} x (16 bit, {found['flac_files']} of the sources)"
+    return [
+        f"codec            {found['codec']}, {found['num_codebooks']} codebooks, {rate}",
+        f"utterances       {found['utterances']} ({found['failed']} inputs failed)",
+        f"audio            {found['hours']:.3f} h, {found['frames']} frames, {found['codes']} codes",
+        f"bits per code    {found['stored_bits_per_code']:.3f} stored in all files, {nominal}",
+        f"smaller than     PCM16 by {found['ratio_to_pcm16']:.1f} x",
+        flac,
+        "                 used            perplexity    bits    given the code    given the coarser",
+        "                                                       before            codebook's",
+        *(_codebook_line(k, book) for k, book in enumerate(found["codebooks"])),
+    ]
+
+
+def _codebook_line(k: int, book: dict[str, Any]) -> str:
+    def text(name: str) -> str:
+        return "-" if book[name] is None else f"{book[name]:.3f}"
+
+    used = f"{book['used']} of {book['size']}"
+    known = f"{text('bits_given_previous'):<16}  {text('bits_given_coarser')}"
+    return f"codebook {k:<6}  {used:<14}  {book['perplexity']:<12.1f}  {text('entropy_bits'):<6}  {known}"
+
+
+def take_sample(shards: Shards, max_codes: int = MAX_CODES) -> Sample:
+    """Evenly spaced utterances that have about `max_codes` codes together."""
+    total = int(shards.frames.sum(dtype=np.int64)) * shards.card.num_rows
+    step = max(1, -(-total // max_codes))
+    picks = range(0, len(shards), step)
+    pieces = [shards.planes(index) for index in picks]
+    planes = [np.concatenate(p) for p in zip(*pieces)] or [np.zeros(0, np.uint16)] * shards.num_codebooks
+    return Sample(list(planes), np.asarray(shards.frames[::step], dtype=np.int64))
+
+
+def codebook(k: int, sample: Sample, size: int) -> dict[str, Any]:
+    """How one codebook is used: how many entries, and what its codes tell, alone and given what is known before."""
+    plane = sample.planes[k].astype(np.int64)
+    rate = len(plane) // max(int(sample.frames.sum()), 1)
+    utterance = np.repeat(np.arange(len(sample.frames)), sample.frames * rate)
+    counts = np.bincount(plane, minlength=size)
+    bits = corrected_entropy(counts)
+    inside = np.flatnonzero(utterance[1:] == utterance[:-1]) + 1  # an utterance's first code has none before it
+    before = conditional_entropy(plane[inside], plane[inside - 1], utterance[inside], size)
+    coarser = None
+    if k:
+        known = aligned(sample.planes[k - 1], len(plane)).astype(np.int64)
+        coarser = conditional_entropy(plane, known, utterance, size)
+    return {
+        "used": int((counts > 0).sum()),
+        "size": size,
+        "entropy_bits": bits,
+        "perplexity": 2**bits,
+        "bits_given_previous": before,
+        "bits_given_coarser": coarser,
     }
 
 
-def count_codes(shards: Shards, max_utterances: int) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-    """Per codebook, how often each entry occurs in evenly spaced utterances."""
-    counts = [np.zeros(size, np.int64) for size in shards.card.codebook_sizes]
-    step = max(1, -(-len(shards) // max_utterances))
-    for index in range(0, len(shards), step):
-        for count, plane in zip(counts, shards.planes(index)):
-            count += np.bincount(plane, minlength=len(count))
-    return counts
+# ---------------------------------------------------------------- entropies
 
 
-def entropy(counts: np.ndarray[Any, np.dtype[np.int64]]) -> float:
-    """Order-0 entropy in bits of a histogram; 0 for an empty one."""
+def entropy(counts: NDArray[np.integer]) -> float:
+    """Order-0 entropy in bits of a histogram itself; 0 for an empty one."""
     p = counts[counts > 0] / max(counts.sum(), 1)
     return float(-(p * np.log2(p)).sum()) + 0.0
+
+
+def corrected_entropy(counts: NDArray[np.integer]) -> float:
+    """Order-0 entropy in bits of what a histogram is a sample of (Miller and Madow)."""
+    used, total = int((counts > 0).sum()), int(counts.sum())
+    return entropy(counts) + max(used - 1, 0) / (2 * max(total, 1) * np.log(2))
+
+
+def conditional_entropy(
+    codes: NDArray[np.int64], contexts: NDArray[np.int64], utterance: NDArray[np.int64], size: int
+) -> float | None:
+    """Bits a code takes given its context, of utterances that were not counted; None where there are too few.
+
+    codes, contexts, utterance (its number): [n]. p(v | c) = (n(c, v) + a q(v)) / (n(c) + a), q order-0; a is chosen on
+    a tenth of the utterances, and the result is of another tenth.
+    """
+    fold = utterance % FOLDS
+    if not all((fold == part).any() for part in range(FOLDS - 2, FOLDS)):
+        return None
+    known, keys = fold < FOLDS - 2, contexts * size + codes
+    pairs, pair_counts = np.unique(keys[known], return_counts=True)
+    context_counts = np.bincount(contexts[known], minlength=int(contexts.max()) + 1)
+    whole = np.bincount(codes[known], minlength=size) + 0.5
+    whole /= whole.sum()
+
+    def bits(part: NDArray[np.bool_], smoothing: float) -> float:
+        place = np.minimum(np.searchsorted(pairs, keys[part]), len(pairs) - 1)
+        seen = np.where(pairs[place] == keys[part], pair_counts[place], 0)
+        p = (seen + smoothing * whole[codes[part]]) / (context_counts[contexts[part]] + smoothing)
+        return float(-np.log2(p).mean())
+
+    best = min(SMOOTHING, key=lambda smoothing: bits(fold == FOLDS - 2, smoothing))
+    return bits(fold == FOLDS - 1, best)
+
+
+# ---------------------------------------------------------------- FLAC
+
+
+def flac_bits_per_second(shards: Shards, files: int = FLAC_FILES) -> tuple[float | None, int, str | None]:
+    """Bits that a second of the sources takes as FLAC (16 bit, the codec's sample rate), and of how many files.
+
+    Measured on up to `files` evenly spaced utterances whose sources are what they were. Or None, 0, and why not.
+    """
+    import soundfile
+
+    from codecssl.tokenize.audio import AudioReader, sha256_of
+
+    card, size, seconds, count = shards.card, 0, 0.0, 0
+    wanted = {u.id: u for u in _spaced(shards, files)}
+    try:
+        for item in _inputs(shards, set(wanted)):
+            with item.open() as file:
+                if sha256_of(file) != wanted[item.id].source_sha256:
+                    continue
+                reader = AudioReader(file, card.sample_rate, item.start, item.end, channels=card.channels)
+                wave = np.concatenate(list(reader.blocks()), axis=-1)
+            soundfile.write(buffer := io.BytesIO(), wave.T, card.sample_rate, format="FLAC", subtype="PCM_16")
+            size, seconds, count = size + len(buffer.getvalue()), seconds + wave.shape[-1] / card.sample_rate, count + 1
+    except (UserError, OSError, RuntimeError) as error:
+        return None, 0, f"not measured: {str(error).splitlines()[0]}"
+    if not count:
+        return None, 0, "not measured: none of the sources is there as it was"
+    return size * 8 / seconds, count, None
+
+
+def _spaced(shards: Shards, count: int) -> Iterator[Utterance]:
+    short = np.flatnonzero(shards.frames <= FLAC_SECONDS * float(shards.card.frame_rate))
+    picks = np.unique(np.linspace(0, len(short) - 1, count).astype(int)) if len(short) else short
+    return (shards.utterance(int(short[i])) for i in picks)
+
+
+def _inputs(shards: Shards, ids: set[str]) -> Iterator[Any]:
+    from codecssl.tokenize.sources import is_stream, read_sources
+
+    sources = shards.header["sources"]
+    if not sources or any(is_stream(source) for source in sources):
+        raise UserError("the sources are not files" if sources else "the dataset names no sources")
+    for item in read_sources(sources):
+        if item.id in ids:
+            ids.remove(item.id)
+            yield item
+        if not ids:
+            return

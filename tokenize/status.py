@@ -1,32 +1,153 @@
-"""`codecssl-tokenize status`: how far a run is, read from its files while it runs or after it died."""
+"""`codecssl-tokenize status`: how far a run is and how long it will take, from its files, while it runs or after."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.shards import load_json
 
+RECENT = 256
+"""Writes over which the speed is measured: the latest ones."""
+LONG_SECONDS = 600.0
+"""Pauses are never called long below this."""
+LONG_TIMES = 10
+"""A pause is long when it is so many times the usual one."""
 
-def status(root: Path) -> dict[str, Any]:
-    """Counts over finished shards and over the finished blocks of the others. Raises UserError for another folder."""
-    if not (root / "plan.json").exists() and not (root / "dataset.json").exists():
-        raise UserError(f"{root}: no plan.json; no `codecssl-tokenize run` wrote here")
-    plan = load_json(root / "plan.json") if (root / "plan.json").exists() else load_json(root / "dataset.json")
-    card = CodecCard.from_dict(plan["codec"])
-    marks = [load_json(path) for path in sorted((root / "shards").glob("*.json"))]
-    parts = [load_json(path) for path in sorted((root / "work").glob("*/*.json"))]
-    newest = max((f.stat().st_mtime for f in root.rglob("*.json")), default=time.time())
-    samples = sum(row["samples"] for row in marks + parts)
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class _Write:
+    """A finished shard, or a finished block of an unfinished one."""
+
+    when: float
+    """Seconds since the epoch."""
+    shard: int
+    block: int
+    """-1 for a whole shard."""
+    inputs: int
+    samples: int
+    failed: int
+
+
+def status(root: Path, tasks: int | None = None) -> dict[str, Any]:
+    """How far the run that writes `root` is. Raises UserError for another folder.
+
+    `inputs_total`, `fraction` and `seconds_left` are None where the sources could not be counted, the rates and
+    `seconds_left` also while too little is written. `stalled` lists unfinished shards without a write for long; with
+    the run's number of `tasks`, which task to look at.
+    """
+    plan = _plan(root)
+    card, now = CodecCard.from_dict(plan["codec"]), time.time()
+    writes = sorted(_writes(root))
+    newest = max([_modified(root / "plan.json"), *(w.when for w in writes[-1:])])
+    inputs, total = sum(w.inputs for w in writes), _total(root, plan)
+    finished = (root / "dataset.json").exists()
+    speed = _speed(writes, _modified(root / "plan.json"), card.sample_rate)
+    left = None if total is None else max(0, total - inputs)
+    shards = None if total is None or "shard_inputs" not in plan else -(-total // plan["shard_inputs"])
     return {
-        "finished": (root / "dataset.json").exists(),
-        "shards": len(marks),
-        "blocks": len(parts),
-        "inputs": sum(row["inputs"] for row in marks + parts),
-        "failed": sum(len(row["failed"]) for row in marks + parts),
-        "hours": samples / card.sample_rate / 3600,
-        "age_seconds": max(0.0, time.time() - newest),
+        "finished": finished,
+        "shards": sum(w.block < 0 for w in writes),
+        "shards_total": shards,
+        "blocks": sum(w.block >= 0 for w in writes),
+        "inputs": inputs,
+        "inputs_total": total,
+        "fraction": 1.0 if finished else None if total is None else inputs / max(total, 1),
+        "failed": sum(w.failed for w in writes),
+        "hours": sum(w.samples for w in writes) / card.sample_rate / 3600,
+        "age_seconds": max(0.0, now - newest),
+        **speed,
+        "seconds_left": _seconds_left(finished, left, speed["inputs_per_second"]),
+        "stalled": [] if finished else list(_stalled(writes, now, tasks)),
     }
+
+
+def _plan(root: Path) -> dict[str, Any]:
+    for name in ("plan.json", "dataset.json"):
+        if (root / name).exists():
+            return load_json(root / name)
+    raise UserError(f"{root}: no plan.json; no `codecssl-tokenize run` wrote here")
+
+
+def _total(root: Path, plan: dict[str, Any]) -> int | None:
+    if (root / "dataset.json").exists():
+        return int(load_json(root / "dataset.json")["totals"]["inputs"])
+    return plan.get("inputs")
+
+
+def _seconds_left(finished: bool, left: int | None, speed: float | None) -> float | None:
+    if finished or left == 0:
+        return 0.0
+    return left / speed if left is not None and speed else None
+
+
+# ---------------------------------------------------------------- what was written
+
+
+def _writes(root: Path) -> Iterator[_Write]:
+    done = set()
+    for path in (root / "shards").glob("*.json"):
+        if write := _read(path, int(path.stem), -1):
+            done.add(write.shard)
+            yield write
+    for path in (root / "work").glob("*/*.json"):
+        shard = int(path.parent.name)
+        if shard not in done and (write := _read(path, shard, int(path.stem))):  # its blocks may not be tidied away yet
+            yield write
+
+
+def _read(path: Path, shard: int, block: int) -> _Write | None:
+    try:
+        row, when = load_json(path), path.stat().st_mtime
+    except FileNotFoundError:  # its shard was finished in this moment
+        return None
+    counts = {"inputs": row["inputs"], "samples": row["samples"], "failed": len(row["failed"])}
+    return _Write(when=when, shard=shard, block=block, **counts)
+
+
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+# ---------------------------------------------------------------- speed
+
+
+def _speed(writes: list[_Write], began: float, sample_rate: int) -> dict[str, float | None]:
+    """Over the latest writes, less the pauses in which nothing ran: a run may be killed today and go on tomorrow."""
+    recent = writes[-RECENT:]
+    begin = began if len(recent) == len(writes) and began else recent[0].when if recent else 0.0
+    counted = [w for w in recent if w.when > begin]
+    pauses = [b - a for a, b in pairwise([begin, *(w.when for w in counted)])]
+    worked = [(pause, w) for pause, w in zip(pauses, counted) if pause <= _long(pauses)]
+    seconds = sum(pause for pause, _ in worked)
+    if not seconds:
+        return {"inputs_per_second": None, "times_real_time": None}
+    return {
+        "inputs_per_second": sum(w.inputs for _, w in worked) / seconds,
+        "times_real_time": sum(w.samples for _, w in worked) / sample_rate / seconds,
+    }
+
+
+def _long(pauses: list[float]) -> float:
+    return max(LONG_SECONDS, LONG_TIMES * median(pauses)) if pauses else LONG_SECONDS
+
+
+def _stalled(writes: list[_Write], now: float, tasks: int | None) -> Iterator[dict[str, Any]]:
+    latest: dict[int, float] = {}
+    pauses = []
+    for write in writes:  # in the order of time
+        if write.block < 0:
+            continue
+        if write.shard in latest:
+            pauses.append(write.when - latest[write.shard])
+        latest[write.shard] = write.when
+    for shard, when in sorted(latest.items()):
+        if now - when > _long(pauses):
+            yield {"shard": shard, "age_seconds": now - when} | ({} if tasks is None else {"task": shard % tasks})

@@ -1,120 +1,205 @@
-"""`codecssl-tokenize verify`: is every byte of a dataset what was written, and is every input accounted for?"""
+"""`codecssl-tokenize verify`: is every byte of a dataset what was written, and is every input accounted for?
+
+Each tar has its sha256 and each block its crc32; the files beside the shards hold nothing that the shards do not, and
+are compared with them as they pass. Everything is read once, in bounded memory.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.shards import Shards, load_json, read_columns, read_header, shard_path, utterance_bytes
+from codecssl.tokenize.layout import FORMAT, FORMAT_VERSION, load_json, read_header, shard_path
+from codecssl.tokenize.shardcheck import Damage, check_shard, read_document
+from codecssl.tokenize.sidefiles import SUMS, SideFiles
+from codecssl.tokenize.sources import read_source
+
+__all__ = ["Damage", "Findings", "examine", "verify"]
+
+OWN = ("format", "format_version", "sha256", "totals")
+"""What dataset.json holds beside the plan."""
+
+STDIN = "stdin.jsonl"
+MADE = ("codec", "sources", "compression")
+"""And all that it holds of a plan where the codes came from elsewhere."""
+
+Report = Callable[[int, int], None]
+"""(shards checked, shards in all)."""
 
 
-def verify(root: Path, report: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """Damages, none in a whole dataset, and what a user may want to know beside."""
+
+    damages: list[Damage] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def verify(root: Path, report: Report = lambda done, total: None) -> list[str]:
     """Every damage found, one line each, naming the shard and, where it can be told, the offset; [] when whole.
 
     Raises UserError when `root` is no finished dataset.
     """
-    header = read_header(root)
-    card = CodecCard.from_dict(header["codec"])
-    total, damages, marks = header["totals"]["shards"], [], []
-    for shard in range(total):
-        mark, found = _verify_shard(root, shard, card)
-        damages += found
-        if mark:
-            marks.append(mark)
-        report(shard + 1, total)
+    return [str(damage) for damage in examine(root, report=report).damages]
+
+
+def examine(
+    root: Path, *, sample: int = 0, weights: str | None = None, report: Report = lambda done, total: None
+) -> Findings:
+    """Check everything; of a whole dataset also encode `sample` utterances again, where codec and sources are at hand.
+
+    `weights`: of the codec, where they have moved. Raises UserError when `root` is no finished dataset.
+    """
+    said = read_statements(root)
+    if said.plan is None:
+        return Findings(damages=said.damages)
+    card, beside, damages = _card(root, said), SideFiles(root), list(said.damages)
+    for shard in range(said.shards):
+        checked = check_shard(root, shard, card, said.version)
+        damages += checked.damages
+        beside.take(checked)
+        report(shard + 1, said.shards)
+    damages = beside.settle(damages, said.header) + list(beside.finish(said.header, card))
+    damages += _check_list(root, said)
     if damages:
-        return damages
-    return list(_verify_dataset(root, header, marks))
+        return Findings(damages=damages)
+    from codecssl.tokenize.spotcheck import read_some, spot_check
+
+    damages = list(read_some(root))
+    if damages or not sample:
+        return Findings(damages=damages)
+    damages, notes = spot_check(root, said.plan, sample, weights)
+    return Findings(damages=damages, notes=notes)
 
 
-def _verify_shard(root: Path, shard: int, card: CodecCard) -> tuple[dict[str, Any] | None, list[str]]:
-    path, name = shard_path(root, shard), f"shard {shard:05d}"
+def _check_list(root: Path, said: Statements) -> list[Damage]:
+    """The list that came on standard input, where the dataset was made of one, against the marks."""
+    plan = said.plan or {}
+    sources = plan.get("sources", [])
+    if len(sources) != 1 or Path(sources[0]).name != STDIN or not plan.get("shard_inputs"):
+        return []
     try:
-        mark = load_json(path.with_suffix(".json"))
-    except FileNotFoundError:
-        return None, [f"{name}: {path.with_suffix('.json').name} is missing: the shard was never finished"]
-    except UserError as error:
-        return None, [f"{name}: {error}"]
-    if not path.exists():
-        return mark, [f"{name}: {path.name} is missing"]
-    damages = []
-    if path.stat().st_size != mark["bytes"]:
-        damages.append(f"{name}: {path.stat().st_size} bytes, expected {mark['bytes']}")
-    elif _sha256(path) != mark["sha256"]:
-        damages.append(f"{name}: sha256 differs")
-    found = list(_verify_blocks(path, name, mark, card))
-    if damages and found:
-        return mark, found  # they say where
-    if mark["inputs"] != mark["utterances"] + len(mark["failed"]):
-        damages.append(
-            f"{name}: {mark['inputs']} inputs, but {mark['utterances']} utterances and {len(mark['failed'])} failures"
-        )
-    return mark, damages + found
+        for shard, group in groupby(enumerate(read_source(str(root / STDIN))), lambda p: p[0] // plan["shard_inputs"]):
+            digest = hashlib.sha256()
+            for _, item in group:
+                digest.update(item.digest())
+            if load_json(shard_path(root, shard).with_suffix(".json"))["inputs_sha256"] != digest.hexdigest():
+                return [Damage(file=STDIN, what=f"its rows are not those that shard {shard:05d} was made of")]
+    except (UserError, OSError, KeyError) as error:
+        return [Damage(file=STDIN, what=f"is damaged: {error}")]
+    return []
 
 
-def _verify_blocks(path: Path, name: str, mark: dict[str, Any], card: CodecCard) -> Iterator[str]:
-    utterances = frames = 0
-    with path.open("rb") as file:
-        for number, block in enumerate(mark["blocks"]):
-            where = f"{name}, block {number}"
-            file.seek(block["codes_offset"])
-            codes = file.read(block["codes_bytes"])
-            if zlib.crc32(codes) != block["crc32"]:
-                end = block["codes_offset"] + block["codes_bytes"]
-                yield f"{where}: codes damaged between offsets {block['codes_offset']} and {end}"
-            try:
-                text, numbers = read_columns(file, block["offset"])
-            except Exception as error:  # a flipped bit can break any layer of tar, zip, gzip or JSON
-                yield f"{where}: index damaged at offset {block['offset']} ({type(error).__name__})"
-                continue
-            lengths = card.frames_of(numbers["samples"].astype(np.int64))
-            if len(text["id"]) != block["count"] or utterance_bytes(lengths, card).sum() != block["codes_bytes"]:
-                yield f"{where}: index at offset {block['offset']} does not fit {block['codes_bytes']} bytes of codes"
-            utterances += len(text["id"])
-            frames += int(lengths.sum())
-    if (utterances, frames) != (mark["utterances"], mark["frames"]):
-        yield f"{name}: {utterances} utterances, {frames} frames; its mark says {mark['utterances']}, {mark['frames']}"
+# ---------------------------------------------------------------- what dataset.json and plan.json say
 
 
-def _verify_dataset(root: Path, header: dict[str, Any], marks: list[dict[str, Any]]) -> Iterator[str]:
-    totals = header["totals"]
-    for key in ("inputs", "utterances", "frames", "samples", "bytes"):
-        if (count := sum(mark[key] for mark in marks)) != totals[key]:
-            yield f"dataset.json: {totals[key]} {key}, the shards have {count}"
-    if hashlib.sha256("".join(mark["sha256"] for mark in marks).encode()).hexdigest() != header["sha256"]:
-        yield "dataset.json: sha256 differs from the shards'"
-    failed = (root / "failed.jsonl").read_text().count("\n") if (root / "failed.jsonl").exists() else -1
-    if failed != totals["failed"]:
-        yield f"failed.jsonl: {failed} rows, expected {totals['failed']}"
+@dataclass(frozen=True, kw_only=True)
+class Statements:
+    """dataset.json and plan.json; None where one is missing or damaged."""
+
+    header: dict[str, Any] | None
+    begun: dict[str, Any] | None
+    damages: list[Damage]
+
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """What the run was asked for, by the one that can be read."""
+        if self.begun is not None:
+            return self.begun
+        return None if self.header is None else plan_of(self.header)
+
+    @property
+    def agree(self) -> bool:
+        """Whether the two say the same, as far as both can be read."""
+        return self.begun is None or self.header is None or self.begun == plan_of(self.header)
+
+    @property
+    def version(self) -> int:
+        """Of the format, as the writer chooses it."""
+        for value in (self.header, self.begun):
+            if value is not None and value.get("format_version") == (version := version_of(value)):
+                return version
+        return version_of(self.plan or {})
+
+    @property
+    def shards(self) -> int:
+        """Shards that there must be."""
+        if self.header is not None and shards_of(self.header) in (None, self.header["totals"]["shards"]):
+            return int(self.header["totals"]["shards"])
+        return shards_of(self.plan or {}) or 0
+
+
+def version_of(plan: dict[str, Any]) -> int:
+    """The format version of a plan's dataset."""
+    return FORMAT_VERSION if plan.get("compression") else 1
+
+
+def shards_of(plan: dict[str, Any]) -> int | None:
+    """How many shards a plan makes; None where its inputs were not counted."""
+    inputs, size = plan.get("inputs"), plan.get("shard_inputs")
+    return -(-inputs // size) if isinstance(inputs, int) and isinstance(size, int) and size > 0 else None
+
+
+def plan_of(header: dict[str, Any]) -> dict[str, Any]:
+    """The plan, as dataset.json repeats it."""
+    return {key: value for key, value in header.items() if key not in OWN}
+
+
+def read_statements(root: Path) -> Statements:
+    """Raises UserError when `root` is no finished dataset, or one of a newer format."""
+    if not (root / "dataset.json").exists():
+        read_header(root)  # tells why
+    read, damages = {}, []
+    for name in ("dataset.json", "plan.json"):
+        try:
+            read[name] = _read_statement(root / name)
+        except FileNotFoundError:
+            continue
+        except UserError as error:
+            damages.append(Damage(file=name, what=str(error)))
+    header, begun = read.get("dataset.json"), read.get("plan.json")
+    if header is not None and header["format_version"] > FORMAT_VERSION:
+        read_header(root)  # raises
+    if header is not None and header.get("sources") and not (root / "plan.json").exists():
+        damages.append(Damage(file="plan.json", what="is missing"))
+    said = Statements(header=header, begun=begun, damages=damages)
+    if header is not None and header["format_version"] != said.version:
+        what = f"format version {header['format_version']}, expected {said.version}"
+        damages.append(Damage(file="dataset.json", what=what))
+    if header is not None and not header.get("sources") and (odd := header.keys() - {*OWN, *MADE}):
+        damages.append(Damage(file="dataset.json", what=f"unknown {min(odd)!r}"))
+    if header is not None and begun is not None and not said.agree:
+        plan = plan_of(header)
+        keys = sorted(key for key in plan.keys() | begun.keys() if plan.get(key) != begun.get(key))
+        what = f"differs from dataset.json in {', '.join(keys)}: one of the two is damaged"
+        damages.append(Damage(file="plan.json", what=what))
+    return said
+
+
+def _read_statement(path: Path) -> dict[str, Any]:
+    value = read_document(path)
     try:
-        shards = Shards(root)
-    except (UserError, OSError, ValueError) as error:
-        yield f"index: {error}"
-        return
-    if int(shards.frames.sum()) != totals["frames"] or int(shards.blocks["count"].sum()) != totals["utterances"]:
-        yield f"index.npy, blocks.npy: {int(shards.frames.sum())} frames, expected {totals['frames']}"
-    yield from _verify_codes(shards)
+        CodecCard.from_dict(value["codec"]).frames_of(1)
+        if path.name == "dataset.json":
+            if value["format"] != FORMAT:
+                raise UserError(f"{path}: format {value['format']!r}, expected {FORMAT!r}")
+            totals = value["totals"]
+            _ = value["format_version"] + totals["hours"] + sum(totals[key] for key in (*SUMS, "failed", "shards"))
+            _ = value["sha256"].encode()
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__} {error})") from error
+    return value
 
 
-def _verify_codes(shards: Shards, sample: int = 64) -> Iterator[str]:
-    """Read some utterances as the trainer does; a code must be below its codebook's size."""
-    picks: list[int] = np.unique(np.linspace(0, len(shards) - 1, sample).astype(int)).tolist() if len(shards) else []
-    for index in picks:
-        for k, (plane, size) in enumerate(zip(shards.planes(index), shards.card.codebook_sizes)):
-            if len(plane) and int(plane.max()) >= size:
-                yield f"utterance {index}: code {int(plane.max())} in codebook {k}, which has {size} entries"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _card(root: Path, said: Statements) -> CodecCard:
+    """The codec card; where dataset.json and plan.json differ, the one that fits the first shard better."""
+    cards = [CodecCard.from_dict(value["codec"]) for value in (said.begun, said.header) if value is not None]
+    return min(cards, key=lambda card: len(check_shard(root, 0, card, said.version).damages) if len(cards) > 1 else 0)

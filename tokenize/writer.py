@@ -6,35 +6,44 @@ on its blocks: whoever writes them, and however often a run is killed, they are 
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
 import os
 import shutil
 import tarfile
-import zipfile
-import zlib
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from codecssl.tokenize.bits import pack
+from codecssl.tokenize.blocks import (
+    PackedBlock,
+    Place,
+    block_bytes,
+    compressed_bytes,
+    fit_coder,
+    npz_bytes,
+    tar_member,
+)
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.shards import (
+from codecssl.tokenize.layout import (
     BLOCK,
+    COMPRESSION,
     FORMAT,
     FORMAT_VERSION,
-    Shards,
     load_json,
-    read_columns,
+    read_numbers,
     shard_path,
+    to_planes,
 )
+from codecssl.tokenize.shards import Shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +53,14 @@ class Encoded:
     id: str
     path: str
     codes: Sequence[NDArray[np.integer]]
-    """Per codebook, 1-D."""
+    """Per codebook, 1-D: see `to_planes`."""
     samples: int
     source_sha256: str
     source_rate: int
     source_samples: int
     labels: dict[str, Any] = field(default_factory=dict)
+    scales: NDArray[np.float32] | None = None
+    """[segments], where the codec has such."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +74,21 @@ class Failure:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut."""
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes its place, durably, when all is written, and is gone when that fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
@@ -90,83 +108,21 @@ def to_json(value: object, indent: int | None = 1) -> bytes:
     return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode()
 
 
-# ---------------------------------------------------------------- blocks
-
-
-def block_bytes(key: str, utterances: list[Encoded], card: CodecCard) -> tuple[bytes, dict[str, int]]:
-    """The tar members of a block, and where its codes lie in them.
-
-    The dict has `count`, `codes_offset` and `codes_bytes` (within the returned bytes) and `crc32` of the codes.
-    """
-    codes = b"".join(pack(plane, bits) for u in utterances for plane, bits in zip(u.codes, card.code_bits))
-    text, numbers = _text_columns(utterances), _number_columns(utterances, card.sample_rate)
-    head = _member(f"{key}.json.gz", text) + _member(f"{key}.npz", numbers)
-    place = {
-        "count": len(utterances),
-        "codes_offset": len(head) + tarfile.BLOCKSIZE,
-        "codes_bytes": len(codes),
-        "crc32": zlib.crc32(codes),
-    }
-    return head + _member(f"{key}.codes", codes), place
-
-
-def _member(name: str, content: bytes) -> bytes:
-    info = tarfile.TarInfo(name)
-    info.size, info.mode = len(content), 0o644
-    return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
-
-
-def _text_columns(utterances: list[Encoded]) -> bytes:
-    names = sorted({name for u in utterances for name in u.labels})
-    columns: dict[str, Any] = {"id": [u.id for u in utterances]}
-    if any(u.path != u.id for u in utterances):  # most paths are their ids
-        columns["path"] = [u.path for u in utterances]
-    columns["labels"] = {name: [u.labels.get(name) for u in utterances] for name in names}
-    packed = json.dumps(columns, ensure_ascii=False, separators=(",", ":"), default=str).encode()
-    return gzip.compress(packed, 9, mtime=0)
-
-
-def _number_columns(utterances: list[Encoded], sample_rate: int) -> bytes:
-    hashes = np.frombuffer(b"".join(bytes.fromhex(u.source_sha256) for u in utterances), np.uint8).reshape(-1, 32)
-    columns: dict[str, NDArray[Any]] = {
-        "samples": np.array([u.samples for u in utterances], np.uint64),
-        "source_rate": np.array([u.source_rate for u in utterances], np.uint32),
-        "source_rest": np.array([source_rest(u, sample_rate) for u in utterances], np.int64),
-    }
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        _add_array(file, "sha256", hashes, zipfile.ZIP_STORED)
-        for name, column in columns.items():
-            _add_array(file, name, column, zipfile.ZIP_DEFLATED)
-    return buffer.getvalue()
-
-
-def source_rest(utterance: Encoded, sample_rate: int) -> int:
-    """What the resampler's rounding hides of the source's length: 0 or close to it, so that it takes no room."""
-    return utterance.source_samples - utterance.samples * utterance.source_rate // sample_rate
-
-
-def _add_array(file: zipfile.ZipFile, name: str, array: NDArray[Any], compression: int) -> None:
-    # np.savez's format, member by member: hashes don't shrink, counts do
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
-    info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-    info.compress_type = compression
-    file.writestr(info, buffer.getvalue(), compresslevel=9)
-
-
 # ---------------------------------------------------------------- shards
 
 
 class ShardWriter:
     """Collects one shard, block by block. Blocks that an earlier run finished are found again by `done`.
 
+    With `compress` the codes are compressed when the shard is finished, by tables made from all of its codes: until
+    then its blocks are those of any shard.
+
     work/00007/0000-0128.block holds block 0, made of inputs 0..127 of the shard; beside it a .json with its place and
     the failures among those inputs.
     """
 
-    def __init__(self, root: Path, shard: int, card: CodecCard) -> None:
-        self.root, self.shard, self.card = root, shard, card
+    def __init__(self, root: Path, shard: int, card: CodecCard, *, compress: bool = False) -> None:
+        self.root, self.shard, self.card, self.compress = root, shard, card, compress
         self.folder = root / "work" / f"{shard:05d}"
         self.parts: list[dict[str, Any]] = []
         if self.folder.is_dir():
@@ -180,6 +136,9 @@ class ShardWriter:
     def _part_path(self, block: int, suffix: str) -> Path:
         return self.folder / f"{block:05d}.{suffix}"
 
+    def _key(self, block: int) -> str:
+        return f"{self.shard:05d}-{block:05d}"
+
     @property
     def done(self) -> int:
         """Inputs of this shard that need not be encoded again."""
@@ -188,8 +147,7 @@ class ShardWriter:
     def add_block(self, inputs: int, utterances: list[Encoded], failures: list[Failure]) -> None:
         """Write the next block durably; `inputs` counts the utterances and the failures."""
         block = len(self.parts)
-        key = f"{self.shard:05d}-{block:05d}"
-        content, place = block_bytes(key, utterances, self.card) if utterances else (b"", {"count": 0})
+        content, place = block_bytes(self._key(block), utterances, self.card) if utterances else (b"", {"count": 0})
         part = place | {
             "inputs": inputs,
             "frames": sum(self.card.frames_of(u.samples) for u in utterances),
@@ -204,29 +162,21 @@ class ShardWriter:
         """Join the blocks into the tar, make it durable, and write its completion mark."""
         target = shard_path(self.root, self.shard)
         target.parent.mkdir(exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp")
+        for left in target.parent.glob(f".{target.name}.*.tmp"):  # by a kill
+            left.unlink()
         digest, blocks, offset = hashlib.sha256(), [], 0
-        with temporary.open("wb") as file:
-            for block, part in enumerate(self.parts):
-                if not part["count"]:  # every input of it failed
-                    continue
-                content = self._part_path(block, "block").read_bytes()
-                blocks.append(self._place(part, offset))
+        with atomic_file(target) as file:
+            for content, place in self._contents():
+                if place is not None:
+                    blocks.append(_moved(place, offset))
                 offset += len(content)
                 digest.update(content)
                 file.write(content)
-            end = bytes(2 * tarfile.BLOCKSIZE)
-            digest.update(end)
-            file.write(end)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-        sync_folder(target.parent)
         mark = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if self.compress else 1,
             "shard": self.shard,
             "sha256": digest.hexdigest(),
-            "bytes": offset + len(end),
+            "bytes": offset,
             "inputs": self.done,
             "inputs_sha256": inputs_sha256,
             "utterances": sum(b["count"] for b in blocks),
@@ -238,15 +188,37 @@ class ShardWriter:
         write_atomic(target.with_suffix(".json"), to_json(mark, indent=None))
         shutil.rmtree(self.folder)
 
-    @staticmethod
-    def _place(part: dict[str, Any], offset: int) -> dict[str, int]:
-        return {
-            "offset": offset,
-            "codes_offset": offset + part["codes_offset"],
-            "codes_bytes": part["codes_bytes"],
-            "count": part["count"],
-            "crc32": part["crc32"],
-        }
+    def _contents(self) -> Iterator[tuple[bytes, Place | None]]:
+        """What the tar consists of; with each block its place."""
+        if self.compress:
+            yield from self._compressed()
+        else:
+            for block, part in self._blocks():
+                yield self._part_path(block, "block").read_bytes(), part
+        yield bytes(2 * tarfile.BLOCKSIZE), None
+
+    def _compressed(self) -> Iterator[tuple[bytes, Place | None]]:
+        def packed() -> Iterator[PackedBlock]:
+            for block, _ in self._blocks():
+                yield PackedBlock.read(self._part_path(block, "block").read_bytes(), self.card)
+
+        if not any(self._blocks()):
+            return
+        coder = fit_coder(packed, self.card, sum(part["frames"] for part in self.parts))
+        yield tar_member(f"{self.shard:05d}.tables.npz", npz_bytes(coder.arrays())), None
+        for (block, _), content in zip(self._blocks(), packed()):
+            yield compressed_bytes(self._key(block), content, coder)
+
+    def _blocks(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The blocks that hold utterances; in others every input failed."""
+        return ((block, part) for block, part in enumerate(self.parts) if part["count"])
+
+
+def _moved(place: Place, offset: int) -> dict[str, int]:
+    """The place of a block whose members begin at `offset` of the tar."""
+    names = ("codes_bytes", "count", "crc32", "packed_crc32")
+    kept = {name: place[name] for name in names if name in place}
+    return {"offset": offset, "codes_offset": offset + place["codes_offset"]} | kept
 
 
 # ---------------------------------------------------------------- the dataset
@@ -255,58 +227,68 @@ class ShardWriter:
 def finish_dataset(root: Path, header: dict[str, Any], shards: int) -> dict[str, Any]:
     """Write index.npy, blocks.npy, failed.jsonl and, last, dataset.json; return the totals.
 
-    `header` holds what the run knows (codec, sources, sizes). Idempotent: two tasks that finish at once write the same.
+    `header` holds what the run knows (codec, sources, sizes). One shard's mark is in memory at a time. Idempotent: two
+    tasks that finish at once write the same.
     """
-    marks = [load_json(shard_path(root, shard).with_suffix(".json")) for shard in range(shards)]
     card = CodecCard.from_dict(header["codec"])
-    frames, rows, first = [], [], 0
-    for mark in marks:
-        for block in mark["blocks"]:
-            frames.append(_frames_of_block(root, mark["shard"], block["offset"], card))
-            rows.append(
-                (
-                    mark["shard"],
-                    first,
-                    block["count"],
-                    *(block[k] for k in ("offset", "codes_offset", "codes_bytes", "crc32")),
-                )
-            )
-            first += block["count"]
-    index = np.concatenate(frames) if frames else np.zeros(0, np.uint32)
-    _save_array(root / "index.npy", index.astype(np.uint16 if index.max(initial=0) < 1 << 16 else np.uint32))
-    _save_array(root / "blocks.npy", np.array(rows, BLOCK))
-    failed = [failure for mark in marks for failure in mark["failed"]]
-    write_atomic(root / "failed.jsonl", b"".join(to_json(row, indent=None) for row in failed))
-    totals = {key: sum(mark[key] for mark in marks) for key in ("inputs", "utterances", "frames", "samples", "bytes")}
-    totals |= {
-        "failed": len(failed),
+    totals = dict.fromkeys(("inputs", "utterances", "frames", "samples", "bytes"), 0)
+    digest, failed, blocks = hashlib.sha256(), 0, 0
+    with atomic_file(root / "failed.jsonl") as file:
+        for mark in _marks(root, shards):
+            totals = {key: value + mark[key] for key, value in totals.items()}
+            digest.update(mark["sha256"].encode())
+            failed += len(mark["failed"])
+            blocks += len(mark["blocks"])
+            file.writelines(to_json(row, indent=None) for row in mark["failed"])
+    _write_index(root, shards, card, totals["utterances"], blocks)
+    found = totals | {
+        "failed": failed,
         "shards": shards,
         "hours": round(totals["samples"] / card.sample_rate / 3600, 4),
     }
-    digest = hashlib.sha256("".join(mark["sha256"] for mark in marks).encode()).hexdigest()
-    dataset = {"format": FORMAT, "format_version": FORMAT_VERSION, "sha256": digest, "totals": totals}
+    version = FORMAT_VERSION if header.get("compression") else 1
+    dataset = {"format": FORMAT, "format_version": version, "sha256": digest.hexdigest(), "totals": found}
     write_atomic(root / "dataset.json", to_json(dataset | header))
-    return totals
+    return found
 
 
-def _frames_of_block(root: Path, shard: int, offset: int, card: CodecCard) -> NDArray[np.integer]:
-    with shard_path(root, shard).open("rb") as file:
-        samples = read_columns(file, offset)[1]["samples"].astype(np.int64)
-    return card.frames_of(samples)
+def _marks(root: Path, shards: int) -> Iterator[dict[str, Any]]:
+    return (load_json(shard_path(root, shard).with_suffix(".json")) for shard in range(shards))
 
 
-def _save_array(path: Path, array: NDArray[Any]) -> None:
-    np.save(buffer := io.BytesIO(), array)
-    write_atomic(path, buffer.getvalue())
+def _write_index(root: Path, shards: int, card: CodecCard, utterances: int, blocks: int) -> None:
+    """index.npy and blocks.npy. The frames pass through a file: how wide they are is known at the end."""
+    first = largest = 0
+    with TemporaryFile(dir=root) as passed, atomic_file(root / "blocks.npy") as rows:
+        _write_npy_header(rows, BLOCK, blocks)
+        for mark in _marks(root, shards):
+            with shard_path(root, mark["shard"]).open("rb") as tar:
+                for block in mark["blocks"]:
+                    frames = card.frames_of(read_numbers(tar, block["offset"])["samples"].astype(np.int64))
+                    passed.write(frames.astype(np.uint32).tobytes())
+                    places = (block[key] for key in ("offset", "codes_offset", "codes_bytes", "crc32"))
+                    rows.write(np.array([(mark["shard"], first, block["count"], *places)], BLOCK).tobytes())
+                    first, largest = first + len(frames), max(largest, int(frames.max()))
+        width = np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)
+        passed.seek(0)
+        with atomic_file(root / "index.npy") as index:
+            _write_npy_header(index, width, utterances)
+            while chunk := passed.read(1 << 20):
+                index.write(np.frombuffer(chunk, np.uint32).astype(width).tobytes())
+
+
+def _write_npy_header(file: BinaryIO, dtype: np.dtype[Any], length: int) -> None:
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(file, described)
+
+
+Item = tuple[str, NDArray[np.integer], dict[str, Any]] | tuple[str, NDArray[np.integer], dict[str, Any], Any]
 
 
 def write_shards(
-    path: str | Path,
-    card: CodecCard,
-    items: Iterable[tuple[str, NDArray[np.integer], dict[str, Any]]],
-    per_shard: int = 8192,
+    path: str | Path, card: CodecCard, items: Iterable[Item], per_shard: int = 8192, *, compress: bool = False
 ) -> Shards:
-    """Write codes that are at hand as a dataset: items are (id, codes [K, T], labels).
+    """Write codes that are at hand as a dataset: items are (id, codes [R, T], labels) or (..., scales [segments]).
 
     For codes made elsewhere and for tests; their sources are unknown, so the hashes are those of the codes.
     """
@@ -315,11 +297,12 @@ def write_shards(
         raise UserError(f"{root}: holds a dataset already; give another folder")
     shards = 0
     for shard, group in enumerate(_groups(iter(items), per_shard)):
-        writer = ShardWriter(root, shard, card)
+        writer = ShardWriter(root, shard, card, compress=compress)
         writer.add_block(len(group), [_encoded(card, *item) for item in group], [])
         writer.finish(inputs_sha256="")
         shards = shard + 1
-    finish_dataset(root, {"codec": card.to_dict(), "sources": []}, shards)
+    header: dict[str, Any] = {"codec": card.to_dict(), "sources": []}
+    finish_dataset(root, header | ({"compression": COMPRESSION} if compress else {}), shards)
     shutil.rmtree(root / "work", ignore_errors=True)
     return Shards(root)
 
@@ -329,18 +312,29 @@ def _groups(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
-def _encoded(card: CodecCard, id: str, codes: NDArray[np.integer], labels: dict[str, Any]) -> Encoded:
-    if codes.ndim != 2 or codes.shape[0] != card.num_codebooks:
-        raise UserError(f"{id}: codes of shape {codes.shape}, expected [{card.num_codebooks}, T]")
-    samples = codes.shape[1] * card.hop_length
+def _encoded(
+    card: CodecCard, id: str, codes: NDArray[np.integer], labels: dict[str, Any], scales: Any = None
+) -> Encoded:
+    if codes.ndim != 2 or codes.shape[0] != card.num_rows:
+        raise UserError(f"{id}: codes of shape {codes.shape}, expected [{card.num_rows}, T]")
+    samples = _samples_of(codes.shape[1], card)
     digest = hashlib.sha256(np.ascontiguousarray(codes, np.uint16).tobytes()).hexdigest()
     return Encoded(
         id=id,
         path=id,
-        codes=list(codes),
+        codes=to_planes(codes, card),
         samples=samples,
         source_sha256=digest,
         source_rate=card.sample_rate,
         source_samples=samples,
         labels=labels,
+        scales=scales,
     )
+
+
+def _samples_of(frames: int, card: CodecCard) -> int:
+    """The length of a wave that has so many frames: the longest one."""
+    samples = bisect_right(range(frames * card.hop_length + 1), frames, key=card.frames_of) - 1
+    if card.frames_of(samples) != frames:
+        raise UserError(f"{frames} frames: no wave has so many with {card.name}, whose segments overlap")
+    return samples

@@ -1,5 +1,9 @@
 """Reading audio: against soundfile and soxr over the whole file, and with files that are broken."""
 
+import hashlib
+import re
+import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,7 @@ import soxr
 from codecssl.tokenize import audio
 from codecssl.tokenize.audio import AudioReader, read_wave, sha256_of
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.inputs import Held
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -99,3 +104,171 @@ def test_an_mp3_whose_header_counts_its_padding_is_whole():
     path = SHARED / "pretrain_cv_en" / "common_voice_en_37154639.mp3"
     reader = AudioReader(path, 32_000)
     assert sum(len(block) for block in reader.blocks()) == reader.source_samples < soundfile.info(path).frames
+
+
+# ---------------------------------------------------------------- binary files, two channels
+
+
+def read(source, rate=16_000, channels=1):
+    """(samples, source_rate, source_samples), or the reason why not."""
+    reader = AudioReader(source, rate, channels=channels)
+    try:
+        return np.concatenate(list(reader.blocks()), axis=-1), reader.source_rate, reader.source_samples
+    except UserError as error:
+        return str(error)
+
+
+def same(a, b):
+    if isinstance(a, str) or isinstance(b, str):
+        return a == b
+    return np.array_equal(a[0], b[0]) and a[1:] == b[1:]
+
+
+FORMATS = {"wav": "PCM_24", "flac": "PCM_16", "ogg": "VORBIS", "mp3": "MPEG_LAYER_III", "aiff": "PCM_16", "au": "FLOAT"}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_binary_file_reads_as_its_path_does(tmp_path, kind):
+    path = tmp_path / f"x.{kind}"
+    soundfile.write(path, noise(1.2, 22_050, 2), 22_050, subtype=FORMATS[kind])
+    expected = read(path)
+    assert len(expected[0]) > 16_000
+    with path.open("rb") as file:
+        file.seek(100)  # wherever it was left
+        assert same(read(file), expected)
+        assert same(read(file), expected), "and again"
+        assert same(read(BytesIO(path.read_bytes())), expected)
+        assert sha256_of(file) == sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert np.array_equal(read_wave(file, 16_000), expected[0])
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_two_channels_are_kept_and_one_is_doubled(tmp_path, rate, channels):
+    path = tmp_path / "x.wav"
+    soundfile.write(path, noise(1.3, rate, channels), rate, subtype="FLOAT")
+    whole = soundfile.read(path, dtype="float32", always_2d=True)[0]
+    expected = whole if rate == 16_000 else soxr.resample(whole, rate, 16_000, quality="HQ")
+    reader = AudioReader(path, 16_000, channels=2)
+    blocks = list(reader.blocks())
+    assert all(block.shape[0] == 2 and block.dtype == np.float32 and block.flags.c_contiguous for block in blocks)
+    assert np.array_equal(np.concatenate(blocks, axis=1), np.broadcast_to(expected.T, (2, len(expected))))
+    assert reader.source_samples == len(whole)
+    assert read_wave(path, 16_000, channels=2).shape == (2, len(expected))
+
+
+def test_more_than_two_channels_are_refused_where_two_are_wanted(tmp_path):
+    soundfile.write(tmp_path / "x.wav", noise(0.1, 16_000, 5), 16_000)
+    assert read(tmp_path / "x.wav", channels=2) == "5 channels: this codec takes one or two; mix the file down first"
+
+
+# ---------------------------------------------------------------- torn and odd files
+
+
+def encoded(kind, seconds=2, **options):
+    soundfile.write(buffer := BytesIO(), noise(seconds, 16_000), 16_000, format=kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["WAV", "WAVEX", "AIFF", "AU", "W64", "RF64", "NIST", "FLAC", "MP3"])
+def test_a_file_that_ends_before_its_header_says_is_refused(kind):
+    """libsndfile reads the first half of most formats as if it were all."""
+    whole = encoded(kind)
+    assert len(read(BytesIO(whole))[0]) == 32_000
+    torn = read(BytesIO(whole[: len(whole) // 2]))
+    assert isinstance(torn, str)
+    promised = [int(n) for n in re.findall("promises ([0-9]+) samples", torn)]
+    assert "flac decoder" in torn or abs(promised[0] - 32_000) < 100, torn
+
+
+def test_a_segment_before_the_tear_is_read():
+    whole = encoded("WAV")
+    reader = AudioReader(BytesIO(whole[: len(whole) // 2]), 16_000, 0.1, 0.9)
+    expected = soundfile.read(BytesIO(whole), dtype="float32")[0][1600:14_400]
+    assert np.array_equal(np.concatenate(list(reader.blocks())), expected)
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000, 64_000 + 44])
+def test_sizes_of_writers_that_could_not_know_them_are_taken_as_such(size):
+    whole = bytearray(encoded("WAV"))
+    place = whole.find(b"data") + 4
+    whole[place : place + 4] = size.to_bytes(4, "little")
+    assert len(read(BytesIO(bytes(whole)))[0]) == 32_000
+
+
+def unknown_length(flac):
+    """A FLAC as a pipe writes it: no number of samples in its header."""
+    content = bytearray(flac)
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    return bytes(content)
+
+
+def test_a_flac_of_unknown_length_is_read_to_its_end():
+    whole = encoded("FLAC")
+    piped = unknown_length(whole)
+    assert same(read(BytesIO(piped)), read(BytesIO(whole)))
+    part = np.concatenate(list(AudioReader(BytesIO(piped), 16_000, 0.5, 1.5).blocks()))
+    assert np.array_equal(part, read(BytesIO(whole))[0][8000:24_000])
+    for start, stop, says in ((0.5, 2.5, "segment ends at 2.5 s, the file at 2.0 s"), (5.0, None, "no samples|cannot")):
+        with pytest.raises(UserError, match=says):
+            list(AudioReader(BytesIO(piped), 16_000, start, stop).blocks())
+    assert "flac decoder" in read(BytesIO(piped[: len(piped) // 2]))
+
+
+@pytest.mark.parametrize("junk", [b"\0" * 100, b"icy metadata" * 9])
+def test_an_mp3_that_begins_with_junk_is_told_by_its_name(tmp_path, junk):
+    path = tmp_path / "radio.mp3"
+    path.write_bytes(junk + encoded("MP3"))
+    expected = read(path)
+    assert len(expected[0]) == 32_000
+    with path.open("rb") as file:
+        assert same(read(file), expected)
+    assert same(read(Held(path.read_bytes(), "inside.tar/radio.mp3")), expected)
+    assert read(Held(path.read_bytes(), "radio.bin")) == "cannot decode: Format not recognised."
+
+
+def test_blocks_of_a_compressed_file_are_not_disturbed_by_their_size(monkeypatch):
+    """soundfile would seek after each block, which changes an MP3's samples by a rounding."""
+    for kind in ("MP3", "OGG", "FLAC"):
+        content = encoded(kind, 3)
+        small = read(BytesIO(content))
+        with monkeypatch.context() as patch:
+            patch.setattr(audio, "BLOCK_FRAMES", 1 << 20)
+            assert same(read(BytesIO(content)), small)
+
+
+def test_a_segment_of_a_format_that_cannot_seek(monkeypatch):
+    content = encoded("WAV", subtype="GSM610")
+    assert not soundfile.SoundFile(BytesIO(content)).seekable()
+    part = np.concatenate(list(AudioReader(BytesIO(content), 16_000, 0.5, 1.25).blocks()))
+    assert np.array_equal(part, read(BytesIO(content))[0][8000:20_000])
+
+
+def test_a_file_without_a_header_is_told(tmp_path):
+    (tmp_path / "x.raw").write_bytes(bytes(1000))
+    assert read(tmp_path / "x.raw") == "cannot decode: .raw files have no header to tell their rate; make it a .wav"
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="real audio beside the project is absent")
+def test_odd_files_read_alike_by_path_and_in_memory_and_quietly(monkeypatch):
+    raised = []  # in libsndfile's callbacks, from where Python cannot pass it on
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+    paths = sorted((SHARED / "robust").iterdir())
+    reasons = {}
+    for path in paths:
+        if path.stat().st_size < 500_000:
+            by_path = read(path)
+            assert same(read(Held(path.read_bytes(), path.name)), by_path), path.name
+            reasons[path.name] = by_path if isinstance(by_path, str) else ""
+    assert not raised
+    for name, reason in {
+        "aeneas__mono.empty.wav": "the file is empty",
+        "tinytag__incomplete.mp3": "no audio found in it",
+        "tinytag__invalid_sample_rate.aiff": "its header gives no possible sample rate, channels or length",
+        "tinytag__image-text-encoding.mp3": "truncated: the header promises 61499 samples, 23616 are there",
+        "flac-test-files__04_-_wrong_number_of_channels.flac": "flac channel changed mid stream",
+        "flac-test-files__04_-_changing_bitdepth.flac": "",
+    }.items():
+        assert reason in reasons[name]
+        assert bool(reason) == bool(reasons[name])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from codecssl.tokenize.bits import pack, packed_size, unpack
+from codecssl.tokenize.bits import CHUNK, pack, packed_size, unpack
 
 
 def naive(codes, bits):
@@ -27,6 +27,36 @@ def test_round_trip_and_layout(bits):
         assert np.array_equal(unpack(buffer, bits, start, stop), codes[start:stop])
 
 
-def test_a_code_too_large_is_refused():
-    with pytest.raises(ValueError, match="code 1024 does not fit in 10 bits"):
-        pack(np.array([3, 1024], np.uint16), 10)
+@pytest.mark.parametrize("bits", [3, 10, 13])
+def test_more_codes_than_are_packed_at_a_time(bits):
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, 2 * CHUNK + 13)
+    packed = pack(codes, bits)
+    assert packed == naive(codes, bits)
+    buffer = np.frombuffer(packed, np.uint8)
+    assert np.array_equal(unpack(buffer, bits, CHUNK - 3, CHUNK + 9), codes[CHUNK - 3 : CHUNK + 9])
+
+
+@pytest.mark.parametrize("bits", [1, 4, 7, 10, 11, 16])
+def test_stacked_planes_are_unpacked_at_once(bits):
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, (3, 5, 61))
+    size = packed_size(61, bits)
+    buffer = np.frombuffer(b"".join(pack(plane, bits) for row in codes for plane in row), np.uint8)
+    for start, stop in [(0, 61), (0, 60), (7, 61), (30, 31), (9, 9)]:
+        unpacked = unpack(buffer.reshape(3, 5, size), bits, start, stop)
+        assert unpacked.dtype == np.uint16
+        assert np.array_equal(unpacked, codes[:, :, start:stop])
+
+
+def test_bytes_that_hold_other_codes_do_not_matter():
+    codes = np.arange(80)
+    buffer = np.frombuffer(pack(codes, 10), np.uint8).copy()
+    buffer[:50], buffer[60:] = 255, 255  # codes 40..47 lie in bytes 50..59
+    assert unpack(buffer, 10, 40, 48).tolist() == codes[40:48].tolist()
+
+
+@pytest.mark.parametrize(
+    ("code", "message"), [(1024, "code 1024 does not fit in 10 bits"), (-1, "code -1: must be 0 or more")]
+)
+def test_a_code_out_of_range_is_refused(code, message):
+    with pytest.raises(ValueError, match=message):
+        pack(np.array([3, code]), 10)

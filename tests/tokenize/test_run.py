@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 
-from codecssl.tokenize import run as run_module
+from codecssl.tokenize import encode as encode_module
 from codecssl.tokenize.audio import read_wave
 from codecssl.tokenize.cli import main
 from codecssl.tokenize.errors import UserError
@@ -74,20 +74,21 @@ def test_tasks_workers_and_kills_do_not_change_a_byte(audio_folder, tmp_path, co
         assert (done is None) == (task == 1)
     run(config(audio_folder, tmp_path / "workers", codec_file, workers=2))
 
-    encode = run_module.encode_input
+    read = encode_module.read
+    monkeypatch.setattr(encode_module, "GROUP_INPUTS", 2)
     for stop_after in (1, 4, 7):  # killed in the middle of blocks, three times
         left = iter(range(stop_after))
 
-        def dying(codec, item, left=left):
+        def dying(item, card, left=left):
             if next(left, None) is None:
                 raise KeyboardInterrupt
-            return encode(codec, item)
+            return read(item, card)
 
-        monkeypatch.setattr(run_module, "encode_input", dying)
+        monkeypatch.setattr(encode_module, "read", dying)
         with pytest.raises(KeyboardInterrupt):
             run(config(audio_folder, tmp_path / "killed", codec_file))
     count = []
-    monkeypatch.setattr(run_module, "encode_input", lambda codec, item: count.append(item) or encode(codec, item))
+    monkeypatch.setattr(encode_module, "read", lambda item, card: count.append(item) or read(item, card))
     run(config(audio_folder, tmp_path / "killed", codec_file))
     assert 0 < len(count) < 15, "finished blocks are not encoded again"
     one = contents(tmp_path / "one")
@@ -127,7 +128,7 @@ def test_a_finished_run_does_nothing_and_other_codecs_and_sources_are_refused(
     run(config(audio_folder, output, codec_file))
     before = contents(output)
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "encode_input", lambda *_: pytest.fail("encoded again"))
+        patch.setattr(encode_module, "read", lambda *_: pytest.fail("read again"))
         run(config(audio_folder, output, codec_file))
     assert contents(output) == before
     with pytest.raises(UserError, match=r"begun with codec tiny_16khz, this run has tiny_16khz \(codebook_sizes"):
@@ -135,6 +136,9 @@ def test_a_finished_run_does_nothing_and_other_codecs_and_sources_are_refused(
     with pytest.raises(UserError, match="begun with shard_inputs 6, this run has 7"):
         run(config(audio_folder, output, codec_file, shard_inputs=7))
     (audio_folder / "b.wav").write_bytes((audio_folder / "a.wav").read_bytes())
+    with pytest.raises(UserError, match="the sources changed: 16 inputs, 15 when it was begun"):
+        run(config(audio_folder, output, codec_file))
+    (audio_folder / "a.wav").unlink()
     with pytest.raises(UserError, match="the sources changed since shard 00000"):
         run(config(audio_folder, output, codec_file))
     with pytest.raises(UserError, match="not empty and not a dataset"):

@@ -3,20 +3,35 @@
 import io
 import json
 import pickle
+import shutil
 import tarfile
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
 import webdataset
 
+from codecssl.tokenize import entropy
+from codecssl.tokenize.blocks import packed_again
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.shards import Shards, utterance_bytes
+from codecssl.tokenize.shards import (
+    Shards,
+    from_planes,
+    read_coder,
+    read_columns,
+    stored_bytes,
+    to_planes,
+    utterance_bytes,
+)
 from codecssl.tokenize.verify import verify
-from codecssl.tokenize.writer import Encoded, ShardWriter, finish_dataset, write_shards
+from codecssl.tokenize.writer import Encoded, Failure, ShardWriter, finish_dataset, write_shards
+
+SEGMENT = entropy.SEGMENT_FRAMES
 
 
-def card(sizes, per_frame=None):
+def card(sizes, per_frame=None, **more):
     return CodecCard(
         name="made",
         weights="made",
@@ -26,56 +41,102 @@ def card(sizes, per_frame=None):
         codebook_sizes=tuple(sizes),
         codes_per_frame=tuple(per_frame or (1,) * len(sizes)),
         latent_dim=4,
+        **more,
     )
 
 
 def codes_for(card, frames, rng):
-    return np.stack([rng.integers(0, size, frames) for size in card.codebook_sizes]).astype(np.uint16)
+    """Random codes [R, T]."""
+    rows = [size for size, n in zip(card.codebook_sizes, card.codes_per_frame) for _ in range(n)]
+    return np.stack([rng.integers(0, size, frames) for size in rows]).astype(np.uint16)
 
 
+@pytest.mark.parametrize("compress", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_round_trip_over_random_codebooks_and_lengths(tmp_path, seed):
+def test_round_trip_over_random_codebooks_and_lengths(tmp_path, seed, compress):
     rng = np.random.default_rng(seed)
-    made = card(rng.choice([2, 16, 1000, 1024, 2048, 65536], int(rng.integers(1, 10))).tolist())
-    items = [(f"u{i}", codes_for(made, int(rng.integers(1, 900)), rng), {"n": i}) for i in range(50)]
-    shards = write_shards(tmp_path / "d", made, items, per_shard=17)
-    assert len(shards) == 50
+    count = int(rng.integers(1, 10))
+    rates = sorted(rng.choice([1, 2, 4], count).tolist()) if seed % 2 else [1] * count
+    made = card(rng.choice([2, 16, 100, 1000, 1024] + [65536] * (not compress), count).tolist(), rates)
+    lengths = [*rng.integers(1, 900, 10).tolist(), 1, SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT + 5]
+    items = [(f"u{i}", codes_for(made, length, rng), {"n": i}) for i, length in enumerate(lengths)]
+    shards = write_shards(tmp_path / "d", made, items, per_shard=9, compress=compress)
+    assert (len(shards), shards.compressed) == (len(items), compress)
     assert verify(tmp_path / "d") == []
-    for index in rng.permutation(50):
+    rows = np.cumsum([0, *rates])
+    for index in rng.permutation(len(items)).tolist():
         name, codes, labels = items[index]
-        assert np.array_equal(shards.codes(int(index)), codes)
+        read = shards.codes(index)
+        assert read.dtype == np.uint16
+        assert np.array_equal(read, codes)
         a, b = sorted(rng.integers(0, codes.shape[1] + 1, 2).tolist())
         k = int(rng.integers(1, made.num_codebooks + 1))
-        assert np.array_equal(shards.codes(int(index), num_codebooks=k, start=a, stop=b), codes[:k, a:b])
-        assert (shards.utterance(int(index)).id, shards.utterance(int(index)).labels) == (name, labels)
+        cropped = shards.codes(index, num_codebooks=k, start=a, stop=b)
+        assert np.array_equal(cropped, codes[: rows[k], a:b])
+        assert [p.tolist() for p in shards.planes(index, num_codebooks=k, start=a, stop=b)] == [
+            codes[rows[j] : rows[j + 1], a:b].T.ravel().tolist() for j in range(k)
+        ]
+        assert (shards.utterance(index).id, shards.utterance(index).labels) == (name, labels)
     assert np.array_equal(pickle.loads(pickle.dumps(shards)).codes(7), items[7][1])
 
 
-def test_codebooks_at_different_rates(tmp_path):
-    made, rng = card([4096, 4096, 4096], [1, 2, 4]), np.random.default_rng(0)
-    planes = [[rng.integers(0, 4096, t * r).astype(np.uint16) for r in (1, 2, 4)] for t in (5, 31, 64)]
-    writer = ShardWriter(tmp_path, 0, made)
-    items = [
-        Encoded(
-            id=str(i),
-            path=str(i),
-            codes=p,
-            samples=len(p[0]) * 320,
-            source_sha256="ab" * 32,
-            source_rate=16_000,
-            source_samples=1,
-        )
-        for i, p in enumerate(planes)
+def test_rows_of_codebooks_at_different_rates():
+    """Row j of a codebook with n codes a frame holds its codes j, n + j, ..."""
+    made = card([4096, 4096, 4096], [1, 2, 4])
+    codes = np.stack([np.arange(3), *(10 * n + np.arange(3) for n in range(1, 7))])
+    planes = to_planes(codes, made)
+    assert [p.tolist() for p in planes] == [
+        [0, 1, 2],
+        [10, 20, 11, 21, 12, 22],
+        [30, 40, 50, 60, 31, 41, 51, 61, 32, 42, 52, 62],
     ]
-    writer.add_block(3, items, [])
-    writer.finish("")
-    finish_dataset(tmp_path, {"codec": made.to_dict()}, 1)
-    shards = Shards(tmp_path)
-    for i, expected in enumerate(planes):
-        assert all(np.array_equal(a, b) for a, b in zip(shards.planes(i), expected))
-    assert [len(p) for p in shards.planes(1, start=3, stop=5)] == [2, 4, 8]
-    with pytest.raises(UserError, match="run at different rates"):
-        shards.codes(0)
+    assert np.array_equal(from_planes(planes, made), codes)
+    assert np.array_equal(from_planes(planes[:2], made), codes[:3])
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_what_is_not_there_is_an_index_error(tmp_path, compress):
+    made = card([16, 16])
+    shards = write_shards(tmp_path, made, [("a", np.zeros((2, 9), int), {})], compress=compress)
+    for arguments in [{"start": -1}, {"stop": 10}, {"start": 5, "stop": 4}, {"num_codebooks": 0}, {"num_codebooks": 3}]:
+        with pytest.raises(IndexError):
+            shards.codes(0, **arguments)
+    for index in (-1, 1):
+        with pytest.raises(IndexError, match="the dataset has 1"):
+            shards.codes(index)
+    assert shards.codes(0, start=4, stop=4).shape == (2, 0)
+    with pytest.raises(UserError, match=r"expected \[2, T\]"):
+        write_shards(tmp_path / "other", made, [("a", np.zeros((3, 9), int), {})])
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_an_utterance_is_found_by_its_id(tmp_path, compress):
+    ids = ["a/1", 'quo"ted', "ünï", "a", "a/12"] + [f"x{i}" for i in range(20)]
+    shards = write_shards(
+        tmp_path, card([4]), [(id, np.zeros((1, 3), int), {"a": "x99"}) for id in ids], per_shard=4, compress=compress
+    )
+    assert [shards.find(id) for id in ids] == list(range(len(ids)))
+    assert list(shards.ids()) == ids
+    with pytest.raises(UserError, match="id 'x99': not in .*; ids look like 'a/1'"):  # a label only
+        shards.find("x99")
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_scales_of_segments_are_kept(tmp_path, compress):
+    made = card([1024], channels=2, segment_samples=3200, segment_stride=3168)
+    rng = np.random.default_rng(0)
+    frames = [made.frames_of(samples) for samples in (1, 3168, 3169, 20_000)]
+    segments = [1, 1, 2, 7]
+    scales = [rng.random(n).astype(np.float32) for n in segments]
+    items = [(str(i), codes_for(made, t, rng), {}, s) for i, (t, s) in enumerate(zip(frames, scales))]
+    shards = write_shards(tmp_path / "d", made, items, compress=compress)
+    for i, expected in enumerate(scales):
+        assert shards.utterance(i).scales.tolist() == expected.tolist()
+        assert np.array_equal(shards.codes(i), items[i][1])
+    with pytest.raises(UserError, match="0: 2 scales, made has 1 for it"):
+        write_shards(tmp_path / "e", made, [("0", items[0][1], {}, [1.0, 2.0])])
+    without = write_shards(tmp_path / "f", card([4]), [("0", np.zeros((1, 3), int), {})])
+    assert without.utterance(0).scales is None
 
 
 def test_a_stock_webdataset_reads_the_members(tmp_path):
@@ -113,6 +174,129 @@ def test_all_files_together_cost_at_most_two_percent_over_the_nominal_bits(tmp_p
     stored = sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file())
     overhead = stored / (2880 * 250 * 8 * 10 / 8) - 1
     assert overhead < 0.02
+
+
+def lively(made, frames, rng):
+    """Codes that hold on for a while, the finer ones after the coarsest: what speech is like."""
+    holds = np.maximum.accumulate(np.where(rng.random(frames) < 0.5, np.arange(frames), 0))
+    p = np.arange(1, made.codebook_sizes[0] + 1) ** -0.8
+    coarse = rng.choice(len(p), frames, p=p / p.sum())[holds]
+    finer = [(coarse * (3 + k) + rng.integers(0, 20, frames)) % size for k, size in enumerate(made.codebook_sizes[1:])]
+    return np.stack([coarse, *finer]).astype(np.uint16)
+
+
+def test_compressed_files_together_are_below_the_order_0_entropy(tmp_path):
+    made, rng = card([256] * 4), np.random.default_rng(0)
+    items = [(f"clip_{i:05d}.wav", lively(made, 250, rng), {}) for i in range(400)]
+    write_shards(tmp_path, made, items, compress=True)
+    stored = sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()) * 8
+    entropy = 0.0
+    for k in range(4):
+        counts = np.bincount(np.concatenate([codes[k] for _, codes, _ in items]))
+        entropy -= float((counts * np.log2(counts / counts.sum(), where=counts > 0, out=np.zeros(len(counts)))).sum())
+    assert stored < 0.95 * entropy
+
+
+def test_a_compressed_shard_does_not_depend_on_kills(tmp_path):
+    made, rng = card([64] * 3), np.random.default_rng(0)
+    utterances = [encoded(str(i), lively(made, int(rng.integers(1, 400)), rng)) for i in range(30)]
+    for kills in (False, True):
+        root = tmp_path / str(kills)
+        writer = ShardWriter(root, 0, made, compress=True)
+        for block in range(3):
+            if kills:
+                writer = ShardWriter(root, 0, made, compress=True)
+                assert writer.done == 10 * block
+            writer.add_block(10, utterances[10 * block : 10 * block + 10], [])
+        if kills:  # in the middle of its last file
+            (root / "shards").mkdir()
+            (root / "shards/.00000.tar.77.tmp").write_bytes(b"half a tar")
+        writer.finish("x")
+    files = [sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*")) for n in ("False", "True")]
+    assert files[0] == files[1]
+    for name in ("00000.tar", "00000.json"):
+        assert (tmp_path / "False/shards" / name).read_bytes() == (tmp_path / "True/shards" / name).read_bytes()
+
+
+def encoded(id, codes):
+    return Encoded(
+        id=id,
+        path=id,
+        codes=list(codes),
+        samples=codes.shape[1] * 320,
+        source_sha256="ab" * 32,
+        source_rate=16_000,
+        source_samples=codes.shape[1] * 320,
+    )
+
+
+def test_what_verify_needs_of_compressed_blocks(tmp_path):
+    made, rng = card([64] * 3), np.random.default_rng(0)
+    items = [(str(i), lively(made, int(rng.integers(1, 2 * SEGMENT)), rng), {}) for i in range(12)]
+    compressed = write_shards(tmp_path / "c", made, items, per_shard=6, compress=True)
+    write_shards(tmp_path / "p", made, items, per_shard=6)
+    for shard in range(2):
+        marks = [json.loads((tmp_path / d / f"shards/{shard:05d}.json").read_text()) for d in "cp"]
+        assert [m["format_version"] for m in marks] == [2, 1]
+        [place], [plain] = (m["blocks"] for m in marks)
+        tar = tmp_path / f"c/shards/{shard:05d}.tar"
+        codes = tar.read_bytes()[place["codes_offset"] :][: place["codes_bytes"]]
+        with tar.open("rb") as file:
+            numbers = read_columns(file, place["offset"])[1]
+        sizes = stored_bytes(numbers, compressed.frames[6 * shard : 6 * shard + 6], made)
+        assert len(sizes) == 6
+        assert sizes.sum() == len(codes)
+        assert zlib.crc32(codes) == place["crc32"]
+        again = packed_again(codes, numbers, read_coder(tar, made), made)
+        assert zlib.crc32(again) == place["packed_crc32"] == plain["crc32"]
+
+
+@pytest.mark.parametrize("name", ["tables", "codes"])
+def test_damage_of_a_compressed_shard_is_a_clear_error_or_other_codes(tmp_path, name):
+    made, rng = card([64] * 3), np.random.default_rng(0)
+    items = [(str(i), lively(made, 300, rng), {}) for i in range(4)]
+    write_shards(tmp_path, made, items, compress=True)
+    path = tmp_path / "shards/00000.tar"
+    content = bytearray(path.read_bytes())
+    place = json.loads(path.with_suffix(".json").read_text())["blocks"][0]
+    first, size = (512, 600) if name == "tables" else (place["codes_offset"], place["codes_bytes"])
+    content[first : first + size] = rng.bytes(size)
+    path.write_bytes(content)
+    shards, refused = Shards(tmp_path), 0
+    for i in range(4):
+        try:
+            assert not np.array_equal(shards.codes(i), items[i][1])
+        except UserError as error:
+            assert "tables are damaged" in str(error) or "cannot be decompressed" in str(error)
+            refused += 1
+    assert refused > 0
+
+
+def test_finishing_holds_one_shard_in_memory_and_writes_what_numpy_writes(tmp_path):
+    made = card([16])
+    writer = ShardWriter(tmp_path, 0, made)
+    utterances = [encoded(str(i), np.zeros((1, frames), int)) for i, frames in enumerate((3, 70_000, 5))]
+    failures = [Failure(id=str(i), path=str(i), reason="x" * 100) for i in range(1500)]
+    writer.add_block(1503, utterances, failures)
+    writer.finish("")
+    mark = json.loads((tmp_path / "shards/00000.json").read_text())
+    for shard in range(1, 16):
+        shutil.copy(tmp_path / "shards/00000.tar", tmp_path / f"shards/{shard:05d}.tar")
+        (tmp_path / f"shards/{shard:05d}.json").write_text(json.dumps(mark | {"shard": shard}))
+    peaks = []
+    for shards in (2, 16):
+        tracemalloc.start()
+        totals = finish_dataset(tmp_path, {"codec": made.to_dict()}, shards)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
+    assert (totals["failed"], totals["utterances"], totals["frames"]) == (24_000, 48, 16 * 70_008)
+    np.save(buffer := io.BytesIO(), np.array([3, 70_000, 5] * 16, np.uint32))
+    assert (tmp_path / "index.npy").read_bytes() == buffer.getvalue()
+    np.save(buffer := io.BytesIO(), np.load(tmp_path / "blocks.npy"))
+    assert (tmp_path / "blocks.npy").read_bytes() == buffer.getvalue()
+    assert np.array_equal(Shards(tmp_path).blocks["first"], np.arange(0, 48, 3))
+    assert not list(tmp_path.glob(".*"))
 
 
 def damage(path, offset):
@@ -162,8 +346,8 @@ def test_strangers_are_refused(dataset, tmp_path):
     with pytest.raises(UserError, match=r"no dataset\.json; this is not a folder of token shards"):
         Shards(tmp_path)
     header = json.loads((dataset / "dataset.json").read_text())
-    (dataset / "dataset.json").write_text(json.dumps(header | {"format_version": 2}))
-    with pytest.raises(UserError, match="format version 2, this codecssl reads up to 1"):
+    (dataset / "dataset.json").write_text(json.dumps(header | {"format_version": 3}))
+    with pytest.raises(UserError, match="format version 3, this codecssl reads up to 2"):
         Shards(dataset)
     with pytest.raises(UserError, match="holds a dataset already"):
         write_shards(dataset, card([4]), [])

@@ -1,5 +1,7 @@
 """Sources: what they list, in which order, under which ids."""
 
+import os
+
 import pytest
 
 from codecssl.tokenize.errors import UserError
@@ -63,3 +65,52 @@ def test_tables_with_labels_and_segments(tree):
 def test_a_source_without_audio_says_so(tree, name):
     with pytest.raises(UserError, match="no audio found|no such file or folder"):
         ids(tree / name)
+
+
+def test_skipping_leaves_out_the_first_of_all_sources(tree):
+    sources = [str(tree / "b"), str(tree / "a.wav"), str(tree)]
+    whole = list(read_sources(sources))
+    for skip in (0, 1, 2, 3, 8, 9, 50):
+        assert list(read_sources(sources, skip)) == whole[skip:]
+
+
+def test_names_that_are_not_utf8_stay_apart(tree):
+    for name in (b"\xff.wav", b"\xfe.wav"):
+        with open(os.fsencode(tree / "c") + b"/" + name, "wb") as file:
+            file.write(name)
+    items = list(read_sources([str(tree / "c")]))
+    assert [item.id for item in items] == ["\\udcfe.wav", "\\udcff.wav"]
+    assert [item.open().read() for item in items] == [b"\xfe.wav", b"\xff.wav"]
+    assert len({item.digest() for item in items}) == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (["lists/train.tsv", "dev.jsonl"], r"It holds manifests: give .*dev\.jsonl or .*train\.tsv"),
+        (["0.tar", "1.tar"], r"It holds tars: give 'wds:.*\*\.tar'"),
+        (["x/0.tar.gz"], r"give 'wds:.*x/\*\.tar\.gz'"),
+        (["state.json", "dataset_info.json", "data.arrow"], "It is a saved dataset: give hf:.*:SPLIT"),
+        (["data/train.parquet"], "It holds a dataset: give hf:.*:SPLIT"),
+        (["read.me"], r"files must end in .*\.caf$"),
+    ],
+)
+def test_a_folder_without_audio_tells_what_it_holds(tmp_path, files, says):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"no audio found.*{says}"):
+        ids(tmp_path)
+
+
+def test_a_folder_that_cannot_be_listed_is_one_line(tree, monkeypatch):
+    scandir = os.scandir
+
+    def refusing(path):
+        if os.fspath(path).endswith("b"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match="tree/b: cannot be listed: Permission denied"):
+        ids(tree)

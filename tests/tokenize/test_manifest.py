@@ -1,0 +1,151 @@
+"""Manifests and lists on standard input: what users' tables look like, and what is wrong with them."""
+
+import io
+import json
+
+import pytest
+
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.manifest import read_list, spool_stdin
+from codecssl.tokenize.sources import read_sources
+
+
+def rows(path):
+    return list(read_sources([str(path)]))
+
+
+def simple(items):
+    return [(item.id, item.path, item.file, item.start, item.end, item.labels) for item in items]
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl"])
+def test_line_ends_and_byte_order_marks_of_any_system(tmp_path, ends, mark, kind):
+    if kind == "jsonl":
+        lines = ['{"path": "ä.wav", "start": "0.5", "speaker": "anna"}', "", '{"path": "/abs/b.wav", "start": ""}']
+    else:
+        lines = ["path,start,speaker", "ä.wav,0.5,anna", "/abs/b.wav,,"]
+    text = mark + ends.join(lines) + ends
+    path = tmp_path / f"list.{kind}"
+    path.write_bytes((text.replace(",", "\t") if kind == "tsv" else text).encode())
+    first, second = rows(path)
+    assert (first.id, first.file, first.start, first.labels) == (
+        "ä.wav#0.5-",
+        str(tmp_path / "ä.wav"),
+        0.5,
+        {"speaker": "anna"},
+    )
+    assert (second.id, second.path, second.file, second.start) == ("/abs/b.wav", "/abs/b.wav", "/abs/b.wav", None)
+
+
+def test_a_quotation_mark_in_a_tsv_is_text_and_in_a_csv_quotes(tmp_path):
+    table = tmp_path / "list.tsv"
+    table.write_text('path\ttext\na.wav\t"Oh, he said\nb.wav\t"no"\nc.wav\tyes"\n')
+    assert [item.labels["text"] for item in rows(table)] == ['"Oh, he said', '"no"', 'yes"']
+    table = tmp_path / "list.csv"
+    table.write_text('path,text\na.wav,"Oh, he\nsaid"\nb.wav,no\n')
+    assert [item.labels["text"] for item in rows(table)] == ["Oh, he\nsaid", "no"]
+
+
+def test_segments_far_into_a_file_have_ids_of_their_own(tmp_path):
+    table = tmp_path / "list.jsonl"
+    times = [(10000.01, 10000.02), (10000.02, 10000.03), (0.1, 0.30000000000000004)]
+    table.write_text("\n".join(json.dumps({"path": "a.wav", "start": s, "end": e}) for s, e in times))
+    assert [item.id for item in rows(table)] == ["a.wav#10000.01-10000.02", "a.wav#10000.02-10000.03", "a.wav#0.1-0.3"]
+
+
+def test_ids_that_are_numbers_and_labels_of_all_kinds(tmp_path):
+    table = tmp_path / "list.jsonl"
+    labels = {"n": 1, "x": 0.5, "yes": True, "none": None, "list": ["a", 1, [None]], "deep": {"a": {"b": 1}}}
+    table.write_text(
+        json.dumps({"path": "a.wav", "id": 0} | labels) + '\n{"path": "b.wav", "nan": NaN, "s": "\\ud800"}'
+    )
+    first, second = rows(table)
+    assert (first.id, first.labels) == ("0", labels)
+    assert second.labels == {"nan": None, "s": "\\ud800"}, "what UTF-8 cannot hold must not stop the writing later"
+    json.dumps(second.labels, ensure_ascii=False, allow_nan=False).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("x.jsonl", '{"path": "a"}\n[1]', "line 2: a row must be a JSON object, this is list"),
+        ("x.jsonl", '{"path": "a", "start": "soon"}', "line 1: start 'soon' is not a number of seconds"),
+        ("x.jsonl", '{"path": "a", "end": NaN}', "line 1: end nan is not a number"),
+        ("x.jsonl", '{"path": "a", "end": 0}', "line 1: end 0.0 is not after start 0.0"),
+        ("x.csv", "path,end\na,-1\n", "line 2: end -1.0 is negative"),
+        ("x.csv", "path,start\na,-1\n", "line 2: start -1.0 is negative"),
+        ("x.csv", "file,id\na,1\n", "line 2: no 'path' column; the columns are file, id"),
+        ("x.csv", "path,id\nb,1\n\na,1\n", "line 4: id '1' is there twice"),
+        ("x.csv", f"path,t\na,{'x' * 140_000}\n", "line 2: field larger than"),
+        ("x.tsv", "path\tid\na\n", "line 2: another number of fields"),
+        ("x.tsv", "", "no rows in it"),
+        ("x.csv", "path\n", "no rows in it"),
+    ],
+)
+def test_a_bad_table_is_told_with_its_line(tmp_path, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=says) as caught:
+        rows(tmp_path / name)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
+def test_a_table_in_another_encoding_is_told(tmp_path, name):
+    (tmp_path / name).write_bytes('path,text\n{"path": "ä.wav"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match=rf"{name}: not UTF-8 .* at byte"):
+        rows(tmp_path / name)
+
+
+LIST = b'\xef\xbb\xbfa.wav\r\n\n/abs/b c .wav\n{"path": "d.wav", "id": "d", "end": 2, "speaker": 1}\n\xff.wav\n'
+
+
+def test_a_list_holds_paths_and_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    items = list(read_list(io.BytesIO(LIST)))
+    assert [(item.id, item.file, item.end, item.labels) for item in items] == [
+        ("a.wav", "a.wav", None, {}),
+        ("/abs/b c .wav", "/abs/b c .wav", None, {}),
+        ("d", "d.wav", 2.0, {"speaker": 1}),
+        ("\\udcff.wav", "\udcff.wav", None, {}),
+    ]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(LIST)))
+    assert simple(read_sources(["-"])) == simple(items)
+    with pytest.raises(UserError, match="standard input, line 2: id 'x' is there twice"):
+        list(read_list(io.BytesIO(b"x\nx\n")))
+
+
+def test_a_spooled_list_reads_as_the_list_from_anywhere_and_again(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "a.wav").write_bytes(b"sound")
+    spooled = spool_stdin(io.BytesIO(LIST), tmp_path / "out" / "stdin.jsonl")
+    monkeypatch.chdir(tmp_path)
+    first, *rest = rows(spooled)
+    assert first.open().read() == b"sound"
+    assert (first.id, first.path, first.file) == ("a.wav", "a.wav", str(tmp_path / "here" / "a.wav"))
+    assert [item.id for item in rest] == [item.id for item in list(read_list(io.BytesIO(LIST)))[1:]]
+    assert rest[-1].file == str(tmp_path / "here" / "\udcff.wav")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["stdin.jsonl"]
+
+
+def test_spooling_again_takes_the_same_list_or_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    target = tmp_path / "stdin.jsonl"
+    with pytest.raises(UserError, match="standard input: no paths"):
+        spool_stdin(io.BytesIO(b"\n"), target)
+    with pytest.raises(UserError, match="standard input, line 2: not JSON"):
+        spool_stdin(io.BytesIO(b"a.wav\n{oops\n"), target)
+    assert not list(tmp_path.iterdir())
+    spool_stdin(io.BytesIO(LIST), target)
+    before = target.read_bytes()
+    for again in (LIST, b""):
+        assert spool_stdin(io.BytesIO(again), target) == str(target)
+    with pytest.raises(UserError, match="another list, or from another folder"):
+        spool_stdin(io.BytesIO(b"a.wav\n"), target)
+    monkeypatch.chdir("/")
+    with pytest.raises(UserError, match="another list, or from another folder"):
+        spool_stdin(io.BytesIO(LIST), target)
+    assert target.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [target]

@@ -1,0 +1,265 @@
+"""Audio WebDatasets: written and read by webdataset, and by us; torn ones."""
+
+import gzip
+import hashlib
+import io
+import json
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import soundfile
+import webdataset
+
+from codecssl.tokenize import inputs as inputs_module
+from codecssl.tokenize.audio import read_wave, sha256_of
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.sources import read_sources
+
+
+def flac(seed, frames=600):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.random.default_rng(seed).uniform(-0.5, 0.5, frames), 16_000, format="FLAC")
+    return buffer.getvalue()
+
+
+def sample(i):
+    return {
+        "__key__": f"part/u{i}",
+        "flac": flac(i, 600 + i),
+        "json": {"speaker": f"s{i}", "age": 30 + i, "words": ["a", None]},
+        "txt": f"hällo {i}",
+        "cls": i,
+        "normalized.txt": "HALLO",
+        "emb.npy": np.zeros(2),
+    }
+
+
+@pytest.fixture
+def tars(tmp_path):
+    """Two tars of 3 and 2 samples whose keys begin anew in each."""
+    for number, count in enumerate([3, 2]):
+        with webdataset.TarWriter(str(tmp_path / f"train-{number:03d}.tar")) as writer:
+            for i in range(count):
+                writer.write(sample(i))
+    return tmp_path
+
+
+def found(source, skip=0):
+    return list(read_sources([str(source)], skip))
+
+
+def test_ids_audio_and_labels_are_what_webdataset_reads(tars):
+    ours = found(f"wds:{tars}/train-{{000..001}}.tar")
+    assert [item.id for item in ours] == [
+        *(f"train-000.tar/part/u{i}" for i in range(3)),
+        *(f"train-001.tar/part/u{i}" for i in range(2)),
+    ]
+    urls = [str(tars / "train-000.tar"), str(tars / "train-001.tar")]
+    theirs = list(webdataset.WebDataset(urls, shardshuffle=False))
+    decoded = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    for item, raw, read in zip(ours, theirs, decoded, strict=True):
+        assert item.id.endswith(raw["__key__"])
+        with item.open() as file:
+            assert file.read() == raw["flac"]
+        assert item.size == len(raw["flac"])
+        texts = {key: read[key] for key in ("txt", "cls", "normalized.txt")}
+        assert item.labels == read["json"] | texts
+        assert item.path == f"{item.id}.flac"
+        assert item.data is None
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tgz"])
+def test_a_compressed_tar_gives_the_same_with_its_audio_in_hand(tars, suffix):
+    plain = found(f"wds:{tars}/train-000.tar")
+    packed = tars / f"packed{suffix}"
+    packed.write_bytes(gzip.compress((tars / "train-000.tar").read_bytes()))
+    ours = found(f"wds:{packed}")
+    assert [(item.labels, item.size, sha256_of(item.open())) for item in ours] == [
+        (item.labels, item.size, sha256_of(item.open())) for item in plain
+    ]
+    assert all(item.data for item in ours)
+
+
+def test_a_fresh_process_reads_by_offset_and_size(tars):
+    ours = found(f"wds:{tars}/*.tar")
+    assert all(len(pickle.dumps(item)) < 700 for item in ours)
+    (tars / "inputs.pickle").write_bytes(pickle.dumps(ours))
+    code = (
+        "import hashlib, pickle, sys\n"
+        "for item in pickle.load(open(sys.argv[1], 'rb')): print(hashlib.sha256(item.open().read()).hexdigest())\n"
+        "assert 'webdataset' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code, str(tars / "inputs.pickle")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    expected = [hashlib.sha256(flac(i, 600 + i)).hexdigest() for i in (0, 1, 2, 0, 1)]
+    assert done.stdout.split() == expected, done.stderr
+
+
+def test_a_large_member_is_read_through_a_window(tars, monkeypatch):
+    item = found(f"wds:{tars}/train-000.tar")[1]
+    whole = read_wave(item.open(), 16_000)
+    monkeypatch.setattr(inputs_module, "HELD_BYTES", 100)
+    with item.open() as file:
+        assert not isinstance(file, io.BytesIO)
+        assert np.array_equal(read_wave(file, 16_000), whole)
+        assert sha256_of(file) == hashlib.sha256(flac(1, 601)).hexdigest()
+
+
+@pytest.mark.parametrize("cut", ["in audio", "in a header", "between members", "without its end", "at nothing"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_torn_tar_is_named(tars, cut, packed):
+    path = tars / "train-001.tar"
+    with tarfile.open(path) as archive:
+        members = archive.getmembers()
+        last = members[-1]
+    audio = next(m for m in members if m.name.endswith(".flac"))
+    end = last.offset_data + -(-last.size // 512) * 512
+    length = {
+        "in audio": audio.offset_data + audio.size // 2,
+        "in a header": last.offset + 100,
+        "between members": last.offset,
+        "without its end": end,
+        "at nothing": 0,
+    }[cut]
+    content = path.read_bytes()[:length]
+    path.write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}: not a whole tar"):
+        found(f"wds:{tars}/train-{{000..001}}.tar")
+
+
+@pytest.mark.parametrize("damage", ["a header", "the gzip stream", "no tar"])
+def test_a_damaged_tar_is_named(tars, damage):
+    path = tars / "train-001.tar"
+    content = bytearray(path.read_bytes())
+    if damage == "a header":
+        with tarfile.open(path) as archive:
+            content[archive.getmembers()[4].offset + 150] ^= 1  # its checksum no longer fits: tarfile stops there
+    elif damage == "the gzip stream":
+        content = bytearray(gzip.compress(content))
+        del content[len(content) // 2 :]
+    else:
+        content = bytearray(b"this is a letter" * 100)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}: (not a whole tar|cannot be read)"):
+        found(f"wds:{path}")
+
+
+def write(path, *members):
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return f"wds:{path}"
+
+
+def test_keys_must_not_come_back_nor_members_twice(tmp_path):
+    apart = write(tmp_path / "apart.tar", ("a.flac", b"1"), ("b.flac", b"2"), ("a.txt", b"x"))
+    with pytest.raises(UserError, match=r"apart\.tar: key 'a' comes back after other keys"):
+        found(apart)
+    twice = write(tmp_path / "twice.tar", ("a.flac", b"1"), ("a.FLAC", b"2"))
+    with pytest.raises(UserError, match=r"twice\.tar: member 'a\.FLAC' is there twice"):
+        found(twice)
+
+
+def test_a_key_without_one_audio_member_fails_alone(tmp_path):
+    source = write(
+        tmp_path / "x.tar",
+        ("none.txt", b"words"),
+        ("none.m4a", b"?"),
+        ("two.mix.wav", b"1"),
+        ("two.speech.wav", b"22"),
+        ("bad.wav", b"3"),
+        ("bad.json", b"{"),
+        ("good.wav", b"4444"),
+        ("good.cls", b"not a number"),
+        ("good.txt", b"words \xff\n"),
+        ("good.info.json", json.dumps({"a": 1}).encode()),
+    )
+    none, two, bad, good = found(source)
+    for item, says in (
+        (none, "no audio among its members .txt .m4a"),
+        (two, r"several members with audio; choose by \?audio=EXTENSION among its members .mix.wav .speech.wav"),
+        (bad, "its member .json is not JSON"),
+    ):
+        with pytest.raises(UserError, match=says):
+            item.open()
+    assert good.open().read() == b"4444"
+    assert good.labels == {"cls": "not a number", "txt": "words \ufffd", "info.json": {"a": 1}}
+    chosen = found(f"{source}?audio=speech.wav")
+    assert chosen[1].open().read() == b"22"
+    with pytest.raises(UserError, match="no audio among its members .wav"):
+        chosen[3].open()
+    assert len({item.digest() for item in (none, two, bad, good)}) == 4
+
+
+def test_names_of_all_kinds(tmp_path):
+    long = "d" * 150 + "/" + "ü" * 80
+    source = write(
+        tmp_path / "names.tar",
+        ("./dotted.dir/a.wav", b"1"),
+        (".hidden.wav", b"2"),
+        ("__meta__.json__", b"3"),
+        ("nodot", b"4"),
+        (f"{long}.wav", b"5"),
+    )
+    with tarfile.open(tmp_path / "names.tar", "a") as archive:
+        archive.add(tmp_path, "folder.wav", recursive=False)
+    items = found(source)
+    assert [item.id for item in items] == ["names.tar/dotted.dir/a", f"names.tar/{long}"]
+    assert [item.open().read() for item in items] == [b"1", b"5"]
+
+
+@pytest.mark.skipif(not shutil.which("tar"), reason="GNU tar makes sparse members")
+def test_a_sparse_member_is_read_whole(tmp_path):
+    with open(tmp_path / "a.wav", "wb") as file:
+        file.write(b"begin")
+        file.truncate(1 << 20)
+    command = ["tar", "--sparse", "-cf", "sparse.tar", "a.wav"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    if (tmp_path / "sparse.tar").stat().st_size >= 1 << 20:
+        pytest.skip("this file system or tar makes no sparse files")
+    [item] = found(f"wds:{tmp_path}/sparse.tar")
+    assert item.open().read() == (tmp_path / "a.wav").read_bytes()
+
+
+def test_patterns(tars):
+    first = [item.id for item in found(f"wds:{tars}/train-000.tar")]
+    both = [item.id for item in found(f"wds:{tars}/train-{{001,000}}.tar")]
+    assert both[2:] == first, "in the order of the braces"
+    assert sorted(both) == [item.id for item in found(f"wds:{tars}/train-00?.tar")]
+    (tars / "deep").mkdir()
+    (tars / "train-001.tar").rename(tars / "deep" / "train-000.tar")
+    names = {item.id.rpartition("/part")[0] for item in found(f"wds:{tars}/**/*.tar")}
+    assert names == {"train-000.tar", "deep/train-000.tar"}
+    assert found(f"wds:{tars}/train-000.tar", skip=2)[0].id == first[2]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("{}/train-{{000..002}}.tar", "no such tar: .*002.tar"),
+        ("{}/*.tgz", "no such tar"),
+        ("{}/train-{{000.tar", "source 'wds:"),
+        ("{}", r"a folder; give its tars, as in 'wds:.*\*\.tar'"),
+        ("https://host/x.tar", "only local tars"),
+        ("pipe:cat x.tar", "only local tars"),
+        ("{}/train-000.tar?adio=wav", "unknown option 'adio'; there are audio"),
+    ],
+)
+def test_what_is_wrong_is_told(tars, pattern, says):
+    with pytest.raises(UserError, match=says):
+        found("wds:" + pattern.format(tars))
+
+
+def test_a_tar_without_files_is_no_source(tmp_path):
+    with pytest.raises(UserError, match="no files named KEY.EXTENSION in 1 tars"):
+        found(write(tmp_path / "x.tar", ("nodot", b"1")))
+    with pytest.raises(UserError, match=r"a tar; write wds:.*x\.tar"):
+        found(tmp_path / "x.tar")

@@ -1,0 +1,184 @@
+"""A block of utterances as three members of a tar; its codes packed while a shard is made, compressed at its end."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecssl.tokenize.bits import pack, packed_size, unpack
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.entropy import SEGMENT_FRAMES, Coder
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.layout import read_members
+
+if TYPE_CHECKING:
+    from codecssl.tokenize.writer import Encoded
+
+SAMPLE_CODES = 1 << 25
+"""Codes of a shard, at most, from which its tables are made: what bounds the memory of compressing it."""
+
+Place = dict[str, int]
+"""Where a block's codes lie in its members: count (of utterances), codes_offset, codes_bytes, crc32 (of the codes)."""
+
+
+def block_bytes(key: str, utterances: Sequence[Encoded], card: CodecCard) -> tuple[bytes, Place]:
+    """The tar members of a block of packed codes."""
+    codes = b"".join(pack(plane, bits) for u in utterances for plane, bits in zip(u.codes, card.code_bits))
+    return _members(
+        key, _text_columns(utterances), npz_bytes(_number_columns(utterances, card)), codes, len(utterances)
+    )
+
+
+def _members(key: str, text: bytes, numbers: bytes, codes: bytes, count: int) -> tuple[bytes, Place]:
+    head = tar_member(f"{key}.json.gz", text) + tar_member(f"{key}.npz", numbers)
+    place = {
+        "count": count,
+        "codes_offset": len(head) + tarfile.BLOCKSIZE,
+        "codes_bytes": len(codes),
+        "crc32": zlib.crc32(codes),
+    }
+    return head + tar_member(f"{key}.codes", codes), place
+
+
+def tar_member(name: str, content: bytes) -> bytes:
+    """Header, content and filling of one file in a tar, without date or owner."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = len(content), 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
+
+
+def _text_columns(utterances: Sequence[Encoded]) -> bytes:
+    names = sorted({name for u in utterances for name in u.labels})
+    columns: dict[str, Any] = {"id": [u.id for u in utterances]}
+    if any(u.path != u.id for u in utterances):  # most paths are their ids
+        columns["path"] = [u.path for u in utterances]
+    columns["labels"] = {name: [u.labels.get(name) for u in utterances] for name in names}
+    packed = json.dumps(columns, ensure_ascii=False, separators=(",", ":"), default=str).encode()
+    return gzip.compress(packed, 9, mtime=0)
+
+
+def _number_columns(utterances: Sequence[Encoded], card: CodecCard) -> dict[str, NDArray[Any]]:
+    hashes = np.frombuffer(b"".join(bytes.fromhex(u.source_sha256) for u in utterances), np.uint8)
+    columns: dict[str, NDArray[Any]] = {
+        "sha256": hashes.reshape(-1, 32),
+        "samples": np.array([u.samples for u in utterances], np.uint64),
+        "source_rate": np.array([u.source_rate for u in utterances], np.uint32),
+        "source_rest": np.array([_source_rest(u, card.sample_rate) for u in utterances], np.int64),
+    }
+    if card.segment_samples:
+        columns["scales"] = np.concatenate([_scales(u, card) for u in utterances])
+    return columns
+
+
+def _source_rest(utterance: Encoded, sample_rate: int) -> int:
+    """What the resampler's rounding hides of the source's length: 0 or close to it, so that it takes no room."""
+    return utterance.source_samples - utterance.samples * utterance.source_rate // sample_rate
+
+
+def _scales(utterance: Encoded, card: CodecCard) -> NDArray[np.float32]:
+    expected = card.segments_of(utterance.samples)
+    scales = np.zeros(0, np.float32) if utterance.scales is None else np.asarray(utterance.scales, np.float32).ravel()
+    if len(scales) != expected:
+        raise UserError(f"{utterance.id}: {len(scales)} scales, {card.name} has {expected} for it, one a segment")
+    return scales
+
+
+def npz_bytes(columns: Mapping[str, NDArray[Any]]) -> bytes:
+    """Arrays in np.savez's format, the same bytes for the same arrays; hashes don't shrink, all else does."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, column in columns.items():
+            content = io.BytesIO()
+            np.lib.format.write_array(content, column, version=(1, 0), allow_pickle=False)
+            info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            info.compress_type = zipfile.ZIP_STORED if name == "sha256" else zipfile.ZIP_DEFLATED
+            file.writestr(info, content.getvalue(), compresslevel=9)
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------- compressing
+
+
+@dataclass(frozen=True)
+class PackedBlock:
+    """A block as `block_bytes` made it, taken apart again."""
+
+    text: bytes
+    numbers: dict[str, NDArray[Any]]
+    codes: bytes
+    card: CodecCard
+
+    @classmethod
+    def read(cls, content: bytes, card: CodecCard) -> PackedBlock:
+        text, numbers, codes = read_members(io.BytesIO(content), 0, 3)
+        return cls(text, dict(np.load(io.BytesIO(numbers))), codes, card)
+
+    def segments(self) -> Iterator[list[NDArray[np.uint16]]]:
+        """The planes of each segment of each utterance, in order."""
+        buffer, offset = np.frombuffer(self.codes, np.uint8), 0
+        for frames in self.card.frames_of(self.numbers["samples"].astype(np.int64)).tolist():
+            planes = []
+            for bits, rate in zip(self.card.code_bits, self.card.codes_per_frame):
+                size = packed_size(frames * rate, bits)
+                planes.append(unpack(buffer[offset : offset + size], bits, 0, frames * rate))
+                offset += size
+            for first in range(0, frames, SEGMENT_FRAMES):
+                last = min(first + SEGMENT_FRAMES, frames)
+                yield [plane[first * n : last * n] for plane, n in zip(planes, self.card.codes_per_frame)]
+
+
+def packed_again(codes: bytes, numbers: Mapping[str, NDArray[Any]], coder: Coder, card: CodecCard) -> bytes:
+    """The packed codes of a block from its compressed ones; their crc32 is `packed_crc32` of the shard's mark.
+
+    Raises AssertionError for streams that nothing was coded to.
+    """
+    words, planes, first = np.frombuffer(codes, "<u4"), [], 0
+    lengths = iter(numbers["stream_words"].tolist())
+    for frames in card.frames_of(numbers["samples"].astype(np.int64)).tolist():
+        segments = []
+        for start in range(0, frames, SEGMENT_FRAMES):
+            last = first + next(lengths)
+            segments.append(coder.decode(words[first:last], min(SEGMENT_FRAMES, frames - start), card.num_codebooks))
+            first = last
+        planes += [pack(np.concatenate(pieces), bits) for pieces, bits in zip(zip(*segments), card.code_bits)]
+    return b"".join(planes)
+
+
+def fit_coder(blocks: Callable[[], Iterable[PackedBlock]], card: CodecCard, frames: int) -> Coder:
+    """Make the tables of a shard of so many frames from its own codes, or from every n-th segment of a large one."""
+    from codecssl.tokenize.contexts import fit
+
+    every = max(1, -(-frames * card.num_rows // SAMPLE_CODES))
+    segments = (segment for block in blocks() for segment in block.segments())
+    sample = [[plane.copy() for plane in segment] for number, segment in enumerate(segments) if number % every == 0]
+    lengths = np.array([len(segment[0]) // card.codes_per_frame[0] for segment in sample], np.int64)
+    planes = [np.concatenate(pieces) for pieces in zip(*sample)]
+    return Coder(fit(planes, lengths, card.codebook_sizes), card.codes_per_frame)
+
+
+def compressed_bytes(key: str, block: PackedBlock, coder: Coder) -> tuple[bytes, Place]:
+    """The tar members of a block with its codes compressed; the place has the packed codes' crc32 beside."""
+    streams = []
+    for segment in block.segments():
+        words = coder.encode(segment)
+        decoded = coder.decode(words, len(segment[0]) // coder.codes_per_frame[0], len(segment))
+        if not all(np.array_equal(a, b) for a, b in zip(segment, decoded)):
+            raise RuntimeError(f"block {key}: a segment's codes do not come back from its stream; please report it")
+        streams.append(words)
+    lengths = np.array([len(words) for words in streams], np.uint32)
+    if lengths.max(initial=0) < 1 << 16:
+        lengths = lengths.astype(np.uint16)  # type: ignore[assignment]
+    numbers = npz_bytes(block.numbers | {"stream_words": lengths})
+    codes = b"".join(words.astype("<u4").tobytes() for words in streams)
+    members, place = _members(key, block.text, numbers, codes, len(block.numbers["samples"]))
+    return members, place | {"packed_crc32": zlib.crc32(block.codes)}

@@ -1,0 +1,235 @@
+"""What each `codecssl-tokenize` command does; the arguments are in cli.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from codecssl.tokenize.errors import UserError
+
+if TYPE_CHECKING:
+    from codecssl.tokenize.run import Progress
+
+
+def run(args: Namespace) -> int:
+    from codecssl.tokenize.run import RunConfig, run
+
+    sources = [_listed(args) if source == "-" else source for source in args.sources]
+    config = RunConfig(
+        sources=tuple(sources),
+        output=args.output,
+        codec=args.codec,
+        num_codebooks=args.num_codebooks,
+        device=args.device,
+        tasks=args.tasks,
+        task=args.task,
+        workers=args.workers,
+        compress=args.compress,
+        shard_inputs=args.shard_inputs,
+        block_inputs=args.block_inputs,
+    )
+    began = time.monotonic()
+    with _progress() as report:
+        totals = run(config, report)
+    wall = time.monotonic() - began
+    if totals is None:
+        print(f"task {args.task} of {args.tasks} is done after {wall:.0f} s; other tasks' shards are still missing")
+        return 0
+    print(
+        f"{args.output}: {totals['utterances']} utterances, {totals['hours']:.3f} h, {totals['bytes'] / 1e6:.2f} MB, "
+        f"{totals['failed']} failed, {wall:.0f} s"
+    )
+    if totals["failed"]:
+        print(
+            f"{totals['failed']} inputs could not be read: see {args.output / 'failed.jsonl'}",
+            file=sys.stderr,
+        )
+    if not totals["utterances"]:
+        raise UserError(
+            f"{args.output}: none of {totals['inputs']} inputs could be read; see {args.output / 'failed.jsonl'}"
+        )
+    return 1 if args.strict and totals["failed"] else 0
+
+
+def _listed(args: Namespace) -> str:
+    """The list on standard input as a manifest in the dataset's folder: a run reads it more than once."""
+    from codecssl.tokenize.manifest import spool_stdin
+    from codecssl.tokenize.run import STDIN, refuse_foreign
+
+    if args.sources.count("-") > 1:
+        raise UserError("source '-': there is one standard input; name it once")
+    refuse_foreign(args.output)
+    return spool_stdin(sys.stdin.buffer, args.output / STDIN)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Progress], None]]:
+    from tqdm import tqdm
+
+    with tqdm(unit=" files", mininterval=0.5, disable=None, file=sys.stderr) as bar:
+        began = time.monotonic()
+
+        def report(progress: Progress) -> None:
+            if bar.total != progress.total:
+                bar.total = progress.total
+                bar.refresh()
+            bar.update(progress.inputs - bar.n)
+            rate = progress.seconds / max(time.monotonic() - began, 1e-9)
+            bar.set_postfix_str(
+                f"{progress.seconds / 3600:.2f} h, {rate:.0f} x real time, {progress.failed} failed",
+                refresh=False,
+            )
+
+        yield report
+
+
+def verify(args: Namespace) -> int:
+    from codecssl.tokenize.verify import examine
+
+    with _shards_bar() as report:
+        found = examine(args.dataset, sample=args.sample, weights=args.weights, report=report)
+    damages = [str(damage) for damage in found.damages]
+    if args.json:
+        print(json.dumps({"whole": not damages, "damages": damages, "notes": found.notes}))
+        return 1 if damages else 0
+    for note in found.notes:
+        print(note, file=sys.stderr)
+    if damages:
+        print("\n".join(damages), file=sys.stderr)
+        print(f"codecssl-tokenize repair {args.dataset} writes what is damaged again", file=sys.stderr)
+        return 1
+    print(f"{args.dataset}: whole")
+    return 0
+
+
+def repair(args: Namespace) -> int:
+    from codecssl.tokenize.repair import repair
+
+    with _shards_bar() as report, _progress() as progress:
+        done = repair(args.dataset, report, workers=args.workers, weights=args.weights, progress=progress)
+    if args.json:
+        print(json.dumps({"done": done}))
+    else:
+        print("\n".join(done) or f"{args.dataset}: whole, nothing to repair")
+    return 0
+
+
+@contextmanager
+def _shards_bar() -> Iterator[Callable[[int, int], None]]:
+    from tqdm import tqdm
+
+    with tqdm(unit=" shards", mininterval=0.5, delay=1.0, disable=None, file=sys.stderr) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield report
+
+
+def status(args: Namespace) -> int:
+    from codecssl.tokenize.status import status
+
+    state = status(args.dataset, args.tasks)
+    if args.json:
+        print(json.dumps(state))
+        return 0
+    done = "finished" if state["finished"] else "not finished"
+    total = f" of {state['inputs_total']}" if state["inputs_total"] is not None else ""
+    print(
+        f"{args.dataset}: {done}; {state['shards']} shards and {state['blocks']} blocks of further ones written, "
+        f"{state['inputs']}{total} inputs, {state['hours']:.2f} h, {state['failed']} failed; "
+        f"last write {state['age_seconds']:.0f} s ago"
+    )
+    if not state["finished"] and state["seconds_left"] is not None:
+        print(f"about {state['seconds_left'] / 60:.0f} minutes left at the rate so far")
+    for shard in state["stalled"]:
+        print("stalled: " + ", ".join(f"{key} {value}" for key, value in shard.items() if value is not None))
+    return 0
+
+
+def stats(args: Namespace) -> int:
+    from codecssl.tokenize.stats import lines, stats
+
+    found = stats(args.dataset, plot=args.plot)
+    print(json.dumps(found) if args.json else "\n".join(lines(found)))
+    return 0
+
+
+def decode(args: Namespace) -> int:
+    import soundfile
+    import torch
+
+    from codecssl.tokenize.codec import load_codec_for
+    from codecssl.tokenize.shards import Shards
+
+    shards = Shards(args.dataset)
+    index = shards.find(args.id)
+    if args.num_codebooks is not None and not 1 <= args.num_codebooks <= shards.num_codebooks:
+        raise UserError(f"--num-codebooks {args.num_codebooks}: the shards hold 1 to {shards.num_codebooks}")
+    codec = load_codec_for(shards.card, weights=args.weights)
+    codes = torch.from_numpy(shards.codes(index, num_codebooks=args.num_codebooks).astype("int64"))
+    wave = codec.decode(codes)[: shards.utterance(index).samples]
+    try:
+        soundfile.write(args.output, wave.numpy(), shards.card.sample_rate)
+    except (soundfile.LibsndfileError, OSError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{args.output}: cannot be written ({error}); give a .wav or .flac in a folder that exists"
+        ) from error
+    print(f"{args.output}: {len(wave) / shards.card.sample_rate:.3f} s at {shards.card.sample_rate} Hz")
+    return 0
+
+
+def codecs(args: Namespace) -> int:
+    from codecssl.tokenize.codec import BACKENDS
+
+    for name, backend in BACKENDS.items():
+        print(f"{name:<16} {backend.summary}\n{'':<16} weights: {backend.weights}")
+    return 0
+
+
+def check_codec(args: Namespace) -> int:
+    from codecssl.tokenize.check import check_codec, table, waves_of
+    from codecssl.tokenize.codec import load_codec
+
+    codec = load_codec(args.codec, num_codebooks=args.num_codebooks, device=args.device)
+    found = check_codec(codec, waves_of(args.sources, codec.card, args.seconds))
+    print(json.dumps(found) if args.json else "\n".join(table(found)))
+    return 0
+
+
+def bench(args: Namespace) -> int:
+    from codecssl.tokenize.bench import BenchConfig, bench, table
+
+    config = BenchConfig(
+        sources=tuple(args.sources),
+        codec=args.codec,
+        num_codebooks=args.num_codebooks,
+        device=args.device,
+        seconds=args.seconds,
+        rounds=args.rounds,
+    )
+    for row in map(json.dumps, bench(config)) if args.json else table(bench(config)):
+        print(row, flush=True)
+    return 0
+
+
+def train_codec(args: Namespace) -> int:
+    from codecssl.tokenize.train import TrainConfig, train_codec
+
+    overrides: dict[str, Any] = {} if args.steps is None else {"steps": args.steps}
+    print(f"wrote {train_codec(args.manifest, args.output, TrainConfig(**overrides))}")
+    return 0
+
+
+def eval_codec(args: Namespace) -> int:
+    from codecssl.tokenize.evaluate import evaluate, table
+
+    found = [evaluate(args.manifest, codec, args.clips) for codec in args.codec]
+    print(json.dumps(found) if args.json else table(found))
+    return 0

@@ -1,0 +1,322 @@
+"""DAC (Kumar et al. 2023, High-Fidelity Audio Compression with Improved RVQGAN): a convolutional encoder, not causal.
+
+Exact in bounded memory (tests/tokenize/test_dac.py): a wave passes through the encoder piece by piece. Each layer keeps
+the inputs that its next outputs need, gives out what is certain, and pads with zeros only where the wave itself begins
+and ends, as the reference does in each layer. So no frame is computed twice, and no wave sees another's padding.
+
+Fast on one CPU thread: rows are time-major [n, C], so that a convolution is a few matrix products of shifted rows, and
+the widest activations go through in pieces that stay in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from codecssl.tokenize.codec import CodecCard, keep_codebooks
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.weights import load_pretrained, state_sha256
+
+NETWORKS = {"dac_16khz": (16_000, 320), "dac_24khz": (24_000, 320), "dac_44khz": (44_100, 512)}
+"""Sample rate in Hz and samples per frame of each network."""
+
+DECODE_FRAMES, DECODE_CONTEXT = 256, 12
+"""The decoder takes so many frames at a time; it sees less than 11 frames to either side."""
+
+Kept = dict[Any, Tensor]
+"""What each layer keeps of a wave between two pieces."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How much goes through the network at once."""
+
+    chunk: int
+    """Frames through the deep layers, where weights are large and activations small."""
+    piece: int
+    """Frames through the first layers, where it is the other way round."""
+
+
+PACES = {"cpu": Pace(chunk=192, piece=6)}
+"""By kind of device."""
+OTHER_PACE = Pace(chunk=2400, piece=2400)
+"""On a GPU one wave of some seconds is work enough, and alone its bits cannot depend on its batch."""
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No gradients, no autocast, no TF32 in cuDNN (matrix products have none unless the program asks for it)."""
+    cudnn = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), cudnn:
+        yield
+
+
+# ---------------------------------------------------------------- the encoder's layers, on rows [n, C] in time order
+
+
+class Snake:
+    """x + sin(a x)^2 / a, a per channel (Ziyin et al. 2020)."""
+
+    def __init__(self, module: Any) -> None:
+        self.alpha = module.alpha.detach().flatten()
+        self.inverse = (self.alpha + 1e-9).reciprocal()
+
+    def __call__(self, rows: Tensor, out: Tensor) -> Tensor:
+        wave = torch.mul(rows, self.alpha).sin_()
+        return torch.addcmul(rows, wave.mul_(wave), self.inverse, out=out)
+
+
+class Convolution:
+    """A Conv1d, after a Snake where there is one; the stride divides the kernel."""
+
+    def __init__(self, module: Any, snake: Snake | None = None) -> None:
+        self.snake, self.stride, self.dilation = snake, module.stride[0], module.dilation[0]
+        weight, self.bias = module.weight.detach(), module.bias.detach()  # [O, I, k]
+        # one channel: a product with the windows; else one for each group of `stride` samples in the kernel
+        self.windowed = weight.shape[1] == 1
+        self.width = weight.shape[2] if self.windowed else self.stride
+        groups = weight.unflatten(2, (-1, self.width))
+        self.taps = groups.permute(2, 3, 1, 0).flatten(1, 2).contiguous()  # [groups, width * I, O]
+        self.left = module.padding[0]
+        self.right = (weight.shape[2] - 1) * self.dilation + 1 - self.stride - self.left
+
+    def push(self, rows: Tensor, kept: Kept, last: bool) -> Tensor:
+        """The outputs that are certain after these further inputs; `last` when the wave ends with them."""
+        before = kept[self] if self in kept else rows.new_zeros(self.left, rows.shape[1])
+        start, end = len(before), len(before) + len(rows)
+        inputs = rows.new_empty(end + self.right * last, rows.shape[1])
+        inputs[:start] = before
+        if self.snake is None:
+            inputs[start:end] = rows
+        else:
+            self.snake(rows, out=inputs[start:end])
+        inputs[end:] = 0
+        outputs = self._convolve(inputs)
+        kept[self] = inputs[len(outputs) * self.stride :].clone()
+        return outputs
+
+    def _convolve(self, inputs: Tensor) -> Tensor:
+        if self.windowed:
+            groups = inputs.flatten().unfold(0, self.width, 1).contiguous()
+        else:
+            whole = len(inputs) // self.stride * self.stride
+            groups = inputs[:whole].view(-1, self.stride * inputs.shape[1])
+        n = max(0, len(groups) - (len(self.taps) - 1) * self.dilation)
+        outputs = torch.addmm(self.bias, groups[:n], self.taps[0])
+        for i, tap in enumerate(self.taps[1:], start=1):
+            outputs.addmm_(groups[i * self.dilation : i * self.dilation + n], tap)
+        return outputs
+
+
+class ResidualUnit:
+    """Rows plus Snake, dilated convolution, Snake, convolution of width 1."""
+
+    def __init__(self, module: Any) -> None:
+        self.wide, self.snake = Convolution(module.conv1, Snake(module.snake1)), Snake(module.snake2)
+        self.weight = module.conv2.weight.detach()[..., 0].t().contiguous()  # [I, O]
+        self.bias = module.conv2.bias.detach()
+
+    def push(self, rows: Tensor, kept: Kept, last: bool) -> Tensor:
+        hidden = self.wide.push(rows, kept, last)
+        self.snake(hidden, out=hidden)
+        before = kept.get(self, rows[:0])  # inputs, the bias added, that wait for their `hidden`
+        inputs = rows.new_empty(len(before) + len(rows), rows.shape[1])
+        inputs[: len(before)] = before
+        torch.add(rows, self.bias, out=inputs[len(before) :])
+        kept[self] = inputs[len(hidden) :].clone()
+        return inputs[: len(hidden)].addmm_(hidden, self.weight)
+
+
+def encoder_layers(encoder: Any) -> tuple[list[Any], list[Any]]:
+    """The layers of a `transformers` DacEncoder: up to the second block's end, and the others."""
+    layers: list[Any] = [Convolution(encoder.conv1)]
+    for block in encoder.block:
+        layers += [ResidualUnit(unit) for unit in (block.res_unit1, block.res_unit2, block.res_unit3)]
+        layers.append(Convolution(block.conv1, Snake(block.snake1)))
+    layers.append(Convolution(encoder.conv2, Snake(encoder.snake1)))
+    return layers[:9], layers[9:]
+
+
+class Codebook:
+    """One level of the residual quantizer: nearest entry by direction, in a narrow projection (Kumar et al., 3.2)."""
+
+    def __init__(self, module: Any) -> None:
+        self.down, self.down_bias = module.in_proj.weight.detach()[..., 0].t(), module.in_proj.bias.detach()
+        self.up, self.up_bias = module.out_proj.weight.detach()[..., 0].t(), module.out_proj.bias.detach()
+        self.entries = module.codebook.weight.detach()  # [V, narrow]
+        directions = F.normalize(self.entries)
+        self.directions, self.squared_norms = directions.t(), directions.pow(2).sum(1)
+
+    def table(self) -> Tensor:
+        """[V, D]: what each entry adds to the latent."""
+        return torch.addmm(self.up_bias, self.entries, self.up)
+
+    def quantize(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, D] to codes [T] and what remains [T, D]."""
+        narrow = torch.addmm(self.down_bias, residual, self.down)
+        unit = F.normalize(narrow)
+        # the reference's own expression, so that ties and rounding fall alike
+        nearness = -(unit.pow(2).sum(1, keepdim=True) - 2 * unit @ self.directions) + self.squared_norms
+        index = nearness.max(1)[1]
+        chosen = narrow + (F.embedding(index, self.entries) - narrow)  # so rounds its straight-through estimator
+        return index, residual - torch.addmm(self.up_bias, chosen, self.up)
+
+
+# ---------------------------------------------------------------- the codec
+
+
+class DacCodec:
+    """A `transformers.DacModel` as a `Codec`."""
+
+    def __init__(self, model: Any, card: CodecCard, device: str = "cpu") -> None:
+        self.card, self.device = card, torch.device(device)
+        self.model: nn.Module = model.to(self.device).eval()
+        self.front, self.back = encoder_layers(model.encoder)
+        self.codebooks = [Codebook(module) for module in model.quantizer.quantizers[: card.num_codebooks]]
+        self.dtype: torch.dtype = model.dtype
+        self.pace = PACES.get(self.device.type, OTHER_PACE)
+
+    def stream(self) -> DacStream:
+        return DacStream(self)
+
+    def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
+        codes = []
+        for wave in waves:
+            stream = self.stream()
+            codes.append(torch.cat([stream.push(wave), stream.finish()], dim=1))
+        return codes
+
+    def encode_plainly(self, wave: Tensor) -> Tensor:
+        """The whole wave, filled up to a frame, through `DacModel.encode`."""
+        padded = F.pad(wave, (0, -len(wave) % self.card.hop_length)).to(self.device, self.dtype)
+        with full_precision(self.device):
+            codes: Tensor = self.model.encode(  # type: ignore[operator]
+                padded[None, None], n_quantizers=self.card.num_codebooks
+            ).audio_codes[0]
+        return codes
+
+    def quantize(self, latents: Tensor) -> Tensor:
+        """Latents [T, D] to codes [K, T]."""
+        codes = []
+        for codebook in self.codebooks:
+            index, latents = codebook.quantize(latents)
+            codes.append(index)
+        return torch.stack(codes)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """In windows of `DECODE_FRAMES`. The network itself gives a few samples less where a stride is odd: zeros."""
+        hop, frames = self.card.hop_length, codes.shape[1]
+        wave = torch.zeros(frames * hop, device=self.device)
+        for start in range(0, frames, DECODE_FRAMES):
+            first, end = max(0, start - DECODE_CONTEXT), min(frames, start + DECODE_FRAMES)
+            latents = self.latents(codes[:, first : end + DECODE_CONTEXT])
+            with full_precision(self.device):
+                window = self.model.decoder(latents[None])[0, 0, (start - first) * hop :]  # type: ignore[operator]
+            window = window[: (end - start) * hop]
+            wave[start * hop : start * hop + len(window)] = window
+        return wave
+
+    def embeddings(self) -> list[Tensor]:
+        with full_precision(self.device):
+            return [codebook.table().cpu() for codebook in self.codebooks]
+
+    def latents(self, codes: Tensor) -> Tensor:
+        with full_precision(self.device):
+            found: Tensor = self.model.quantizer.from_codes(codes[None].to(self.device))[0][0]  # type: ignore[operator, union-attr]
+        return found
+
+
+class DacStream:
+    """Streaming encoder of one wave; what goes through at once does not depend on how the wave is pushed."""
+
+    def __init__(self, codec: DacCodec) -> None:
+        self.codec = codec
+        self.chunk = codec.pace.chunk * codec.card.hop_length
+        self.piece = codec.pace.piece * codec.card.hop_length
+        self.kept: Kept = {}
+        self.rest = torch.zeros(0, device=codec.device, dtype=codec.dtype)
+
+    def push(self, wave: Tensor) -> Tensor:
+        samples = torch.cat([self.rest, wave.to(self.rest)])
+        whole = max(0, len(samples) - 1) // self.chunk * self.chunk  # the last chunk, whole or not, is for finish()
+        codes = [self._encode(samples[at : at + self.chunk], last=False) for at in range(0, whole, self.chunk)]
+        self.rest = samples[whole:].clone()
+        return torch.cat([self._none(), *codes], dim=1)
+
+    def finish(self) -> Tensor:
+        if len(self.rest) == 0:
+            return self._none()
+        codes = self._encode(F.pad(self.rest, (0, -len(self.rest) % self.codec.card.hop_length)), last=True)
+        self.kept, self.rest = {}, self.rest[:0].clone()
+        return codes
+
+    def _encode(self, samples: Tensor, last: bool) -> Tensor:
+        with full_precision(self.codec.device):
+            pieces, fronts = samples[:, None].split(self.piece), []
+            for i, rows in enumerate(pieces, start=1):
+                fronts.append(self._through(self.codec.front, rows, last and i == len(pieces)))
+            return self.codec.quantize(self._through(self.codec.back, torch.cat(fronts), last))
+
+    def _through(self, layers: Sequence[Any], rows: Tensor, last: bool) -> Tensor:
+        for layer in layers:
+            rows = layer.push(rows, self.kept, last)
+        return rows
+
+    def _none(self) -> Tensor:
+        return torch.zeros(self.codec.card.num_codebooks, 0, dtype=torch.int64, device=self.codec.device)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load(name: str, weights: str | None, num_codebooks: int | None, device: str) -> DacCodec:
+    """Load `dac_16khz`, `dac_24khz` or `dac_44khz` (`Codec` loader; see `load_codec`); all codebooks by default."""
+    import transformers
+
+    source = weights or f"descript/{name}"
+    model = load_pretrained(name, transformers.DacModel, source)
+    # not config.hop_length: the hub once said 512 for all three
+    found = (model.config.sampling_rate, math.prod(model.config.downsampling_ratios))
+    if found != NETWORKS[name]:
+        raise UserError(
+            "{}: a DAC of {} Hz and {} samples a frame, {} has {} Hz and {}; give its own weights".format(
+                source, *found, name, *NETWORKS[name]
+            )
+        )
+    available = len(model.quantizer.quantizers)
+    kept = keep_codebooks(name, num_codebooks, available, available)
+    return DacCodec(model, make_card(name, weights or name, model, kept, device), device)
+
+
+def make_card(name: str, weights: str, model: Any, num_codebooks: int, device: str) -> CodecCard:
+    """The card of a `transformers.DacModel`."""
+    kind = torch.device(device).type
+    pace = PACES.get(kind, OTHER_PACE)
+    return CodecCard(
+        name=name,
+        weights=weights,
+        weights_sha256=state_sha256(model),
+        sample_rate=model.config.sampling_rate,
+        hop_length=math.prod(model.config.downsampling_ratios),
+        codebook_sizes=(model.config.codebook_size,) * num_codebooks,
+        codes_per_frame=(1,) * num_codebooks,
+        latent_dim=model.encoder.conv2.out_channels,
+        policies={
+            "channels": "mean",
+            "resample": "soxr HQ, whole file",
+            "padding": "zeros to a whole frame",
+            "chunk": f"{pace.chunk} frames in pieces of {pace.piece}, carried layer inputs",
+            "precision": "float32",
+            "loudness": "none",
+            "device": kind,
+        },
+        versions={package: version(package) for package in ("torch", "transformers", "soxr")},
+    )

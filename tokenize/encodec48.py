@@ -1,0 +1,467 @@
+"""EnCodec at 48 kHz (Defossez et al. 2022): stereo, not causal, in segments of 1 s that overlap by 480 samples.
+
+Each segment is divided by its own volume and encoded for itself, the last ones at the length that the wave leaves them
+(never padded: every layer normalises over the segment). A wave's codes are those of its segments one after another.
+
+On a CPU the time goes into memory traffic and into reading the LSTM's weights at each step. So the layers before it
+take one segment in blocks that fit the cache, with each normalisation applied when the next layer reads its input, and
+the LSTM takes several segments of a wave at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from encodec.model import EncodecModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from codecssl.tokenize.codec import CodecCard, file_sha256, keep_codebooks
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.mimi import Taps, elu, exact_float32
+from codecssl.tokenize.weights import load_pretrained, state_sha256
+
+DEFAULT_CODEBOOKS = 8
+"""12 kbps."""
+GROUP = 8
+"""Segments of a wave that pass the LSTM together on a CPU."""
+CUDA_GROUP = 32
+"""Segments, of any waves, that a GPU encodes together. The shape is fixed, so that none depends on the others."""
+BLOCK_FLOATS = 1 << 16
+"""Of a layer's input that are read at once: they and the output stay in the second-level cache of a CPU."""
+BLOCK_ROWS = 256
+"""Of a layer's output that are made at once at least: with fewer, reading its weights would cost more."""
+
+Layers = Callable[[Tensor], Tensor]
+"""[L, T, C] to [L, T', C']."""
+Scaled = tuple[Tensor, Tensor]
+"""Codes [K, T] and the segments' scales [S] float32 of a wave."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Net48:
+    """The parts that matter of an EnCodec network, whichever library built it."""
+
+    layers: Sequence[Any]
+    """The encoder's, in order."""
+    codebooks: Tensor
+    """[K, V, D] float32."""
+    decoder: nn.Module
+    encode_segment: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    """The library's own: a segment [1, 2, n] and K to codes [1, K, t] and scale [1, 1]."""
+    sample_rate: int
+    hop_length: int
+    segment_samples: int
+    segment_stride: int
+
+
+class Encodec48Codec:
+    """EnCodec 48 kHz as a `Codec`; its waves are [2, n]."""
+
+    def __init__(self, net: Net48, card: CodecCard, device: str = "cpu", *, pooled: bool = False) -> None:
+        self.net, self.card, self.device = net, card, torch.device(device)
+        self.pooled, self.group = pooled, CUDA_GROUP if pooled else GROUP
+        for layer in net.layers:
+            layer.to(device)
+        split = next(i for i, layer in enumerate(net.layers) if hasattr(layer, "lstm"))
+        self.before, self.after = layers_of(net.layers[:split]), layers_of(net.layers[split + 1 :])
+        self.lstm: nn.LSTM = net.layers[split].lstm
+        self.decoder = net.decoder.to(device)
+        self.codebooks = net.codebooks[: card.num_codebooks].to(device)
+        self.squared_norms = self.codebooks.pow(2).sum(2)
+
+    def stream(self) -> Encodec48Stream:
+        return Encodec48Stream(self)
+
+    def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
+        return [codes for codes, _ in self.encode_scaled(waves)]
+
+    @torch.inference_mode()
+    @exact_float32()
+    def encode_scaled(self, waves: Sequence[Tensor]) -> list[Scaled]:
+        """As `encode`, with the scale of each segment."""
+        cut = [self.segments_of(wave.to(self.device)) for wave in waves]
+        if not self.pooled:
+            return [joined(self.encode_segments(segments)) for segments in cut]
+        found = iter(self.encode_segments([segment for segments in cut for segment in segments]))
+        return [joined([next(found) for _ in segments]) for segments in cut]
+
+    def segments_of(self, wave: Tensor) -> list[Tensor]:
+        """A wave [2, n] as its segments; those at the end are shorter."""
+        return [wave[:, start:stop] for start, stop in self._bounds(wave.shape[1])]
+
+    def _bounds(self, samples: int) -> list[tuple[int, int]]:
+        starts = range(0, samples, self.net.segment_stride)
+        return [(start, min(start + self.net.segment_samples, samples)) for start in starts]
+
+    def encode_segments(self, segments: Sequence[Tensor]) -> list[Scaled]:
+        """Segments [2, n] to the codes [K, t] and the scale [1] of each."""
+        found = []
+        for at in range(0, len(segments), self.group):
+            found += self._encode_group(segments[at : at + self.group])
+        return found
+
+    def _encode_group(self, segments: Sequence[Tensor]) -> list[Scaled]:
+        scales = [1e-8 + segment.mean(0).square().mean().sqrt() for segment in segments]
+        latents = self.latents_of([segment / scale for segment, scale in zip(segments, scales)])
+        return [(self.quantize(z), scale[None]) for z, scale in zip(latents, scales)]
+
+    def latents_of(self, segments: Sequence[Tensor]) -> list[Tensor]:
+        """Up to `group` segments [2, n], each of volume 1, to what the quantizer is given, [t, D]."""
+        inputs = [segment.t().contiguous() for segment in segments]
+        hidden = self._recur(self._each(self.before, inputs, self.net.segment_samples))
+        return self._each(self.after, hidden, self.segment_frames)
+
+    def _each(self, layers: Layers, inputs: Sequence[Tensor], whole: int) -> list[Tensor]:
+        """Layers over each [T, C] alone or, where pooled, over those `whole` long in one batch of fixed size."""
+        pooled = [i for i, x in enumerate(inputs) if self.pooled and len(x) == whole]
+        outputs: dict[int, Tensor] = {}
+        if pooled:
+            batch = F.pad(torch.stack([inputs[i] for i in pooled]), (0, 0, 0, 0, 0, self.group - len(pooled)))
+            outputs = dict(zip(pooled, layers(batch)))
+        return [outputs[i] if i in outputs else layers(x[None])[0] for i, x in enumerate(inputs)]
+
+    def _recur(self, hidden: Sequence[Tensor]) -> list[Tensor]:
+        """The LSTM over segments [t, C] together: it looks back only, so that zeros after a shorter one do no harm."""
+        steps = self.segment_frames if self.pooled else max(len(h) for h in hidden)
+        inputs = hidden[0].new_zeros(steps, self.group if self.pooled else len(hidden), hidden[0].shape[1])
+        for row, h in enumerate(hidden):
+            inputs[: len(h), row] = h
+        outputs = self.lstm(inputs)[0].add_(inputs)
+        return [outputs[: len(h), row] for row, h in enumerate(hidden)]
+
+    def quantize(self, latents: Tensor) -> Tensor:
+        """Latents [T, D] to codes [K, T]: nearest entry of each codebook to what the ones before it left over."""
+        residual, codes = latents, []
+        for table, squared in zip(self.codebooks, self.squared_norms):
+            index = torch.addmm(squared, residual, table.t(), alpha=-2).argmin(dim=1)
+            residual = residual - F.embedding(index, table)
+            codes.append(index)
+        return torch.stack(codes)
+
+    @torch.inference_mode()
+    @exact_float32()
+    def encode_plainly(self, wave: Tensor) -> Tensor:
+        """Each segment through the library's own encoder, one after another."""
+        segments = self.segments_of(wave.to(self.device))
+        found = [self.net.encode_segment(segment[None], self.card.num_codebooks)[0][0] for segment in segments]
+        return torch.cat(found, dim=1)
+
+    @torch.inference_mode()
+    @exact_float32()
+    def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
+        """Codes [K, T] and the segments' scales [S] to a wave [2, n], with linear fades where segments overlap.
+
+        n is (S - 1) * stride + the last segment's frames * hop. Without scales each segment has volume 1.
+        Raises UserError for a T that no wave has, or scales of another number of segments.
+        """
+        lengths = self._segment_frames_of(codes.shape[1])
+        factors = [1.0] * len(lengths) if scales is None else scales.to(self.device)
+        if len(factors) != len(lengths):
+            raise UserError(f"{len(factors)} scales for {codes.shape[1]} frames, which are {len(lengths)} segments")
+        latents = self.latents(codes).split(lengths, dim=1)
+        waves = [self.decoder(z[None])[0] * factor for z, factor in zip(latents, factors)]
+        return overlap_add(waves, self.net.segment_stride)
+
+    @property
+    def segment_frames(self) -> int:
+        """Of a whole segment."""
+        return -(-self.net.segment_samples // self.net.hop_length)
+
+    def _segment_frames_of(self, frames: int) -> list[int]:
+        """The frames of each segment of a wave that has so many in all: no two waves with as many differ in this."""
+        lengths = range(1, frames * self.net.hop_length + 1)
+        at = bisect_left(lengths, frames, key=self.card.frames_of)
+        if at == len(lengths) or self.card.frames_of(lengths[at]) != frames:
+            raise UserError(f"{frames} frames: no wave has so many; give the codes of a whole wave")
+        return [-(-(stop - start) // self.net.hop_length) for start, stop in self._bounds(lengths[at])]
+
+    def embeddings(self) -> list[Tensor]:
+        return [table.cpu().clone() for table in self.codebooks]
+
+    @torch.inference_mode()
+    def latents(self, codes: Tensor) -> Tensor:
+        rows = [F.embedding(c, table) for c, table in zip(codes.to(self.device), self.codebooks)]
+        return reduce(torch.add, rows).t()
+
+
+class Encodec48Stream:
+    """Streaming encoder of one wave [2, n]; `scales` [S] are there after finish()."""
+
+    def __init__(self, codec: Encodec48Codec) -> None:
+        self.codec = codec
+        self.pending = torch.zeros(2, 0, device=codec.device)
+        self.found: list[Tensor] = []
+
+    @torch.inference_mode()
+    @exact_float32()
+    def push(self, wave: Tensor) -> Tensor:
+        self.pending = torch.cat([self.pending, wave.to(self.codec.device)], dim=1)
+        net, group, codes = self.codec.net, self.codec.group, [self._empty()]
+        # a group of whole segments at a time; where it ends does not depend on how the wave is pushed
+        while self.pending.shape[1] >= (group - 1) * net.segment_stride + net.segment_samples:
+            codes.append(self._encode(self.codec.segments_of(self.pending)[:group]))
+            self.pending = self.pending[:, group * net.segment_stride :]
+        return torch.cat(codes, dim=1)
+
+    @torch.inference_mode()
+    @exact_float32()
+    def finish(self) -> Tensor:
+        segments = self.codec.segments_of(self.pending)
+        self.pending = self.pending[:, :0]
+        return self._encode(segments) if segments else self._empty()
+
+    @property
+    def scales(self) -> Tensor:
+        return torch.cat(self.found) if self.found else torch.zeros(0, device=self.codec.device)
+
+    def _encode(self, segments: Sequence[Tensor]) -> Tensor:
+        codes, scales = joined(self.codec.encode_segments(segments))
+        self.found.append(scales)
+        return codes
+
+    def _empty(self) -> Tensor:
+        return torch.zeros(self.codec.card.num_codebooks, 0, dtype=torch.int64, device=self.codec.device)
+
+
+def joined(found: Sequence[Scaled]) -> Scaled:
+    """What the segments of a wave gave as the wave's."""
+    return torch.cat([codes for codes, _ in found], dim=1), torch.cat([scale for _, scale in found])
+
+
+def overlap_add(waves: Sequence[Tensor], stride: int) -> Tensor:
+    """Waves [C, n] that start `stride` apart, each weighted by a triangle over the first one's length, as [C, N].
+
+    The encodec package's sum, which fails where the last wave ends before the one before it does.
+    """
+    place = torch.linspace(0, 1, waves[0].shape[1] + 2, dtype=waves[0].dtype, device=waves[0].device)[1:-1]
+    triangle = 0.5 - (place - 0.5).abs()
+    samples = max(i * stride + wave.shape[1] for i, wave in enumerate(waves))
+    out, weight = waves[0].new_zeros(len(waves[0]), samples), waves[0].new_zeros(samples)
+    for i, wave in enumerate(waves):
+        span = slice(i * stride, i * stride + wave.shape[1])
+        out[:, span] += triangle[: wave.shape[1]] * wave
+        weight[span] += triangle[: wave.shape[1]]
+    return out / weight
+
+
+# ---------------------------------------------------------------- layers
+
+
+@dataclass(frozen=True)
+class Signal:
+    """[L, T, C]: a sum of tensors times scales [L, 1, C], plus a shift [L, 1, C], worked out where it is read."""
+
+    parts: tuple[tuple[Tensor, Tensor], ...]
+    shift: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.parts[0][0].shape[1]
+
+    def __add__(self, other: Signal) -> Signal:
+        return Signal(self.parts + other.parts, self.shift + other.shift)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        (first, scale), *others = self.parts
+        out = torch.addcmul(self.shift, first[:, start:stop], scale)
+        for part, scale in others:
+            out.addcmul_(part[:, start:stop], scale)
+        return out
+
+    def padded_rows(self, start: int, stop: int, last: int, activated: bool) -> Tensor:
+        """Rows of the signal, after an ELU or not, reflected at 0 and at `last`, with zeros from its end to there."""
+        low, high = max(0, min(start, 2 * last - stop + 1)), min(self.length, max(stop, 1 - start))
+        out = elu(self.rows(low, high)) if activated else self.rows(low, high)
+        if (low, high) == (start, stop):
+            return out
+        index = torch.arange(start, stop, device=out.device).abs()
+        index = torch.where(index > last, 2 * last - index, index)
+        out = out[:, (index - low).clamp(max=high - low - 1)]
+        return out.masked_fill_((index >= self.length)[:, None], 0)
+
+
+class Convolution:
+    """A convolution with its group norm (one group: over all of a segment), after an ELU or not."""
+
+    def __init__(self, layer: Any, activated: bool) -> None:
+        # the encodec package wraps both in one module, transformers does not
+        inner = layer.conv if hasattr(layer.conv, "norm") else layer
+        self.taps, self.activated = Taps(inner.conv), activated
+        self.norm: nn.GroupNorm = inner.norm
+
+    def __call__(self, x: Signal) -> Signal:
+        taps, frames = self.taps, -(-x.length // self.taps.stride)
+        left, last = self._padding(x.length, frames)
+        raw = x.shift.new_empty(len(x.shift), frames, taps.outputs)
+        sums = []
+        for start in range(0, frames, block := self._block(raw)):
+            stop = min(start + block, frames)
+            first, after = start * taps.stride - left, (stop - 1) * taps.stride + taps.span - left
+            part = taps(x.padded_rows(first, after, last, self.activated), raw[:, start:stop]).flatten(1)
+            sums.append(torch.stack([part.sum(1), torch.linalg.vecdot(part, part)]))
+        return self._normalised(raw, torch.stack(sums).double().sum(0) / (frames * taps.outputs))
+
+    def _padding(self, length: int, frames: int) -> tuple[int, int]:
+        """What the libraries pad on the left, and the row where they reflect: beyond the end of a very short input."""
+        total = self.taps.span - self.taps.stride
+        right = total // 2
+        wanted = max(total - right, right + frames * self.taps.stride - length)
+        return total - right, max(length - 1, wanted)
+
+    def _block(self, raw: Tensor) -> int:
+        if raw.device.type != "cpu":
+            return raw.shape[1]
+        return max(BLOCK_ROWS, BLOCK_FLOATS // max(self.taps.inputs * self.taps.stride, raw.shape[2]))
+
+    def _normalised(self, raw: Tensor, moments: Tensor) -> Signal:
+        """`raw` with the mean and the mean square [2, L] of each of its rows of segments taken out."""
+        mean, square = moments[..., None, None]
+        scale = (square - mean.square() + self.norm.eps).rsqrt() * self.norm.weight
+        return Signal(((raw, scale.to(raw.dtype)),), (self.norm.bias - mean * scale).to(raw.dtype))
+
+
+def layers_of(layers: Sequence[Any]) -> Layers:
+    """Layers of a SEANet encoder in a row, as a function of [L, T, C]."""
+    run = _chain(layers)
+
+    def apply(x: Tensor) -> Tensor:
+        return run(Signal(((x, x.new_ones(1, 1, x.shape[2])),), x.new_zeros(len(x), 1, x.shape[2]))).rows(
+            0, sys.maxsize
+        )
+
+    return apply
+
+
+def _chain(layers: Sequence[Any]) -> Callable[[Signal], Signal]:
+    steps: list[Callable[[Signal], Signal]] = []
+    for before, layer in zip([None, *layers], layers):
+        if hasattr(layer, "block"):
+            steps.append(_residual(layer))
+        elif not isinstance(layer, nn.ELU):
+            steps.append(Convolution(layer, activated=isinstance(before, nn.ELU)))
+    return lambda x: reduce(lambda x, step: step(x), steps, x)
+
+
+def _residual(layer: Any) -> Callable[[Signal], Signal]:
+    block = _chain(list(layer.block))
+    shortcut = None if isinstance(layer.shortcut, nn.Identity) else Convolution(layer.shortcut, activated=False)
+    return lambda x: (shortcut(x) if shortcut else x) + block(x)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load(name: str, weights: str | None, num_codebooks: int | None, device: str) -> Encodec48Codec:
+    """Load `encodec_48khz` (`Codec` loader; see `load_codec`)."""
+    net, digest = _load(name, weights)
+    kept = keep_codebooks(name, num_codebooks, DEFAULT_CODEBOOKS, len(net.codebooks))
+    card = make_card(name, weights or name, digest, net, kept, device)
+    return Encodec48Codec(net, card, device, pooled=torch.device(device).type == "cuda")
+
+
+def make_card(name: str, weights: str, digest: str, net: Net48, num_codebooks: int, device: str) -> CodecCard:
+    """The card of a segment-wise EnCodec network."""
+    return CodecCard(
+        name=name,
+        weights=weights,
+        weights_sha256=digest,
+        sample_rate=net.sample_rate,
+        hop_length=net.hop_length,
+        codebook_sizes=(net.codebooks.shape[1],) * num_codebooks,
+        codes_per_frame=(1,) * num_codebooks,
+        latent_dim=net.codebooks.shape[2],
+        channels=2,
+        segment_samples=net.segment_samples,
+        segment_stride=net.segment_stride,
+        policies={
+            "channels": "first two, mono twice",
+            "resample": "soxr HQ, whole file",
+            "padding": "none",
+            "chunk": f"segments of {net.segment_samples} samples from each {net.segment_stride}th, each for itself",
+            "precision": "float32",
+            "loudness": "each segment divided by its volume",
+            "device": torch.device(device).type,
+        },
+        versions={"torch": torch.__version__, "encodec": version("encodec"), "soxr": version("soxr")},
+    )
+
+
+def from_encodec(model: Any) -> Net48:
+    """Parts of an `encodec.EncodecModel`."""
+
+    def encode_segment(segment: Tensor, count: int) -> Scaled:
+        # half a codebook more: the library rounds down
+        model.bandwidth = (count + 0.5) * model.quantizer.get_bandwidth_per_quantizer(model.frame_rate)
+        return model._encode_frame(segment)  # type: ignore[no-any-return]
+
+    return Net48(
+        layers=list(model.encoder.model),
+        codebooks=torch.stack([layer.codebook for layer in model.quantizer.vq.layers]).detach(),
+        decoder=model.decoder,
+        encode_segment=encode_segment,
+        sample_rate=model.sample_rate,
+        hop_length=int(model.encoder.hop_length),
+        segment_samples=model.segment_length,
+        segment_stride=model.segment_stride,
+    )
+
+
+def from_transformers(model: Any) -> Net48:
+    """Parts of a `transformers.EncodecModel`."""
+    config = model.config
+
+    def encode_segment(segment: Tensor, count: int) -> Scaled:
+        bits = (config.codebook_size - 1).bit_length()
+        bandwidth = (count + 0.5) * bits * config.frame_rate / 1000  # half a codebook more: the library rounds down
+        return model._encode_frame(segment, bandwidth)  # type: ignore[no-any-return]
+
+    return Net48(
+        layers=list(model.encoder.layers),
+        codebooks=torch.stack([layer.codebook.embed for layer in model.quantizer.layers]).detach(),
+        decoder=model.decoder,
+        encode_segment=encode_segment,
+        sample_rate=config.sampling_rate,
+        hop_length=int(config.hop_length),
+        segment_samples=config.chunk_length,
+        segment_stride=config.chunk_stride,
+    )
+
+
+def _load(name: str, weights: str | None) -> tuple[Net48, str]:
+    """From a folder in the hub's format, from the package's .th file, or from their caches."""
+    if weights and Path(weights).is_file():
+        return _load_th(Path(weights))
+    cache = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache/torch"))
+    cached = cache / "hub/checkpoints/encodec_48khz-7e698e3e.th"
+    if weights is None and cached.exists():
+        return _load_th(cached)
+    import transformers
+
+    source = weights or "facebook/encodec_48khz"
+    model = load_pretrained(name, transformers.EncodecModel, source)
+    config = model.config
+    if config.sampling_rate != 48_000 or config.audio_channels != 2 or config.norm_type != "time_group_norm":
+        raise UserError(
+            f"{source}: {config.sampling_rate} Hz EnCodec with {config.audio_channels} channel(s), {name} is stereo at "
+            "48000 Hz with group norm"
+        )
+    return from_transformers(model), state_sha256(model)
+
+
+def _load_th(path: Path) -> tuple[Net48, str]:
+    model = EncodecModel.encodec_model_48khz(pretrained=False)
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, OSError, EOFError) as error:
+        raise UserError(f"{path}: not the weights of encodec_48khz ({str(error).splitlines()[0][:120]})") from error
+    return from_encodec(model.requires_grad_(False)), file_sha256(path)

@@ -1,0 +1,207 @@
+"""One input of a run: what it is called and how any process opens its audio."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import re
+from array import array
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from codecssl.tokenize.errors import UserError
+
+HELD_BYTES = 1 << 25
+"""Files up to this size are read at once: hashing and decoding them asks the disk once."""
+
+QUERY = re.compile(r"\?(?=[a-z]+=)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """One utterance to encode: a file, a segment of one, a member of a tar, or a row of a dataset."""
+
+    id: str
+    """Unique within the dataset."""
+    path: str
+    """As the user wrote it: relative to the source's root."""
+    file: str
+    """Where it lies on this machine: the audio file, or the tar or Arrow file that holds it."""
+    start: float | None = None
+    """Seconds; None is the file's start."""
+    end: float | None = None
+    labels: dict[str, Any] = field(default_factory=dict)
+    """The source's other columns: what JSON can hold."""
+    offset: int | None = None
+    """Byte of `file` at which the audio begins, where it is one part of it."""
+    size: int | None = None
+    """Bytes of the encoded audio (of a decoded array: samples), where the source tells without reading it."""
+    row: int | None = None
+    """Row of `file` where that is an Arrow file."""
+    column: str | None = None
+    """Column of that row."""
+    data: bytes | None = field(default=None, repr=False)
+    """The encoded audio itself, where it can be read once only."""
+    problem: str | None = None
+    """Why there is no audio to open."""
+
+    def open(self) -> BinaryIO:
+        """The encoded audio as a seekable binary file that the caller closes; `name` is the input's path.
+
+        Raises UserError when it cannot be read.
+        """
+        if self.problem is not None:
+            raise UserError(self.problem)
+        if self.data is not None:
+            return Held(self.data, self.path)
+        if self.row is not None:
+            from codecssl.tokenize.rows import open_row
+
+            return open_row(self.file, str(self.column), self.row, self.path)
+        if "://" in self.file:
+            from codecssl.tokenize.rows import open_url
+
+            return open_url(self.file, self.path)
+        return open_file(self.file, self.path, self.offset, self.size)
+
+    def digest(self) -> bytes:
+        """Changes when the input's name, segment or labels do, or its place or size in a tar or dataset."""
+        parts: list[Any] = [self.id, self.path, self.start, self.end, self.labels]
+        place = [self.offset, self.size, self.row, self.column, self.problem]
+        if any(part is not None for part in place):  # plain files have the digest that they always had
+            parts.append(place)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).digest()
+
+
+# ---------------------------------------------------------------- opening
+
+
+class Held(io.BytesIO):
+    """A file in memory."""
+
+    def __init__(self, data: bytes, name: str) -> None:
+        super().__init__(data)
+        self.name = name
+
+
+def open_file(file: str, name: str, offset: int | None = None, size: int | None = None) -> BinaryIO:
+    """`file`, or `size` bytes of it from `offset`, as a binary file of its own. Raises UserError."""
+    try:
+        with ExitStack() as stack:
+            opened = stack.enter_context(open(file, "rb"))
+            if offset is None or size is None:
+                offset, size = 0, os.fstat(opened.fileno()).st_size
+            if size > HELD_BYTES:
+                window = io.BufferedReader(Window(opened, name, offset, size), 1 << 20)
+                stack.pop_all()
+                return window
+            opened.seek(offset)
+            data = opened.read(size)
+    except OSError as error:
+        raise UserError(f"cannot read: {error.strerror}") from error
+    except ValueError as error:  # a name that no file can have
+        raise UserError(f"cannot read: {error}") from error
+    if len(data) < size:
+        raise UserError(f"cannot read: {file} ends {size - len(data)} bytes before {name} does")
+    return Held(data, name)
+
+
+class Window(io.RawIOBase):
+    """`size` bytes of an open file from `offset`, as a file. Closes the file with itself."""
+
+    def __init__(self, file: BinaryIO, name: str, offset: int, size: int) -> None:
+        self.file, self.name, self.offset, self.size, self.position = file, name, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        self.position = max(0, base + offset)
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), max(0, self.size - self.position))
+        self.file.seek(self.offset + self.position)
+        data = self.file.read(wanted)
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+# ---------------------------------------------------------------- names, labels, options
+
+
+class Seen:
+    """Names met so far, as 8-byte hashes in an open-addressing table: 11 to 22 bytes a name, where a set takes 70."""
+
+    def __init__(self) -> None:
+        self._slots, self._count = array("Q", bytes(8 << 10)), 0
+
+    def add(self, name: str) -> bool:
+        """Whether `name` is new. Two different names of 100 million are taken for one with a chance of 0.03 %."""
+        digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        if not self._put(int.from_bytes(digest, "little") or 1):  # 0 marks an empty slot
+            return False
+        self._count += 1
+        if 4 * self._count > 3 * len(self._slots):
+            keys, self._slots = self._slots, array("Q", bytes(16 * len(self._slots)))
+            for key in keys:
+                if key:
+                    self._put(key)
+        return True
+
+    def _put(self, key: int) -> bool:
+        slots, mask = self._slots, len(self._slots) - 1
+        place = key & mask
+        while (there := slots[place]) != key:
+            if not there:
+                slots[place] = key
+                return True
+            place = (place + 1) & mask
+        return False
+
+
+def in_utf8(name: str) -> str:
+    """`name` as text that can be written: what is not UTF-8 in it, as its escape."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def as_label(value: Any) -> Any:
+    """`value` as JSON holds it: numbers that are none become None, what JSON has no word for its text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return in_utf8(value)
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [as_label(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): as_label(v) for k, v in value.items()}
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def split_options(source: str, known: Iterable[str]) -> tuple[str, dict[str, str]]:
+    """`NAME?key=value&key=value` as (NAME, options). A "?" that no `key=` follows belongs to the name.
+
+    Raises UserError for a key that is not among `known`.
+    """
+    name, *rest = QUERY.split(source, maxsplit=1)
+    options = dict(pair.partition("=")[::2] for pair in rest[0].split("&")) if rest else {}
+    for key in options:
+        if key not in known:
+            raise UserError(f"source {source!r}: unknown option {key!r}; there are {', '.join(known)}")
+    return name, options

@@ -1,0 +1,168 @@
+"""Token shards, format versions 1 and 2: the layout on disk.
+
+    DIR/dataset.json        format version, codec card, sources, totals; written last
+    DIR/index.npy           frames of each utterance (uint16 or uint32), in order
+    DIR/blocks.npy          where each block of utterances lies (BLOCK)
+    DIR/failed.jsonl        inputs that could not be read
+    DIR/shards/00000.tar    a plain tar of blocks; per block three members:
+        KEY.json.gz             columns of text: id, path, labels
+        KEY.npz                 columns of numbers: sha256, samples, source_rate, source_rest (the source's samples are
+                                samples * source_rate // sample_rate + source_rest), and scales, float32 per segment,
+                                where the codec has such
+        KEY.codes               per utterance, per codebook, the codes packed at `code_bits`, each plane byte-aligned
+    DIR/shards/00000.json   sha256 and counts of the tar: its completion mark
+
+The offset of an utterance inside its block's codes follows from the frames before it: nothing else is stored.
+
+Version 2 is that of compressed datasets ("compression" in dataset.json). There the tar begins with the tables of
+`entropy`, 00000.tables.npz; KEY.codes holds the streams of the utterances' segments of SEGMENT_FRAMES frames, and the
+column stream_words of KEY.npz the length of each in 32-bit little-endian words.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.entropy import SEGMENT_FRAMES, Coder
+from codecssl.tokenize.errors import UserError
+
+FORMAT = "codecssl-shards"
+FORMAT_VERSION = 2
+"""The newest that is read; what is not compressed is written as version 1."""
+COMPRESSION = "range"
+"""`compression` in the header of a compressed dataset: constriction's range coder with the tables of `entropy`."""
+
+BLOCK = np.dtype(
+    [
+        ("shard", "<u4"),
+        ("first", "<u8"),  # index of the block's first utterance in the dataset
+        ("count", "<u4"),  # utterances
+        ("offset", "<u8"),  # of the block's first member in the shard's tar, bytes
+        ("codes_offset", "<u8"),  # of its codes
+        ("codes_bytes", "<u8"),
+        ("crc32", "<u4"),  # of the codes
+    ]
+)
+
+
+def utterance_bytes(frames: NDArray[np.integer], card: CodecCard) -> NDArray[np.int64]:
+    """Bytes of the packed codes of utterances of so many frames."""
+    wide = np.asarray(frames, dtype=np.int64)
+    total = np.zeros_like(wide)
+    for bits, rate in zip(card.code_bits, card.codes_per_frame):
+        total += (wide * rate * bits + 7) // 8
+    return total
+
+
+def stored_bytes(
+    numbers: Mapping[str, NDArray[Any]], frames: NDArray[np.integer], card: CodecCard
+) -> NDArray[np.int64]:
+    """Bytes in KEY.codes of each utterance of a block, given its columns of numbers and its utterances' frames."""
+    if "stream_words" not in numbers:
+        return utterance_bytes(frames, card)
+    ends = np.concatenate([[0], np.cumsum(numbers["stream_words"], dtype=np.int64)]) * 4
+    last = np.cumsum(segments_of(frames))
+    return ends[last] - ends[last - segments_of(frames)]
+
+
+def segments_of(frames: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Separately coded segments of utterances of so many frames, in a compressed dataset."""
+    return -(-np.asarray(frames, dtype=np.int64) // SEGMENT_FRAMES)
+
+
+def to_planes(codes: NDArray[np.integer], card: CodecCard) -> list[NDArray[np.integer]]:
+    """Codes [R, T] to one plane per codebook, [T * codes per frame], in time order."""
+    rows = np.cumsum(card.codes_per_frame)
+    return [codes[row - n : row].T.reshape(-1) for row, n in zip(rows, card.codes_per_frame)]
+
+
+def from_planes(planes: Sequence[NDArray[Any]], card: CodecCard) -> NDArray[Any]:
+    """Planes of the first codebooks to codes [R, T], as `to_planes` takes them."""
+    return np.concatenate([plane.reshape(-1, n).T for plane, n in zip(planes, card.codes_per_frame)])
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that we wrote. Raises UserError when it is not one."""
+    try:
+        value = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: damaged, not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged, not a JSON object")
+    return value
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """dataset.json of a finished dataset. Raises UserError for another folder, an unfinished or a newer one."""
+    file = path / "dataset.json"
+    if not file.exists():
+        if (path / "plan.json").exists():
+            raise UserError(f"{path}: not finished; run the same `codecssl-tokenize run` again to complete it")
+        raise UserError(f"{path}: no dataset.json; this is not a folder of token shards")
+    header = load_json(file)
+    if header.get("format") != FORMAT:
+        raise UserError(f"{file}: format {header.get('format')!r}, expected {FORMAT!r}")
+    if header["format_version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{file}: format version {header['format_version']}, this codecssl reads up to {FORMAT_VERSION}"
+        )
+    return header
+
+
+def shard_path(root: Path, shard: int) -> Path:
+    """The tar of a shard."""
+    return root / "shards" / f"{shard:05d}.tar"
+
+
+def scales_of(numbers: Mapping[str, NDArray[Any]], within: int, card: CodecCard) -> NDArray[np.float32] | None:
+    """The scales of the utterance at this place in a block; None where the codec has none."""
+    if "scales" not in numbers:
+        return None
+    counts = card.segments_of(numbers["samples"][: within + 1].astype(np.int64))  # type: ignore[arg-type]
+    stop = int(np.sum(counts))
+    return numbers["scales"][stop - int(counts[-1]) : stop]  # type: ignore[index]
+
+
+def read_columns(file: BinaryIO, offset: int) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """The text and the number columns of the block whose first member's header is at `offset` of a shard."""
+    text, numbers = read_members(file, offset, 2)
+    return json.loads(gzip.decompress(text)), dict(np.load(io.BytesIO(numbers)))
+
+
+def read_numbers(file: BinaryIO, offset: int) -> Mapping[str, NDArray[Any]]:
+    """The number columns alone, each read when it is asked for."""
+    return np.load(io.BytesIO(read_members(file, offset, 2)[1]))  # type: ignore[no-any-return]
+
+
+def read_coder(path: Path, card: CodecCard) -> Coder:
+    """The tables at the beginning of a compressed shard. Raises UserError when they are not there or damaged."""
+    try:
+        with path.open("rb") as file:
+            return Coder.from_bytes(read_members(file, 0, 1)[0], card.codes_per_frame)
+    except Exception as error:  # a flipped bit can break any layer of tar, zip or JSON
+        raise UserError(f"{path}: its tables are damaged ({type(error).__name__}: {error}); verify it") from error
+
+
+def read_members(file: BinaryIO, offset: int, count: int) -> list[bytes]:
+    """The contents of the next members of a tar."""
+    file.seek(offset)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        return [_content(tar) for _ in range(count)]
+
+
+def _content(tar: tarfile.TarFile) -> bytes:
+    member = tar.next()
+    stream = tar.extractfile(member) if member else None
+    if stream is None:
+        raise UserError("the tar ends inside a block; verify the dataset")
+    return stream.read()

@@ -1,0 +1,180 @@
+"""Tables of inputs: .tsv, .csv and .jsonl manifests, and lists on standard input."""
+
+from __future__ import annotations
+
+import csv
+import filecmp
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.inputs import Input, Seen, as_label, in_utf8
+
+MANIFESTS = (".tsv", ".csv", ".jsonl")
+RESERVED = ("path", "id", "start", "end")
+
+Rows = Iterator[tuple[int, dict[str, Any]]]
+"""(line, columns) of each row."""
+
+
+def read_manifest(manifest: Path) -> Iterator[Input]:
+    """Inputs of a table with the columns path, [id, start, end], and labels; paths are relative to the table's folder.
+
+    UTF-8 with or without a byte-order mark, any line ends. A .jsonl may begin with {"root": FOLDER}, to which its paths
+    are relative then. Raises UserError naming the line.
+    """
+    rows = _json_rows(manifest) if manifest.suffix.lower() == ".jsonl" else _table_rows(manifest)
+    return _inputs(rows, str(manifest), manifest.parent)
+
+
+def read_list(stream: BinaryIO, name: str = "standard input") -> Iterator[Input]:
+    """Inputs of a list: a path or a manifest's row in JSON per line; paths are relative to the working folder."""
+    return _inputs(_listed(stream, name), name, Path())
+
+
+def spool_stdin(stream: BinaryIO, target: Path) -> str:
+    """Copy a list on `stream` to the .jsonl manifest `target`, durably, and return its name: a run reads it again.
+
+    Where `target` is there already, an empty stream (or a terminal) means the same list again. Raises UserError for
+    another list, an empty one, and a line that is neither a path nor a row.
+    """
+    if target.exists() and stream.isatty():
+        return str(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if _spool(stream, temporary):
+            if not target.exists():
+                temporary.replace(target)
+            elif not filecmp.cmp(temporary, target, shallow=False):
+                raise UserError(
+                    f"standard input: another list, or from another folder, than {target} was begun with; "
+                    "give another --output"
+                )
+        elif not target.exists():
+            raise UserError("standard input: no paths; write one per line, or JSON rows with path, [id, start, end]")
+    finally:
+        temporary.unlink(missing_ok=True)
+    return str(target)
+
+
+def _spool(stream: BinaryIO, path: Path) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        print(json.dumps({"root": str(Path.cwd())}), file=file)
+        for _, row in _listed(stream, "standard input"):
+            print(json.dumps(row), file=file)  # ASCII: names that are not UTF-8 survive as escapes
+            count += 1
+        file.flush()
+        os.fsync(file.fileno())
+    return count
+
+
+# ---------------------------------------------------------------- rows
+
+
+def _listed(stream: BinaryIO, name: str) -> Rows:
+    for number, line in enumerate(stream, 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        text = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
+        if text.lstrip().startswith("{"):
+            yield number, _json_row(name, number, text)
+        elif text.strip():
+            yield number, {"path": text}
+
+
+def _json_rows(manifest: Path) -> Rows:
+    with manifest.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(_decoded(file, manifest), 1):
+            if line.strip():
+                yield number, _json_row(str(manifest), number, line)
+
+
+def _json_row(name: str, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name}, line {number}: not JSON ({error.msg})") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{name}, line {number}: a row must be a JSON object, this is {type(row).__name__}")
+    return row
+
+
+def _table_rows(manifest: Path) -> Rows:
+    with manifest.open(encoding="utf-8-sig", newline="") as file:
+        lines = _decoded(file, manifest)
+        if manifest.suffix.lower() == ".csv":
+            reader = csv.DictReader(lines)
+        else:  # a quotation mark is text in a TSV: transcripts begin with one, and would swallow the lines after it
+            reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    where = f"{manifest}, line {reader.line_num}"
+                    raise UserError(f"{where}: another number of fields than the header has")
+                yield reader.line_num, dict(row)
+        except csv.Error as error:
+            raise UserError(f"{manifest}, line {reader.line_num + 1}: {error}") from error
+
+
+def _decoded(lines: Iterator[str], manifest: Path) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise UserError(f"{manifest}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def _inputs(rows: Rows, name: str, root: Path) -> Iterator[Input]:
+    seen = Seen()
+    for number, row in rows:
+        where = f"{name}, line {number}"
+        if number == 1 and list(row) == ["root"]:
+            root = root / str(row["root"])
+            continue
+        item = _input(where, row, root)
+        if not seen.add(item.id):
+            raise UserError(f"{where}: id {item.id!r} is there twice; ids must be unique")
+        yield item
+
+
+def _input(where: str, row: dict[str, Any], root: Path) -> Input:
+    if not row.get("path"):
+        raise UserError(f"{where}: no 'path' column; the columns are {', '.join(row)}")
+    path = str(row["path"])
+    start, end = _seconds(where, row, "start"), _seconds(where, row, "end")
+    if end is not None and end <= (start or 0.0):
+        raise UserError(f"{where}: end {end} is not after start {start or 0.0}")
+    segment = "" if start is None and end is None else f"#{start or 0:.15g}-{'' if end is None else f'{end:.15g}'}"
+    id = row.get("id")
+    labels = {k: as_label(v) for k, v in row.items() if k not in RESERVED}
+    return Input(
+        id=in_utf8(path + segment if id in (None, "") else str(id)),
+        path=in_utf8(path),
+        file=str(root / path),
+        start=start,
+        end=end,
+        labels=labels,
+    )
+
+
+def _seconds(where: str, row: dict[str, Any], column: str) -> float | None:
+    value = row.get(column)
+    if value in (None, ""):
+        return None
+    try:
+        seconds = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: {column} {value!r} is not a number of seconds") from None
+    if seconds < 0:
+        raise UserError(f"{where}: {column} {seconds} is negative")
+    if not math.isfinite(seconds):
+        raise UserError(f"{where}: {column} {seconds} is not a number of seconds")
+    return seconds

@@ -1,0 +1,397 @@
+"""Mimi (Defossez et al. 2024, "Moshi"): causal convolutions, a Transformer with a sliding window, a split quantizer.
+
+Exact in bounded memory (tests/tokenize/test_mimi.py): a wave is cut into chunks of `CHUNK_FRAMES`. Each convolution
+keeps the inputs that its kernel still needs, each attention layer the keys and values of its window; nothing is
+computed twice.
+
+The window is the one that the model was trained with (section 3.3.1; `config.sliding_window`). transformers 4.57
+leaves it out: beyond 250 positions, 10 s, its `MimiModel.encode` attends to everything, in memory that grows with the
+square of the length. Its later versions and the authors' own package apply it, and so does `encode_plainly` here.
+
+On a CPU most time goes into memory traffic of long activations, so that the first layers run on pieces that fit the
+cache, and all convolutions as matrix products on [T, C], one for each tap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.mimi.modeling_mimi import apply_rotary_pos_emb, repeat_kv
+
+from codecssl.tokenize.codec import CodecCard, keep_codebooks
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.weights import load_pretrained, state_sha256
+
+DEFAULT_CODEBOOKS = 8
+CHUNK_FRAMES = 64
+"""Frames that pass the deep layers at once: long enough that reading the weights costs little."""
+PIECE_FRAMES = 1
+"""Frames that pass the first layers at once on a CPU: their activations stay in its second-level cache."""
+SHALLOW_DOWNSAMPLINGS = 2
+"""The first layers end after so many strided convolutions."""
+FEW_INPUTS = 16
+"""Inputs of a convolution, times its stride, up to which its windows are laid out in full."""
+CUDA_LANES = 16
+"""Waves that a GPU encodes in lockstep. The shape is fixed, so that a wave's codes do not depend on the others'."""
+
+Layer = Callable[[Tensor, "Past"], Tensor]
+"""[L, T, C] of the next samples or frames, and what is carried, to [L, T', C']."""
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Keep float32 products whole, whatever the process has set: no TF32 on a GPU, no bfloat16 on a CPU."""
+    backends: Any = torch.backends
+    units = [backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    before = [unit.fp32_precision for unit in units]
+    for unit in units:
+        unit.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for unit, precision in zip(units, before):
+            unit.fp32_precision = precision
+
+
+class Past(dict[Any, Any]):
+    """What one encoder or decoder carries from chunk to chunk, by layer."""
+
+    position = 0
+    """Of the next chunk in the Transformer's sequence."""
+
+
+class MimiCodec:
+    """A `transformers.MimiModel` as a `Codec`."""
+
+    def __init__(self, model: Any, card: CodecCard, device: str = "cpu", lanes: int = 1) -> None:
+        self.model, self.card, self.device = model.to(device), card, torch.device(device)
+        self.lanes = lanes
+        layers = list(model.encoder.layers)
+        strided = [i for i, layer in enumerate(layers) if getattr(layer, "stride", 1) > 1]
+        split = strided[SHALLOW_DOWNSAMPLINGS - 1] + 1
+        self.shallow, self.deep = _chain(layers[:split]), _chain(layers[split:])
+        self.transformer = Transformer(model.encoder_transformer)
+        self.decoder_transformer = Transformer(model.decoder_transformer)
+        self.downsample = Convolution(model.downsample)
+        self.quantizers = list(_quantizers(model.quantizer, card.num_codebooks))
+
+    def stream(self) -> MimiStream:
+        return MimiStream(self)
+
+    @torch.inference_mode()
+    @exact_float32()
+    def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
+        codes: list[Tensor] = [torch.empty(0)] * len(waves)
+        order = sorted(range(len(waves)), key=lambda i: len(waves[i]))
+        for at in range(0, len(order), self.lanes):
+            group = order[at : at + self.lanes]
+            for index, found in zip(group, self._together([waves[i] for i in group])):
+                codes[index] = found
+        return codes
+
+    def _together(self, waves: Sequence[Tensor]) -> list[Tensor]:
+        samples = max(len(wave) for wave in waves)
+        audio = torch.zeros(self.lanes, samples + -samples % self.quantum, device=self.device)
+        for row, wave in zip(audio, waves):
+            row[: len(wave)] = wave
+        past = Past()
+        codes = torch.cat([self.advance(chunk, past) for chunk in audio.split(self.chunk, dim=1)], dim=2)
+        return [row[:, : self.card.frames_of(len(wave))] for row, wave in zip(codes, waves)]
+
+    @property
+    def chunk(self) -> int:
+        """Samples that are encoded at once."""
+        return CHUNK_FRAMES * self.card.hop_length
+
+    @property
+    def quantum(self) -> int:
+        """Samples to a multiple of which a wave is filled up with zeros."""
+        return self.card.hop_length if self.lanes == 1 else self.chunk
+
+    def advance(self, audio: Tensor, past: Past) -> Tensor:
+        """The next whole frames of `lanes` waves [L, n] to their codes [L, K, t]."""
+        return self.quantize(self.latents_of(audio, past))
+
+    def latents_of(self, audio: Tensor, past: Past) -> Tensor:
+        """The next whole frames of waves [L, n] to what the quantizer is given, [L, t, D]."""
+        piece = PIECE_FRAMES * self.card.hop_length if self.device.type == "cpu" else audio.shape[1]
+        hidden = torch.cat([self.shallow(part[..., None], past) for part in audio.split(piece, dim=1)], dim=1)
+        return self.downsample(self.transformer(self.deep(hidden, past), past), past)
+
+    def quantize(self, latents: Tensor) -> Tensor:
+        """Latents [L, t, D] to codes [L, K, t]: each quantizer's nearest entries to what the ones before left over."""
+        codes = []
+        for project, tables in self.quantizers:
+            residual = project(latents.flatten(0, 1))
+            for table, squared in tables:
+                index = torch.addmm(squared, residual, table.t(), alpha=-2).argmin(dim=1)
+                residual = residual - F.embedding(index, table)
+                codes.append(index.view(latents.shape[:2]))
+        return torch.stack(codes, dim=1)
+
+    @torch.inference_mode()
+    @exact_float32()
+    def encode_plainly(self, wave: Tensor) -> Tensor:
+        """The whole wave through transformers' own modules; attention is given the window that they leave out."""
+        audio = F.pad(wave.to(self.device), (0, -len(wave) % self.card.hop_length))[None, None]
+        model, count = self.model, self.card.num_codebooks
+        hidden = model.encoder(audio).transpose(1, 2)
+        length, window = hidden.shape[1], model.config.sliding_window
+        mask = None
+        if length > window:
+            seen = _window(length, length, window, self.device)[None, None]
+            mask = torch.zeros(seen.shape).to(hidden).masked_fill(~seen, float("-inf"))
+        latents = model.downsample(model.encoder_transformer(hidden, attention_mask=mask)[0].transpose(1, 2))
+        codes: Tensor = model.quantizer.encode(latents, count)
+        return codes[:, 0]
+
+    @torch.inference_mode()
+    @exact_float32()
+    def decode(self, codes: Tensor) -> Tensor:
+        """The decoder's convolutions run over the whole utterance: memory grows with its length."""
+        hidden, past = self.model.upsample(self.latents(codes)[None]).transpose(1, 2), Past()
+        parts = hidden.split(CHUNK_FRAMES * 2, dim=1)
+        hidden = torch.cat([self.decoder_transformer(part, past) for part in parts], dim=1)
+        wave: Tensor = self.model.decoder(hidden.transpose(1, 2))
+        return wave[0, 0]
+
+    @torch.inference_mode()
+    def embeddings(self) -> list[Tensor]:
+        split, out = self.model.quantizer, []
+        for part in (split.semantic_residual_vector_quantizer, split.acoustic_residual_vector_quantizer):
+            for layer in part.layers:
+                table = layer.codebook.embed
+                out.append((table if part.output_proj is None else table @ part.output_proj.weight[..., 0].t()).cpu())
+        return out[: self.card.num_codebooks]
+
+    @torch.inference_mode()
+    def latents(self, codes: Tensor) -> Tensor:
+        decoded: Tensor = self.model.quantizer.decode(codes.to(self.device)[None])
+        return decoded[0]
+
+
+class MimiStream:
+    """Streaming encoder of one wave; chunk bounds do not depend on how the wave is pushed."""
+
+    def __init__(self, codec: MimiCodec) -> None:
+        self.codec, self.past = codec, Past()
+        self.pending: list[Tensor] = []
+        self.pending_samples = 0
+
+    @torch.inference_mode()
+    @exact_float32()
+    def push(self, wave: Tensor) -> Tensor:
+        self.pending.append(wave.to(self.codec.device))
+        self.pending_samples += len(wave)
+        codes = [self._empty()]
+        chunk = self.codec.chunk
+        if self.pending_samples > chunk:  # not >=: the last chunk is left for finish()
+            everything = torch.cat(self.pending)
+            whole = (len(everything) - 1) // chunk * chunk
+            codes.extend(self._advance(part) for part in everything[:whole].split(chunk))
+            self.pending, self.pending_samples = [everything[whole:].clone()], len(everything) - whole
+        return torch.cat(codes, dim=1)
+
+    @torch.inference_mode()
+    @exact_float32()
+    def finish(self) -> Tensor:
+        if self.pending_samples == 0:
+            return self._empty()
+        rest = torch.cat(self.pending)
+        self.pending, self.pending_samples = [], 0
+        return self._advance(F.pad(rest, (0, -len(rest) % self.codec.quantum)))[
+            :, : self.codec.card.frames_of(len(rest))
+        ]
+
+    def _advance(self, wave: Tensor) -> Tensor:
+        lanes = F.pad(wave[None], (0, 0, 0, self.codec.lanes - 1))
+        return self.codec.advance(lanes, self.past)[0]
+
+    def _empty(self) -> Tensor:
+        return torch.zeros(self.codec.card.num_codebooks, 0, dtype=torch.int64, device=self.codec.device)
+
+
+# ---------------------------------------------------------------- layers
+
+
+class Taps:
+    """A convolution over [L, n, C] as matrix products, one for each tap.
+
+    With rows of `stride` samples laid end to end, a kernel is a few taps: its length is to be a multiple of the stride.
+    """
+
+    def __init__(self, convolution: nn.Conv1d) -> None:
+        self.stride, self.dilation = convolution.stride[0], convolution.dilation[0]
+        self.outputs, self.inputs, kernel = convolution.weight.shape
+        self.span = (kernel - 1) * self.dilation + 1
+        weight = convolution.weight.detach().permute(2, 1, 0)  # [kernel, C, C']
+        self.taps = weight.reshape(kernel // self.stride, -1, self.outputs).contiguous()
+        bias = convolution.bias
+        self.bias = weight.new_zeros(self.outputs) if bias is None else bias.detach()
+
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        """The convolution of x [L, n, C], all that the kernel touches, written to `out` [L, T, C']."""
+        rows, length = x.reshape(len(x), -1, self.stride * self.inputs), out.shape[1]
+        out.copy_(self.bias)
+        if (
+            rows.shape[2] <= FEW_INPUTS and self.dilation == 1
+        ):  # a product for each tap would mostly read and write `out`
+            windows = rows.flatten(1).unfold(1, len(self.taps) * rows.shape[2], rows.shape[2])
+            return out.add_(windows @ self.taps.flatten(0, 1))
+        for tap, weight in enumerate(self.taps):
+            at = tap * self.dilation
+            out.baddbmm_(rows[:, at : at + length], weight.expand(len(x), -1, -1))
+        return out
+
+
+class Convolution:
+    """A causal `MimiConv1d` over the next [L, T, C], T a multiple of its stride, after an ELU or not."""
+
+    def __init__(self, layer: Any, activated: bool = False) -> None:
+        self.taps, self.activated, self.replicate = Taps(layer.conv), activated, layer.pad_mode == "replicate"
+        self.context = self.taps.span - self.taps.stride
+
+    def __call__(self, x: Tensor, past: Past) -> Tensor:
+        out = x.new_empty(len(x), x.shape[1] // self.taps.stride, self.taps.outputs)
+        if self.activated:
+            x = elu(x)
+        return self.taps(self._with_context(x, past) if self.context else x, out)
+
+    def _with_context(self, x: Tensor, past: Past) -> Tensor:
+        before = past.get(self)
+        if before is None:  # the start of the wave
+            before = x[:, :1] if self.replicate else x.new_zeros(1, 1, 1)
+            before = before.expand(len(x), self.context, x.shape[2])
+        x = torch.cat([before, x], dim=1)
+        past[self] = x[:, -self.context :].clone()
+        return x
+
+
+class Transformer:
+    """A `MimiTransformerModel` over the next [L, T, D]; each layer keeps the keys and values of its window."""
+
+    def __init__(self, model: Any) -> None:
+        self.layers, self.window = list(model.layers), int(model.config.sliding_window)
+
+    def __call__(self, x: Tensor, past: Past) -> Tensor:
+        length = x.shape[1]
+        positions = torch.arange(past.position, past.position + length, device=x.device)
+        angles = self.layers[0].self_attn.rotary_emb(x, positions[None])
+        mask = _window(length, min(past.position, self.window - 1) + length, self.window, x.device)
+        past.position += length
+        for layer in self.layers:
+            x = x + layer.self_attn_layer_scale(
+                self._attend(layer.self_attn, layer.input_layernorm(x), angles, mask, past)
+            )
+            x = x + layer.mlp_layer_scale(layer.mlp(layer.post_attention_layernorm(x)))
+        return x
+
+    def _attend(self, layer: Any, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor, past: Past) -> Tensor:
+        query, key, value = (
+            project(x).unflatten(2, (-1, layer.head_dim)).transpose(1, 2)
+            for project in (layer.q_proj, layer.k_proj, layer.v_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, *angles)
+        if before := past.get(layer):
+            key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
+        past[layer] = tuple(kept[:, :, -self.window + 1 :].clone() for kept in (key, value))
+        key, value = (repeat_kv(x, layer.num_key_value_groups) for x in (key, value))
+        weights = (query @ key.transpose(2, 3) * layer.scaling).masked_fill(~mask, float("-inf")).softmax(dim=-1)
+        return layer.o_proj((weights @ value).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def _window(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """[queries, keys]: which of `keys` positions each of the last `queries` sees, itself and the window - 1 before."""
+    age = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (age >= 0) & (age < window)
+
+
+def _chain(layers: Sequence[Any]) -> Layer:
+    """Layers of a MimiEncoder in a row; an ELU joins the convolution that follows it."""
+    steps: list[Layer] = []
+    for before, layer in zip([None, *layers], layers):
+        if hasattr(layer, "block"):
+            steps.append(_residual(layer))
+        elif not isinstance(layer, nn.ELU):
+            steps.append(Convolution(layer, activated=isinstance(before, nn.ELU)))
+
+    def run(x: Tensor, past: Past) -> Tensor:
+        for step in steps:
+            x = step(x, past)
+        return x
+
+    return run
+
+
+def elu(x: Tensor) -> Tensor:
+    """As F.elu to within 6e-8, in half its time: that one takes expm1, which is slow."""
+    below = x.clamp(max=0).exp_().sub_(1)
+    return torch.maximum(x, below, out=below)
+
+
+def _residual(layer: Any) -> Layer:
+    block = _chain(list(layer.block))
+    shortcut = None if isinstance(layer.shortcut, nn.Identity) else Convolution(layer.shortcut)
+    return lambda x, past: (shortcut(x, past) if shortcut else x) + block(x, past)
+
+
+def _quantizers(split: Any, count: int) -> Iterator[tuple[Callable[[Tensor], Tensor], list[tuple[Tensor, Tensor]]]]:
+    """The two residual quantizers: a projection of [N, D], and their first `count` tables with squared norms."""
+    for part in (split.semantic_residual_vector_quantizer, split.acoustic_residual_vector_quantizer):
+        tables = [layer.codebook.embed for layer in part.layers[:count]]
+        count -= len(tables)
+        projection = None if part.input_proj is None else part.input_proj.weight.detach()[..., 0].t().contiguous()
+        yield partial(_project, projection), [(table, table.pow(2).sum(1)) for table in tables]
+
+
+def _project(projection: Tensor | None, latents: Tensor) -> Tensor:
+    return latents if projection is None else latents @ projection
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load(name: str, weights: str | None, num_codebooks: int | None, device: str) -> MimiCodec:
+    """Load `mimi` from a folder in the hub's format or the hub's cache (`Codec` loader; see `load_codec`)."""
+    source = weights or "kyutai/mimi"
+    model = load_pretrained(name, transformers.MimiModel, source)
+    config = model.config
+    if config.sampling_rate != 24_000 or not config.use_causal_conv or config.audio_channels != 1:
+        raise UserError(f"{source}: {config.sampling_rate} Hz Mimi, {name} is causal, mono, at 24000 Hz")
+    kept = keep_codebooks(name, num_codebooks, DEFAULT_CODEBOOKS, config.num_quantizers)
+    card = make_card(name, weights or name, model, kept, device)
+    return MimiCodec(model, card, device, lanes=CUDA_LANES if torch.device(device).type == "cuda" else 1)
+
+
+def make_card(name: str, weights: str, model: Any, num_codebooks: int, device: str) -> CodecCard:
+    """The card of a MimiModel."""
+    config = model.config
+    return CodecCard(
+        name=name,
+        weights=weights,
+        weights_sha256=state_sha256(model),
+        sample_rate=config.sampling_rate,
+        hop_length=config.frame_size,
+        codebook_sizes=(config.codebook_size,) * num_codebooks,
+        codes_per_frame=(1,) * num_codebooks,
+        latent_dim=config.hidden_size,
+        policies={
+            "channels": "mean",
+            "resample": "soxr HQ, whole file",
+            "padding": "zeros to a whole frame",
+            "chunk": f"{CHUNK_FRAMES} frames, carried convolution inputs, keys and values",
+            "attention": f"{config.sliding_window} positions",
+            "precision": "float32",
+            "loudness": "none",
+            "device": torch.device(device).type,
+        },
+        versions={"torch": torch.__version__, "transformers": transformers.__version__, "soxr": version("soxr")},
+    )

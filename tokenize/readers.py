@@ -1,0 +1,232 @@
+"""Token shards through the readers that others already use: WebDataset, Hugging Face datasets, torch.
+
+    import webdataset
+    dataset = webdataset.WebDataset("DIR/shards/{00000..00099}.tar", shardshuffle=100).compose(utterances)
+    for sample in dataset.shuffle(1000):
+        sample["__key__"], sample["codes"], sample["json"]
+
+    dataset = as_hf_dataset("DIR", streaming=True).with_format("numpy")
+
+`datasets.load_dataset("webdataset", data_files=...)` opens packed shards too; it gives blocks, which `utterances` takes
+apart. It refuses compressed ones, whose tars begin with another kind of member.
+
+A torch Dataset is `Shards` as it is: it has a length, pickles to worker processes, and reads what is asked for.
+
+    shards = Shards("DIR")
+    loader = DataLoader(range(len(shards)), 8, shuffle=True, collate_fn=lambda i: [shards.codes(j) for j in i])
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecssl.tokenize.bits import packed_size, unpack
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.entropy import SEGMENT_FRAMES, Coder
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.layout import from_planes, read_coder, read_columns, read_header, scales_of, shard_path
+from codecssl.tokenize.shards import Shards, Utterance
+
+if TYPE_CHECKING:
+    import datasets
+
+# ---------------------------------------------------------------- WebDataset
+
+
+def utterances(blocks: Iterable[dict[str, Any]], card: CodecCard | None = None) -> Iterator[dict[str, Any]]:
+    """A WebDataset stage: blocks, as the tars hold them, to utterances. Put it before a shuffle.
+
+    A sample has __key__ (the id), __url__, codes (uint16 [R, T]), json (the labels) and, where the codec has such,
+    scales. `card` is needed where the tars do not lie beside their dataset.json: on a server, or in a pipe.
+    """
+    cards: dict[str, CodecCard] = {}
+    tables: tuple[str, Coder] | None = None
+    for block in blocks:
+        url = str(block.get("__url__", ""))
+        card_here = card or cards.get(url) or cards.setdefault(url, _card_beside(url))
+        if "tables.npz" in block:
+            tables = url, Coder.from_bytes(_npz_bytes(block["tables.npz"]), card_here.codes_per_frame)
+        if "codes" not in block:
+            continue
+        text, numbers = _text(block["json.gz"]), _numbers(block["npz"])
+        if "stream_words" in numbers and (tables is None or tables[0] != url):
+            tables = url, read_coder(Path(url), card_here)  # somebody shuffled the blocks
+        coder = tables[1] if tables and "stream_words" in numbers else None
+        for within, codes in enumerate(block_codes(block["codes"], numbers, card_here, coder)):
+            sample = {"__key__": text["id"][within], "__url__": url, "codes": codes, "json": _labels(text, within)}
+            scales = scales_of(numbers, within, card_here)
+            yield sample if scales is None else sample | {"scales": scales}
+
+
+def block_codes(
+    codes: bytes, numbers: Mapping[str, NDArray[Any]], card: CodecCard, coder: Coder | None = None
+) -> Iterator[NDArray[np.uint16]]:
+    """Codes [R, T] of each utterance of a block, given KEY.codes and KEY.npz; `coder`: of a compressed shard."""
+    packed, words = np.frombuffer(codes, np.uint8), iter(numbers.get("stream_words", np.zeros(0, int)).tolist())
+    offset = 0
+    for frames in card.frames_of(numbers["samples"].astype(np.int64)).tolist():
+        pieces: list[list[NDArray[np.uint16]]] = []
+        if coder is None:
+            pieces.append([])
+            for bits, rate in zip(card.code_bits, card.codes_per_frame):
+                size = packed_size(frames * rate, bits)
+                pieces[0].append(unpack(packed[offset : offset + size], bits, 0, frames * rate))
+                offset += size
+        else:
+            for first in range(0, frames, SEGMENT_FRAMES):
+                size = 4 * next(words)
+                stream = np.frombuffer(codes, "<u4", size // 4, offset)
+                pieces.append(coder.decode(stream, min(SEGMENT_FRAMES, frames - first), card.num_codebooks))
+                offset += size
+        yield from_planes([np.concatenate(planes) for planes in zip(*pieces)], card)
+
+
+def _card_beside(url: str) -> CodecCard:
+    try:
+        return CodecCard.from_dict(read_header(Path(url.removeprefix("file:")).parent.parent)["codec"])
+    except UserError as error:
+        raise UserError(f"{url or 'a block'}: no codec card beside it ({error}); give card=Shards(...).card") from error
+
+
+def _text(value: Any) -> dict[str, Any]:
+    """KEY.json.gz, as WebDataset gives it with or without decode(), or the loader of `datasets`."""
+    if isinstance(value, bytes):
+        import gzip
+
+        return dict(json.loads(gzip.decompress(value)))
+    return dict(value)
+
+
+def _numbers(value: Any) -> Mapping[str, NDArray[Any]]:
+    columns = np.load(io.BytesIO(value)) if isinstance(value, bytes) else value
+    return {name: np.asarray(columns[name]) for name in columns}
+
+
+def _npz_bytes(value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    buffer = io.BytesIO()
+    np.savez(buffer, **value)
+    return buffer.getvalue()
+
+
+def _labels(text: dict[str, Any], within: int) -> dict[str, Any]:
+    return {name: column[within] for name, column in text["labels"].items() if column[within] is not None}
+
+
+# ---------------------------------------------------------------- Hugging Face datasets
+
+
+def as_hf_dataset(
+    path: str | Path, streaming: bool = False, num_proc: int | None = None
+) -> datasets.Dataset | datasets.IterableDataset:
+    """A dataset with the columns id, path, codes ([R, T]), samples, source_sha256, scales if any, and the labels.
+
+    streaming: read as it is iterated, else copied to Arrow files in the cache, by `num_proc` processes. Its shards
+    are the blocks: so it is split over workers and nodes. Labels that are not numbers, texts or lists of these, or of
+    several kinds, come as JSON text; a label named as another column has `label_` before its name.
+    """
+    import datasets
+
+    shards = Shards(path)
+    kinds = _label_kinds(shards)
+    features = _features(shards.card, kinds)
+    rows = {
+        "path": str(Path(path).absolute()),
+        "blocks": list(range(len(shards.blocks))),
+        "as_json": {name: kind is None for name, kind in kinds.items()},
+        "fingerprint": shards.fingerprint,
+    }
+    if streaming:
+        return datasets.IterableDataset.from_generator(_rows, features=features, gen_kwargs=rows)
+    return datasets.Dataset.from_generator(_rows, features=features, gen_kwargs=rows, num_proc=num_proc)
+
+
+def _rows(path: str, blocks: list[int], as_json: dict[str, bool], fingerprint: str) -> Iterator[dict[str, Any]]:
+    """The fingerprint is for the cache of `datasets`: other codes at the same path are another dataset."""
+    shards = Shards(path)
+    for block in blocks:
+        first, count = (int(shards.blocks[name][block]) for name in ("first", "count"))
+        for index in range(first, first + count):
+            utterance = shards.utterance(index)
+            yield _row(utterance, as_json) | {"codes": shards.codes(index)}
+
+
+def _row(utterance: Utterance, as_json: dict[str, bool]) -> dict[str, Any]:
+    row: dict[str, Any] = {name: getattr(utterance, name) for name in ("id", "path", "samples", "source_sha256")}
+    if utterance.scales is not None:
+        row["scales"] = utterance.scales
+    for name, text in as_json.items():
+        value = utterance.labels.get(name)
+        row[_column(name)] = json.dumps(value, ensure_ascii=False) if text and value is not None else value
+    return row
+
+
+def _features(card: CodecCard, kinds: dict[str, Any]) -> datasets.Features:
+    from datasets import Features, Sequence, Value
+    from datasets.features.features import generate_from_arrow_type
+
+    columns: dict[str, Any] = {name: Value(kind) for name, kind in OWN.items() if kind}
+    columns["codes"] = Sequence(Sequence(Value("uint16")))
+    if card.segment_samples:
+        columns["scales"] = Sequence(Value("float32"))
+    labels = {_column(n): Value("string") if k is None else generate_from_arrow_type(k) for n, k in kinds.items()}
+    return Features(columns | labels)
+
+
+OWN = {"id": "string", "path": "string", "samples": "int64", "source_sha256": "string", "codes": "", "scales": ""}
+"""Columns of ours and, of the plain ones, their kinds."""
+
+
+def _column(label: str) -> str:
+    return f"label_{label}" if label in OWN else label
+
+
+def _label_kinds(shards: Shards) -> dict[str, Any]:
+    """The Arrow type of each label over all blocks; None where it must be JSON text. Reads the text of all blocks."""
+    import pyarrow as pa
+
+    kinds: dict[str, Any] = {}
+    for row in shards.blocks:
+        with shard_path(shards.path, int(row["shard"])).open("rb") as file:
+            text, _ = read_columns(file, int(row["offset"]))
+        for name, column in text["labels"].items():
+            kinds[name] = _common(kinds.get(name, pa.null()), _kind(column))
+    return {name: _plain(kind) for name, kind in sorted(kinds.items())}
+
+
+def _kind(column: list[Any]) -> Any:
+    import pyarrow as pa
+
+    try:
+        return pa.array(column).type
+    except (pa.ArrowException, OverflowError):
+        return None
+
+
+def _common(a: Any, b: Any) -> Any:
+    import pyarrow as pa
+
+    if a is None or b is None:
+        return None
+    try:
+        schemas = [pa.schema([("x", kind)]) for kind in (a, b)]
+        return pa.unify_schemas(schemas, promote_options="permissive").field("x").type
+    except pa.ArrowException:
+        return None
+
+
+def _plain(kind: Any) -> Any:
+    import pyarrow as pa
+
+    inner = kind.value_type if kind is not None and pa.types.is_list(kind) else kind
+    if inner is None or pa.types.is_nested(inner) or pa.types.is_null(inner):
+        return None
+    return kind

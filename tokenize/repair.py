@@ -1,0 +1,291 @@
+"""`codecssl-tokenize repair`: damaged shards are encoded again from their sources; whole ones stay as they are.
+
+What is damaged waits in DIR/damaged until the new shard is whole. dataset.json goes there first, so that nobody reads
+a dataset in the making. A repair that was interrupted goes on when it is run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from codecssl.tokenize.codec import BACKENDS, CodecCard, load_codec_for
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.inputs import Input
+from codecssl.tokenize.layout import load_json, read_columns, shard_path
+from codecssl.tokenize.shardcheck import check_shard, read_document
+from codecssl.tokenize.sources import is_stream, read_sources
+from codecssl.tokenize.verify import STDIN, Report, examine, read_statements, version_of
+from codecssl.tokenize.writer import finish_dataset, sync_folder, to_json, write_atomic
+
+if TYPE_CHECKING:
+    from codecssl.tokenize.run import Progress, RunConfig
+
+
+def repair(
+    root: Path,
+    report: Report = lambda done, total: None,
+    *,
+    workers: int | None = None,
+    weights: str | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> list[str]:
+    """Make a dataset whole; return what was done, one line each, [] when nothing had to be.
+
+    report: counts checked shards; progress: of encoding; workers: as in RunConfig; weights: of the codec, where they
+    have moved. Raises UserError when it cannot be done: sources or codec missing or others. Then nothing is changed.
+    """
+    aside = Aside(root)
+    state = find_damage(root, aside, report)
+    if state.finished and not (state.damaged or state.files or aside.begun):
+        return []
+    card = state.card
+    if state.damaged or not state.finished:
+        config = _config(root, state, workers, weights)
+        card = _check_codec(root, state, config, weights)
+        _check_sources(root, aside, state)
+        aside.take(state)
+        from codecssl.tokenize.run import run
+
+        run(config, progress)
+    elif state.files:
+        if "plan.json" in state.files:
+            write_atomic(root / "plan.json", to_json(state.plan))
+        finish_dataset(root, state.plan, read_statements(root).shards)
+    if left := examine(root, report=report).damages:
+        raise UserError(f"{root}: still damaged: {left[0]}; what was damaged before is in {aside.folder}")
+    return [f"{name}: written again" for name in state.files] + list(aside.settle(state, card))
+
+
+# ---------------------------------------------------------------- what is to be done
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What is to be done."""
+
+    plan: dict[str, Any]
+    damaged: list[int]
+    """Shards that are there and damaged."""
+    unsure: list[int]
+    """Those among them whose mark is damaged: what it says is not to be believed."""
+    files: list[str]
+    """Beside the shards, to be written again."""
+    finished: bool
+    """dataset.json is there: else there may be shards that nobody has begun."""
+
+    @property
+    def card(self) -> CodecCard:
+        return CodecCard.from_dict(self.plan["codec"])
+
+
+def find_damage(root: Path, aside: Aside, report: Report) -> State:
+    """Check a dataset, also one whose run or repair did not end. Raises UserError where nobody can tell what it is."""
+    if not (root / "dataset.json").exists():
+        return _unfinished(root, report)
+    found, said = examine(root, report=report).damages, read_statements(root)
+    if said.plan is None:
+        raise UserError(f"{root}: dataset.json is damaged and there is no plan.json: nobody knows the codec")
+    if lost := [damage for damage in found if damage.file == STDIN]:
+        raise UserError(f"{root}: {lost[0]}; it cannot be made again: put it back")
+    if not said.agree:
+        raise UserError(f"{root}: {found[0]}; put back the right one by hand, nothing was changed")
+    return State(
+        plan=said.plan,
+        damaged=sorted({damage.shard for damage in found if damage.shard is not None}),
+        unsure=[d.shard for d in found if d.shard is not None and d.file.endswith(".json")],
+        files=sorted({damage.file for damage in found if damage.shard is None}),
+        finished=True,
+    )
+
+
+def _unfinished(root: Path, report: Report) -> State:
+    try:
+        plan = read_document(root / "plan.json")
+    except FileNotFoundError:
+        raise UserError(f"{root}: no dataset.json and no plan.json; this is not a folder of token shards") from None
+    card, version = CodecCard.from_dict(plan["codec"]), version_of(plan)
+    shards = sorted(int(path.stem) for path in (root / "shards").glob("[0-9]*.json"))
+    damaged: list[int] = []
+    unsure: list[int] = []
+    for done, shard in enumerate(shards, 1):
+        found = check_shard(root, shard, card, version).damages
+        damaged += [shard] if found else []
+        unsure += [shard] if any(damage.file.endswith(".json") for damage in found) else []
+        report(done, len(shards))
+    return State(plan=plan, damaged=damaged, unsure=unsure, files=[], finished=False)
+
+
+def _config(root: Path, state: State, workers: int | None, weights: str | None) -> RunConfig:
+    """The run that wrote the dataset, in one task."""
+    from codecssl.tokenize.run import RunConfig
+
+    card, plan = state.card, state.plan
+    if not plan.get("sources"):
+        damaged = ", ".join(f"{shard:05d}" for shard in state.damaged[:5])
+        raise UserError(f"{root}: shards {damaged} were not made from audio; write the dataset anew")
+    source = weights or card.weights
+    return RunConfig(
+        sources=tuple(plan["sources"]),
+        output=root,
+        codec=source if source.partition("@")[0] in BACKENDS else f"{card.name}@{source}",
+        num_codebooks=card.num_codebooks,
+        device=card.policies.get("device", "cpu"),
+        workers=workers,
+        compress=bool(plan.get("compression")),
+        **{size: plan[size] for size in ("shard_inputs", "block_inputs", "block_seconds") if size in plan},
+    )
+
+
+def _check_codec(root: Path, state: State, config: RunConfig, weights: str | None) -> CodecCard:
+    """The card of the codec as it is here."""
+    import torch
+
+    if config.device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"{root}: its shards were encoded on {config.device}; repair it on such a machine")
+    card = load_codec_for(state.card, device=config.device, weights=weights).card
+    if card.fingerprint != state.card.fingerprint:
+        raise UserError(f"{root}: the codec here is another one ({state.card.difference(card)}); nothing was changed")
+    return card
+
+
+def _check_sources(root: Path, aside: Aside, state: State) -> None:
+    """Are all inputs still there that whole and damaged shards were made of? Walks the sources once."""
+    sources, size = list(state.plan["sources"]), state.plan["shard_inputs"]
+    if any(is_stream(source) for source in sources):
+        return  # to list them would mean to fetch them
+    missing: list[str] = []
+    again = {*state.damaged, *aside.begun}
+    try:
+        for shard, group in groupby(enumerate(read_sources(sources)), key=lambda pair: pair[0] // size):
+            inputs = (item for _, item in group)
+            mark = None if shard in state.unsure else aside.mark(shard)
+            missing += _missing(root, shard, inputs, mark, encode=shard in again)
+    except UserError as error:
+        where = "" if all(Path(s).is_absolute() for s in sources) else ", seen from the folder where the run was begun"
+        raise UserError(f"{error}; a repair needs the sources{where}; nothing was changed") from error
+    if missing:
+        raise UserError(
+            f"{root}: {len(missing)} files that the damaged shards were made of are not there, the first is "
+            f"{missing[0]}; put them back; nothing was changed"
+        )
+
+
+def _missing(
+    root: Path, shard: int, inputs: Iterator[Input], mark: dict[str, Any] | None, encode: bool
+) -> Iterator[str]:
+    """Files of a shard to be encoded that are not there, but for those that could not be read in the first place."""
+    failed = {row["id"] for row in mark["failed"]} if mark else set()
+    digest = hashlib.sha256()
+    for item in inputs:
+        digest.update(item.digest())
+        elsewhere = item.row is not None or item.data is not None or item.problem is not None or "://" in item.file
+        if encode and not elsewhere and item.id not in failed and not Path(item.file).is_file():
+            yield item.file
+    if mark and mark["inputs_sha256"] != digest.hexdigest():
+        raise UserError(f"{root}: the sources are not those that shard {shard:05d} was made of")
+
+
+# ---------------------------------------------------------------- what was damaged
+
+
+class Aside:
+    """DIR/damaged. Its shards.json lists the shards of a repair that has not ended."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.folder = root, root / "damaged"
+        self.list = self.folder / "shards.json"
+        self.begun: list[int] = load_json(self.list)["shards"] if self.list.exists() else []
+
+    def tar(self, shard: int) -> Path:
+        return self.folder / shard_path(self.root, shard).name
+
+    def mark(self, shard: int) -> dict[str, Any] | None:
+        """What a shard's mark said before; None where it is lost."""
+        for path in (self.tar(shard), shard_path(self.root, shard)):
+            mark = _read(path.with_suffix(".json"))
+            if mark and mark.get("shard") == shard and {"failed", "inputs_sha256"} <= mark.keys():
+                return mark
+        return None
+
+    def take(self, state: State) -> None:
+        """Move what is damaged here, in an order in which no interruption loses anything."""
+        self.folder.mkdir(exist_ok=True)
+        if "plan.json" in state.files:
+            write_atomic(self.root / "plan.json", to_json(state.plan))
+        self.begun = sorted({*state.damaged, *self.begun})
+        write_atomic(self.list, to_json({"shards": self.begun}))
+        _move(self.root / "dataset.json", self.folder / "dataset.json")
+        for shard in self.begun:
+            tar, kept = shard_path(self.root, shard), self.tar(shard)
+            if shard in state.damaged:
+                shutil.rmtree(self.root / "work" / f"{shard:05d}", ignore_errors=True)
+                _move(tar.with_suffix(".json"), kept.with_suffix(".json"))
+            if shard in state.damaged or not (kept.exists() or tar.with_suffix(".json").exists()):
+                _move(tar, kept)
+        if (self.root / "shards").is_dir():
+            sync_folder(self.root / "shards")
+
+    def settle(self, state: State, here: CodecCard) -> Iterator[str]:
+        """A line for each new shard; what was damaged goes, but where the new one is not what it was."""
+        before, now = (_read(folder / "dataset.json") or {} for folder in (self.folder, self.root))
+        for shard in self.begun:
+            kept, name = self.tar(shard), f"shard {shard:05d}: encoded again"
+            old, new = (_read(tar.with_suffix(".json")) or {} for tar in (kept, shard_path(self.root, shard)))
+            if before.get("sha256") == now["sha256"] or old.get("sha256") == new["sha256"]:
+                yield f"{name}, byte for byte as it was"
+                for suffix in (".json", ".tar"):
+                    kept.with_suffix(suffix).unlink(missing_ok=True)
+            else:
+                why = self._why(shard, state.card, here)
+                yield f"{name}, but it is not what it was: {why}; the damaged one is kept as {kept}"
+        if not state.finished and not self.begun:
+            yield "the run was not finished: completed"
+        for name in ("dataset.json", "shards.json"):
+            (self.folder / name).unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _why(self, shard: int, card: CodecCard, here: CodecCard) -> str:
+        old, new = _sources_of(self.tar(shard)), _sources_of(shard_path(self.root, shard))
+        changed = sorted(id for id in old.keys() & new.keys() if old[id] != new[id])
+        gone = sorted(old.keys() - new.keys())
+        if changed or gone:
+            first = (changed + gone)[0]
+            return f"{len(changed)} sources changed since, {len(gone)} can no longer be read, the first is {first}"
+        versions = {name: (version, here.versions.get(name)) for name, version in card.versions.items()}
+        if others := [f"{name} {a}, now {b}" for name, (a, b) in versions.items() if a != b]:
+            return f"it was made with {others[0]}"
+        return "this machine rounds otherwise, or nothing is left to compare it with"
+
+
+def _move(path: Path, target: Path) -> None:
+    if target.exists():  # of an earlier repair: that is what was there first
+        path.unlink(missing_ok=True)
+    elif path.exists():
+        path.replace(target)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return load_json(path)
+    except (OSError, UserError):
+        return None
+
+
+def _sources_of(tar: Path) -> dict[str, bytes]:
+    """The sources' sha256 by id, of the blocks that can be read."""
+    found: dict[str, bytes] = {}
+    for place in (_read(tar.with_suffix(".json")) or {}).get("blocks", []):
+        try:
+            with tar.open("rb") as file:
+                text, numbers = read_columns(file, place["offset"])
+                found |= dict(zip(text["id"], map(bytes, numbers["sha256"])))
+        except Exception:  # any layer of it may be damaged
+            continue
+    return found

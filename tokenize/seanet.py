@@ -1,0 +1,290 @@
+"""SEANet run piece by piece: the layers of EnCodec's encoder and decoder with what each carries from piece to piece.
+
+Defossez et al. 2022 (arXiv 2210.13438), section 3.2. The network is causal, so nothing is computed twice: a convolution
+keeps its last inputs, the LSTM its state. A piece is short, so that on a CPU all that passes between two layers stays
+in its cache; pieces all have one length, so that each layer has its memory and its views of it from the start.
+
+Convolutions run on one wave at a time, in products of matrices of one fixed size; the LSTM, whose weights fit in no
+cache, runs on several waves (lanes) side by side. Only such numbers of lanes are used as give the same bits
+(`Encoder.widths`), so that a wave's latents depend on that wave alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codecssl.tokenize.errors import UserError
+
+WIDTHS = (2, 4, 8, 12, 16, 24, 32)
+"""Numbers of lanes that a CPU may run side by side; for a single one oneDNN sums in another order."""
+CUDA_WIDTH = 32
+"""A GPU's libraries choose their sums by the shape: it always runs this many lanes, some of them empty."""
+BLOCK = 8
+"""A convolution from or to one channel, too thin for a product of matrices, runs over blocks of this many samples."""
+
+
+class Lane:
+    """What one wave carries from piece to piece: a memory for each layer."""
+
+    def __init__(self, first_frames: int, piece_frames: int) -> None:
+        self.first_frames, self.piece_frames = min(first_frames, piece_frames), piece_frames
+        """Frames of the first piece that are the wave's, and frames of a piece."""
+        self.memory: dict[object, Tensor] = {}
+
+
+class Arena:
+    """Three blocks of memory that all layers share in turn: fresh memory would not be in the cache."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.blocks = [like.new_empty(1) for _ in range(3)]
+
+    def take(self, rows: int, columns: int, *live: Tensor) -> Tensor:
+        """An uninitialised [rows, columns] that shares no memory with the tensors in `live`, two at most."""
+        taken = {tensor.untyped_storage().data_ptr() for tensor in live}
+        block = next(b for b in self.blocks if b.untyped_storage().data_ptr() not in taken)
+        storage, size = block.untyped_storage(), rows * columns * block.itemsize
+        if len(storage) < size:
+            storage.resize_(size)  # views of it that others have grow with it
+        return block.new_empty(0).set_(storage, 0, (rows, columns), (columns, 1))
+
+
+def elu(x: Tensor, out: Tensor) -> None:
+    """ELU as max(x, exp(min(x, 0)) - 1): twice as fast as torch's own, rounded to 6e-8 of 1 as all sums here are."""
+    torch.clamp(x, max=0, out=out)
+    torch.maximum(x, out.exp_().sub_(1), out=out)
+
+
+class Convolution:
+    """A causal convolution over pieces [n, C], time before channels: one matrix product per tap, nothing unfolded.
+
+    A stride s with a kernel of m * s is a kernel of m over blocks of s samples; transposed it is the same, with s
+    samples out for each one in. The input stands in `source`, the output [n / stride * upsample, N] in `out`.
+    """
+
+    def __init__(self, layer: Any, source: Tensor, arena: Arena, *live: Tensor, activate: bool) -> None:
+        """activate: the input goes through an ELU first. live: what else of the arena must last."""
+        inner = _innermost(layer)
+        weight, stride, self.dilation = _weight(inner, source), inner.stride[0], inner.dilation[0]
+        self.source, self.activate, self.mirror, upsample = source, activate, True, 1
+        if isinstance(inner, nn.ConvTranspose1d):
+            weight, stride, upsample, self.mirror = _transposed(weight, stride), 1, stride, False
+        elif not layer.causal or layer.pad_mode != "reflect":
+            raise UserError(f"{layer}: only causal convolutions with reflected padding run in pieces")
+        if min(weight.shape[:2]) == 1 and stride == upsample == self.dilation == 1 and len(source) % BLOCK == 0:
+            weight, stride, upsample = _blocked(weight), BLOCK, BLOCK
+        if inner.groups != 1 or weight.shape[2] % stride:
+            raise UserError(f"{inner}: only plain convolutions whose stride divides the kernel run in pieces")
+        (outputs, channels), count = weight.shape[:2], weight.shape[2] // stride
+        self.taps = list(weight.unflatten(2, (count, -1)).permute(2, 3, 1, 0).flatten(1, 2).contiguous())
+        self.bias = inner.bias.detach().to(source).repeat(upsample)
+        self.pad = (count - 1) * self.dilation * stride
+        if self.pad >= len(source):
+            raise UserError(f"{layer}: pieces of {len(source)} samples are too short for a padding of {self.pad}")
+        self.samples = arena.take(self.pad + len(source), channels, source, *live)
+        self.rows = self.samples.view(-1, stride * channels)
+        rows = len(source) // stride
+        self.reads = [self.rows[i * self.dilation : i * self.dilation + rows] for i in range(count)]
+        self.product = arena.take(rows, outputs, self.samples, *live)
+        self.out = self.product.view(rows * upsample, -1)
+
+    def __call__(self, lane: Lane) -> None:
+        self._load(lane)
+        torch.addmm(self.bias, self.reads[0], self.taps[0], out=self.product)
+        for rows, tap in zip(self.reads[1:], self.taps[1:]):
+            self.product.addmm_(rows, tap)
+
+    def _load(self, lane: Lane) -> None:
+        """Put the piece behind the inputs before it."""
+        lead, body, tail = self._parts
+        if self.activate:
+            elu(self.source, body)
+        else:
+            body.copy_(self.source)
+        if self.pad:
+            before = lane.memory.get(self)
+            lead.copy_(self._mirrored(body, lane) if before is None else before)
+            lane.memory[self] = tail.clone()
+
+    @cached_property
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        length = len(self.samples) - self.pad
+        return self.samples[: self.pad], self.samples[self.pad :], self.samples[length:]
+
+    def _mirrored(self, body: Tensor, lane: Lane) -> Tensor:
+        """What the reference puts before a wave: its beginning mirrored, with zeros for what a short one lacks."""
+        mirrored = body[1 : self.pad + 1].flip(0)
+        length = len(body) * lane.first_frames // lane.piece_frames if self.mirror else 0
+        mirrored[: max(0, self.pad + 1 - length)] = 0
+        return mirrored
+
+
+class Residual:
+    """x -> shortcut(x) + pointwise(elu(convolution(elu(x)))); [n, C] in `source` to [n, C] in `out`."""
+
+    def __init__(self, layer: Any, source: Tensor, arena: Arena) -> None:
+        self.source, self.narrow = source, Convolution(layer.block[1], source, arena, source, activate=True)
+        pointwise, shortcut = _innermost(layer.block[3]), _innermost(layer.shortcut)
+        self.widen = _weight(pointwise, source)[..., 0].t().contiguous()
+        self.shortcut = _weight(shortcut, source)[..., 0].t().contiguous()
+        self.bias = (pointwise.bias + shortcut.bias).detach().to(source)
+        hidden = self.narrow.out
+        self.activated = arena.take(*hidden.shape, source, hidden)
+        self.out = arena.take(*source.shape, source, self.activated)
+
+    def __call__(self, lane: Lane) -> None:
+        self.narrow(lane)
+        elu(self.narrow.out, self.activated)
+        torch.addmm(self.bias, self.source, self.shortcut, out=self.out)
+        self.out.addmm_(self.activated, self.widen)
+
+
+class Recurrence:
+    """An LSTM and the connection past it, for lanes side by side."""
+
+    def __init__(self, layer: Any) -> None:
+        self.lstm: nn.LSTM = layer.lstm
+
+    def __call__(self, x: Tensor, lanes: Sequence[Lane]) -> Tensor:
+        """[t, W, H] to [t, W, H]."""
+        fresh = x.new_zeros(2, self.lstm.num_layers, self.lstm.hidden_size)
+        hidden, cell = torch.stack([lane.memory.get(self, fresh) for lane in lanes], 2)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            out, states = self.lstm(x, (hidden, cell))
+        for lane, state in zip(lanes, torch.stack(states).unbind(2)):
+            lane.memory[self] = state
+        return out + x
+
+
+class LoneRecurrence:
+    """A `Recurrence` of one lane among stages: [n, H] in `source` to [n, H] in `out`."""
+
+    def __init__(self, layer: Any, source: Tensor, arena: Arena) -> None:
+        self.source, self.recurrence = source, Recurrence(layer)
+        self.out = arena.take(*source.shape, source)
+
+    def __call__(self, lane: Lane) -> None:
+        self.out.copy_(self.recurrence(self.source[:, None], [lane])[:, 0])
+
+
+class Encoder:
+    """The encoder's layers, from pieces of waves to latents."""
+
+    def __init__(self, layers: Sequence[Any], hop_length: int, piece_frames: int) -> None:
+        *front, lstm, activation, last = layers
+        if not hasattr(lstm, "lstm") or not isinstance(activation, nn.ELU):
+            raise UserError("only an encoder that ends in an LSTM, an ELU and a convolution runs in pieces")
+        self.piece_frames, self.piece_samples = piece_frames, piece_frames * hop_length
+        like = next(lstm.parameters())
+        arena = Arena(like)
+        self.piece = like.new_empty(self.piece_samples, 1)
+        self.front = _stages(front, self.piece, arena)
+        self.recurrence = Recurrence(lstm)
+        self.hidden = like.new_empty(self.front[-1].out.shape)
+        self.last = Convolution(last, self.hidden, arena, activate=True)
+
+    def __call__(self, lanes: Sequence[Lane], pieces: Sequence[Tensor]) -> Tensor:
+        """The next piece [piece_samples] of each lane's wave to latents [W, piece_frames, D].
+
+        The number of lanes is free up to the last of `widths`; what a piece has after its wave's end does not matter.
+        """
+        empty = next(width for width in self.widths if width >= len(lanes)) - len(lanes)
+        features = self.hidden.new_zeros(self.piece_frames, len(lanes) + empty, self.hidden.shape[1])
+        for i, (lane, piece) in enumerate(zip(lanes, pieces)):
+            self.piece[:, 0] = piece
+            for stage in self.front:
+                stage(lane)
+            features[:, i] = self.front[-1].out
+        hidden = self.recurrence(features, [*lanes, *(self.lane() for _ in range(empty))])
+        latents = []
+        for i, lane in enumerate(lanes):
+            self.hidden.copy_(hidden[:, i])
+            self.last(lane)
+            latents.append(self.last.out.clone())
+        return torch.stack(latents)
+
+    def lane(self, frames: int | None = None) -> Lane:
+        """A fresh lane for a wave of so many frames."""
+        return Lane(self.piece_frames if frames is None else frames, self.piece_frames)
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Numbers of lanes that may run side by side, because a lane's result is the same, to the bit, in all of them.
+
+        How a product of matrices sums up does not depend on the numbers in it, so lanes that are all alike show it.
+        """
+        if self.piece.device.type != "cpu":
+            return (CUDA_WIDTH,)
+        one = torch.randn(self.piece_frames, 1, self.hidden.shape[1], generator=torch.Generator().manual_seed(0))
+        results = [
+            self.recurrence(one.to(self.piece).repeat(1, width, 1), [self.lane() for _ in range(width)])
+            for width in WIDTHS
+        ]
+        return tuple(result.shape[1] for result in results if result.eq(results[0][:, :1]).all())
+
+
+class Decoder:
+    """The decoder's layers, from pieces of latents to samples."""
+
+    def __init__(self, layers: Sequence[Any], latent_dim: int, piece_frames: int) -> None:
+        like = next(layers[0].parameters())
+        self.piece_frames, self.piece = piece_frames, like.new_empty(piece_frames, latent_dim)
+        self.stages = _stages(layers, self.piece, Arena(like))
+
+    def __call__(self, latents: Tensor, lane: Lane) -> Tensor:
+        """The next piece [piece_frames, D] to samples [piece_frames * hop]."""
+        self.piece.copy_(latents)
+        for stage in self.stages:
+            stage(lane)
+        return self.stages[-1].out[:, 0].clone()
+
+
+def _stages(layers: Sequence[Any], source: Tensor, arena: Arena) -> list[Any]:
+    """The layers of a SEANet, of the encodec package or of transformers, as stages, each reading the one before it."""
+    stages: list[Any] = []
+    for before, layer in zip([None, *layers], layers):
+        if isinstance(layer, nn.ELU):
+            continue
+        if hasattr(layer, "lstm"):
+            stages.append(LoneRecurrence(layer, source, arena))
+        elif hasattr(layer, "block"):
+            stages.append(Residual(layer, source, arena))
+        else:
+            stages.append(Convolution(layer, source, arena, activate=isinstance(before, nn.ELU)))
+        source = stages[-1].out
+    return stages
+
+
+def _innermost(layer: Any) -> Any:
+    """The torch layer within the wrappers of either library."""
+    while (inner := getattr(layer, "convtr", getattr(layer, "conv", None))) is not None:
+        layer = inner
+    return layer
+
+
+def _transposed(weight: Tensor, stride: int) -> Tensor:
+    """A transposed convolution [C, N, m * s] as an ordinary one [s * N, C, m], which gives s samples at once."""
+    return weight.unflatten(2, (-1, stride)).permute(3, 1, 0, 2).flatten(0, 1).flip(2)
+
+
+def _blocked(weight: Tensor) -> Tensor:
+    """A convolution [N, C, k] as one of stride BLOCK, [BLOCK * N, C, m * BLOCK], which gives BLOCK samples at once."""
+    outputs, inputs, kernel = weight.shape
+    length = -(-(kernel - 1) // BLOCK) * BLOCK + BLOCK
+    blocked = weight.new_zeros(BLOCK, outputs, inputs, length)
+    for i, part in enumerate(blocked):
+        end = length - BLOCK + i + 1
+        part[..., end - kernel : end] = weight
+    return blocked.flatten(0, 1)
+
+
+@torch.no_grad()
+def _weight(convolution: Any, like: Tensor) -> Tensor:
+    """Its weight with the weight norm of either kind folded in."""
+    if hasattr(convolution, "weight_g"):  # set by a hook when the layer is called: recompute what may be stale
+        return torch._weight_norm(convolution.weight_v, convolution.weight_g, 0).to(like)
+    return convolution.weight.detach().clone().to(like)

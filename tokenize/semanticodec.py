@@ -1,0 +1,370 @@
+"""SemantiCodec (Liu et al. 2024): a semantic and an acoustic code in each cell of a time-frequency grid.
+
+AudioMAE sees 10.24 s at once, 1024 mel frames x 128 bins in patches of 16 x 16: 64 columns in time x 8 bands. Where the
+codec has 50 or 25 tokens in a second instead of 100, a cell joins 2 neighbouring bands, or 2 bands of 2 columns. Its
+tokens run band by band through a column, then on to the next; windows follow one another. A frame here is one column:
+row f of the codes is band f, lowest first, semantic bands before acoustic ones.
+
+The policy is the package's own for files of any length: windows of 10.24 s one after another, each encoded for itself,
+the last one filled up with zeros; columns that begin after the wave's end are dropped.
+
+The package is not in a registry. Nothing of it is needed but `SemantiCodec` itself and its mel spectrogram.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from codecssl.tokenize.codec import BACKENDS, CodecCard, file_sha256, keep_codebooks
+from codecssl.tokenize.errors import UserError
+
+SAMPLE_RATE, WINDOW, MEL_FRAMES = 16_000, 163_840, 1024
+LOOKAHEAD = 240
+"""The last two mel frames of a window, of 400 samples each, reach so far into the next one."""
+CUDA_LANES = 16
+"""Windows that a GPU encodes at once, empty ones if need be, so that a wave's codes do not depend on its batch."""
+NOISE_SEED = 0
+"""Of the decoder, which samples by diffusion: `torch.manual_seed` before each utterance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The layout of one of the three networks."""
+
+    token_rate: int
+    """As the package counts: semantic and acoustic tokens per second."""
+    bands: int
+    hop_length: int
+    """Samples per column."""
+    folder: str
+    """Of its semantic codebooks in the published checkpoints."""
+
+
+GRIDS = {
+    768: Grid(token_rate=100, bands=8, hop_length=2560, folder="combine_512_audioset_dominate"),
+    1536: Grid(token_rate=50, bands=4, hop_length=2560, folder="combine_256_audioset_dominate"),
+    3072: Grid(token_rate=25, bands=4, hop_length=5120, folder="combine_128_audioset_dominate"),
+}
+"""By width of a semantic codebook's entries: 768, AudioMAE's width, for each patch in a cell."""
+
+
+class Encoder(Protocol):
+    """What we use of the package's encoder."""
+
+    centroid_npy: Tensor
+    """The semantic codebook [V, D]."""
+    codebook_size: int
+    """Entries of the acoustic codebook."""
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Mel spectrograms [B, 1024 w, 128] to int64 tokens [B, N, 2], semantic and acoustic."""
+
+    def unquant(self, tokens: Tensor) -> Tensor:
+        """Semantic tokens [B, N] to [B, N, D]."""
+
+    def token_to_quantized_feature(self, tokens: Tensor) -> Tensor:
+        """Tokens [1, N, 2] to [1, N, 2 D], the acoustic half first."""
+
+
+class Package(Protocol):
+    """What we use of `semanticodec.SemantiCodec`."""
+
+    encoder: Encoder
+
+    def decode(self, tokens: Tensor) -> NDArray[np.float32]:
+        """Tokens [1, N, 2] to a wave [1, 1, n]."""
+
+
+class Mel(Protocol):
+    """`semanticodec.utils.extract_kaldi_fbank_feature`."""
+
+    def __call__(self, waveform: Tensor, sampling_rate: int, target_length: int) -> dict[str, Tensor]:
+        """A wave [1, n] to {"ta_kaldi_fbank": [target_length, 128]}, frames cut off or zeros added."""
+
+
+# ---------------------------------------------------------------- the grid
+
+
+def to_rows(tokens: Tensor, bands: int) -> Tensor:
+    """Tokens [columns * bands, C] in the package's order to codes [C * bands, columns]."""
+    return tokens.unflatten(0, (-1, bands)).permute(2, 1, 0).flatten(0, 1)
+
+
+def to_tokens(codes: Tensor, bands: int) -> Tensor:
+    """Codes [C * bands, columns] to tokens [columns * bands, C]: the inverse of `to_rows`."""
+    return codes.unflatten(0, (-1, bands)).permute(2, 1, 0).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the encoder sees at once."""
+
+    audio: Tensor
+    samples: int
+    """Of the wave, without lookahead and padding."""
+
+
+def windows(wave: Tensor, *, last: bool) -> tuple[list[Window], Tensor]:
+    """Windows that are certain with these samples [n], and the samples that remain.
+
+    A window has LOOKAHEAD samples more where the wave fills it; `last` when the wave ends here.
+    """
+    found = []
+    while len(wave) >= WINDOW + (0 if last else LOOKAHEAD):
+        audio = wave[: WINDOW + LOOKAHEAD]
+        found.append(Window(F.pad(audio, (0, WINDOW + LOOKAHEAD - len(audio))), WINDOW))
+        wave = wave[WINDOW:]
+    if last and len(wave):
+        found.append(Window(F.pad(wave, (0, WINDOW - len(wave))), len(wave)))
+        wave = wave[:0]
+    return found, wave
+
+
+# ---------------------------------------------------------------- the codec
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No gradients; float32 products whole, whatever the process has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    cudnn = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    try:
+        with torch.inference_mode(), cudnn:
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """The package tells of its progress, and prints a traceback where one mel frame only is not silent."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+class SemanticCodec:
+    """A `semanticodec.SemantiCodec` as a `Codec`."""
+
+    def __init__(
+        self, package: Package, mel: Mel, grid: Grid, card: CodecCard, device: str = "cpu", lanes: int = 1
+    ) -> None:
+        self.package, self.mel, self.grid = package, mel, grid
+        self.card, self.device, self.lanes = card, torch.device(device), lanes
+
+    def stream(self) -> SemanticStream:
+        return SemanticStream(self)
+
+    def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
+        groups = [windows(wave, last=True)[0] for wave in waves]
+        codes = iter(self.encode_windows([window for group in groups for window in group]))
+        return [torch.cat([next(codes) for _ in group], dim=1) for group in groups]
+
+    def encode_windows(self, found: Sequence[Window]) -> list[Tensor]:
+        """The codes [R, T] of each window."""
+        codes = []
+        for at in range(0, len(found), self.lanes):
+            group = found[at : at + self.lanes]
+            mels = torch.stack([self._mel(window.audio, 1) for window in group])
+            lanes = self._rows(F.pad(mels, (0, 0, 0, 0, 0, self.lanes - len(group))))
+            codes += [lane[:, : self.card.frames_of(window.samples)] for lane, window in zip(lanes, group)]
+        return codes
+
+    def encode_plainly(self, wave: Tensor) -> Tensor:
+        """The whole wave as `SemantiCodec.encode` has it: one spectrogram of all windows, cut into them afterwards.
+
+        Where the wave fills its windows, the package adds an empty one. Its own count of tokens may end in mid-column.
+        """
+        count = len(wave) // WINDOW + 1
+        mel = self._mel(F.pad(wave, (0, count * WINDOW - len(wave))), count)
+        return self._rows(mel[None])[0][:, : self.card.frames_of(len(wave))]
+
+    def _mel(self, wave: Tensor, count: int) -> Tensor:
+        """[n] to the spectrogram of `count` windows, [1024 * count, 128]."""
+        return self.mel(wave[None].float().cpu(), SAMPLE_RATE, target_length=count * MEL_FRAMES)["ta_kaldi_fbank"]
+
+    def _rows(self, mels: Tensor) -> list[Tensor]:
+        with full_precision(), _silence():
+            tokens = self.package.encoder(mels.to(self.device))
+        return [to_rows(lane[:, : self.card.num_codebooks], self.grid.bands) for lane in tokens]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """By diffusion, 50 steps for each 10.24 s. Raises UserError without the acoustic codes."""
+        if self.card.num_codebooks < 2:
+            raise UserError(f"codec {self.card.name}: decodes from 2 codebooks, 1 is kept; tokenize with both")
+        samples = codes.shape[1] * self.card.hop_length
+        if not samples:
+            return torch.zeros(0)
+        tokens = to_tokens(codes.to(self.device), self.grid.bands)[None]
+        devices = [self.device] if self.device.type == "cuda" else []
+        with full_precision(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(NOISE_SEED)
+            wave = torch.as_tensor(self.package.decode(tokens), dtype=torch.float32).flatten()[:samples]
+        return F.pad(wave, (0, samples - len(wave)))
+
+    def embeddings(self) -> list[Tensor]:
+        """Raises UserError: the latent is no sum, see `latents`."""
+        card = self.card
+        size = sum(v * n for v, n in zip(card.codebook_sizes, card.codes_per_frame)) * card.latent_dim * 4 / 1e9
+        raise UserError(
+            f"codec {card.name}: its latent has the vectors of a frame's {card.num_rows} codes side by side, "
+            f"{card.latent_dim} numbers; tables that sum to it would take {size:.1f} GB. Pretrain with "
+            "model.embedding_init: random and a model.embedding_dim"
+        )
+
+    def latents(self, codes: Tensor) -> Tensor:
+        """[R, T] to [bands * width, T]: band by band, the acoustic vector and then the semantic one."""
+        tokens = to_tokens(codes.to(self.device), self.grid.bands)[None]
+        encoder = self.package.encoder
+        with full_precision():
+            both = self.card.num_codebooks == 2
+            found = encoder.token_to_quantized_feature(tokens) if both else encoder.unquant(tokens[..., 0])
+        return found[0].unflatten(0, (-1, self.grid.bands)).flatten(1).t()
+
+
+class SemanticStream:
+    """Streaming encoder of one wave; windows do not depend on how the wave is pushed."""
+
+    def __init__(self, codec: SemanticCodec) -> None:
+        self.codec = codec
+        self.audio = torch.zeros(0)
+
+    def push(self, wave: Tensor) -> Tensor:
+        found, self.audio = windows(torch.cat([self.audio, wave.cpu()]), last=False)
+        return self._joined(found)
+
+    def finish(self) -> Tensor:
+        found, self.audio = windows(self.audio, last=True)
+        return self._joined(found)
+
+    def _joined(self, found: Sequence[Window]) -> Tensor:
+        none = torch.zeros(self.codec.card.num_rows, 0, dtype=torch.int64, device=self.codec.device)
+        return torch.cat([none, *self.codec.encode_windows(found)], dim=1)
+
+
+# ---------------------------------------------------------------- loading
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The files of one network."""
+
+    encoder: Path
+    decoder: Path
+    codebook: Path
+    grid: Grid
+    semantic_size: int
+
+    def link(self, folder: Path) -> None:
+        """Lay the files out as the package looks for them."""
+        codebook = folder / "codebook_idx" / self.grid.folder / f"codebook_{self.semantic_size // 2}_0.npy"
+        codebook.parent.mkdir(parents=True)
+        codebook.symlink_to(self.codebook)
+        (folder / "encoder.ckpt").symlink_to(self.encoder)
+        (folder / "decoder.ckpt").symlink_to(self.decoder)
+
+
+def find_checkpoint(name: str, folder: Path) -> Checkpoint:
+    """The one checkpoint at any depth of a folder. Raises UserError when there is none, or when there are several."""
+    found = {file: sorted(folder.rglob(file)) for file in ("encoder.ckpt", "decoder.ckpt", "codebook_*.npy")}
+    for file, paths in found.items():
+        if len(paths) != 1:
+            raise UserError(
+                f"codec {name}: {folder} holds {len(paths)} of {file}, must be 1; give a folder with one "
+                "semanticodec_tokenrate_*/{encoder,decoder}.ckpt and one codebook_*.npy of haoheliu/SemantiCodec"
+            )
+    encoder, decoder, codebook = (paths[0].resolve() for paths in found.values())
+    try:
+        size, width = np.load(codebook, mmap_mode="r").shape
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{codebook}: not a semantic codebook of {name} ({error})") from error
+    if width not in GRIDS:
+        raise UserError(f"{codebook}: entries of {width} numbers, {name} has {', '.join(map(str, GRIDS))}")
+    return Checkpoint(encoder=encoder, decoder=decoder, codebook=codebook, grid=GRIDS[width], semantic_size=size)
+
+
+def load(name: str, weights: str | None, num_codebooks: int | None, device: str) -> SemanticCodec:
+    """Load `semanticodec` from a folder with one checkpoint (`Codec` loader; see `load_codec`)."""
+    how = BACKENDS[name].weights
+    if weights is None:
+        raise UserError(f"codec {name}: weights are not shipped; {how}")
+    try:
+        from semanticodec import SemantiCodec
+        from semanticodec.utils import extract_kaldi_fbank_feature
+    except ImportError as error:
+        raise UserError(f"codec {name}: needs the semanticodec package ({error}); {how}") from error
+    checkpoint = find_checkpoint(name, Path(weights))
+    kept = keep_codebooks(name, num_codebooks, 2, 2)
+    package = _build(name, SemantiCodec, checkpoint, device)
+    card = make_card(name, weights, checkpoint, package, kept, device)
+    lanes = CUDA_LANES if torch.device(device).type == "cuda" else 1
+    return SemanticCodec(package, extract_kaldi_fbank_feature, checkpoint.grid, card, device, lanes)
+
+
+def _build(name: str, kind: Any, checkpoint: Checkpoint, device: str) -> Any:
+    with TemporaryDirectory() as folder, _silence():
+        checkpoint.link(Path(folder))
+        try:
+            package = kind(
+                token_rate=checkpoint.grid.token_rate,
+                semantic_vocab_size=checkpoint.semantic_size,
+                checkpoint_path=folder,
+                cache_path=folder,
+            )
+        except (AssertionError, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            what = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            raise UserError(f"{checkpoint.encoder.parent}: not a checkpoint of {name} ({what})") from error
+    # it takes a GPU where there is one, and keeps the semantic codebook outside its parameters
+    package = package.to(device).eval()
+    package.device = package.decoder.device = package.encoder.device = torch.device(device)
+    package.encoder.centroid_npy = package.encoder.centroid_npy.to(device)
+    return package
+
+
+def make_card(
+    name: str, weights: str, checkpoint: Checkpoint, package: Package, num_codebooks: int, device: str
+) -> CodecCard:
+    """The card of a checkpoint. Its sha256 is over the files that determine codes: not the decoder's."""
+    grid, encoder = checkpoint.grid, package.encoder
+    libraries = ("torch", "torchaudio", "semanticodec", "timm", "vector-quantize-pytorch", "soxr")
+    return CodecCard(
+        name=name,
+        weights=weights,
+        weights_sha256=file_sha256(checkpoint.encoder, checkpoint.codebook),
+        sample_rate=SAMPLE_RATE,
+        hop_length=grid.hop_length,
+        codebook_sizes=(len(encoder.centroid_npy), encoder.codebook_size)[:num_codebooks],
+        codes_per_frame=(grid.bands,) * num_codebooks,
+        latent_dim=grid.bands * encoder.centroid_npy.shape[1] * num_codebooks,
+        policies={
+            "channels": "mean",
+            "resample": "soxr HQ, whole file",
+            "padding": "zeros to a whole window",
+            "chunk": f"windows of {WINDOW / SAMPLE_RATE} s, each for itself",
+            "precision": "float32",
+            "loudness": "none",
+            "device": torch.device(device).type,
+        },
+        versions={library: found for library in libraries if (found := _version(library))},
+    )
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,287 @@
+"""One shard, byte by byte: its mark, its tar's sha256, each block's codes and columns, and where the damage lies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.layout import load_json, read_coder, read_columns, shard_path, stored_bytes
+from codecssl.tokenize.suspects import suspects
+from codecssl.tokenize.writer import to_json
+
+CHUNK = 1 << 20
+MARK: dict[str, type] = {
+    **dict.fromkeys(("format_version", "shard", "bytes", "inputs", "utterances", "frames", "samples"), int),
+    **dict.fromkeys(("sha256", "inputs_sha256"), str),
+    **dict.fromkeys(("blocks", "failed"), list),
+}
+"""What a mark holds."""
+PLACE = ("offset", "codes_offset", "codes_bytes", "count", "crc32")
+"""What it holds of every block."""
+NAMED = 3
+"""Utterances of a damaged block that are told at most."""
+
+Columns = tuple[dict[str, Any], dict[str, NDArray[Any]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """One thing that is not as it was written."""
+
+    file: str
+    """Relative to the dataset's folder."""
+    what: str
+    shard: int | None = None
+    """The shard to be encoded again; None where a file beside the shards is damaged."""
+    block: int | None = None
+    start: int | None = None
+    stop: int | None = None
+    """The damage lies in bytes start..stop - 1 of `file`, where that can be told."""
+
+    def __str__(self) -> str:
+        if self.shard is None:
+            return f"{self.file}: {self.what}"
+        return f"shard {self.shard:05d}{'' if self.block is None else f', block {self.block}'}: {self.what}"
+
+
+@dataclass(kw_only=True)
+class Checked:
+    """What a shard says of itself, and what is wrong with it."""
+
+    shard: int
+    mark: dict[str, Any] | None = None
+    """None when it is missing or damaged."""
+    sha256: str = ""
+    """Of the tar as it is."""
+    frames: list[NDArray[np.integer] | None] = field(default_factory=list)
+    """Per block, the frames of its utterances; None where they cannot be read."""
+    damages: list[Damage] = field(default_factory=list)
+    doubtful: bool = False
+    """Nothing is wrong but the tar's sha256: the tar is damaged in an idle byte, or its mark in the sha256."""
+
+
+def check_shard(root: Path, shard: int, card: CodecCard, version: int) -> Checked:
+    """Read a whole shard, in bounded memory. Damage becomes rows of the result, never an exception.
+
+    version: of the format, that the mark must say.
+    """
+    return _Check(root, shard, card, version).run()
+
+
+def read_document(path: Path, indent: int | None = 1) -> dict[str, Any]:
+    """A JSON file of ours. Raises UserError when any byte of it is not as our writer would write it."""
+    value = load_json(path)
+    content = path.read_bytes()
+    if to_json(json.loads(content), indent) != content:
+        raise UserError(f"{path}: damaged, not as it was written")
+    return value
+
+
+class _Check:
+    def __init__(self, root: Path, shard: int, card: CodecCard, version: int) -> None:
+        self.root, self.card, self.version, self.tar = root, card, version, shard_path(root, shard)
+        self.mark = self.tar.with_suffix(".json")
+        self.found = Checked(shard=shard)
+        self.samples = 0
+
+    def run(self) -> Checked:
+        mark = self._read_mark()
+        if not self.tar.exists():
+            self._damaged(self.tar, f"{self.tar.name} is missing")
+        elif mark is not None:
+            self._check_tar(mark)
+        if mark is not None and mark["inputs"] != mark["utterances"] + len(mark["failed"]):
+            counts = f"{mark['utterances']} utterances and {len(mark['failed'])} failures"
+            self._damaged(self.mark, f"{mark['inputs']} inputs, but {counts}")
+        return self.found
+
+    def _damaged(self, path: Path, what: str, **place: int) -> None:
+        file = path.relative_to(self.root).as_posix()
+        self.found.damages.append(Damage(file=file, what=what, shard=self.found.shard, **place))
+
+    def _read_mark(self) -> dict[str, Any] | None:
+        name = self.mark.name
+        try:
+            mark = read_document(self.mark, indent=None)
+        except FileNotFoundError:
+            self._damaged(self.mark, f"{name} is missing: the shard was never finished")
+            return None
+        except UserError as error:
+            self._damaged(self.mark, str(error))
+            return None
+        wrong = _misfit(mark)
+        for key, expected in (("shard", self.found.shard), ("format_version", self.version)):
+            if not wrong and mark[key] != expected:
+                wrong = f"{key} {mark[key]}, expected {expected}"
+        if wrong:
+            self._damaged(self.mark, f"{name} is damaged: {wrong}")
+            return None
+        self.found.mark = mark
+        return mark
+
+    # ------------------------------------------------------------ the tar
+
+    def _check_tar(self, mark: dict[str, Any]) -> None:
+        size = self.tar.stat().st_size
+        blocks = [place for place in mark["blocks"] if place["codes_offset"] + place["codes_bytes"] <= size]
+        self.found.sha256, sums = sums_of(self.tar, blocks)
+        whole = self.found.sha256 == mark["sha256"]
+        if size != mark["bytes"] and whole:
+            self._damaged(self.mark, f"{self.mark.name} is damaged: {mark['bytes']} bytes, the tar has {size}")
+        elif size != mark["bytes"]:
+            lost = len(mark["blocks"]) - len(blocks)
+            cut = f"; {lost} of {len(mark['blocks'])} blocks are cut off" if lost else ""
+            bounds = {"start": min(size, mark["bytes"]), "stop": max(size, mark["bytes"])}
+            self._damaged(self.tar, f"{size} bytes, expected {mark['bytes']}{cut}", **bounds)
+        with self.tar.open("rb") as file:
+            for number, (place, crc32) in enumerate(zip(blocks, sums)):
+                self._check_block(file, number, place, crc32 == place["crc32"], whole)
+            if not whole and not self.found.damages:
+                self._check_members(file, mark["bytes"])
+        if not whole and not self.found.damages:
+            self._check_tables(mark)
+        if not whole and not self.found.damages:
+            self.found.doubtful = True
+            self._damaged(self.tar, "sha256 differs, though all of it can be read")
+        if whole and not self.found.damages:
+            self._check_counts(mark)
+
+    def _check_block(self, file: BinaryIO, number: int, place: dict[str, int], intact: bool, whole: bool) -> None:
+        start, stop = place["codes_offset"], place["codes_offset"] + place["codes_bytes"]
+        columns = self._check_columns(file, number, place, whole)
+        if intact:
+            return
+        if whole:
+            self._damaged(self.mark, f"{self.mark.name} is damaged: crc32 of block {number}; {self.tar.name} is whole")
+            return
+        named = self._named(place, columns) if columns else ""
+        what = f"codes damaged between offsets {start} and {stop}{named}"
+        self._damaged(self.tar, what, block=number, start=start, stop=stop)
+
+    def _check_columns(self, file: BinaryIO, number: int, place: dict[str, int], whole: bool) -> Columns | None:
+        """The columns of a block, unless they are damaged or do not fit its codes."""
+        start, stop = place["offset"], place["codes_offset"]
+        try:
+            columns = read_columns(file, start)
+            frames = self.card.frames_of(columns[1]["samples"].astype(np.int64))
+            stored = stored_bytes(columns[1], frames, self.card)
+            fits = len(columns[0]["id"]) == len(frames) == place["count"] and stored.sum() == place["codes_bytes"]
+            problem = "" if fits else f"it does not fit {place['count']} utterances of {place['codes_bytes']} bytes"
+        except Exception as error:  # a flipped bit can break any layer of tar, zip, gzip or JSON
+            problem = type(error).__name__
+        if not problem:
+            self.found.frames.append(frames)
+            self.samples += int(columns[1]["samples"].sum())
+            return columns
+        self.found.frames.append(None)
+        if whole:
+            what = f"{self.mark.name} is damaged: place of block {number} ({problem}); {self.tar.name} is whole"
+            self._damaged(self.mark, what)
+        else:
+            what = f"index damaged between offsets {start} and {stop} ({problem})"
+            self._damaged(self.tar, what, block=number, start=start, stop=stop)
+        return None
+
+    def _named(self, place: dict[str, int], columns: Columns) -> str:
+        """The utterances of a damaged block whose own bytes show it."""
+        text, numbers = columns
+        codes = np.memmap(self.tar, np.uint8, "r", place["codes_offset"], (place["codes_bytes"],))
+        try:
+            coder = read_coder(self.tar, self.card) if "stream_words" in numbers else None
+        except UserError as error:
+            return f"; {error}"
+        found = islice(suspects(codes, numbers, self.card, coder), NAMED)
+        first = place["codes_offset"]
+        named = (f"{text['id'][i]} (offsets {first + a} to {first + b}): {what}" for i, a, b, what in found)
+        return "".join(f"; utterance {each}" for each in named)
+
+    def _check_tables(self, mark: dict[str, Any]) -> None:
+        """The tables at the beginning of a compressed shard."""
+        stop = mark["blocks"][0]["offset"] if mark["blocks"] else 0
+        if not stop:
+            return
+        try:
+            read_coder(self.tar, self.card)
+        except UserError:
+            self._damaged(self.tar, f"tables damaged between offsets 0 and {stop}", start=0, stop=stop)
+
+    def _check_members(self, file: BinaryIO, end: int) -> None:
+        """Find damage that no block shows: in a tar header, in a filling, or in the zeros at the end."""
+        offset = 0
+        while offset < end - 2 * tarfile.BLOCKSIZE:
+            file.seek(offset)
+            content = offset + tarfile.BLOCKSIZE
+            try:
+                member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
+            except (tarfile.HeaderError, UnicodeDecodeError):
+                self._damaged(self.tar, f"tar header damaged at offset {offset}", start=offset, stop=content)
+                return
+            offset = content + member.size + -member.size % tarfile.BLOCKSIZE
+            self._check_zeros(file, content + member.size, offset)
+        self._check_zeros(file, offset, end)
+
+    def _check_zeros(self, file: BinaryIO, start: int, stop: int) -> None:
+        file.seek(start)
+        if place := next((at for at, byte in enumerate(file.read(stop - start), start) if byte), None):
+            self._damaged(self.tar, f"filling damaged at offset {place}", start=place, stop=place + 1)
+
+    def _check_counts(self, mark: dict[str, Any]) -> None:
+        """The counts of a mark against those of its tar, which is whole."""
+        frames = [f for f in self.found.frames if f is not None]
+        counts = {"utterances": sum(map(len, frames)), "frames": int(sum(f.sum() for f in frames))}
+        for key, count in (counts | {"samples": self.samples}).items():
+            if mark[key] != count:
+                self._damaged(self.mark, f"{self.mark.name} is damaged: {mark[key]} {key}, the tar has {count}")
+
+
+def _misfit(mark: dict[str, Any]) -> str:
+    """What is wrong with the form of a mark, or ""."""
+    if odd := sorted(MARK.keys() ^ mark.keys()):
+        return f"{'no' if odd[0] in MARK else 'unknown'} {odd[0]!r}"
+    for key, kind in MARK.items():
+        if type(mark[key]) is not kind:
+            return f"{key} {mark[key]!r}"
+    end = 0
+    for number, place in enumerate(mark["blocks"]):
+        if type(place) is not dict or any(type(place.get(key)) is not int for key in PLACE):
+            return f"block {number} lacks its place"
+        if not end <= place["offset"] < place["codes_offset"] or min(place.values()) < 0:
+            return f"block {number} overlaps the one before"
+        end = place["codes_offset"] + place["codes_bytes"]
+    return "" if end <= mark["bytes"] else "its blocks are longer than the tar"
+
+
+def sums_of(path: Path, blocks: Sequence[dict[str, int]]) -> tuple[str, list[int]]:
+    """The sha256 of a file, and the crc32 of each block's codes in it, in one pass."""
+    digest, sums, at = hashlib.sha256(), [], 0
+    with path.open("rb") as file:
+        for place in blocks:
+            for chunk in _chunks(file, place["codes_offset"] - at):
+                digest.update(chunk)
+            crc32 = 0
+            for chunk in _chunks(file, place["codes_bytes"]):
+                digest.update(chunk)
+                crc32 = zlib.crc32(chunk, crc32)
+            sums.append(crc32)
+            at = place["codes_offset"] + place["codes_bytes"]
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest(), sums
+
+
+def _chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
+    while size and (chunk := file.read(min(size, CHUNK))):
+        size -= len(chunk)
+        yield chunk

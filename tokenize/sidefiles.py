@@ -1,0 +1,169 @@
+"""index.npy, blocks.npy, failed.jsonl and the sums of dataset.json, compared with the shards that they are made of."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.layout import BLOCK
+from codecssl.tokenize.shardcheck import Checked, Damage
+from codecssl.tokenize.writer import to_json
+
+SUMS = ("inputs", "utterances", "frames", "samples", "bytes")
+"""Totals that are sums over the shards."""
+NPY_MAGIC = b"\x93NUMPY\x01\x00"
+NARROW, WIDE = np.dtype("<u2"), np.dtype("<u4")
+
+
+class SideFiles:
+    """Takes the checked shards in order, then says what is wrong beside them."""
+
+    def __init__(self, root: Path) -> None:
+        self.index = Expected(root / "index.npy")
+        self.blocks = Expected(root / "blocks.npy")
+        self.failed = Expected(root / "failed.jsonl")
+        self.kind = self.index.open_array((NARROW, WIDE))
+        self.blocks.open_array((BLOCK,))
+        self.sums: Counter[str] = Counter()
+        self.blocks_seen = self.utterances = self.longest = 0
+        self.recorded, self.actual = hashlib.sha256(), hashlib.sha256()
+        self.doubtful: list[Damage] = []
+        self.lost = False
+        """After a shard whose mark is damaged nobody can tell what belongs where."""
+
+    def take(self, checked: Checked) -> None:
+        """Compare with what the next shard says."""
+        mark = checked.mark
+        if mark is None or any(damage.file.endswith(".json") for damage in checked.damages):
+            self.lost = True
+        if mark is None or self.lost:
+            return
+        unread = [None] * (len(mark["blocks"]) - len(checked.frames))
+        for place, frames in zip(mark["blocks"], [*checked.frames, *unread]):
+            self._take_block(checked.shard, place, frames)
+        for failure in mark["failed"]:
+            self.failed.compare(to_json(failure, indent=None))
+        self.sums.update({key: mark[key] for key in SUMS} | {"failed": len(mark["failed"]), "shards": 1})
+        self.recorded.update(mark["sha256"].encode())
+        self.actual.update(checked.sha256.encode())
+        if checked.doubtful:
+            self.doubtful += checked.damages
+
+    def _take_block(self, shard: int, place: dict[str, int], frames: NDArray[np.integer] | None) -> None:
+        places = (place[key] for key in ("offset", "codes_offset", "codes_bytes", "crc32"))
+        self.blocks.compare(np.array([(shard, self.utterances, place["count"], *places)], BLOCK).tobytes())
+        if frames is None:
+            self.index.skip(place["count"] * self.kind.itemsize)
+        else:
+            self.index.compare(frames.astype(self.kind).tobytes())
+            self.longest = max(self.longest, int(frames.max(initial=0)))
+        self.blocks_seen += 1
+        self.utterances += place["count"]
+
+    def settle(self, damages: Sequence[Damage], header: dict[str, Any] | None) -> list[Damage]:
+        """Where a tar and its mark differ in the sha256 and all else is right, dataset.json says which to believe."""
+        if self.lost or header is None or header["sha256"] != self.actual.hexdigest():
+            return list(damages)
+        return [_of_the_mark(damage) if damage in self.doubtful else damage for damage in damages]
+
+    def finish(self, header: dict[str, Any] | None, card: CodecCard) -> Iterator[Damage]:
+        """What is wrong with the files; with their ends and sums only where all shards could be counted."""
+        if not self.lost:
+            self.index.end_array(WIDE if self.longest >= 1 << 16 else NARROW, self.utterances)
+            self.blocks.end_array(BLOCK, self.blocks_seen)
+            self.failed.end()
+        yield from (file.damage for file in (self.index, self.blocks, self.failed) if file.damage)
+        if header is not None and not self.lost:
+            yield from self._check_sums(header, card)
+
+    def _check_sums(self, header: dict[str, Any], card: CodecCard) -> Iterator[Damage]:
+        expected: dict[str, float] = {key: self.sums[key] for key in (*SUMS, "failed", "shards")}
+        expected["hours"] = round(self.sums["samples"] / card.sample_rate / 3600, 4)
+        for key, count in expected.items():
+            if header["totals"][key] != count:
+                yield Damage(file="dataset.json", what=f"{header['totals'][key]} {key}, the shards have {count}")
+        if not self.doubtful and header["sha256"] != self.recorded.hexdigest():
+            yield Damage(file="dataset.json", what="sha256 differs from the shards'")
+
+
+def _of_the_mark(damage: Damage) -> Damage:
+    tar = Path(damage.file)
+    mark = tar.with_suffix(".json")
+    what = f"{mark.name} is damaged: its sha256; {tar.name} is whole"
+    return Damage(file=mark.as_posix(), what=what, shard=damage.shard)
+
+
+class Expected:
+    """A file whose bytes are known, piece by piece. The first difference is kept as `damage`."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.at = path.name, 0
+        self.damage: Damage | None = None
+        self.header = ""
+        try:
+            self.file: BinaryIO = path.open("rb")
+        except OSError as error:
+            self._damaged(f"cannot be read: {error.strerror}")
+
+    def _damaged(self, what: str, **place: int) -> None:
+        self.damage = self.damage or Damage(file=self.name, what=what, **place)
+
+    def compare(self, expected: bytes) -> None:
+        """The next bytes of the file must be these."""
+        if self.damage:
+            return
+        found = self.file.read(len(expected))
+        if found != expected:
+            pairs = zip(found, expected)
+            at = self.at + next((i for i, (a, b) in enumerate(pairs) if a != b), len(found))
+            self._damaged(f"differs from the shards at offset {at}", start=at, stop=at + 1)
+        self.at += len(expected)
+
+    def skip(self, size: int) -> None:
+        """Leave out bytes that nobody knows."""
+        if not self.damage:
+            self.at += size
+            self.file.seek(self.at)
+
+    def end(self) -> None:
+        """Nothing may follow."""
+        if not self.damage and self.file.read(1):
+            self._damaged(f"goes on after offset {self.at}, where the shards end", start=self.at)
+
+    # ------------------------------------------------------------ .npy
+
+    def open_array(self, kinds: Sequence[np.dtype[Any]]) -> np.dtype[Any]:
+        """Read the header of a .npy file; its data, one of `kinds`, follows."""
+        if self.damage:
+            return kinds[0]
+        magic = self.file.read(10)
+        self.at = 10 + int.from_bytes(magic[8:], "little")
+        self.header = self.file.read(self.at - 10).decode("latin1")
+        try:
+            described = np.lib.format.descr_to_dtype(ast.literal_eval(self.header.strip())["descr"])
+        except Exception:  # the header is Python: a flipped bit can be any error
+            described = None
+        if magic[:8] == NPY_MAGIC and described is not None and described in kinds:
+            return described
+        self._damaged("its header is damaged", start=0, stop=self.at)
+        return kinds[0]
+
+    def end_array(self, kind: np.dtype[Any], count: int) -> None:
+        """Nothing may follow, and the header must be that of `count` values of this kind."""
+        self.end()
+        if self.damage:
+            return
+        said = ast.literal_eval(self.header.strip())
+        expected = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (count,)}
+        text = self.header.rstrip(" \n")  # a newer numpy may leave more room: the rest must be blank
+        blank = self.header[len(text) :]
+        if said != expected or not text.isprintable() or blank.strip(" ") != "\n":
+            self._damaged(f"its header is damaged: {text[:100]!r}", start=0, stop=self.at)

@@ -1,0 +1,357 @@
+"""SNAC (Siuzdak et al. 2024, Multi-Scale Neural Audio Codec): codebooks at several rates, a convolutional encoder.
+
+A frame is one step of the coarsest codebook: `snac_24khz` has 1, 2 and 4 codes in a frame of 2048 samples, 7 rows.
+
+Exact in bounded memory (tests/tokenize/test_snac.py): a wave goes through the encoder in pieces. Each layer keeps the
+inputs that its next outputs need, and pads with zeros only where the wave itself begins and ends, as the package's
+layers do. Activations are [n, C] in time order: then depthwise convolutions are sums of shifted rows, and the others
+matrix products, both several times faster on one CPU thread than torch's own, as long as a piece stays in the cache.
+
+The decoder adds noise, as it was trained; here it comes from a fixed seed.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from codecssl.tokenize.codec import CodecCard, keep_codebooks
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.weights import missing, state_sha256
+
+
+class Pace(NamedTuple):
+    """Frames that go through the network at once."""
+
+    piece: int
+    """Through the first layers, where activations are large."""
+    chunk: int
+    """Through the last ones, where weights are."""
+
+
+CPU_PACE, GPU_PACE = Pace(2, 48), Pace(480, 480)
+FRONT_BLOCKS = 3
+"""The first layers end after so many blocks of the encoder."""
+NOISE_SEED = 0
+"""Of the decoder's noise: `torch.manual_seed` before each utterance."""
+
+Kept = dict[Any, Tensor]
+"""What each layer keeps of a wave between two pieces."""
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No gradients; float32 products whole, whatever the process has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    cudnn = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    try:
+        with torch.inference_mode(), cudnn:
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# ---------------------------------------------------------------- the encoder, on [n, C]
+
+
+class Snake:
+    """x + sin(a x)^2 / a, a per channel (Ziyin et al. 2020)."""
+
+    def __init__(self, module: Any) -> None:
+        self.alpha = module.alpha.detach().flatten()
+        self.inverse = (self.alpha + 1e-9).reciprocal()
+
+    def __call__(self, rows: Tensor, out: Tensor) -> Tensor:
+        sine = torch.mul(rows, self.alpha).sin_()
+        return torch.addcmul(rows, sine.mul_(sine), self.inverse, out=out)
+
+
+class Convolution:
+    """A Conv1d, depthwise or not, after a Snake where there is one. Its length is a multiple of its stride."""
+
+    def __init__(self, module: Any, snake: Snake | None = None) -> None:
+        self.snake, self.bias = snake, module.bias.detach()
+        weight = module.weight.detach()  # [O, I, k]
+        self.stride, self.dilation, self.left = module.stride[0], module.dilation[0], module.padding[0]
+        self.span = (weight.shape[2] - 1) * self.dilation + 1
+        self.right = self.span - self.stride - self.left
+        self.depthwise = module.groups > 1
+        self.width = weight.shape[2] if module.in_channels == 1 else self.stride
+        """Samples to a tap: the whole kernel where there is one channel, else a stride."""
+        taps = weight.unflatten(2, (-1, 1 if self.depthwise else self.width))
+        self.taps = taps.permute(2, 3, 1, 0).flatten(1, 2).contiguous()  # [taps, width * I, O]
+
+    def push(self, rows: Tensor, kept: Kept, last: bool) -> Tensor:
+        """The outputs that are certain after these further inputs; `last` when the wave ends with them."""
+        before = kept[self] if self in kept else rows.new_zeros(self.left, rows.shape[1])
+        inputs = rows.new_zeros(len(before) + len(rows) + self.right * last, rows.shape[1])
+        inputs[: len(before)] = before
+        new = inputs[len(before) : len(before) + len(rows)]
+        if self.snake:
+            self.snake(rows, out=new)
+        else:
+            new.copy_(rows)
+        count = max(0, (len(inputs) - self.span) // self.stride + 1)
+        kept[self] = inputs[count * self.stride :].clone()
+        return self._depthwise(inputs, count) if self.depthwise else self._product(inputs, count)
+
+    def _depthwise(self, inputs: Tensor, count: int) -> Tensor:
+        outputs = torch.addcmul(self.bias, inputs[:count], self.taps[0])
+        for i, tap in enumerate(self.taps[1:], start=1):
+            outputs.addcmul_(inputs[i * self.dilation : i * self.dilation + count], tap)
+        return outputs
+
+    def _product(self, inputs: Tensor, count: int) -> Tensor:
+        if inputs.shape[1] == 1:
+            groups = inputs.flatten().unfold(0, self.width, self.stride)
+        else:
+            whole = len(inputs) // self.stride
+            groups = inputs[: whole * self.stride].view(whole, self.stride * inputs.shape[1])
+        outputs = torch.addmm(self.bias, groups[:count], self.taps[0])
+        for i, tap in enumerate(self.taps[1:], start=1):
+            outputs.addmm_(groups[i * self.dilation : i * self.dilation + count], tap)
+        return outputs
+
+
+class Residual:
+    """A residual unit: rows plus Snake, convolution, Snake, convolution of width 1."""
+
+    def __init__(self, module: Any) -> None:
+        first, wide, second, narrow = module.block
+        self.wide, self.snake = Convolution(wide, Snake(first)), Snake(second)
+        self.weight, self.bias = narrow.weight.detach()[..., 0].t().contiguous(), narrow.bias.detach()
+
+    def push(self, rows: Tensor, kept: Kept, last: bool) -> Tensor:
+        hidden = self.wide.push(rows, kept, last)
+        waiting = torch.cat([kept[self], rows]) if self in kept else rows
+        kept[self] = waiting[len(hidden) :].clone()
+        self.snake(hidden, out=hidden)
+        return (waiting[: len(hidden)] + self.bias).addmm_(hidden, self.weight)
+
+
+Layer = Convolution | Residual
+
+
+def encoder_layers(encoder: Any) -> tuple[list[Layer], list[Layer]]:
+    """The layers of a `snac` Encoder without attention: the first ones, and those after FRONT_BLOCKS."""
+    first, *blocks, last = encoder.block
+    front: list[Layer] = [Convolution(first)]
+    back: list[Layer] = []
+    for i, block in enumerate(blocks):
+        *units, snake, strided = block.block
+        layers = front if i < FRONT_BLOCKS else back
+        layers += [*map(Residual, units), Convolution(strided, Snake(snake))]
+    return front, [*back, Convolution(last)]
+
+
+# ---------------------------------------------------------------- the codec
+
+
+class SnacCodec:
+    """A `snac.SNAC` without attention as a `Codec`."""
+
+    def __init__(self, net: Any, card: CodecCard, device: str = "cpu") -> None:
+        self.net, self.card, self.device = net.to(device).eval(), card, torch.device(device)
+        self.dtype: torch.dtype = next(net.parameters()).dtype
+        self.front, self.back = encoder_layers(net.encoder)
+        self.quantizers = list(net.quantizer.quantizers)[: card.num_codebooks]
+        self.steps: int = net.vq_strides[0]
+        """Of the encoder in one frame."""
+        self.pace = _pace(device)
+
+    def stream(self) -> SnacStream:
+        return SnacStream(self)
+
+    def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
+        """One wave after another: alone, its bits cannot depend on its batch."""
+        codes = []
+        for wave in waves:
+            stream = self.stream()
+            codes.append(torch.cat([stream.push(wave), stream.finish()], dim=1))
+        return codes
+
+    def quantize(self, latents: Tensor) -> Tensor:
+        """Latents [D, steps * T] to codes [R, T], by the package's own layers."""
+        residual, rows = latents[None], []
+        for quantizer, count in zip(self.quantizers, self.card.codes_per_frame):
+            found, codes = quantizer(residual)
+            residual = residual - found
+            rows.append(codes.view(-1, count).t())
+        return torch.cat(rows)
+
+    def encode_plainly(self, wave: Tensor) -> Tensor:
+        """The whole wave through `SNAC.encode`."""
+        with full_precision():
+            found = self.net.encode(wave.to(self.device, self.dtype)[None, None])
+        kept = zip(found, self.card.codes_per_frame)  # the codebooks that are kept
+        return torch.cat([codes.view(-1, count).t() for codes, count in kept])
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The decoder runs over the whole utterance: memory grows with its length."""
+        if codes.shape[1] == 0:
+            return torch.zeros(0, device=self.device)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with full_precision(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(NOISE_SEED)
+            wave: Tensor = self.net.decoder(self._fine(codes))
+        return wave[0, 0]
+
+    def embeddings(self) -> list[Tensor]:
+        """Row j of a codebook with n codes in a frame fills the j-th n-th of the frame's steps, zeros elsewhere."""
+        tables = []
+        with full_precision():
+            for quantizer, count in zip(self.quantizers, self.card.codes_per_frame):
+                entries = quantizer.out_proj(quantizer.codebook.weight.t()[None])[0].t().cpu()  # [V, D]
+                for j in range(count):
+                    table = torch.zeros(len(entries), self.steps, entries.shape[1])
+                    table[:, j * quantizer.stride : (j + 1) * quantizer.stride] = entries[:, None]
+                    tables.append(table.flatten(1))
+        return tables
+
+    def latents(self, codes: Tensor) -> Tensor:
+        """[R, T] to [steps * D, T]: a frame's steps one under another."""
+        with full_precision():
+            fine = self._fine(codes)[0]
+            return fine.unflatten(1, (codes.shape[1], self.steps)).permute(2, 0, 1).flatten(0, 1)
+
+    def _fine(self, codes: Tensor) -> Tensor:
+        """[R, T] to the dequantised latent at the encoder's own rate, [1, D, steps * T]."""
+        summed: Tensor | float = 0.0
+        parts = codes.to(self.device).split(self.card.codes_per_frame)
+        for quantizer, part in zip(self.quantizers, parts):
+            entries = quantizer.out_proj(quantizer.decode_code(part.t().reshape(1, -1)))
+            summed = summed + entries.repeat_interleave(quantizer.stride, dim=-1)
+        assert isinstance(summed, Tensor)
+        return summed
+
+
+class SnacStream:
+    """Streaming encoder of one wave; what goes through at once does not depend on how the wave is pushed."""
+
+    def __init__(self, codec: SnacCodec) -> None:
+        self.codec = codec
+        self.chunk = codec.pace.chunk * codec.card.hop_length
+        self.piece = codec.pace.piece * codec.card.hop_length
+        self.rest = torch.zeros(0, device=codec.device, dtype=codec.dtype)
+        self.kept: Kept = {}
+
+    def push(self, wave: Tensor) -> Tensor:
+        samples = torch.cat([self.rest, wave.to(self.rest)])
+        whole = max(0, len(samples) - 1) // self.chunk * self.chunk  # the last chunk, whole or not, is for finish()
+        codes = [self._encode(samples[at : at + self.chunk], last=False) for at in range(0, whole, self.chunk)]
+        self.rest = samples[whole:].clone()
+        return torch.cat([self._none(), *codes], dim=1)
+
+    def finish(self) -> Tensor:
+        if len(self.rest) == 0:
+            return self._none()
+        codes = self._encode(F.pad(self.rest, (0, -len(self.rest) % self.codec.card.hop_length)), last=True)
+        self.rest, self.kept = self.rest[:0], {}
+        return codes
+
+    def _encode(self, samples: Tensor, last: bool) -> Tensor:
+        """Whole frames [n] to the codes that are certain with them."""
+        with full_precision():
+            *pieces, end = samples[:, None].split(self.piece)
+            fronts = [self._through(self.codec.front, piece, False) for piece in pieces]
+            fronts.append(self._through(self.codec.front, end, last))
+            latents = self._through(self.codec.back, torch.cat(fronts), last)
+            if self.codec in self.kept:
+                latents = torch.cat([self.kept[self.codec], latents])
+            whole = len(latents) // self.codec.steps * self.codec.steps
+            self.kept[self.codec] = latents[whole:].clone()
+            return self.codec.quantize(latents[:whole].t())
+
+    def _through(self, layers: Sequence[Layer], rows: Tensor, last: bool) -> Tensor:
+        for layer in layers:
+            rows = layer.push(rows, self.kept, last)
+        return rows
+
+    def _none(self) -> Tensor:
+        return torch.zeros(self.codec.card.num_rows, 0, dtype=torch.int64, device=self.codec.device)
+
+
+def _pace(device: str) -> Pace:
+    return CPU_PACE if torch.device(device).type == "cpu" else GPU_PACE
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load(name: str, weights: str | None, num_codebooks: int | None, device: str) -> SnacCodec:
+    """Load `snac_24khz` from a folder in the hub's format or the hub's cache (`Codec` loader; see `load_codec`)."""
+    try:
+        from snac import SNAC
+    except ImportError as error:
+        raise UserError(f"codec {name}: needs the snac package; pip install snac") from error
+    source = weights or "hubertsiuzdak/snac_24khz"
+    config, state = _files(name, source)
+    try:
+        net = SNAC.from_config(str(config))
+        net.load_state_dict(torch.load(state, map_location="cpu", weights_only=True))
+    except (TypeError, ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        what = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{source}: not the weights of {name} ({what})") from error
+    if net.sampling_rate != 24_000 or net.attn_window_size is not None:
+        attention = "no attention" if net.attn_window_size is None else "attention"
+        raise UserError(f"{source}: SNAC at {net.sampling_rate} Hz with {attention}, {name} has none, at 24000 Hz")
+    net = net.float().eval().requires_grad_(False)
+    kept = keep_codebooks(name, num_codebooks, net.n_codebooks, net.n_codebooks)
+    return SnacCodec(net, make_card(name, weights or name, net, kept, device), device)
+
+
+def _files(name: str, source: str) -> tuple[Path, Path]:
+    """config.json and pytorch_model.bin. Raises UserError when they are not there."""
+    if Path(source).is_dir():
+        config, state = (Path(source) / file for file in ("config.json", "pytorch_model.bin"))
+        if config.exists() and state.exists():
+            return config, state
+        raise missing(name, source)
+    try:
+        return _from_hub(source, "config.json"), _from_hub(source, "pytorch_model.bin")
+    except (OSError, ValueError) as error:  # the hub's errors are one or the other
+        raise missing(name, source) from error
+
+
+def _from_hub(repository: str, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, file, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return Path(hf_hub_download(repository, file))
+
+
+def make_card(name: str, weights: str, net: Any, num_codebooks: int, device: str) -> CodecCard:
+    """The card of a SNAC network."""
+    strides, pace = net.vq_strides, _pace(device)
+    return CodecCard(
+        name=name,
+        weights=weights,
+        weights_sha256=state_sha256(net),
+        sample_rate=net.sampling_rate,
+        hop_length=int(net.hop_length) * strides[0],
+        codebook_sizes=(net.codebook_size,) * num_codebooks,
+        codes_per_frame=tuple(strides[0] // stride for stride in strides[:num_codebooks]),
+        latent_dim=strides[0] * net.latent_dim,
+        policies={
+            "channels": "mean",
+            "resample": "soxr HQ, whole file",
+            "padding": "zeros to a whole frame",
+            "chunk": f"{pace.chunk} frames in pieces of {pace.piece}, carried layer inputs",
+            "precision": "float32",
+            "loudness": "none",
+            "device": torch.device(device).type,
+        },
+        versions={library: version(library) for library in ("torch", "snac", "soxr")},
+    )

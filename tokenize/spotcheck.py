@@ -1,0 +1,136 @@
+"""A few utterances of a dataset encoded again: are the codes those of their audio?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codecssl.tokenize.codec import Codec, CodecCard, load_codec_for
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.shardcheck import Damage
+from codecssl.tokenize.shards import Shards, Utterance, shard_path
+from codecssl.tokenize.sources import Input, is_stream, read_sources
+
+READ = 64
+"""Utterances that are read."""
+FOREIGN = 0.1
+"""Share of differing codes in the coarsest codebook above which rounding cannot be the reason."""
+
+
+def read_some(root: Path) -> Iterator[Damage]:
+    """Read some utterances as a trainer does: a code must be below its codebook's size."""
+    shards = Shards(root)
+    for index in _spread(len(shards), READ):
+        try:
+            planes = shards.planes(index)
+        except (UserError, ValueError, IndexError) as error:
+            yield _damage(shards, index, str(error))
+            continue
+        for k, (plane, size) in enumerate(zip(planes, shards.card.codebook_sizes)):
+            if len(plane) and int(plane.max()) >= size:
+                yield _damage(shards, index, f"code {int(plane.max())} in codebook {k}, which has {size} entries")
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """Up to `wanted` of `count` places, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(wanted, count)).round().astype(int)).tolist() if count else []
+
+
+def _damage(shards: Shards, index: int, what: str) -> Damage:
+    row = shards.blocks[np.searchsorted(shards.blocks["first"], index, "right") - 1]
+    tar = shard_path(shards.path, shard := int(row["shard"]))
+    what = f"utterance {index} ({shards.utterance(index).id}): {what}"
+    return Damage(file=tar.relative_to(shards.path).as_posix(), what=what, shard=shard)
+
+
+def spot_check(root: Path, plan: dict[str, Any], count: int, weights: str | None) -> tuple[list[Damage], list[str]]:
+    """Encode `count` utterances, evenly spread, again: (damages, notes for the user).
+
+    What cannot be done here (no weights, no sources, a source that changed) is a note. So is a small share of
+    differing codes: another processor or library rounds otherwise. Codes of other audio are a damage.
+    """
+    shards = Shards(root)
+    device = "cuda" if shards.card.policies.get("device", "cpu").startswith("cuda") else "cpu"
+    try:
+        codec = load_codec_for(shards.card, device=_available(device), weights=weights)
+    except (UserError, ImportError) as error:
+        return [], [f"no utterance encoded again: {error}"]
+    found = _SpotCheck(shards, codec)
+    try:
+        for utterance, item in _picked(shards, plan, count):
+            found.compare(utterance, item)
+    except UserError as error:
+        found.notes.append(f"the sources are not all here: {error}")
+    return found.damages, [found.summary(), *found.notes]
+
+
+def _available(device: str) -> str:
+    import torch
+
+    return device if torch.cuda.is_available() else "cpu"
+
+
+def _picked(shards: Shards, plan: dict[str, Any], count: int) -> Iterator[tuple[Utterance, Input]]:
+    """Utterances and the inputs that they were made of. Sources are walked in the shards' order, once."""
+    sources = list(plan.get("sources", []))
+    if not sources:
+        raise UserError("the dataset was made of codes, not of audio")
+    streamed = any(is_stream(source) for source in sources)
+    picks = iter(_spread(min(len(shards), count) if streamed else len(shards), count))  # not to fetch a corpus for it
+    wanted = next(picks, None)
+    for item in read_sources(sources):
+        if wanted is None:
+            return
+        if item.id == (utterance := shards.utterance(wanted)).id:
+            yield utterance, item
+            wanted = next(picks, None)
+    if wanted is not None:
+        raise UserError(f"{shards.utterance(wanted).id} is no longer among them")
+
+
+class _SpotCheck:
+    def __init__(self, shards: Shards, codec: Codec) -> None:
+        self.shards, self.codec = shards, codec
+        self.encoded = self.codes = self.differing = 0
+        self.damages: list[Damage] = []
+        self.notes: list[str] = []
+
+    def compare(self, utterance: Utterance, item: Input) -> None:
+        from codecssl.tokenize.encode import encode_heard, read
+        from codecssl.tokenize.writer import Failure
+
+        [result] = encode_heard(self.codec, [read(item, self.codec.card)])
+        if isinstance(result, Failure):
+            self.notes.append(f"{utterance.id}: its source can no longer be read: {result.reason}")
+            return
+        if result.source_sha256 != utterance.source_sha256:
+            self.notes.append(f"{utterance.id}: its source changed since")
+            return
+        planes = self.shards.planes(utterance.index)
+        self.encoded += 1
+        if [len(p) for p in planes] != [len(p) for p in result.codes]:
+            what = f"{len(planes[0])} codes a codebook, its source gives {len(result.codes[0])}"
+            self.damages.append(_damage(self.shards, utterance.index, what))
+            return
+        differing = [int((a != b).sum()) for a, b in zip(planes, result.codes)]
+        self.codes += sum(len(plane) for plane in planes)
+        self.differing += sum(differing)
+        if differing[0] > FOREIGN * len(planes[0]):
+            what = f"{differing[0]} of {len(planes[0])} codes of codebook 0 are not its source's"
+            self.damages.append(_damage(self.shards, utterance.index, what))
+
+    def summary(self) -> str:
+        """One line: how many utterances, how many codes differ and, where some do, with which versions."""
+        line = f"{self.encoded} utterances encoded again: {self.differing} of {self.codes} codes differ"
+        if not self.differing:
+            return line
+        rate = f"{self.differing / self.codes:.3%}"
+        return f"{line} ({rate}; written with {_versions(self.shards.card)}, here {_versions(self.codec.card)})"
+
+
+def _versions(card: CodecCard) -> str:
+    device = card.policies.get("device", "cpu")
+    return ", ".join([device, *(f"{name} {version}" for name, version in card.versions.items())])

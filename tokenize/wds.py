@@ -1,0 +1,214 @@
+"""Audio WebDatasets: tars in which the members of one key follow each other, one of them audio, the others labels."""
+
+from __future__ import annotations
+
+import bz2
+import glob
+import gzip
+import json
+import lzma
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from codecssl.tokenize.audio import EXTENSIONS
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.inputs import Input, as_label, in_utf8, split_options
+
+OPTIONS = ("audio",)
+TEXTS = ("txt", "text", "transcript")
+NUMBERS = ("cls", "cls2", "index", "inx", "id")
+JSONS = ("json", "jsn")
+"""Members that become labels, by the last part of their extension: webdataset's own decoders know the same."""
+
+OPENERS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+"""How a compressed tar begins, and what reads it."""
+
+
+def read_wds(source: str) -> Iterator[Input]:
+    """Inputs of `wds:PATTERN[?audio=EXTENSION]`: local tars, in the order of the braces, or of the names of a glob.
+
+    An id is the tar's name and the key. A member `.json` gives a label for each of its keys, other `.json`, `.txt` and
+    `.cls` members give a label named as their extension. A key without audio, or with several audio members where
+    `audio` names none, is an input that cannot be read. Audio in an uncompressed tar is read by whoever encodes it.
+    Raises UserError for a tar that is missing or torn, and for a key that is there twice.
+    """
+    pattern, options = split_options(source, OPTIONS)
+    tars = _expand(source, pattern.removeprefix("wds:"))
+    root = Path(os.path.commonpath([tar.parent for tar in tars]))
+    empty = True
+    for tar in tars:
+        for item in _from_tar(tar, in_utf8(tar.relative_to(root).as_posix()), options.get("audio", "").lstrip(".")):
+            empty = False
+            yield item
+    if empty:
+        raise UserError(f"source {source!r}: no files named KEY.EXTENSION in {len(tars)} tars")
+
+
+def _expand(source: str, pattern: str) -> list[Path]:
+    from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
+
+    if "://" in pattern or pattern.startswith("pipe:"):
+        raise UserError(f"source {source!r}: only local tars are read; mount or download them")
+    try:
+        names = list(braceexpand(pattern))
+    except UnbalancedBracesError as error:
+        raise UserError(f"source {source!r}: {error}") from error
+    tars: dict[Path, None] = {}
+    for name in names:
+        found = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))  # noqa: PTH207
+        if not found:
+            raise UserError(f"source {source!r}: no such tar: {name}")
+        tars |= dict.fromkeys(Path(f) for f in found if not Path(f).is_dir())
+    if not tars:
+        raise UserError(f"source {source!r}: a folder; give its tars, as in 'wds:{pattern}/*.tar'")
+    return list(tars)
+
+
+def _from_tar(tar: Path, name: str, audio: str) -> Iterator[Input]:
+    keys: set[str] = set()
+    try:
+        for sample in _samples(tar):
+            if sample.key in keys:
+                raise UserError(
+                    f"{tar}: key {sample.key!r} comes back after other keys; the members of one key must follow each "
+                    "other, as `tar --sort=name` writes them"
+                )
+            keys.add(sample.key)
+            yield sample.input(tar, name, audio)
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{tar}: not a whole tar ({error}); make or copy it again") from error
+    except OSError as error:  # gzip and bz2 raise it too
+        raise UserError(f"{tar}: cannot be read ({error.strerror or error}); make or copy it again") from error
+
+
+# ---------------------------------------------------------------- samples
+
+
+class _Sample:
+    """The members of one key: extension -> member, and what is read already of them."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.members: dict[str, tarfile.TarInfo] = {}
+        self.contents: dict[str, bytes] = {}
+
+    def input(self, tar: Path, name: str, audio: str) -> Input:
+        """The input of this sample; `audio` is the extension that the user chose, or ""."""
+        labels, problem = self._labels()
+        heard = [e for e in self.members if (e == audio if audio else _is_audio(e))]
+        if len(heard) != 1:
+            problem = "several members with audio; choose by ?audio=EXTENSION" if heard else "no audio"
+            problem += f" among its members {' '.join(f'.{e}' for e in self.members)}"
+        id = f"{name}/{in_utf8(self.key)}"
+        if problem:
+            return Input(id=id, path=id, file=str(tar), labels=labels, problem=problem)
+        member, data = self.members[heard[0]], self.contents.get(heard[0])
+        return Input(
+            id=id,
+            path=f"{name}/{in_utf8(member.name.removeprefix('./'))}",
+            file=str(tar),
+            labels=labels,
+            offset=member.offset_data if data is None else None,
+            size=member.size,
+            data=data,
+        )
+
+    def _labels(self) -> tuple[dict[str, Any], str | None]:
+        """The labels, and what is wrong with them."""
+        labels: dict[str, Any] = {}
+        for extension, content in self.contents.items():
+            kind = extension.rpartition(".")[2]
+            try:
+                value = as_label(_decoded(kind, content))
+            except ValueError as error:
+                return labels, f"its member .{extension} is not {kind.upper()} ({error})"
+            if extension in JSONS and isinstance(value, dict):
+                labels |= value
+            elif value is not None:
+                labels[extension] = value
+        return labels, None
+
+
+def _decoded(kind: str, content: bytes) -> Any:
+    if kind in JSONS:
+        return json.loads(content)
+    if kind not in TEXTS + NUMBERS:
+        return None
+    text = content.decode("utf-8", "replace").strip()
+    return int(text) if kind in NUMBERS and re.fullmatch(r"-?\d+", text) else text
+
+
+def _is_audio(extension: str) -> bool:
+    return f".{extension.rpartition('.')[2]}" in EXTENSIONS
+
+
+def _is_label(extension: str) -> bool:
+    return extension.rpartition(".")[2] in TEXTS + NUMBERS + JSONS
+
+
+def _samples(tar: Path) -> Iterator[_Sample]:
+    sample: _Sample | None = None
+    for key, extension, member, content in _members(tar):
+        if sample is None or sample.key != key:
+            if sample is not None:
+                yield sample
+            sample = _Sample(key)
+        if extension in sample.members:
+            raise UserError(f"{tar}: member {member.name!r} is there twice")
+        sample.members[extension] = member
+        if content is not None:
+            sample.contents[extension] = content
+    if sample is not None:
+        yield sample
+
+
+# ---------------------------------------------------------------- tars
+
+
+def _members(tar: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, bytes | None]]:
+    """(key, extension, member, content) of each file; the content of labels, and of what can't be read in place."""
+    opener = _opener(tar)
+    with opener(tar) if opener else tar.open("rb") as file:
+        watched = _Watched(file)
+        archive = tarfile.open(fileobj=watched, mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # tarfile would keep them all
+            key, extension = _split(member.name)
+            if not member.isreg() or not extension:
+                continue
+            wanted = _is_label(extension) or opener or member.issparse()
+            stream = archive.extractfile(member) if wanted else None
+            yield key, extension, member, stream.read() if stream else None
+        if watched.last != bytes(tarfile.BLOCKSIZE):
+            raise UserError(f"{tar}: not a whole tar (its end mark is missing); make or copy it again")
+
+
+def _opener(tar: Path) -> Callable[[Path], Any] | None:
+    with tar.open("rb") as file:
+        head = file.read(8)
+    return next((opener for magic, opener in OPENERS.items() if head.startswith(magic)), None)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and lower-case extension of a member, as webdataset splits them: at the first dot of the base name."""
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    stem, _, extension = base.partition(".")
+    if not stem or (not folder and name.startswith("__") and name.endswith("__")):
+        return "", ""
+    return folder + slash + stem, extension.lower()
+
+
+class _Watched:
+    """A file that remembers what was read last. tarfile takes a damaged header for the end: the real one is zeros."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.seek, self.tell, self.last = file, file.seek, file.tell, b""
+
+    def read(self, size: int = -1) -> bytes:
+        self.last = self.file.read(size)
+        return self.last

@@ -1,0 +1,213 @@
+"""X-codec (Ye et al. 2024, Codec Does Matter): an acoustic encoder and HuBERT, their outputs in one residual quantizer.
+
+HuBERT normalises over all that it is given and attends to all of it: any padding or cut changes codes. The policy: a
+wave of up to `WHOLE_SECONDS` is encoded whole and alone, as `XcodecModel.encode` does. Of a longer wave, segments of
+`SEGMENT_SECONDS` are taken, each encoded for itself, while more than `WHOLE_SECONDS` remain; so the last segment is
+never a short rest, of which HuBERT could make little.
+
+Waves are filled up with zeros to a whole frame, as by the model's feature extractor: then both encoders give a vector
+per frame, and even one frame, with the 160 samples that the model adds at either end, is above HuBERT's least, 400.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from codecssl.tokenize.codec import CodecCard, keep_codebooks
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.weights import load_pretrained, state_sha256
+
+WHOLE_SECONDS, SEGMENT_SECONDS = 30, 20
+RATIOS = [8, 5, 4, 2]
+"""Of the acoustic encoder's strided convolutions."""
+
+PIECE_STEPS, FRONT_CONTEXT, FRONT_HOP = 400, 10, 40
+"""On a CPU the acoustic encoder's first two blocks run on 1 s at a time, so that activations stay near the cache.
+A step of theirs, 40 samples, sees 382 samples to either side."""
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No gradients; float32 products whole, whatever the process has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    cudnn = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    try:
+        with torch.inference_mode(), cudnn:
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class XcodecCodec:
+    """A `transformers.XcodecModel` as a `Codec`."""
+
+    def __init__(self, model: Any, card: CodecCard, device: str = "cpu") -> None:
+        self.model, self.card, self.device = model.to(device).eval(), card, torch.device(device)
+        self.dtype: torch.dtype = model.dtype
+        encoder = model.acoustic_encoder
+        self.front = nn.Sequential(encoder.conv1, *encoder.block[:2])
+        self.back = nn.Sequential(*encoder.block[2:], encoder.snake1, encoder.conv2)
+        self.quantizers = list(model.quantizer.quantizers)[: card.num_codebooks]
+
+    def stream(self) -> XcodecStream:
+        return XcodecStream(self)
+
+    def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
+        codes = []
+        for wave in waves:
+            stream = self.stream()
+            codes.append(torch.cat([stream.push(wave), stream.finish()], dim=1))
+        return codes
+
+    def encode_segment(self, wave: Tensor) -> Tensor:
+        """[n], one segment or a whole wave, to codes [K, T]."""
+        padded = F.pad(wave.to(self.device, self.dtype), (0, -len(wave) % self.card.hop_length))
+        with full_precision():
+            return self._quantize(self._latents(padded[None]))
+
+    def encode_plainly(self, wave: Tensor) -> Tensor:
+        """The whole wave, filled up to a frame, through `XcodecModel.encode`."""
+        padded = F.pad(wave.to(self.device, self.dtype), (0, -len(wave) % self.card.hop_length))
+        with full_precision():
+            codes: Tensor = self.model.encode(padded[None, None]).audio_codes[0]
+        return codes[: self.card.num_codebooks]
+
+    def _latents(self, audio: Tensor) -> Tensor:
+        """[1, n], n a multiple of the hop, to what the quantizer is given, [1, D, T]."""
+        model = self.model
+        padded = F.pad(audio, (model.pad, model.pad))
+        hidden = model.semantic_model(padded, output_hidden_states=True).hidden_states
+        semantic = model.encoder_semantic(torch.stack(hidden, dim=1).mean(dim=1).transpose(1, 2))
+        both = torch.cat([self.back(self._front(audio)), semantic], dim=1)
+        latents: Tensor = model.fc(both.transpose(1, 2))
+        return latents.transpose(1, 2)
+
+    def _front(self, audio: Tensor) -> Tensor:
+        """The acoustic encoder's first blocks: [1, n] to [1, C, n / FRONT_HOP]."""
+        steps = audio.shape[1] // FRONT_HOP
+        size = PIECE_STEPS if self.device.type == "cpu" else steps
+        parts = []
+        for first in range(0, steps, size):
+            start, end = max(0, first - FRONT_CONTEXT), first + size
+            found = self.front(audio[:, None, start * FRONT_HOP : (end + FRONT_CONTEXT) * FRONT_HOP])
+            parts.append(found[..., first - start : end - start])
+        return torch.cat(parts, dim=-1)
+
+    def _quantize(self, latents: Tensor) -> Tensor:
+        codes = []
+        for quantizer in self.quantizers:
+            index = quantizer.encode(latents)
+            latents = latents - quantizer.decode(index)
+            codes.append(index[0])
+        return torch.stack(codes)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The decoder runs over the whole utterance: memory grows with its length."""
+        if codes.shape[1] == 0:
+            return torch.zeros(0, device=self.device)
+        with full_precision():
+            wave: Tensor = self.model.decode(codes[None].to(self.device)).audio_values
+        return wave[0, 0]
+
+    def embeddings(self) -> list[Tensor]:
+        return [quantizer.codebook.embed.detach().cpu().clone() for quantizer in self.quantizers]
+
+    def latents(self, codes: Tensor) -> Tensor:
+        with full_precision():
+            found: Tensor = self.model.quantizer.decode(codes[:, None].to(self.device))
+        return found[0]
+
+
+class XcodecStream:
+    """Streaming encoder of one wave; segment bounds do not depend on how the wave is pushed."""
+
+    def __init__(self, codec: XcodecCodec) -> None:
+        self.codec = codec
+        self.whole, self.segment = (s * codec.card.sample_rate for s in (WHOLE_SECONDS, SEGMENT_SECONDS))
+        self.pending: list[Tensor] = []
+        self.samples = 0
+
+    def push(self, wave: Tensor) -> Tensor:
+        self.pending.append(wave)
+        self.samples += len(wave)
+        codes = [self._none()]
+        if self.samples > self.whole:
+            audio = torch.cat(self.pending)
+            while len(audio) > self.whole:
+                codes.append(self.codec.encode_segment(audio[: self.segment]))
+                audio = audio[self.segment :]
+            self.pending, self.samples = [audio.clone()], len(audio)
+        return torch.cat(codes, dim=1)
+
+    def finish(self) -> Tensor:
+        if self.samples == 0:
+            return self._none()
+        rest = torch.cat(self.pending)
+        self.pending, self.samples = [], 0
+        return self.codec.encode_segment(rest)
+
+    def _none(self) -> Tensor:
+        return torch.zeros(self.codec.card.num_codebooks, 0, dtype=torch.int64, device=self.codec.device)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load(name: str, weights: str | None, num_codebooks: int | None, device: str) -> XcodecCodec:
+    """Load `xcodec` from a folder in the hub's format or the hub's cache (`Codec` loader; see `load_codec`)."""
+    source = weights or "hf-audio/xcodec-hubert-librispeech"
+    model = load_pretrained(name, _Model, source)
+    config = model.config
+    ratios = list(config.acoustic_model_config.downsampling_ratios)
+    if config.sample_rate != 16_000 or ratios != RATIOS:
+        raise UserError(f"{source}: X-codec at {config.sample_rate} Hz, ratios {ratios}, {name} has 16000 Hz, {RATIOS}")
+    kept = keep_codebooks(name, num_codebooks, config.num_quantizers, config.num_quantizers)
+    return XcodecCodec(model, make_card(name, weights or name, model, kept, device), device)
+
+
+class _Model:
+    """`XcodecModel`, but that a semantic model's name in the configuration is no reason to ask the hub about it."""
+
+    @staticmethod
+    def from_pretrained(source: str) -> Any:
+        values, _ = transformers.XcodecConfig.get_config_dict(source)
+        semantic = values.get("semantic_model_config")
+        if isinstance(semantic, dict) and "model_type" in semantic:
+            fields = {key: value for key, value in semantic.items() if key not in ("_name_or_path", "model_type")}
+            values["semantic_model_config"] = transformers.AutoConfig.for_model(semantic["model_type"], **fields)
+        config = transformers.XcodecConfig.from_dict(values)
+        return transformers.XcodecModel.from_pretrained(source, config=config)
+
+
+def make_card(name: str, weights: str, model: Any, num_codebooks: int, device: str) -> CodecCard:
+    """The card of an XcodecModel."""
+    config = model.config
+    return CodecCard(
+        name=name,
+        weights=weights,
+        weights_sha256=state_sha256(model),
+        sample_rate=config.sample_rate,
+        hop_length=config.hop_length,
+        codebook_sizes=(config.codebook_size,) * num_codebooks,
+        codes_per_frame=(1,) * num_codebooks,
+        latent_dim=config.codebook_dim,
+        policies={
+            "channels": "mean",
+            "resample": "soxr HQ, whole file",
+            "padding": "zeros to a whole frame",
+            "chunk": f"up to {WHOLE_SECONDS} s whole; of more, segments of {SEGMENT_SECONDS} s, each for itself",
+            "precision": "float32",
+            "loudness": "none",
+            "device": torch.device(device).type,
+        },
+        versions={library: version(library) for library in ("torch", "transformers", "soxr")},
+    )
