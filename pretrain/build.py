@@ -21,13 +21,14 @@ def build(config: RunConfig, corpus: Corpus, *, from_codec: bool) -> Objective:
     model = untrained(config.model, corpus.card, tables, config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
-        return _objective(config, model, corpus)
+        return build_objective(config, model, corpus.label_sizes)
 
 
-def _objective(config: RunConfig, model: CodecModel, corpus: Corpus) -> Objective:
+def build_objective(config: RunConfig, model: CodecModel, label_sizes: tuple[int, ...] = ()) -> Objective:
+    """Heads, and what else the config's objective puts around the model. label_sizes: of the label folders."""
     if config.objective.target == "online":
         return OnlineClusters(model, config.online, config.optim.steps)
-    target = make_target(config.objective, corpus.card, corpus.label_sizes)
+    target = make_target(config.objective, model.card, label_sizes)
     assert target is not None
     if config.objective.name == "encodecmae":
         return EncodecMae(model, target, config.objective, config.mae)

@@ -13,10 +13,10 @@ from codecssl.tokenize.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns 0 done, 1 an error told on one line, 2 wrong usage (argparse exits with it)."""
     arguments, overrides = _parser().parse_known_args(argv)
-    if overrides and arguments.command != "run":
+    if overrides and arguments.command not in ("run", "bench"):
         _parser().error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
-        {"run": _run, "label": _label, "export": _export, "status": _status}[arguments.command](arguments, overrides)
+        arguments.action(arguments, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -26,10 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
+def _config(arguments: argparse.Namespace, overrides: list[str]) -> RunConfig:
     if arguments.data:
         overrides = [*overrides, f"--data.dirs=[{', '.join(_quoted(path) for path in arguments.data)}]"]
-    config = load_config(RunConfig, "pretrain", arguments.config, overrides)
+    return load_config(RunConfig, "pretrain", arguments.config, overrides)
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    config = _config(arguments, overrides)
     if arguments.print_config:
         print(to_yaml(config), end="")
         return
@@ -37,7 +41,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError("--output: not given; name the run's folder with --output RUN")
     from codecssl.pretrain.run import run
 
-    run(config, arguments.output)
+    run(config, arguments.output, profile=arguments.profile)
 
 
 def _export(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -45,6 +49,23 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     export(arguments.run, arguments.output)
     print(f"{arguments.output}: model.safetensors and config.json written")
+
+
+def _bench(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    config = _config(arguments, overrides)
+    import json
+
+    from codecssl.pretrain.bench import bench, table
+
+    rows = bench(
+        config,
+        seconds=arguments.seconds,
+        clip_seconds=arguments.clip_seconds,
+        steps=arguments.steps,
+        hubert=not arguments.no_hubert,
+    )
+    for row in map(json.dumps, rows) if arguments.json else table(rows):
+        print(row, flush=True)
 
 
 def _label(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -99,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("config", metavar="CONFIG", help=f"a YAML file, or one of {', '.join(names('pretrain'))}")
     run.add_argument("--data", metavar="DIR", nargs="+", help="folders of token shards, all of one codec")
     run.add_argument("--output", metavar="RUN", type=Path, help="the run's folder")
+    run.add_argument("--profile", action="store_true", help="write a torch trace of some steps into RUN/profile")
     run.add_argument("--print_config", action="store_true", help="print the whole config and stop")
     label = commands.add_parser(
         "label",
@@ -119,11 +141,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     label.add_argument("--device", default="cpu", help="where the model runs")
     label.add_argument("--seed", type=int, default=0, help="of the sample and of k-means")
+    bench = commands.add_parser(
+        "bench",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="time a training step beside a plain loop and a waveform HuBERT",
+        description="Time training steps of CONFIG on random codes, beside the same model without DeepSpeed and a "
+        "waveform HuBERT of the same encoder, in turns in one run; with --data also the loader alone.",
+        epilog="Any value of the config: --section.key VALUE.",
+    )
+    bench.add_argument("config", metavar="CONFIG", help="a YAML file, or a name as for run")
+    bench.add_argument("--data", metavar="DIR", nargs="+", help="token shards: their codec, and the loader's speed")
+    bench.add_argument("--seconds", type=float, default=30.0, help="of audio in a step")
+    bench.add_argument("--clip-seconds", type=float, default=15.0, help="of audio in an item of the batch")
+    bench.add_argument("--steps", type=int, default=3, help="each way steps so often, in turns; the fastest counts")
+    bench.add_argument("--no-hubert", action="store_true", help="leave the waveform HuBERT out")
+    bench.add_argument("--json", action="store_true", help="print JSON, a line per way")
     export = commands.add_parser("export", allow_abbrev=False, help="write the newest checkpoint as a model folder")
     export.add_argument("run", metavar="RUN", type=Path)
     export.add_argument("--output", metavar="MODEL", type=Path, required=True, help="a new or empty folder")
     status = commands.add_parser("status", allow_abbrev=False, help="how far a run is, and its last metrics")
     status.add_argument("run", metavar="RUN", type=Path)
+    run.set_defaults(action=_run)
+    label.set_defaults(action=_label)
+    bench.set_defaults(action=_bench)
+    export.set_defaults(action=_export)
+    status.set_defaults(action=_status)
     return parser
 
 

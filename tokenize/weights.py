@@ -32,9 +32,12 @@ def load_pretrained(name: str, kind: Any, source: str) -> Any:
     Returned in float32, in eval mode, without gradients. Raises UserError when there are no such weights.
     """
     try:
-        model = kind.from_pretrained(source)
-    except (OSError, ValueError) as error:  # transformers raises both for what is not there or not a model
+        model, found = kind.from_pretrained(source, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:  # of what is not there, no model, and weights of another shape
         raise missing(name, source) from error
+    # transformers would go on with random values in their place, and a warning; a mask for training decides no code
+    if lacking := sorted(key for key in found["missing_keys"] if not key.endswith("masked_spec_embed")):
+        raise UserError(f"codec {name}: {source} lacks {lacking[0]}; give the whole checkpoint")
     return model.float().eval().requires_grad_(False)
 
 

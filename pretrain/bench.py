@@ -1,0 +1,234 @@
+"""`codecssl-pretrain bench`: a training step of ours, without DeepSpeed, and of a waveform HuBERT of the same encoder.
+
+All on the same seconds of audio and the same masked frames, in turns, in one run; the fastest of some steps counts.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from codecssl.pretrain.build import build_objective
+from codecssl.pretrain.chance import hashed
+from codecssl.pretrain.config import RunConfig
+from codecssl.pretrain.data import open_data
+from codecssl.pretrain.engine import backward, start_engine, take_step
+from codecssl.pretrain.loader import Batch
+from codecssl.pretrain.masking import kept_codebooks, span_mask
+from codecssl.pretrain.model import untrained
+from codecssl.pretrain.objective import Objective
+from codecssl.pretrain.peers import join_ranks
+from codecssl.pretrain.telemetry import machine_row
+from codecssl.slurm.job import Ranks
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.errors import UserError
+
+HUBERT_CLASSES = 504
+HUBERT_RATE, HUBERT_HOP = 16_000, 320
+_LABEL_CLASSES = 500
+
+SYNTHETIC = CodecCard(
+    name="synthetic",
+    weights="none",
+    weights_sha256="0" * 64,
+    sample_rate=16_000,
+    hop_length=320,
+    codebook_sizes=(1024,) * 12,
+    codes_per_frame=(1,) * 12,
+    latent_dim=1024,
+)
+"""DAC's shape at 16 kHz: 12 codebooks of 1,024 entries, 50 frames a second."""
+
+
+def bench(
+    config: RunConfig, *, seconds: float = 30.0, clip_seconds: float = 15.0, steps: int = 3, hubert: bool = True
+) -> Iterator[dict[str, Any]]:
+    """Yield a row per way: seconds a step, hours of audio an hour, TFLOP/s; then, with data, the loader's own speed.
+
+    seconds: of audio in a step, in clips of `clip_seconds`. Codes are random, as an encoder's speed does not depend on
+    them. Raises UserError for clips longer than the step.
+    """
+    if not 0 < clip_seconds <= seconds:
+        raise UserError(f"--clip-seconds {clip_seconds}: must be above 0 and at most --seconds ({seconds})")
+    peers = join_ranks()
+    card = _card(config)
+    batch = make_batch(config, card, seconds, clip_seconds).to(peers.device)
+    ways: dict[str, Callable[[], None]] = {"DeepSpeed": _deepspeed(config, card, batch)}
+    objective = _objective(config, card)
+    ways["plain loop, no DeepSpeed"] = _plain(objective, batch, config, peers.device)
+    if hubert:
+        ways["waveform HuBERT, same encoder"] = _hubert(config, batch, clip_seconds, peers.device)
+    best = in_turns(ways, steps)
+    frames = sum(batch.frames)
+    flops = objective.flops(batch)
+    audio = frames / float(card.frame_rate)
+    for name, took in best.items():
+        row = {"what": name, "step_seconds": took, "audio_hours_per_hour": audio / took}
+        if "HuBERT" in name:
+            row["times_slower_than_ours"] = took / best["DeepSpeed"]
+        else:
+            row |= {"frames_per_second": frames / took} | machine_row(flops / took, config.engine.precision)
+        yield row
+    if config.data.dirs:
+        yield _loader(config, best["DeepSpeed"] / frames)
+
+
+def _card(config: RunConfig) -> CodecCard:
+    """The data's codec, or DAC's shape."""
+    if not config.data.dirs:
+        kept = config.data.num_codebooks or SYNTHETIC.num_codebooks
+        return replace(SYNTHETIC, codebook_sizes=(1024,) * kept, codes_per_frame=(1,) * kept)
+    from codecssl.pretrain.corpus import Corpus
+
+    return Corpus(config.data.dirs, num_codebooks=config.data.num_codebooks).card
+
+
+def make_batch(config: RunConfig, card: CodecCard, seconds: float, clip_seconds: float) -> Batch:
+    """Random codes and labels, masked as the config says."""
+    clips, frames = max(1, round(seconds / clip_seconds)), int(clip_seconds * card.frame_rate)
+    keys = hashed(config.seed, np.arange(clips))
+    mask = span_mask(config.mask, keys, np.full(clips, frames))
+    random = np.random.default_rng(config.seed)
+    codes = np.stack([random.integers(0, size, (clips, frames)) for size in card.row_sizes], axis=1)
+    kept = np.repeat(kept_codebooks(config.objective, keys, card.num_codebooks), card.codes_per_frame, axis=1)
+    labels = random.integers(0, _LABEL_CLASSES, (clips, 1, frames))
+    masked = int(mask.sum())
+    return Batch(
+        torch.from_numpy(codes),
+        [frames] * clips,
+        torch.from_numpy(mask),
+        torch.from_numpy(kept),
+        masked,
+        mask.size - masked,
+        torch.from_numpy(labels),
+    )
+
+
+def in_turns(ways: Mapping[str, Callable[[], None]], steps: int) -> dict[str, float]:
+    """The fastest of `steps` runs of each way, after a warm-up; in turns, so that a busy moment hits all alike."""
+    best: dict[str, float] = {}
+    for turn in range(steps + 1):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:
+                best[name] = min(best.get(name, float("inf")), time.perf_counter() - began)
+    return best
+
+
+# ---------------------------------------------------------------- the ways
+
+
+def _objective(config: RunConfig, card: CodecCard) -> Objective:
+    model = untrained(config.model, card, None, config.seed)
+    return build_objective(config, model, (_LABEL_CLASSES,)).train()
+
+
+def _deepspeed(config: RunConfig, card: CodecCard, batch: Batch) -> Callable[[], None]:
+    one = replace(config, engine=replace(config.engine, accumulation=1))
+    engine = start_engine(_objective(config, card), one)
+
+    def step() -> None:
+        backward(engine, engine(batch).total)
+        take_step(engine, want_norm=False)
+
+    return step
+
+
+def _plain(objective: nn.Module, batch: Batch, config: RunConfig, device: torch.device) -> Callable[[], None]:
+    objective = objective.to(device)
+    objective.place(device)  # type: ignore[operator]
+    return _torch_step(objective, lambda: objective(batch).total, config, device)
+
+
+def _torch_step(
+    module: nn.Module, loss: Callable[[], Tensor], config: RunConfig, device: torch.device
+) -> Callable[[], None]:
+    """One step of torch's own loop: bf16 by autocast, as is usual without DeepSpeed."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps)
+    half = config.engine.precision == "bf16"
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            value = loss()
+        value.backward()
+        if config.optim.clip_norm:
+            torch.nn.utils.clip_grad_norm_(trained, config.optim.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _hubert(config: RunConfig, batch: Batch, clip_seconds: float, device: torch.device) -> Callable[[], None]:
+    """transformers' HuBERT from samples: convolutions, the same encoder, cross-entropy of 504 classes where masked."""
+    from transformers import HubertConfig, HubertModel
+
+    model = config.model
+    hubert = HubertModel(
+        HubertConfig(
+            hidden_size=model.dim,
+            num_hidden_layers=model.layers,
+            num_attention_heads=model.heads,
+            intermediate_size=model.ffn_dim,
+            do_stable_layer_norm=model.norm == "pre",
+            hidden_dropout=model.dropout,
+            attention_dropout=model.attention_dropout,
+            activation_dropout=model.activation_dropout,
+            feat_proj_dropout=model.input_dropout,
+            layerdrop=model.layerdrop,
+            attn_implementation="sdpa",
+        )
+    )
+    both = nn.ModuleList([hubert, nn.Linear(model.dim, HUBERT_CLASSES)]).to(device).train()
+    clips = len(batch.frames)
+    waves = torch.randn(clips, int(clip_seconds * HUBERT_RATE), device=device)
+    frames = int(hubert._get_feat_extract_output_lengths(waves.shape[1]))
+    where = np.linspace(0, batch.mask.shape[1] - 1, frames).round().astype(int)  # the same frames, at HuBERT's rate
+    mask = batch.mask[:, where]
+    labels = torch.randint(0, HUBERT_CLASSES, (int(mask.sum()),), device=device)
+
+    def loss() -> Tensor:
+        hidden = both[0](waves, mask_time_indices=mask).last_hidden_state
+        return torch.nn.functional.cross_entropy(both[1](hidden[mask]).float(), labels)
+
+    return _torch_step(both, loss, config, device)
+
+
+def _loader(config: RunConfig, seconds_per_frame: float) -> dict[str, Any]:
+    """How many times faster than the model the loader delivers frames."""
+    train, _, _ = open_data(config, Ranks(rank=0, world_size=1, local_rank=0))
+    steps = train.steps(0, 20, workers=config.data.workers, prefetch=config.data.prefetch)
+    next(steps)
+    began, frames = time.perf_counter(), 0
+    for parts in steps:
+        frames += sum(sum(part.frames) for part in parts)
+    took = time.perf_counter() - began
+    return {
+        "what": "loader alone",
+        "frames_per_second": frames / took,
+        "times_what_the_model_takes": frames / took * seconds_per_frame,
+    }
+
+
+def table(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
+    """The rows as lines to print."""
+    units = {
+        "step_seconds": "{:.3f} s/step",
+        "audio_hours_per_hour": "{:.1f} h/h",
+        "frames_per_second": "{:.0f} frames/s",
+        "tflops": "{:.3f} TFLOP/s",
+        "mfu_percent": "MFU {:.1f} %",
+        "memory_gib": "{:.2f} GiB",
+        "times_slower_than_ours": "{:.2f} x ours",
+        "times_what_the_model_takes": "{:.0f} x what the model takes",
+    }
+    for row in rows:
+        yield f"{row['what']:<32}" + ", ".join(text.format(row[key]) for key, text in units.items() if key in row)
