@@ -1,42 +1,81 @@
-"""Checkpoints of a run: atomic, the newest few kept, torn ones ignored.
+"""Checkpoints of a run: atomic, the newest few kept, torn and corrupt ones passed over.
 
-    RUN/checkpoints/step-00005000/   engine/ (DeepSpeed's: weights, optimizer, schedule)
-                                     model.safetensors (the encoder in fp32, what `export` gives away)
-                                     state.json (step, running sums of the metrics)
-                                     whole.json (size of every file: written last)
+    RUN/checkpoints/step-00005000/   model.safetensors (the encoder in fp32, what `export` gives away)
+                                     training.safetensors (heads, AdamW's moments, the objective's extra state)
+                                     state.json (step, losses since the last row of the metrics)
+                                     whole.json (size and CRC-32 of every file: written last)
     RUN/checkpoints/latest           a link to the newest
 
-A checkpoint is written under another name, flushed to disk and renamed; one whose files are not all there,
-in full size, is passed over. Random numbers need no state (see chance.py), the order of data neither (see
-plan.py).
+All values are whole and fp32, whatever the ZeRO stage and the number of ranks divide: any other stage and number goes
+on from them. Rank 0 writes, under another name, to the disk itself, and renames. Random numbers need no state (see
+chance.py), the order of data neither (see plan.py), nor does the schedule (a function of the step).
 """
 
 import json
 import os
+import re
 import shutil
+import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from codecssl.pretrain.masters import MOMENTS, masters, moments
 from codecssl.tokenize.errors import UserError
 
-_ENGINE, _WHOLE, _STATE, WEIGHTS = "engine", "whole.json", "state.json", "model.safetensors"
+FORMAT = 2
+_WHOLE, _STATE, _TRAINING, WEIGHTS = "whole.json", "state.json", "training.safetensors", "model.safetensors"
+_MODEL = "model."  # prefix of the encoder's weights in the objective
+_CHUNK = 1 << 22
 
 
-def save(engine: Any, folder: Path, state: dict[str, Any], *, keep: int) -> Path:
-    """Write the checkpoint of `state["step"]` into `folder`, then drop all but the newest `keep`."""
-    from safetensors.torch import save_file
+@dataclass
+class Saved:
+    """What a checkpoint holds: whole fp32 tensors by name of the parameter, and the loop's own state."""
 
-    from codecssl.pretrain.engine import fp32_weights
+    state: dict[str, Any]
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """AdamW's, by key and name."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """The objective's `extra_state`."""
 
-    final = folder / f"step-{state['step']:08d}"
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+def collect(engine: Any, state: dict[str, Any]) -> Saved:
+    """The engine's state, whole on rank 0 and nothing elsewhere. All ranks must call it."""
+    return Saved(
+        {"format": FORMAT, **state},
+        dict(masters(engine)),
+        {key: dict(moments(engine, key)) for key in MOMENTS},
+        engine.module.extra_state(),
+    )
+
+
+def save(saved: Saved, folder: Path, *, keep: int) -> Path:
+    """Write a checkpoint into `folder`, then drop all but the newest `keep`. For rank 0.
+
+    Raises UserError when the disk is full, or weights are not finite; the earlier checkpoints are as they were.
+    """
+    if bad := [name for name, value in saved.weights.items() if not value.isfinite().all()]:
+        raise UserError(f"step {saved.step}: {bad[0]} is not finite; lower optim.lr or optim.clip_norm, and start"
+                        f" again: {_last(folder)}")  # fmt: skip
+    final = folder / f"step-{saved.step:08d}"
     partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    engine.save_checkpoint(str(partial), tag=_ENGINE, save_latest=False)
-    save_file(fp32_weights(engine.module.model), partial / WEIGHTS)
-    (partial / _STATE).write_text(json.dumps(state))
-    (partial / _WHOLE).write_text(json.dumps(_sizes(partial)))
-    _flush(partial)
+    for left in folder.glob(".step-*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        _write(saved, partial)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{final}: could not be written ({error.strerror or error}); make room and start again:"
+                        f" {_last(folder)}") from None  # fmt: skip
     shutil.rmtree(final, ignore_errors=True)  # a torn one of the same step
     partial.rename(final)
     _point_latest(folder, final)
@@ -45,22 +84,68 @@ def save(engine: Any, folder: Path, state: dict[str, Any], *, keep: int) -> Path
     return final
 
 
-def load(engine: Any, checkpoint: Path) -> dict[str, Any]:
-    """Put weights, optimizer and schedule back into the engine; returns the saved state."""
-    path, _ = engine.load_checkpoint(str(checkpoint), tag=_ENGINE)
-    if path is None:
-        raise UserError(f"{checkpoint}: DeepSpeed could not load it; delete that folder to resume from an older one")
-    return read_state(checkpoint)
+def load(checkpoint: Path) -> Saved:
+    """A checkpoint's contents, on the CPU. UserError where it is of another codecssl."""
+    state = read_state(checkpoint)
+    if state["format"] != FORMAT:
+        raise UserError(f"{checkpoint}: has format {state['format']}, this codecssl reads {FORMAT}; go on with the"
+                        " codecssl that wrote it, or give another --output")  # fmt: skip
+    from safetensors.torch import load_file
+
+    saved = Saved(state, {_MODEL + name: value for name, value in load_file(checkpoint / WEIGHTS).items()})
+    parts = {
+        "weights": saved.weights,
+        "extra": saved.extra,
+        **{key: saved.moments.setdefault(key, {}) for key in MOMENTS},
+    }
+    for key, value in load_file(checkpoint / _TRAINING).items():
+        part, name = key.split("/", 1)
+        parts[part][name] = value
+    return saved
+
+
+def newest_intact(folder: Path) -> tuple[Path | None, list[Path]]:
+    """(the newest checkpoint whose files are as they were written, the newer ones whose are not).
+
+    UserError where none is left of those that there were.
+    """
+    corrupt: list[Path] = []
+    if old := next(folder.glob("step-*/engine"), None):
+        raise UserError(f"{old.parent}: is DeepSpeed's own, this codecssl writes and reads format {FORMAT}; go on with"
+                        " the codecssl that wrote it, or give another --output")  # fmt: skip
+    for path in reversed(whole(folder)):
+        if damage(path) is None:
+            return path, corrupt
+        corrupt.append(path)
+    if corrupt:
+        raise UserError(f"{corrupt[0]}: {damage(corrupt[0])} is corrupt, and there is no older checkpoint; bring it"
+                        f" back from a backup, or delete {folder} to start from step 0")  # fmt: skip
+    return None, []
+
+
+def set_aside(corrupt: Path) -> Path:
+    """Rename a corrupt checkpoint, so that it is not looked at again nor counted among those kept."""
+    aside = corrupt.with_name(f"corrupt-{corrupt.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return corrupt.rename(aside)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """The first file of a complete checkpoint whose checksum is wrong."""
+    for name, expected in _read_whole(checkpoint).items():
+        if _described(checkpoint / name) != expected:
+            return name
+    return None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The saved state of a checkpoint: its step, and the running sums of the metrics."""
+    """The saved state of a checkpoint: its step, and the losses since the last row of the metrics."""
     state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text())
     return state
 
 
 def whole(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first: those with all files in full size."""
     return [path for path in sorted(folder.glob("step-*")) if _is_whole(path)]
 
 
@@ -70,17 +155,59 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def _is_whole(path: Path) -> bool:
+def _last(folder: Path) -> str:
+    found = newest(folder)
+    return f"{found.name} is the last good checkpoint" if found else "there is no checkpoint yet"
+
+
+def _write(saved: Saved, partial: Path) -> None:
+    heads = {name: value for name, value in saved.weights.items() if not name.startswith(_MODEL)}
+    training = {f"weights/{name}": value for name, value in heads.items()}
+    training |= {f"{key}/{name}": value for key in saved.moments for name, value in saved.moments[key].items()}
+    training |= {f"extra/{name}": value.detach().cpu().clone() for name, value in saved.extra.items()}
+    _save_file(training, partial / _TRAINING)
+    _save_file({name.removeprefix(_MODEL): value for name, value in saved.weights.items() if name not in heads},
+               partial / WEIGHTS)  # fmt: skip
+    (partial / _STATE).write_text(json.dumps(saved.state))
+    files = {path.name: _described(path) for path in sorted(partial.iterdir())}
+    (partial / _WHOLE).write_text(json.dumps(files))
+    _flush(partial)
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     try:
-        expected = json.loads((path / _WHOLE).read_text())
-    except (OSError, ValueError):
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    except SafetensorError as error:  # how it wraps a full disk
+        raise OSError(str(error)) from None
+
+
+def _described(path: Path) -> dict[str, int]:
+    """Size and CRC-32 of a file. (A gigabyte or more a second: cheap beside writing it.)"""
+    size = checksum = 0
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
+    except OSError:
+        return {"bytes": -1, "crc32": -1}
+    return {"bytes": size, "crc32": checksum}
+
+
+def _read_whole(path: Path) -> dict[str, dict[str, int]]:
+    files: dict[str, dict[str, int]] = json.loads((path / _WHOLE).read_text())
+    return files
+
+
+def _is_whole(path: Path) -> bool:
+    if not re.fullmatch(r"step-\d{8,}", path.name):
         return False
-    return bool(expected == {name: size for name, size in _sizes(path).items() if name != _WHOLE})
-
-
-def _sizes(path: Path) -> dict[str, int]:
-    files = (file for file in path.rglob("*") if file.is_file())
-    return {file.relative_to(path).as_posix(): file.stat().st_size for file in sorted(files)}
+    try:
+        return all((path / name).stat().st_size == file["bytes"] for name, file in _read_whole(path).items())
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def _flush(path: Path) -> None:

@@ -1,77 +1,82 @@
 """The training engine: DeepSpeed, every setting derived from our config; one process needs no launcher."""
 
-import logging
-import os
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from codecssl.pretrain.config import OptimConfig, RunConfig
 from codecssl.pretrain.fs2 import PolynomialDecayLR, RotaryEncoder, TriStageLR
+from codecssl.pretrain.masters import restore
 from codecssl.pretrain.objective import Objective
-from codecssl.slurm.job import Ranks, find_ranks
-from codecssl.tokenize.errors import UserError
+from codecssl.pretrain.peers import quiet_deepspeed, silent
 
 
-def join_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
-    """Join the process group that the environment describes (`find_ranks`), or be alone.
+def start_engine(
+    objective: Objective,
+    config: RunConfig,
+    *,
+    step: int = 0,
+    moments: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Any:
+    """A DeepSpeed engine around model, heads, torch's AdamW and a fairseq2 schedule, after `step` updates.
 
-    Must come before the first import of deepspeed, which decides then which accelerator it uses.
+    The objective has the weights of that step already; `moments` are AdamW's, by key and name of the parameter.
     """
-    ranks = find_ranks(os.environ if environment is None else environment)
-    if ranks.world_size != 1:
-        raise UserError(f"WORLD_SIZE: {ranks.world_size}, but training runs in one process; start one, or unset it")
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    if not torch.distributed.is_initialized():
-        # A store in this process's memory: a lone process needs no port, and leaves nothing in the
-        # environment for its children to stumble over.
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
-        _quiet_deepspeed().init_distributed(dist_backend=backend, verbose=False)
-    return ranks
-
-
-def start_engine(objective: Objective, config: RunConfig) -> Any:
-    """A DeepSpeed engine around model, heads, torch's AdamW and a fairseq2 schedule."""
-    deepspeed = _quiet_deepspeed()
+    deepspeed = quiet_deepspeed()
     optim = config.optim
-    optimizer = torch.optim.AdamW(
-        objective.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
-    )
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     exact = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
-    engine, *_ = deepspeed.initialize(
-        model=objective,
-        optimizer=optimizer,
-        lr_scheduler=lambda basic: schedule(optim, basic),
-        config=deepspeed_config(config),
-        dist_init_required=False,
-    )
-    if config.engine.precision == "bf16":
-        _restore_fp32(engine.module, exact)
+    _prepare_layers(objective, config)
+    with silent():  # it prints how much memory is in use, step by step
+        engine, *_ = deepspeed.initialize(
+            model=objective,
+            optimizer=torch.optim.AdamW(
+                trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+            ),
+            lr_scheduler=lambda basic: schedule(optim, basic),
+            config=deepspeed_config(config),
+            dist_init_required=False,
+        )
+    engine.frozen = {name: exact[name] for name, p in objective.named_parameters() if not p.requires_grad}
+    restore(engine, exact, moments or {}, step)
+    if step:
+        # A schedule is a function of the number of updates alone.
+        engine.lr_scheduler.last_epoch = step - 1
+        engine.lr_scheduler.step()
+    _restore_buffers(engine.module)
+    objective.place(engine.device)
     return engine
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's dictionary. Learning rate, schedule and batch have their one home in our config."""
-    bf16 = config.engine.precision == "bf16"
+    bf16, stage = config.engine.precision == "bf16", zero_stage(config)
     return {
         # The plan makes the batches, in frames; DeepSpeed only insists on some number of items.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": config.engine.accumulation,
         "gradient_clipping": config.optim.clip_norm,
         "bf16": {"enabled": bf16},
-        # Stage 1 is the one whose bf16 optimizer adds gradients up in fp32 and lets its fp32 weights be read.
-        "zero_optimization": {"stage": 1 if bf16 else 0},
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": stage},
+        # Sums of gradients, over micro-batches and over ranks, in fp32. bf16 without ZeRO cannot do the former.
+        "data_types": {"grad_accum_dtype": "bf16" if bf16 and stage == 0 else "fp32"},
+        "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own compiles C++ first
         "steps_per_print": 10**9,
     }
+
+
+def zero_stage(config: RunConfig) -> int:
+    """The ZeRO stage: the config's, or 0 in fp32 and 1 in bf16 (whose fp32 weights it divides among the ranks)."""
+    chosen = config.engine.zero_stage
+    if chosen is not None:
+        return chosen
+    return 1 if config.engine.precision == "bf16" else 0
 
 
 def schedule(config: OptimConfig, optimizer: torch.optim.Optimizer) -> Any:
@@ -91,52 +96,58 @@ def schedule(config: OptimConfig, optimizer: torch.optim.Optimizer) -> Any:
     return TriStageLR(optimizer, config.steps, stages, final_lr_scale=config.final_scale)
 
 
+def backward(engine: Any, loss: Tensor) -> None:
+    """Gradients of this rank's part of the loss.
+
+    The parts of all micro-batches and ranks add up already: no division by the number of micro-batches, and the
+    division by the number of ranks, which DeepSpeed does not leave out, is undone beforehand.
+    """
+    engine.backward(loss * torch.distributed.get_world_size(), scale_wrt_gas=False)
+
+
 def take_step(engine: Any, *, want_norm: bool) -> float | None:
-    """Let the engine step; an update happens after the last micro-batch. Returns the norm of the gradient."""
-    norm = None
+    """Let the engine step; an update happens after the last micro-batch. Returns the norm of the gradient.
+
+    A gradient that is not finite gives a norm that is not: DeepSpeed would skip that update in silence.
+    """
+    norm, skipped = None, engine.skipped_steps
     if want_norm and not hasattr(engine.optimizer, "_global_grad_norm"):  # a plain fp32 optimizer keeps none
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
     engine.step()
+    if engine.skipped_steps != skipped:
+        return float("inf")
     kept = engine.get_global_grad_norm()
     return norm if kept is None else float(kept)
 
 
-def fp32_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The module's weights in fp32 on the CPU: the optimizer's master copy where the engine has one."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    weights = {}
-    for name, parameter in module.named_parameters():
-        master = safe_get_full_fp32_param(parameter)
-        value = parameter if master is None else master
-        weights[name] = value.detach().to("cpu", torch.float32).clone()
-    return weights
+def after_update(engine: Any, step: int) -> None:
+    """The objective's own work after an update; it sees whole weights where ZeRO 3 divides them."""
+    whole: AbstractContextManager[None] = nullcontext()
+    if engine.zero_optimization_partition_weights() and type(engine.module).after_update is not Objective.after_update:
+        whole = quiet_deepspeed().zero.GatheredParameters(list(engine.module.parameters()))
+    with whole:
+        engine.module.after_update(step)
 
 
-def _quiet_deepspeed() -> Any:
-    """deepspeed, imported late (seconds) and told to speak of errors only."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
-    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # A lone process exchanges nothing, so the C++ all-reduce, half a minute of compiling at the first start,
-    # is not built.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
+def _prepare_layers(objective: Objective, config: RunConfig) -> None:
+    """Recompute the layers' activations, compile the layers, where the config says so."""
+    for layer in _layers(objective):
+        if config.engine.activation_checkpointing:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if config.engine.compile:
+            layer.compile(dynamic=True)
 
 
-def _restore_fp32(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
-    """Undo what casting a module to bf16 breaks: its master weights start rounded, and so do its buffers.
-
-    The codec's embeddings are exact only in fp32; rotary tables are read as complex numbers, which bf16 has
-    not.
-    """
-    from deepspeed.utils import safe_set_full_fp32_param
-
-    for name, parameter in module.named_parameters():
-        safe_set_full_fp32_param(parameter, exact[name].to(parameter.device))
+def _layers(module: nn.Module) -> Iterator[Any]:
+    """The layers of every encoder and decoder in it."""
     for child in module.modules():
-        if isinstance(child, RotaryEncoder):
+        if isinstance(layers := getattr(child, "layers", None), nn.ModuleList):
+            yield from layers
+
+
+def _restore_buffers(module: nn.Module) -> None:
+    """Undo what a cast to bf16 breaks: rotary tables are read as complex numbers, which bf16 has not."""
+    for child in module.modules():
+        if isinstance(child, RotaryEncoder) and child.freqs.dtype != torch.float32:
             child.freqs = child.freqs.float()
             child.reset_non_persistent_buffers()

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 from codecssl.configs.load import from_dict
 from codecssl.pretrain import checkpoint, rundir
 from codecssl.pretrain.config import ModelConfig
+from codecssl.pretrain.masters import load_weights
 from codecssl.pretrain.model import CodecModel
 from codecssl.pretrain.telemetry import read_rows
 from codecssl.tokenize.codec import CodecCard
@@ -25,7 +27,9 @@ def export(run_dir: str | Path, output_dir: str | Path) -> None:
     """
     run, output = Path(run_dir), Path(output_dir)
     config = rundir.read_config(run)
-    newest = checkpoint.newest(run / "checkpoints")
+    newest, corrupt = checkpoint.newest_intact(run / "checkpoints")
+    for path in corrupt:
+        print(f"warning: {path}: {checkpoint.damage(path)} is corrupt; an older checkpoint is taken", file=sys.stderr)
     if newest is None:
         raise UserError(f"{run}: has no complete checkpoint yet; let codecssl-pretrain run reach one")
     if output.exists() and {path.name for path in output.iterdir()} - _FILES:
@@ -54,7 +58,7 @@ def load_pretrained(path: str | Path) -> CodecModel:
     folder = Path(path)
     description = _read_description(folder)
     model = CodecModel(from_dict(ModelConfig, description["model"]), CodecCard.from_dict(description["codec"]))
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    load_weights(model, load_file(folder / "model.safetensors"), folder)
     return model.eval()
 
 

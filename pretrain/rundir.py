@@ -19,8 +19,11 @@ from codecssl.pretrain.config import RunConfig
 from codecssl.tokenize.errors import UserError
 
 # What may change when a run is resumed: where data lies and how it is fetched, how often the run speaks and
-# saves.
-_FREE = ("log.", "data.dirs", "data.valid_dirs", "data.workers", "data.prefetch", "data.codec_weights")
+# saves, and how the same global batches are divided and computed.
+_FREE = (
+    *("log.", "data.dirs", "data.valid_dirs", "data.workers", "data.prefetch", "data.codec_weights"),
+    *("engine.accumulation", "engine.zero_stage", "engine.activation_checkpointing", "engine.compile"),
+)
 _PACKAGES = ("codecssl", "torch", "fairseq2", "fairseq2n", "deepspeed", "numpy")
 
 

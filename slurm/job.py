@@ -1,12 +1,16 @@
-"""Who this process is among its peers: from torchrun or DeepSpeed, from srun, or alone."""
+"""Who this process is among its peers, and where they meet: from torchrun or DeepSpeed, from srun, or alone."""
 
 from __future__ import annotations
 
 import os
+import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from codecssl.tokenize.errors import UserError
+
+_FIRST_PORT, _PORTS = 20_000, 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +31,15 @@ def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
     """Read RANK, WORLD_SIZE and LOCAL_RANK (torchrun, DeepSpeed), else srun's variables, else be alone.
 
     Inside sbatch but outside srun a process is alone, however many tasks the job has: only a step has peers.
-    Raises UserError when launcher and srun contradict each other.
+    Raises UserError when launcher and srun contradict each other, or themselves.
     """
-    launched = "WORLD_SIZE" in environment
     step_tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if launched:
+    if "WORLD_SIZE" in environment or "RANK" in environment:
         ranks = _read(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK")
-        if step_tasks > 1 and ranks.world_size not in (step_tasks, 1) and ranks.world_size % step_tasks:
+        if ranks.world_size % step_tasks:
             raise UserError(
                 f"WORLD_SIZE {ranks.world_size} does not fit srun's {step_tasks} tasks; start one torchrun per task, "
-                "or unset WORLD_SIZE and let srun start every process"
+                "or unset RANK and WORLD_SIZE and let srun start every process"
             )
         return ranks
     if step_tasks > 1:
@@ -44,13 +47,59 @@ def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
     return Ranks(rank=0, world_size=1, local_rank=0)
 
 
+def find_meeting(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """(address, port) of rank 0: MASTER_ADDR and MASTER_PORT (torchrun, DeepSpeed), else from srun's variables.
+
+    Under srun rank 0 is on the first node of the step, and the port follows from the job and the step, so that two
+    steps on one node do not meet. Raises UserError where nothing tells.
+    """
+    port = environment.get("MASTER_PORT") or str(_slurm_port(environment))
+    if not port.isdigit() or not 0 < int(port) < 65_536:
+        raise UserError(f"MASTER_PORT {port!r}: must be a number from 1 to 65535; set it, or let the launcher do it")
+    return environment.get("MASTER_ADDR") or _slurm_address(environment), int(port)
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of a Slurm node list: node003 of node[003-006,009],login1."""
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", nodelist).split(",")[0]
+
+
+def _slurm_address(environment: Mapping[str, str]) -> str:
+    if environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_JOB_NUM_NODES")) == "1":
+        return "127.0.0.1"  # works where a node cannot resolve its own name
+    nodelist = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    if nodelist is None:
+        raise UserError("MASTER_ADDR: not set, and not under srun; start with torchrun, deepspeed or srun, or set it")
+    host, other = first_host(nodelist), environment.get("SLURM_LAUNCH_NODE_IPADDR")
+    if other is not None and not _resolves(host):
+        return other  # right where srun was called in the batch script, which runs on the first node
+    return host
+
+
+def _slurm_port(environment: Mapping[str, str]) -> int:
+    job, step = environment.get("SLURM_JOB_ID"), environment.get("SLURM_STEP_ID", "0")
+    if job is None or not job.isdigit():
+        raise UserError("MASTER_PORT: not set, and not under srun; start with torchrun, deepspeed or srun, or set it")
+    return _FIRST_PORT + (int(job) * 31 + (int(step) if step.isdigit() else 0)) % _PORTS
+
+
+def _resolves(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True
+
+
 def _read(environment: Mapping[str, str], rank: str, world_size: str, local_rank: str) -> Ranks:
     values = []
-    for name, default in ((rank, None), (world_size, None), (local_rank, "0")):
-        text = environment.get(name, default)
+    alone = environment.get(world_size) == "1"
+    for name, default in ((rank, None), (world_size, None), (local_rank, environment.get("SLURM_LOCALID"))):
+        text = environment.get(name, "0" if alone and name == local_rank else default)
         if text is None or not text.isdigit():
             raise UserError(
-                f"{name} {text!r}: must be a whole number; the launcher sets {rank} and {world_size} together"
+                f"{name} {text!r}: must be a whole number; the launcher sets {rank}, {world_size} and {local_rank}"
+                " together: set all of them or none"
             )
         values.append(int(text))
     return Ranks(rank=values[0], world_size=values[1], local_rank=values[2])

@@ -23,8 +23,12 @@ from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.seanet import Decoder, Encoder, Lane
 from codecssl.tokenize.weights import load_pretrained, state_sha256
 
-PIECE_FRAMES = {"cpu": 16, "cuda": 128}
-"""Frames of a piece: a CPU's cache holds 0.2 s of the first layers, a GPU wants more work per call."""
+FINE_FRAMES = {"cpu": 16, "cuda": 128}
+"""Frames that the first layers, at the high rates, take at once: what a CPU's cache holds; a GPU wants more."""
+PIECE_FRAMES = {"cpu": 32, "cuda": 128}
+"""Frames that all others take at once, a multiple: their weights are read once for so many."""
+SHARED_SECONDS = 30
+"""From there on the LSTM runs alone: such a wave is a long file that is encoded by itself."""
 QUANTIZER_ROWS = 32
 """Frames that the quantizer takes together: products of one size, so that no frame's code depends on others."""
 
@@ -51,8 +55,14 @@ class EncodecCodec:
         self.net, self.card, self.device = net, card, torch.device(device)
         frames = PIECE_FRAMES[self.device.type]
         for layer in (*net.encoder, *net.decoder):
-            layer.to(self.device).eval().requires_grad_(False)
-        self.encoder = Encoder(net.encoder, net.hop_length, frames)
+            layer.to(self.device).eval()
+        self.encoder = Encoder(
+            net.encoder,
+            net.hop_length,
+            fine_frames=FINE_FRAMES[self.device.type],
+            piece_frames=frames,
+            shared_pieces=SHARED_SECONDS * net.sample_rate // (frames * net.hop_length),
+        )
         self.decoder = Decoder(net.decoder, net.codebooks.shape[2], frames)
         self.codebooks = net.codebooks[: card.num_codebooks].to(self.device)
         # |r - e|^2 / 2 = |r|^2 / 2 - (r e - |e|^2 / 2): the nearest entry has the largest score r e - |e|^2 / 2
@@ -65,17 +75,23 @@ class EncodecCodec:
     @torch.inference_mode()
     def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
         """See `Codec`. Waves run side by side, the longest first; one that ends makes room for the next."""
-        waiting = sorted(range(len(waves)), key=lambda i: len(waves[i]))
+        waiting = sorted((i for i, wave in enumerate(waves) if len(wave)), key=lambda i: len(waves[i]))
+        longest = max(map(len, waves), default=0)
+        # no more side by side than end together when the longest does: the last ones would run alone
+        count = min(self.encoder.widths[-1], -(-sum(map(len, waves)) // max(1, longest)))
         streams: dict[int, EncodecStream] = {}
-        pieces: list[list[Tensor]] = [[] for _ in waves]
+        pieces = [[self._no_codes()] for _ in waves]
         while waiting or streams:
-            while waiting and len(streams) < self.encoder.widths[-1]:
+            while waiting and len(streams) < count:
                 stream = streams[waiting[-1]] = self.stream()
                 stream.add(waves[waiting.pop()])
             for i, codes in zip(streams, self._advance(list(streams.values()))):
                 pieces[i].append(codes)
             streams = {i: stream for i, stream in streams.items() if stream.samples}
         return [torch.cat(codes, 1) for codes in pieces]
+
+    def _no_codes(self) -> Tensor:
+        return torch.zeros(self.card.num_codebooks, 0, dtype=torch.int64, device=self.device)
 
     def _advance(self, streams: Sequence[EncodecStream]) -> list[Tensor]:
         """The codes of the next piece of each stream."""
@@ -111,7 +127,7 @@ class EncodecCodec:
     def decode(self, codes: Tensor) -> Tensor:
         """See `Codec`. Piece by piece: memory grows by the wave alone."""
         size, count = self.decoder.piece_frames, codes.shape[1]
-        lane = Lane(count, size)
+        lane = Lane(count)
         pieces = [
             self.decoder(F.pad(latents, (0, size - latents.shape[1])).t(), lane)
             for latents in (self.latents(part) for part in codes.split(size, 1))
@@ -140,7 +156,7 @@ class EncodecStream:
     @torch.inference_mode()
     def push(self, wave: Tensor) -> Tensor:
         self.add(wave)
-        codes = [torch.zeros(self.codec.card.num_codebooks, 0, dtype=torch.int64, device=self.codec.device)]
+        codes = [self.codec._no_codes()]
         while self.samples >= self.codec.encoder.piece_samples:
             codes += self.codec._advance([self])
         return torch.cat(codes, dim=1)
@@ -148,9 +164,7 @@ class EncodecStream:
     @torch.inference_mode()
     def finish(self) -> Tensor:
         """See `StreamEncoder`."""
-        if self.samples:
-            return self.codec._advance([self])[0]
-        return torch.zeros(self.codec.card.num_codebooks, 0, dtype=torch.int64, device=self.codec.device)
+        return self.codec._advance([self])[0] if self.samples else self.codec._no_codes()
 
     def add(self, wave: Tensor) -> None:
         """Put samples behind the pending ones."""
@@ -158,7 +172,7 @@ class EncodecStream:
         self.samples += len(wave)
 
     def take(self) -> tuple[Tensor, int]:
-        """The next piece, filled up with zeros, and how many of its frames are the wave's."""
+        """The next piece and how many frames it has."""
         size, parts, had = self.codec.encoder.piece_samples, [], 0
         while self.pending and had < size:
             part = self.pending.pop(0)
@@ -169,8 +183,8 @@ class EncodecStream:
         self.samples -= had
         frames = -(-had // self.codec.net.hop_length)
         if self.lane is None:
-            self.lane = self.codec.encoder.lane(frames)
-        return F.pad(torch.cat(parts), (0, size - had)), frames
+            self.lane = Lane(frames)
+        return torch.cat(parts), frames
 
 
 # ---------------------------------------------------------------- loading
@@ -208,7 +222,8 @@ def make_card(name: str, weights: str, digest: str, net: Seanet, num_codebooks: 
             "channels": "mean",
             "resample": "soxr HQ, whole file",
             "padding": "zeros to a whole frame",
-            "chunk": f"{PIECE_FRAMES[kind]} frames, all state carried",
+            "chunk": f"{PIECE_FRAMES[kind]} frames ({FINE_FRAMES[kind]} at the high rates), all state carried, "
+            f"LSTM alone after {SHARED_SECONDS} s",
             "precision": "float32",
             "device": kind,
         },

@@ -11,12 +11,14 @@ cache, runs on several waves (lanes) side by side. Only such numbers of lanes ar
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from codecssl.tokenize.errors import UserError
 
@@ -27,13 +29,16 @@ CUDA_WIDTH = 32
 BLOCK = 8
 """A convolution from or to one channel, too thin for a product of matrices, runs over blocks of this many samples."""
 
+MAX_TERMS = 640
+"""Of the sums in one product: for longer ones MKL's order depends on the number of threads."""
+
 
 class Lane:
     """What one wave carries from piece to piece: a memory for each layer."""
 
-    def __init__(self, first_frames: int, piece_frames: int) -> None:
-        self.first_frames, self.piece_frames = min(first_frames, piece_frames), piece_frames
-        """Frames of the first piece that are the wave's, and frames of a piece."""
+    def __init__(self, first_frames: int) -> None:
+        self.first_frames, self.pieces = first_frames, 0
+        """Frames of the first piece that are the wave's; pieces that an encoder has taken."""
         self.memory: dict[object, Tensor] = {}
 
 
@@ -66,11 +71,11 @@ class Convolution:
     samples out for each one in. The input stands in `source`, the output [n / stride * upsample, N] in `out`.
     """
 
-    def __init__(self, layer: Any, source: Tensor, arena: Arena, *live: Tensor, activate: bool) -> None:
-        """activate: the input goes through an ELU first. live: what else of the arena must last."""
+    def __init__(self, layer: Any, source: Tensor, arena: Arena, *live: Tensor, frames: int, activate: bool) -> None:
+        """frames: of a piece. activate: the input goes through an ELU first. live: what else must last in the arena."""
         inner = _innermost(layer)
         weight, stride, self.dilation = _weight(inner, source), inner.stride[0], inner.dilation[0]
-        self.source, self.activate, self.mirror, upsample = source, activate, True, 1
+        self.source, self.frames, self.activate, self.mirror, upsample = source, frames, activate, True, 1
         if isinstance(inner, nn.ConvTranspose1d):
             weight, stride, upsample, self.mirror = _transposed(weight, stride), 1, stride, False
         elif not layer.causal or layer.pad_mode != "reflect":
@@ -80,23 +85,28 @@ class Convolution:
         if inner.groups != 1 or weight.shape[2] % stride:
             raise UserError(f"{inner}: only plain convolutions whose stride divides the kernel run in pieces")
         (outputs, channels), count = weight.shape[:2], weight.shape[2] // stride
-        self.taps = list(weight.unflatten(2, (count, -1)).permute(2, 3, 1, 0).flatten(1, 2).contiguous())
         self.bias = inner.bias.detach().to(source).repeat(upsample)
         self.pad = (count - 1) * self.dilation * stride
         if self.pad >= len(source):
             raise UserError(f"{layer}: pieces of {len(source)} samples are too short for a padding of {self.pad}")
         self.samples = arena.take(self.pad + len(source), channels, source, *live)
-        self.rows = self.samples.view(-1, stride * channels)
-        rows = len(source) // stride
-        self.reads = [self.rows[i * self.dilation : i * self.dilation + rows] for i in range(count)]
+        inputs, rows = self.samples.view(-1, stride * channels), len(source) // stride
+        taps = weight.unflatten(2, (count, -1)).permute(2, 3, 1, 0).flatten(1, 2)
+        self.factors = [
+            (part, tap_part.contiguous())
+            for i, tap in enumerate(taps)
+            for part, tap_part in zip(
+                inputs[i * self.dilation : i * self.dilation + rows].split(MAX_TERMS, 1), tap.split(MAX_TERMS)
+            )
+        ]
         self.product = arena.take(rows, outputs, self.samples, *live)
         self.out = self.product.view(rows * upsample, -1)
 
     def __call__(self, lane: Lane) -> None:
         self._load(lane)
-        torch.addmm(self.bias, self.reads[0], self.taps[0], out=self.product)
-        for rows, tap in zip(self.reads[1:], self.taps[1:]):
-            self.product.addmm_(rows, tap)
+        torch.addmm(self.bias, *self.factors[0], out=self.product)
+        for rows, weight in self.factors[1:]:
+            self.product.addmm_(rows, weight)
 
     def _load(self, lane: Lane) -> None:
         """Put the piece behind the inputs before it."""
@@ -118,7 +128,7 @@ class Convolution:
     def _mirrored(self, body: Tensor, lane: Lane) -> Tensor:
         """What the reference puts before a wave: its beginning mirrored, with zeros for what a short one lacks."""
         mirrored = body[1 : self.pad + 1].flip(0)
-        length = len(body) * lane.first_frames // lane.piece_frames if self.mirror else 0
+        length = len(body) * lane.first_frames // self.frames if self.mirror else 0
         mirrored[: max(0, self.pad + 1 - length)] = 0
         return mirrored
 
@@ -126,8 +136,9 @@ class Convolution:
 class Residual:
     """x -> shortcut(x) + pointwise(elu(convolution(elu(x)))); [n, C] in `source` to [n, C] in `out`."""
 
-    def __init__(self, layer: Any, source: Tensor, arena: Arena) -> None:
-        self.source, self.narrow = source, Convolution(layer.block[1], source, arena, source, activate=True)
+    def __init__(self, layer: Any, source: Tensor, arena: Arena, frames: int) -> None:
+        self.source = source
+        self.narrow = Convolution(layer.block[1], source, arena, source, frames=frames, activate=True)
         pointwise, shortcut = _innermost(layer.block[3]), _innermost(layer.shortcut)
         self.widen = _weight(pointwise, source)[..., 0].t().contiguous()
         self.shortcut = _weight(shortcut, source)[..., 0].t().contiguous()
@@ -174,44 +185,74 @@ class LoneRecurrence:
 class Encoder:
     """The encoder's layers, from pieces of waves to latents."""
 
-    def __init__(self, layers: Sequence[Any], hop_length: int, piece_frames: int) -> None:
-        *front, lstm, activation, last = layers
+    def __init__(
+        self, layers: Sequence[Any], hop_length: int, *, fine_frames: int, piece_frames: int, shared_pieces: int
+    ) -> None:
+        """piece_frames: taken at once, of which the layers up to the last residual one see fine_frames at once.
+
+        shared_pieces: of a wave, at its beginning; from there on its LSTM runs alone (on a CPU), which is slower than
+        side by side with others, but faster than side by side with nothing.
+        """
+        *fine, residual, elu_, strided, lstm, activation, last = layers
         if not hasattr(lstm, "lstm") or not isinstance(activation, nn.ELU):
             raise UserError("only an encoder that ends in an LSTM, an ELU and a convolution runs in pieces")
         self.piece_frames, self.piece_samples = piece_frames, piece_frames * hop_length
         like = next(lstm.parameters())
         arena = Arena(like)
-        self.piece = like.new_empty(self.piece_samples, 1)
-        self.front = _stages(front, self.piece, arena)
-        self.recurrence = Recurrence(lstm)
-        self.hidden = like.new_empty(self.front[-1].out.shape)
-        self.last = Convolution(last, self.hidden, arena, activate=True)
+        self.piece = like.new_empty(fine_frames * hop_length, 1)
+        self.fine = _stages(fine, self.piece, arena, fine_frames)
+        rows, channels = self.fine[-1].out.shape
+        self.features = like.new_empty(piece_frames // fine_frames * rows, channels)
+        self.coarse = _stages([residual, elu_, strided], self.features, arena, piece_frames)
+        self.recurrence, self.shared_pieces = (
+            Recurrence(lstm),
+            shared_pieces if like.device.type == "cpu" else sys.maxsize,
+        )
+        self.hidden = like.new_empty(self.coarse[-1].out.shape)
+        self.last = Convolution(last, self.hidden, arena, frames=piece_frames, activate=True)
 
     def __call__(self, lanes: Sequence[Lane], pieces: Sequence[Tensor]) -> Tensor:
-        """The next piece [piece_samples] of each lane's wave to latents [W, piece_frames, D].
+        """The next piece of each lane's wave, up to [piece_samples], to latents [W, piece_frames, D].
 
-        The number of lanes is free up to the last of `widths`; what a piece has after its wave's end does not matter.
+        The number of lanes is free up to the last of `widths`. Of a piece that is shorter, the last, only so many
+        frames are meant.
         """
-        empty = next(width for width in self.widths if width >= len(lanes)) - len(lanes)
-        features = self.hidden.new_zeros(self.piece_frames, len(lanes) + empty, self.hidden.shape[1])
+        features = self.hidden.new_empty(self.piece_frames, len(lanes), self.hidden.shape[1])
         for i, (lane, piece) in enumerate(zip(lanes, pieces)):
-            self.piece[:, 0] = piece
-            for stage in self.front:
-                stage(lane)
-            features[:, i] = self.front[-1].out
-        hidden = self.recurrence(features, [*lanes, *(self.lane() for _ in range(empty))])
+            features[:, i] = self._convolve(lane, piece)
+            lane.pieces += 1
         latents = []
-        for i, lane in enumerate(lanes):
-            self.hidden.copy_(hidden[:, i])
+        for lane, hidden in zip(lanes, self._recur(features, lanes).unbind(1)):
+            self.hidden.copy_(hidden)
             self.last(lane)
             latents.append(self.last.out.clone())
         return torch.stack(latents)
 
-    def lane(self, frames: int | None = None) -> Lane:
-        """A fresh lane for a wave of so many frames."""
-        return Lane(self.piece_frames if frames is None else frames, self.piece_frames)
+    def _recur(self, features: Tensor, lanes: Sequence[Lane]) -> Tensor:
+        """[t, W, H] to [t, W, H]: side by side up to `shared_pieces` of a wave, each lane alone from there on."""
+        shared = [i for i, lane in enumerate(lanes) if lane.pieces <= self.shared_pieces]
+        hidden = torch.empty_like(features)
+        for group in [shared] * bool(shared) + [[i] for i in range(len(lanes)) if i not in shared]:
+            width = next(w for w in self.widths if w >= len(group)) if group is shared else 1
+            empty = width - len(group)
+            together = [*(lanes[i] for i in group), *(Lane(1) for _ in range(empty))]
+            hidden[:, group] = self.recurrence(F.pad(features[:, group], (0, 0, 0, empty)), together)[:, : len(group)]
+        return hidden
+
+    def _convolve(self, lane: Lane, piece: Tensor) -> Tensor:
+        """All before the LSTM: a piece to [piece_frames, H]."""
+        for samples, features in zip(piece.split(len(self.piece)), self.features.split(len(self.fine[-1].out))):
+            self.piece[: len(samples), 0] = samples
+            self.piece[len(samples) :] = 0
+            for stage in self.fine:
+                stage(lane)
+            features.copy_(self.fine[-1].out)
+        for stage in self.coarse:
+            stage(lane)
+        return self.coarse[-1].out
 
     @cached_property
+    @torch.inference_mode()
     def widths(self) -> tuple[int, ...]:
         """Numbers of lanes that may run side by side, because a lane's result is the same, to the bit, in all of them.
 
@@ -219,11 +260,9 @@ class Encoder:
         """
         if self.piece.device.type != "cpu":
             return (CUDA_WIDTH,)
-        one = torch.randn(self.piece_frames, 1, self.hidden.shape[1], generator=torch.Generator().manual_seed(0))
-        results = [
-            self.recurrence(one.to(self.piece).repeat(1, width, 1), [self.lane() for _ in range(width)])
-            for width in WIDTHS
-        ]
+        generator = torch.Generator().manual_seed(0)
+        one = torch.randn(self.piece_frames, 1, self.hidden.shape[1], generator=generator).to(self.piece)
+        results = [self.recurrence(one.repeat(1, width, 1), [Lane(1) for _ in range(width)]) for width in WIDTHS]
         return tuple(result.shape[1] for result in results if result.eq(results[0][:, :1]).all())
 
 
@@ -233,7 +272,7 @@ class Decoder:
     def __init__(self, layers: Sequence[Any], latent_dim: int, piece_frames: int) -> None:
         like = next(layers[0].parameters())
         self.piece_frames, self.piece = piece_frames, like.new_empty(piece_frames, latent_dim)
-        self.stages = _stages(layers, self.piece, Arena(like))
+        self.stages = _stages(layers, self.piece, Arena(like), piece_frames)
 
     def __call__(self, latents: Tensor, lane: Lane) -> Tensor:
         """The next piece [piece_frames, D] to samples [piece_frames * hop]."""
@@ -243,7 +282,7 @@ class Decoder:
         return self.stages[-1].out[:, 0].clone()
 
 
-def _stages(layers: Sequence[Any], source: Tensor, arena: Arena) -> list[Any]:
+def _stages(layers: Sequence[Any], source: Tensor, arena: Arena, frames: int) -> list[Any]:
     """The layers of a SEANet, of the encodec package or of transformers, as stages, each reading the one before it."""
     stages: list[Any] = []
     for before, layer in zip([None, *layers], layers):
@@ -252,9 +291,9 @@ def _stages(layers: Sequence[Any], source: Tensor, arena: Arena) -> list[Any]:
         if hasattr(layer, "lstm"):
             stages.append(LoneRecurrence(layer, source, arena))
         elif hasattr(layer, "block"):
-            stages.append(Residual(layer, source, arena))
+            stages.append(Residual(layer, source, arena, frames))
         else:
-            stages.append(Convolution(layer, source, arena, activate=isinstance(before, nn.ELU)))
+            stages.append(Convolution(layer, source, arena, frames=frames, activate=isinstance(before, nn.ELU)))
         source = stages[-1].out
     return stages
 

@@ -211,7 +211,7 @@ class SemanticCodec:
             return torch.zeros(0)
         tokens = to_tokens(codes.to(self.device), self.grid.bands)[None]
         devices = [self.device] if self.device.type == "cuda" else []
-        with full_precision(), torch.random.fork_rng(devices=devices):
+        with full_precision(), _silence(), torch.random.fork_rng(devices=devices):
             torch.manual_seed(NOISE_SEED)
             wave = torch.as_tensor(self.package.decode(tokens), dtype=torch.float32).flatten()[:samples]
         return F.pad(wave, (0, samples - len(wave)))

@@ -166,20 +166,36 @@ def read_statements(root: Path) -> Statements:
     header, begun = read.get("dataset.json"), read.get("plan.json")
     if header is not None and header["format_version"] > FORMAT_VERSION:
         read_header(root)  # raises
+    header, begun = _without_odd_keys(header, begun, damages)
     if header is not None and header.get("sources") and not (root / "plan.json").exists():
         damages.append(Damage(file="plan.json", what="is missing"))
     said = Statements(header=header, begun=begun, damages=damages)
     if header is not None and header["format_version"] != said.version:
         what = f"format version {header['format_version']}, expected {said.version}"
         damages.append(Damage(file="dataset.json", what=what))
-    if header is not None and not header.get("sources") and (odd := header.keys() - {*OWN, *MADE}):
-        damages.append(Damage(file="dataset.json", what=f"unknown {min(odd)!r}"))
     if header is not None and begun is not None and not said.agree:
         plan = plan_of(header)
         keys = sorted(key for key in plan.keys() | begun.keys() if plan.get(key) != begun.get(key))
         what = f"differs from dataset.json in {', '.join(keys)}: one of the two is damaged"
         damages.append(Damage(file="plan.json", what=what))
     return said
+
+
+def _without_odd_keys(
+    header: dict[str, Any] | None, begun: dict[str, Any] | None, damages: list[Damage]
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The statements, but for one that has a key which the other lacks."""
+    if header is None:
+        return header, begun
+    own = plan_of(header).keys()
+    theirs = begun.keys() if begun is not None else own if header.get("sources") else own & set(MADE)
+    if own > theirs:
+        damages.append(Damage(file="dataset.json", what=f"unknown key {min(own - theirs)!r}"))
+        return None, begun
+    if own < theirs:
+        damages.append(Damage(file="plan.json", what=f"unknown key {min(theirs - own)!r}"))
+        return header, None
+    return header, begun
 
 
 def _read_statement(path: Path) -> dict[str, Any]:

@@ -1,10 +1,16 @@
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
-from codecssl.pretrain.config import OptimConfig, RunConfig
-from codecssl.pretrain.engine import deepspeed_config, join_ranks, schedule
+from codecssl.pretrain.config import DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig
+from codecssl.pretrain.data import open_data
+from codecssl.pretrain.engine import deepspeed_config, schedule
+from codecssl.pretrain.peers import join_ranks
+from codecssl.slurm.job import Ranks
 from codecssl.tokenize.errors import UserError
 
 
@@ -55,6 +61,29 @@ def test_the_deepspeed_dictionary_repeats_nothing_of_the_optimizer() -> None:
     assert "scheduler" not in made
 
 
-def test_more_processes_are_refused() -> None:
-    with pytest.raises(UserError, match="WORLD_SIZE: 2"):
-        join_ranks({"RANK": "0", "WORLD_SIZE": "2"})
+@pytest.mark.parametrize(
+    ("chosen", "precision", "stage"), [(None, "fp32", 0), (None, "bf16", 1), (0, "bf16", 0), (3, "fp32", 3)]
+)
+def test_the_zero_stage(chosen: int | None, precision: Literal["fp32", "bf16"], stage: int) -> None:
+    config = RunConfig(engine=EngineConfig(zero_stage=chosen, precision=precision))
+    assert deepspeed_config(config)["zero_optimization"] == {"stage": stage}
+
+
+@pytest.mark.parametrize("stage", [-1, 4])
+def test_an_unknown_zero_stage_is_refused(stage: int) -> None:
+    with pytest.raises(UserError, match=f"engine.zero_stage: {stage}, must be 0, 1, 2 or 3"):
+        EngineConfig(zero_stage=stage)
+
+
+def test_ranks_that_contradict_each_other_are_refused_before_anything_is_joined() -> None:
+    with pytest.raises(UserError, match="WORLD_SIZE None"):
+        join_ranks({"RANK": "1"})
+
+
+def test_data_that_cannot_fill_all_ranks_are_refused(make_shards: Callable[..., Path]) -> None:
+    config = RunConfig(
+        model=ModelConfig(dim=32, layers=1, heads=2, embedding_init="random"),
+        data=DataConfig(dirs=(str(make_shards(count=3)),), batch_frames=400, crop_frames=60),
+    )
+    with pytest.raises(UserError, match=r"do not fill 64 part\(s\).*use fewer parts \(ranks x engine.accumulation\)"):
+        open_data(config, Ranks(rank=0, world_size=64, local_rank=0))

@@ -2,8 +2,12 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +18,13 @@ from codecssl.pretrain import build as build_module
 from codecssl.pretrain import checkpoint
 from codecssl.pretrain.build import build
 from codecssl.pretrain.config import RunConfig
+from codecssl.pretrain.data import open_data
 from codecssl.pretrain.engine import schedule
 from codecssl.pretrain.export import export, load_pretrained
-from codecssl.pretrain.run import open_data, run
+from codecssl.pretrain.peers import PREEMPTED
+from codecssl.pretrain.run import run
 from codecssl.pretrain.telemetry import read_rows
+from codecssl.pretrain.training import Training
 from codecssl.slurm.job import Ranks
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.shards import Shards
@@ -43,29 +50,17 @@ def rows(path: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in row.items() if k not in MACHINE} for row in read_rows(path / "metrics.jsonl")]
 
 
-def engine_state(path: Path) -> dict[str, object]:
-    """All that DeepSpeed saved: weights, optimizer, schedule."""
-    files = sorted((path / "engine").glob("*.pt"))
-    return {file.name: torch.load(file, weights_only=False, map_location="cpu") for file in files}
+def tensors(checkpoint: Path | None) -> dict[str, torch.Tensor]:
+    """Weights and optimizer."""
+    assert checkpoint is not None
+    return {**load_file(checkpoint / "model.safetensors"), **load_file(checkpoint / "training.safetensors")}
 
 
-def assert_same(left: object, right: object, name: str = "state") -> None:
-    """Equal all the way down, tensors bit for bit."""
-    if isinstance(left, torch.Tensor):
-        assert isinstance(right, torch.Tensor)
-        assert left.dtype == right.dtype, name
-        assert torch.equal(left, right), name
-    elif isinstance(left, dict):
-        assert isinstance(right, dict)
-        assert left.keys() == right.keys(), name
-        for key in left:
-            assert_same(left[key], right[key], f"{name}.{key}")
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right), name
-        for index, pair in enumerate(zip(left, right, strict=True)):
-            assert_same(*pair, f"{name}.{index}")
-    elif not callable(left) and type(left).__module__ == "builtins":
-        assert left == right, name
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
 
 
 def forget_after(path: Path, step: int, into: Path) -> Path:
@@ -89,12 +84,8 @@ def test_resume_equals_uninterrupted_bit_for_bit(
     run(config, tmp_path / "whole")
     resumed = forget_after(tmp_path / "whole", 10, tmp_path / "resumed")
     run(config, resumed)
-    ends = [checkpoint.newest(path / "checkpoints") for path in (tmp_path / "whole", resumed)]
-    assert ends[0] is not None
-    assert ends[1] is not None
-    assert ends[0].name == ends[1].name == "step-00000020"
-    assert_same(engine_state(ends[0]), engine_state(ends[1]))
-    assert_same(load_file(ends[0] / "model.safetensors"), load_file(ends[1] / "model.safetensors"))
+    ends = [path / "checkpoints" / "step-00000020" for path in (tmp_path / "whole", resumed)]
+    assert_same(*map(tensors, ends))
     assert rows(tmp_path / "whole") == rows(resumed)
     steps = [row["step"] for row in rows(resumed) if row["split"] == "train"]
     assert steps == [3, 6, 9, 12, 15, 18, 20], "each step once"
@@ -108,7 +99,7 @@ def test_a_short_run_learns_and_repeats_bit_for_bit(make_shards: Make, small_con
     run(config, tmp_path / "b")
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
     ends = [checkpoint.newest(tmp_path / name / "checkpoints") for name in "ab"]
-    assert_same(*(load_file(end / "model.safetensors") for end in ends if end))
+    assert_same(*map(tensors, ends))
     losses = {
         split: [row["loss"] for row in rows(tmp_path / "a") if row["split"] == split] for split in ("train", "valid")
     }
@@ -159,11 +150,9 @@ def test_export_loads_without_deepspeed_and_is_the_checkpoint(
     assert model.card.codebook_sizes == (16, 12, 8)
     found = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert found is not None
-    saved = engine_state(found)["mp_rank_00_model_states.pt"]["module"]
-    rounded = 0
-    for name, value in model.state_dict().items():
-        assert torch.equal(value.bfloat16(), saved[f"model.{name}"]), name
-        rounded += int((value != value.bfloat16().float()).sum())
+    saved = load_file(found / "model.safetensors")
+    assert_same(dict(model.named_parameters()), saved)
+    rounded = sum(int((value != value.bfloat16().float()).sum()) for value in saved.values())
     assert rounded > 1000, "the fp32 master weights are to be exported, not their bf16 copies"
     states = model.extract(torch.zeros(1, 3, 9, dtype=torch.int64), [9])
     assert [tuple(state.shape) for state in states] == [(1, 9, 32)] * 3
@@ -254,7 +243,7 @@ def test_torn_checkpoints_are_passed_over_and_the_newest_kept(
     ]
     assert (folder / "latest").resolve() == (folder / "step-00000008").resolve()
     before = rows(tmp_path / "run")
-    states = folder / "step-00000008" / "engine" / "mp_rank_00_model_states.pt"
+    states = folder / "step-00000008" / "training.safetensors"
     states.write_bytes(states.read_bytes()[:-100])
     (folder / ".step-00000009.partial").mkdir()
     found = checkpoint.newest(folder)
@@ -265,3 +254,84 @@ def test_torn_checkpoints_are_passed_over_and_the_newest_kept(
     assert found is not None
     assert found.name == "step-00000008"
     assert rows(tmp_path / "run") == before
+
+
+def test_a_corrupt_checkpoint_is_warned_of_and_the_one_before_taken(
+    make_shards: Make, small_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(make_shards(), optim={"steps": 4}, log={"checkpoint_every": 2, "valid_every": 4})
+    run(config, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    before, model = tensors(folder / "step-00000004"), folder / "step-00000004" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1] + b"?")
+    export(tmp_path / "run", tmp_path / "model")
+    assert "step-00000004: model.safetensors is corrupt; an older checkpoint is taken" in capsys.readouterr().err
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["training"]["step"] == 2
+    run(config, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "warning: step-00000004: model.safetensors is corrupt; the run goes on from step-00000002" in said
+    assert_same(before, tensors(folder / "step-00000004"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_saves_and_ends_with_75(
+    make_shards: Make, small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    config = small_config(make_shards(), optim={"steps": 4}, log={"checkpoint_every": 4})
+    update, handlers = Training.update, [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR2)]
+
+    def signalled(self: Training, step: int, *args: Any, **kwargs: Any) -> Any:
+        if step == 2:
+            signal.raise_signal(number)
+        return update(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(Training, "update", signalled)
+    with pytest.raises(SystemExit) as ended:
+        run(config, tmp_path / "run")
+    assert ended.value.code == PREEMPTED == 75
+    assert f"stopped by {number.name} after step 3; the same command goes on from there" in capsys.readouterr().out
+    assert [path.name for path in checkpoint.whole(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR2)] == handlers
+    run(config, tmp_path / "run")
+    assert [path.name for path in checkpoint.whole(tmp_path / "run" / "checkpoints")] == [
+        "step-00000003",
+        "step-00000004",
+    ]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_layers_may_be_computed_twice(make_shards: Make, small_config: Config, tmp_path: Path, stage: int) -> None:
+    """Activation checkpointing changes no bit, dropout included; and how a run is computed may change half-way."""
+    dirs, steps = make_shards(), {"steps": 4, "clip_norm": 0.1}
+    names, often = ("kept", "twice"), {"checkpoint_every": 2}
+    for name in names:
+        engine = {"activation_checkpointing": name == "twice", "zero_stage": stage}
+        run(small_config(dirs, engine=engine, optim=steps, log=often), tmp_path / name)
+    ends = [tmp_path / name / "checkpoints" / "step-00000004" for name in names]
+    assert_same(*map(tensors, ends))
+    assert rows(tmp_path / "kept") == rows(tmp_path / "twice")
+    shutil.rmtree(ends[0])
+    run(small_config(dirs, engine={"activation_checkpointing": True}, optim=steps, log=often), tmp_path / "kept")
+    assert_same(*map(tensors, ends))
+
+
+def test_a_profile_shows_some_steps(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
+    run(small_config(make_shards(), optim={"steps": 10}), tmp_path / "run", profile=True)
+    trace = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())
+    steps = {event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep")}
+    assert len(steps) == 4
+    assert "addmm" in (tmp_path / "run" / "profile" / "table.txt").read_text()
+
+
+def test_a_run_that_is_stuck_ends_with_one_line() -> None:
+    code = (
+        "import sys, time; from codecssl.pretrain.watch import Watchdog\n"
+        "with Watchdog(0.3 / 60, rank=int(sys.argv[1]), hint='go on') as watch:\n"
+        "    for _ in range(5): time.sleep(0.1); watch.report('waiting for data')\n"
+        "    print('alive', flush=True); time.sleep(20)"
+    )
+    for rank, name in (("0", ""), ("3", "rank 3: ")):
+        done = subprocess.run([sys.executable, "-c", code, rank], capture_output=True, text=True, cwd="/")
+        assert (done.returncode, done.stdout) == (1, "alive\n")
+        assert done.stderr == f"error: {name}stuck for 0.005 minutes while waiting for data; go on\n"

@@ -1,27 +1,36 @@
-"""Ranks from what the launchers really set."""
+"""Ranks and meeting places from what the launchers really set."""
+
+import socket
 
 import pytest
 
-from codecssl.slurm.job import Ranks, find_ranks
+from codecssl.slurm.job import Ranks, find_meeting, find_ranks, first_host
 from codecssl.tokenize.errors import UserError
 
 SRUN = {
     "SLURM_JOB_ID": "1",
+    "SLURM_STEP_ID": "0",
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1",
     "SLURM_NTASKS": "8",
     "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "4",
+    "SLURM_JOB_NODELIST": "other[1-9]",
+    "SLURM_STEP_NODELIST": "localhost",
 }
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29400"}
 
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
         ({}, (0, 1, 0)),
-        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4, 1)),
+        (TORCHRUN, (3, 4, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0)),
         (SRUN, (5, 8, 1)),
         ({k: v for k, v in SRUN.items() if k != "SLURM_STEP_NUM_TASKS"}, (0, 1, 0)),  # in sbatch, outside srun
-        (SRUN | {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}, (9, 16, 1)),  # torchrun in every task
+        (SRUN | {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "0"}, (9, 16, 0)),  # torchrun in every task
+        (SRUN | {"RANK": "5", "WORLD_SIZE": "8"}, (5, 8, 1)),  # set by hand, in a script under srun
     ],
 )
 def test_ranks(environment, expected):
@@ -32,10 +41,71 @@ def test_ranks(environment, expected):
     ("environment", "says"),
     [
         ({"WORLD_SIZE": "4"}, "RANK None: must be a whole number"),
-        ({"RANK": "4", "WORLD_SIZE": "4"}, "rank 4: must be from 0"),
-        (SRUN | {"RANK": "1", "WORLD_SIZE": "3"}, "WORLD_SIZE 3 does not fit srun's 8 tasks"),
+        ({"RANK": "1"}, "WORLD_SIZE None: must be a whole number"),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, "LOCAL_RANK None: must be a whole number"),
+        ({"RANK": "one", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "RANK 'one': must be a whole number"),
+        ({"RANK": "4", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "rank 4: must be from 0"),
+        (SRUN | {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}, "WORLD_SIZE 3 does not fit srun's 8 tasks"),
+        (SRUN | {"RANK": "0", "WORLD_SIZE": "1"}, "WORLD_SIZE 1 does not fit srun's 8 tasks"),
     ],
 )
 def test_contradictions_are_refused(environment, says):
     with pytest.raises(UserError, match=says):
         find_ranks(environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "address"),
+    [
+        (TORCHRUN, "node7"),
+        (SRUN | TORCHRUN, "node7"),
+        (SRUN, "localhost"),
+        (SRUN | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "cannot.be.resolved.invalid"}, "127.0.0.1"),
+        (
+            SRUN | {"SLURM_STEP_NODELIST": "cannot.be.resolved.invalid", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.3"},
+            "10.0.0.3",
+        ),
+        ({k: v for k, v in SRUN.items() if "STEP_NODE" not in k}, "other1"),
+    ],
+)
+def test_where_rank_0_is(environment, address):
+    assert find_meeting(environment)[0] == address
+
+
+def test_ports_of_jobs_and_steps_differ_and_are_the_same_on_all_ranks():
+    steps = [SRUN | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)} for job in (7, 8) for step in (0, 1)]
+    ports = [find_meeting(step)[1] for step in steps]
+    assert len(set(ports)) == 4
+    assert ports == [find_meeting(step | {"SLURM_PROCID": "6"})[1] for step in steps]
+    assert all(20_000 <= port < 30_000 for port in ports), "below the range from which Linux gives ports away"
+    assert find_meeting(TORCHRUN)[1] == 29_400
+    assert find_meeting(SRUN | {"MASTER_PORT": "4000"})[1] == 4000
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"MASTER_PORT": "29400"}, "MASTER_ADDR: not set, and not under srun"),
+        ({"MASTER_ADDR": "node7"}, "MASTER_PORT: not set, and not under srun"),
+        (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT '70000': must be a number from 1 to 65535"),
+        (TORCHRUN | {"MASTER_PORT": "a"}, "MASTER_PORT 'a'"),
+    ],
+)
+def test_no_meeting_place_is_one_line(environment, says):
+    with pytest.raises(UserError, match=says):
+        find_meeting(environment)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("node7", "node7"),
+        ("n[1-2]", "n1"),
+        ("node[003-006,009],login1", "node003"),
+        ("gpu-a,gpu-b", "gpu-a"),
+        ("rack[2-3]node[07-09]", "rack2node07"),
+        (f"{socket.gethostname()}", socket.gethostname()),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodelist, host):
+    assert first_host(nodelist) == host

@@ -129,6 +129,18 @@ def test_any_cut_and_any_batch_give_the_same_codes(pooled, monkeypatch):
             assert torch.equal(found[1], alone[1])
 
 
+def test_pooled_segments_have_one_shape_whatever_their_number(monkeypatch):
+    """Else rounding would depend on it."""
+    monkeypatch.setattr(encodec48, "CUDA_GROUP", 3)
+    codec, shapes = as_codec(small_model(), pooled=True), []
+    before, recur = codec.before, codec.lstm.forward
+    monkeypatch.setattr(codec, "before", lambda x: shapes.append(x.shape) or before(x))
+    monkeypatch.setattr(codec.lstm, "forward", lambda x: shapes.append(x.shape) or recur(x))
+    codec.encode([wave(SEGMENT), wave(SEGMENT), wave(SEGMENT + STRIDE)])
+    whole, cut, lstm = (3, SEGMENT, 2), (1, 480, 2), (150, 3, 64)
+    assert shapes == [whole, cut, lstm, whole, cut, lstm, cut, lstm]
+
+
 def test_pooling_changes_no_code():
     waves = [wave(n, seed=n) for n in (2 * STRIDE + 7, SEGMENT)]
     for alone, pooled in zip(as_codec(small_model()).encode(waves), as_codec(small_model(), pooled=True).encode(waves)):

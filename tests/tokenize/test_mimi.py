@@ -129,15 +129,16 @@ def test_any_cut_and_any_batch_give_the_same_codes(model, lanes):
         assert torch.equal(streamed(codec, audio, seed=len(audio)), codes)
 
 
-def test_where_a_wave_is_cut_does_not_depend_on_the_pushes(model, monkeypatch):
-    """Else the shapes of the products would, and with them rounding."""
-    codec, audio, shapes = as_codec(model), wave(150 * HOP - 3), []
+@pytest.mark.parametrize(("lanes", "rest"), [(1, 22), (2, 64)])
+def test_the_shapes_do_not_depend_on_pushes_and_mates(model, monkeypatch, lanes, rest):
+    """Else rounding would."""
+    codec, audio, shapes = as_codec(model, lanes=lanes), wave(150 * HOP - 3), []
     advance = codec.advance
     monkeypatch.setattr(codec, "advance", lambda chunk, past: shapes.append(chunk.shape) or advance(chunk, past))
     codec.encode([audio])
     streamed(codec, audio, seed=1)
     streamed(codec, audio, seed=2)
-    assert shapes == 3 * [(1, 64 * HOP), (1, 64 * HOP), (1, 22 * HOP)]
+    assert shapes == 3 * [(lanes, 64 * HOP), (lanes, 64 * HOP), (lanes, rest * HOP)]
 
 
 def test_lanes_change_no_code(model):

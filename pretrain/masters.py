@@ -1,0 +1,130 @@
+"""The whole fp32 weights and AdamW moments of a DeepSpeed engine, however it divides them: out of it, and into it.
+
+Every ZeRO stage keeps flat fp32 tensors, of which a rank may have a part. A `Part` says where a parameter's numbers are
+in them; the rest is the same for all stages, and for any number of ranks. DeepSpeed's own `safe_get_full_*` know
+neither plain engines nor a state that no step has made yet.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codecssl.tokenize.errors import UserError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state of each weight."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Numbers start .. start + length of a parameter (flattened) are numbers at .. at + length of `flat`."""
+
+    flat: Tensor
+    at: int
+    start: int
+    length: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The part in a tensor laid out as `flat`, as a view."""
+        return flat.detach().view(-1).narrow(0, self.at, self.length)
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """The part of a whole parameter."""
+        return whole.reshape(-1).narrow(0, self.start, self.length)
+
+
+def masters(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter in fp32 on the CPU of rank 0, an empty tensor elsewhere. All ranks must go through it."""
+    for name, parameter in engine.module.named_parameters():
+        if name in engine.frozen:
+            yield name, engine.frozen[name]
+        else:
+            part = _part(engine, parameter)
+            yield name, _gathered(parameter, part, part.flat if part else None)
+
+
+def moments(engine: Any, key: str) -> Iterator[tuple[str, Tensor]]:
+    """AdamW's `key` (of MOMENTS) of each trained parameter, as `masters` gives them."""
+    state = engine.basic_optimizer.state
+    for name, parameter in _trained(engine):
+        part = _part(engine, parameter)
+        yield name, _gathered(parameter, part, state[part.flat][key] if part else None)
+
+
+@torch.no_grad()
+def restore(engine: Any, exact: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+    """Give the engine its exact fp32 weights, and the moments of `step` updates (none, for a new run).
+
+    The module has the same weights already, rounded as the engine rounds them. Also forgets the update with zero
+    gradients that some of DeepSpeed's optimizers begin with.
+    """
+    state = engine.basic_optimizer.state
+    state.clear()
+    for name, parameter in _trained(engine):
+        part = _part(engine, parameter)
+        if part is None:
+            continue
+        part.of(part.flat).copy_(part.cut(exact[name]))
+        if step and part.flat not in state:
+            state[part.flat] = {"step": torch.tensor(float(step))}
+            state[part.flat] |= {key: torch.zeros_like(part.flat, requires_grad=False) for key in MOMENTS}
+        for key in MOMENTS if step else ():
+            part.of(state[part.flat][key]).copy_(part.cut(moments[key][name]))
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], where: object) -> None:
+    """Fill a module from the weights of `masters`; a tied one is there once. UserError where names do not match."""
+    parameters = dict(module.named_parameters())
+    if wrong := parameters.keys() ^ weights.keys():
+        raise UserError(
+            f"{where}: {sorted(wrong)[0]} is in the file or in the model, but not in both; another codecssl?"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if weights[name].shape != parameter.shape:
+                raise UserError(
+                    f"{where}: {name} is {tuple(weights[name].shape)}, the model's {tuple(parameter.shape)}"
+                )
+            parameter.copy_(weights[name])
+
+
+def _trained(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
+
+
+def _part(engine: Any, parameter: Any) -> Part | None:
+    """Where this rank has (a part of) the parameter's fp32 weights; None where it has nothing of it."""
+    optimizer = engine.optimizer
+    if hasattr(parameter, "ds_id"):  # ZeRO 3
+        group, at, length = optimizer.grad_position[parameter.ds_id]
+        start = length * torch.distributed.get_rank()
+        length = max(0, min(length, parameter.ds_numel - start))  # the last part is padded
+        return Part(optimizer.fp32_partitioned_groups_flat[group], at, start, length) if length else None
+    if hasattr(parameter, "_hp_mapping"):  # ZeRO 1 and 2
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        flat = optimizer.optimizer.param_groups[mapping.param_group_index]["params"][0]
+        part, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return Part(flat, part.start, whole.start, part.numel)
+    if parameter.dtype == torch.float32:  # no wrapper
+        return Part(parameter, 0, 0, parameter.numel())
+    for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups):  # bf16 without ZeRO; DeepSpeed's names
+        for rounded, exact in zip(low, high):
+            if rounded is parameter:
+                return Part(exact, 0, 0, parameter.numel())
+    raise AssertionError(f"DeepSpeed keeps no fp32 weights of a parameter {tuple(parameter.shape)}")
+
+
+def _gathered(parameter: Any, part: Part | None, flat: Tensor | None) -> Tensor:
+    """The whole of what ranks have parts of, on rank 0."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    whole = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
+    if part is not None and flat is not None:
+        part.cut(whole).copy_(part.of(flat))
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        torch.distributed.reduce(whole, dst=0)
+    return whole.cpu() if torch.distributed.get_rank() == 0 else torch.empty(0)

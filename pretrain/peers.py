@@ -1,0 +1,227 @@
+"""The processes of a run: how they meet, agree, add up what they measured, and stop together.
+
+Their small talk goes over a gloo group of its own, on the CPU: it never waits for a GPU, and it is there before and
+after DeepSpeed. A lone process talks to nobody.
+"""
+
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
+from datetime import timedelta
+from io import StringIO
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from codecssl.slurm.job import Ranks, find_meeting, find_ranks
+from codecssl.tokenize.errors import UserError
+
+PREEMPTED = 75
+"""Exit code of a run that was told to stop, and saved a checkpoint first: EX_TEMPFAIL of sysexits.h, "try again"."""
+
+_MEETING, _FOREVER, _LAST_WORDS = timedelta(minutes=10), timedelta(days=7), timedelta(seconds=20)
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL error", "NCCL communicator")
+
+T = TypeVar("T")
+
+
+class Peers:
+    """This process and the others of the run. Every method but `fail_alone` must be called by all of them."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.rank, self.world_size = ranks, ranks.rank, ranks.world_size
+        self._group = torch.distributed.new_group(backend="gloo", timeout=_FOREVER) if self.world_size > 1 else None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that speaks and writes."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, element by element, in float64 on the CPU."""
+        return self._reduced(values, torch.distributed.ReduceOp.SUM)
+
+    def largest(self, *values: float) -> list[float]:
+        """The largest over all ranks of each value."""
+        return self._reduced(torch.tensor(values), torch.distributed.ReduceOp.MAX).tolist()
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do the work on every rank; where it fails on any of them, all stop with that error."""
+        result, error = _tried(work)
+        self.agree(error)
+        return result  # type: ignore[return-value]
+
+    def once(self, work: Callable[[], T]) -> T:
+        """Do the work on rank 0 and give all ranks what it gave; where it fails, all stop with that error."""
+        result, error = _tried(work) if self.first else (None, None)
+        self.agree(error)
+        box = [result]
+        if self._group is not None:
+            with self.hearing():
+                torch.distributed.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]  # type: ignore[return-value]
+
+    def agree(self, error: str | None = None, *, stop: bool = False) -> bool:
+        """Whether any rank was told to stop; where any has an error, all stop with it."""
+        failed, stopped = self.largest(error is not None, stop)
+        if failed:
+            errors: list[str | None] = [error] * self.world_size
+            if self._group is not None:
+                with self.hearing():
+                    torch.distributed.all_gather_object(errors, error, group=self._group)
+            rank, text = next((rank, text) for rank, text in enumerate(errors) if text is not None)
+            self.fail(text if rank == 0 else f"{text} (rank {rank})")
+        return bool(stopped)
+
+    @contextmanager
+    def hearing(self) -> Iterator[None]:
+        """Around what exchanges data with the others: one that has ended is one line, not a traceback."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world_size == 1 or not any(sign in str(error) for sign in _LOST):
+                raise
+            self.fail("another process of this run has ended; what it said before says why")
+
+    def fail(self, error: str) -> NoReturn:
+        """Stop all ranks with one error that each of them knows: rank 0 raises it, the others are mute."""
+        if self.first:
+            raise UserError(error)
+        self.leave(1)
+
+    def leave(self, code: int) -> NoReturn:
+        """End with this exit code. Rank 0 goes first: a launcher that sees another one end may kill it mid-sentence."""
+        if not self.first:
+            with suppress(RuntimeError):  # rank 0 never comes: this ends when its connection does
+                torch.distributed.monitored_barrier(self._group, timeout=_LAST_WORDS)
+        raise SystemExit(code)
+
+    def _reduced(self, values: Tensor, operation: Any) -> Tensor:
+        values = values.detach().to("cpu", torch.float64, copy=True)
+        if self._group is not None:
+            with self.hearing():
+                torch.distributed.all_reduce(values, op=operation, group=self._group)
+        return values
+
+
+def _tried(work: Callable[[], T]) -> tuple[T | None, str | None]:
+    """(what the work gave, its error): bad input, or a file system that refuses."""
+    try:
+        return work(), None
+    except UserError as error:
+        return None, str(error)
+    except OSError as error:
+        return (
+            None,
+            f"{error.filename or 'a file'}: {error.strerror or error}; make it readable, or make room, and go on",
+        )
+
+
+def join_ranks(environment: Mapping[str, str] | None = None) -> Peers:
+    """Join the process group that the environment describes (`find_ranks`, `find_meeting`), or be alone.
+
+    Must come before the first import of deepspeed, which decides then which accelerator it uses.
+    """
+    environment = os.environ if environment is None else environment
+    ranks = find_ranks(environment)
+    if ranks.rank:
+        warnings.filterwarnings("ignore")  # rank 0 says it once
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    with silent():  # gloo says who is connected to whom
+        if not torch.distributed.is_initialized():
+            _connect(ranks, environment, "nccl" if gpus else "gloo", device=_device(ranks, gpus))
+        return Peers(ranks)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Nothing on the standard output, neither from Python nor from libraries below it."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        with redirect_stdout(StringIO()):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def quiet_deepspeed() -> Any:
+    """deepspeed, imported late (seconds) and told to speak of errors only."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # A C++ all-reduce through shared memory, half a minute of compiling at the first start. Only DeepSpeed's
+    # inference calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon()
+    return deepspeed
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, which ZeRO does only to see that ours is another optimizer, without compiling it: that
+    would wake torch's compiler, five seconds of every start."""
+    compiler, plain = torch.compile, lambda function=None, **options: function or (lambda inner: inner)
+    torch.compile = plain  # type: ignore[assignment]
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        torch.compile = compiler
+
+
+def _device(ranks: Ranks, gpus: int) -> int:
+    """The GPU of this process; the only one it sees where the launcher gave it one of its own."""
+    if gpus > 1 and ranks.local_rank >= gpus:
+        raise UserError(
+            f"local rank {ranks.local_rank}: this node shows {gpus} GPUs; start one process per GPU, or ask for more"
+        )
+    return ranks.local_rank if gpus > 1 else 0
+
+
+def _connect(ranks: Ranks, environment: Mapping[str, str], backend: str, *, device: int) -> None:
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    if ranks.world_size == 1:
+        # A store in this process's memory: a lone process needs no port, and leaves nothing in the
+        # environment for its children to stumble over.
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    else:
+        address, port = find_meeting(environment)
+        names = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": device if backend == "nccl"
+                 else ranks.local_rank, "MASTER_ADDR": address, "MASTER_PORT": port}  # fmt: skip
+        os.environ.update({name: str(value) for name, value in names.items()})  # DeepSpeed asks for them too
+        store = _meet(ranks, address, port)
+    # How long is too long is for the watchdog to say, in words.
+    torch.distributed.init_process_group(
+        backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=_FOREVER
+    )
+    quiet_deepspeed().init_distributed(dist_backend=backend, verbose=False)
+
+
+def _meet(ranks: Ranks, address: str, port: int) -> Any:
+    try:
+        rendezvous = torch.distributed.rendezvous(  # type: ignore[attr-defined]
+            "env://", rank=ranks.rank, world_size=ranks.world_size, timeout=_MEETING
+        )
+        return next(rendezvous)[0]
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"rank {ranks.rank}: no meeting of {ranks.world_size} processes at {address} port {port}"
+            f" ({str(error).splitlines()[0]}); check that all of them were started, MASTER_ADDR and MASTER_PORT"
+        ) from None

@@ -1,0 +1,246 @@
+"""The training loop: steps, rows of metrics, validations, checkpoints, and an end when a signal asks for it."""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from codecssl.pretrain import checkpoint
+from codecssl.pretrain.chance import hashed
+from codecssl.pretrain.config import RunConfig
+from codecssl.pretrain.engine import after_update, backward, take_step
+from codecssl.pretrain.loader import Batch, Loader
+from codecssl.pretrain.objective import Scores, merged, summary
+from codecssl.pretrain.peers import PREEMPTED, Peers
+from codecssl.pretrain.report import collapse, training_flops
+from codecssl.pretrain.telemetry import Row, Telemetry, machine_row
+from codecssl.pretrain.tracer import Tracer
+from codecssl.pretrain.watch import StopSignal, Watchdog
+from codecssl.tokenize.errors import UserError
+
+_DROPOUT = 200  # a stream of random numbers
+
+
+class Window:
+    """What was measured since the last row; the losses are part of a checkpoint, the clocks are not."""
+
+    def __init__(self, losses: Sequence[float] = ()) -> None:
+        self.losses = list(losses)
+        """Of whole global batches, one a step."""
+        self._parts: list[Tensor] = []  # this rank's, still on the device: most steps do not wait for it
+        self.frames, self.steps, self.waited, self.flops = 0, 0, 0.0, 0.0
+        self.started = time.perf_counter()
+
+    def add(self, loss: Tensor, batches: list[Batch], waited: float, flops: float) -> None:
+        self._parts.append(loss.detach().double())
+        self.steps += 1
+        self.frames += sum(sum(batch.frames) for batch in batches)
+        self.waited += waited
+        self.flops += flops
+
+    def settle(self, peers: Peers) -> list[float]:
+        """The losses, with the ranks' parts added up: step by step, so that it may be done at any time."""
+        if self._parts:
+            self.losses += peers.total(torch.stack(self._parts)).tolist()
+            self._parts = []
+        return self.losses
+
+
+class Training:
+    """The loop's own state: what is trained, on what, with whom, and who is told. The same on every rank."""
+
+    def __init__(
+        self, config: RunConfig, output: Path, engine: Any, train: Loader, valid: Loader | None,
+        telemetry: Telemetry, peers: Peers, stop: StopSignal, watch: Watchdog, tracer: Tracer | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.output, self.engine, self.train, self.valid = config, output, engine, train, valid
+        self.telemetry, self.peers, self.stop, self.watch, self.tracer = telemetry, peers, stop, watch, tracer
+        self.window, self.saved = Window(), 0
+
+    def to_the_end(self, state: dict[str, Any]) -> None:
+        """Every step after the saved one: update, and at its times a row, a validation, a checkpoint."""
+        log, self.saved, last = self.config.log, int(state["step"]), self.config.optim.steps
+        if self.saved == last:
+            self.telemetry.say(f"{self.output}: all {last} steps are done")
+            return
+        self.window = Window(state["losses"])
+        for done, (waited, parts) in enumerate(self._batches(self.saved, last), start=self.saved + 1):
+            self._step(done, parts, waited, due=done % log.log_every == 0 or done == last)
+            paused = time.perf_counter()
+            if self.valid and (done % log.valid_every == 0 or done == last):
+                self._log(self.validate(done))
+                self.peers.once(self.telemetry.draw)
+            if done % log.checkpoint_every == 0 or done == last:
+                self._save(done)
+            self.window.started += time.perf_counter() - paused
+            if self.tracer:
+                self.tracer.step()
+        self.peers.once(self.telemetry.draw)
+
+    def update(self, step: int, parts: list[Batch], *, detailed: bool) -> tuple[Tensor, list[Scores], float | None]:
+        """One optimizer step on this rank's micro-batches of step (0, 1, ...).
+
+        Returns its part of the loss, its scores at masked frames (counted in detail, if asked) and the norm of the
+        whole gradient.
+        """
+        # Dropout and layerdrop start afresh every step, so that a resumed run needs no generator's state.
+        torch.manual_seed(int(hashed(self.config.seed, _DROPOUT, step, self.peers.rank)[0] >> np.uint64(1)))
+        total, scores, norm = torch.zeros((), device=self.engine.device), [], None
+        with self.peers.hearing():
+            for batch in parts:
+                loss = self.engine(batch.to(self.engine.device), detailed=detailed)
+                backward(self.engine, loss.total)
+                total = total + loss.total.detach()
+                scores.append(loss.masked)
+                norm = take_step(self.engine, want_norm=detailed)
+            after_update(self.engine, step + 1)
+        return total, scores, norm
+
+    @torch.no_grad()
+    def validate(self, step: int) -> Row:
+        """A row of the held-out utterances: the same pieces and masks each time, all codebooks; ranks take turns."""
+        assert self.valid is not None
+        module = self.engine.module.eval()
+        masked, visible = [], []
+        batches = self.valid.plan.steps_per_epoch
+        for turn in range(0, batches, self.peers.world_size):
+            index = turn + self.peers.rank
+            for batch in self.valid.step(min(index, batches - 1)):  # ZeRO 3 needs all ranks in every forward pass
+                self._report(f"validating after step {step}")
+                with self.peers.hearing():
+                    loss = module(batch.to(self.engine.device), detailed=True, score_visible=True)
+                masked.append(packed(loss.masked) * (index < batches))
+                visible.append(packed(loss.visible) * (index < batches))
+        module.train()
+        means, others = (
+            summary(unpacked(self.peers.total(torch.stack(part).sum(0)), module.sizes)) for part in (masked, visible)
+        )
+        return {
+            "split": "valid",
+            "step": step,
+            "loss": module.weighted(means, others),
+            **means,
+            "visible_cross_entropy": others["cross_entropy"],
+            "visible_accuracy": others["accuracy"],
+        }
+
+    def _batches(self, first: int, last: int) -> Iterator[tuple[float, list[Batch]]]:
+        """Each step's micro-batches, with the seconds that they were waited for.
+
+        Between steps the ranks agree whether to go on: an error in reading stops them all; a signal to any of them
+        saves a checkpoint first.
+        """
+        data, parts = self.config.data, []
+        source = self.train.steps(first, last, workers=data.workers, prefetch=data.prefetch)
+        for done in range(first, last):
+            self.watch.report(f"waiting for the data of step {done + 1}")
+            started, error = time.perf_counter(), None
+            try:
+                parts = next(source)
+            except UserError as caught:
+                error = str(caught)
+            waited = time.perf_counter() - started
+            self._report(f"waiting for the other ranks before step {done + 1}")
+            if self.peers.agree(error, stop=self.stop.asked is not None):
+                self._leave(done)
+            yield waited, parts
+
+    def _step(self, done: int, parts: list[Batch], waited: float, *, due: bool) -> None:
+        self._report(f"in step {done}")
+        lr = self.engine.get_lr()[0]
+        loss, scores, norm = self.update(done - 1, parts, detailed=due)
+        self.window.add(loss, parts, waited, training_flops(self.engine.module, parts))
+        bad_norm = norm is not None and not np.isfinite(norm)
+        if due or bad_norm:
+            self._losses_are_finite(done)
+        if bad_norm:
+            self._not_finite(done, f"the gradient's norm is {norm}")
+        if due:
+            self._row(done, parts, scores, lr=lr, grad_norm=norm)
+            self.window = Window()
+
+    def _row(self, done: int, parts: list[Batch], scores: list[Scores], *, lr: float, grad_norm: float | None) -> None:
+        window, peers = self.window, self.peers
+        seconds = max(time.perf_counter() - window.started, 1e-9)
+        counts = [(sum(part.frames), int(part.mask.sum()), part.mask.numel()) for part in parts]
+        frames, masked, padded, total_frames, flops = peers.total(
+            torch.tensor([*map(sum, zip(*counts, strict=True)), window.frames, window.flops], dtype=torch.float64)
+        ).tolist()
+        machine = machine_row(flops / seconds / peers.world_size, self.config.engine.precision)
+        waited, machine["memory_gib"] = peers.largest(window.waited, machine["memory_gib"])
+        means = summary(unpacked(peers.total(packed(merged(scores))), self.engine.module.sizes))
+        row: Row = {
+            "split": "train",
+            "step": done,
+            "epoch": done / self.train.plan.steps_per_epoch,
+            "loss": sum(window.losses) / len(window.losses),
+            "lr": lr,
+            "grad_norm": grad_norm,
+            **means,
+            "masked_percent": 100.0 * masked / frames,
+            "padding_percent": 100.0 - 100.0 * frames / padded,
+            "frames": int(frames),
+            "ranks": peers.world_size,
+            "frames_per_second": total_frames / seconds,
+            "audio_hours_per_hour": total_frames / seconds / float(self.train.corpus.card.frame_rate),
+            "step_seconds": seconds / window.steps,
+            "data_wait_percent": 100.0 * waited / seconds,
+            "seconds_left": (self.config.optim.steps - done) * seconds / window.steps,
+            **machine,
+        }
+        self._log(row)
+        if warning := collapse(done, self.config.optim.steps, row["predicted_perplexity"]):
+            self.telemetry.warn(warning)
+
+    def _save(self, done: int) -> None:
+        self._report(f"saving step {done}")
+        self._losses_are_finite(done)
+        with self.peers.hearing():
+            saved = checkpoint.collect(self.engine, {"step": done, "losses": self.window.losses})
+        folder, keep = self.output / "checkpoints", self.config.log.keep_checkpoints
+        self.peers.once(lambda: checkpoint.save(saved, folder, keep=keep))
+        self.saved = done
+
+    def _leave(self, done: int) -> None:
+        """Save, unless that was just done, and end as one who was told to."""
+        if done != self.saved:
+            self._save(done)
+        signal = self.stop.asked or "a signal to another rank"
+        self.telemetry.say(f"stopped by {signal} after step {done}; the same command goes on from there")
+        self.peers.leave(PREEMPTED)
+
+    def _log(self, row: Row) -> None:
+        self.peers.once(lambda: self.telemetry.log(row))
+
+    def _report(self, doing: str) -> None:
+        self.watch.report(doing, waits_for_others=self.peers.world_size > 1)
+
+    def _losses_are_finite(self, done: int) -> None:
+        losses = self.window.settle(self.peers)
+        for step, loss in enumerate(losses, start=done + 1 - len(losses)):
+            if not np.isfinite(loss):
+                self._not_finite(step, f"the loss is {loss}")
+
+    def _not_finite(self, step: int, what: str) -> None:
+        optim = self.config.optim
+        self.peers.fail(
+            f"step {step}: {what}; lower optim.lr (now {optim.lr}) or optim.clip_norm (now {optim.clip_norm}), and"
+            " start again: the last checkpoint is from before"
+        )
+
+
+def packed(scores: Scores) -> Tensor:
+    """Detailed scores as one vector, float64 on the CPU, so that ranks can be added up."""
+    assert scores.correct is not None
+    parts = [scores.cross_entropy.detach(), scores.correct, *(scores.predicted or []), *(scores.target or [])]
+    return torch.cat([torch.tensor([scores.frames], dtype=torch.float64), *(part.cpu().double() for part in parts)])
+
+
+def unpacked(vector: Tensor, sizes: Sequence[int]) -> Scores:
+    """The scores of a sum of `packed` vectors. sizes: classes of each stream, [S]."""
+    frames, entropy, correct, predicted, target = vector.split([1, len(sizes), len(sizes), sum(sizes), sum(sizes)])
+    return Scores(int(frames), entropy, correct, list(predicted.split(list(sizes))), list(target.split(list(sizes))))
