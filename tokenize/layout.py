@@ -25,6 +25,7 @@ import gzip
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -91,14 +92,25 @@ def from_planes(planes: Sequence[NDArray[Any]], card: CodecCard) -> NDArray[Any]
     return np.concatenate([plane.reshape(-1, n).T for plane, n in zip(planes, card.codes_per_frame)])
 
 
+SEAL = "check"
+"""The last key of our JSON files: the crc32 of all before it."""
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """`value` with the crc32 of its JSON, which `load_json` checks and takes off again."""
+    return value | {SEAL: zlib.crc32(json.dumps(value, ensure_ascii=False).encode())}
+
+
 def load_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that we wrote. Raises UserError when it is not one."""
+    """Read a JSON object that we wrote. Raises UserError when it is not one, or not as it was written."""
     try:
         value = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: damaged, not JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: damaged, not a JSON object")
+    if SEAL in value and value.pop(SEAL) != sealed(value)[SEAL]:
+        raise UserError(f"{path}: damaged, its crc32 differs; run `codecssl-tokenize verify`")
     return value
 
 

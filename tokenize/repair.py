@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from codecssl.tokenize.codec import BACKENDS, CodecCard, load_codec_for
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.inputs import Input
-from codecssl.tokenize.layout import load_json, read_columns, shard_path
+from codecssl.tokenize.layout import load_json, read_columns, sealed, shard_path
 from codecssl.tokenize.shardcheck import check_shard, read_document
 from codecssl.tokenize.sources import is_stream, read_sources
 from codecssl.tokenize.verify import STDIN, Report, examine, read_statements, version_of
@@ -55,7 +55,7 @@ def repair(
         run(config, progress)
     elif state.files:
         if "plan.json" in state.files:
-            write_atomic(root / "plan.json", to_json(state.plan))
+            write_atomic(root / "plan.json", to_json(sealed(state.plan)))
         finish_dataset(root, state.plan, read_statements(root).shards)
     if left := examine(root, report=report).damages:
         raise UserError(f"{root}: still damaged: {left[0]}; what was damaged before is in {aside.folder}")
@@ -217,7 +217,7 @@ class Aside:
         """Move what is damaged here, in an order in which no interruption loses anything."""
         self.folder.mkdir(exist_ok=True)
         if "plan.json" in state.files:
-            write_atomic(self.root / "plan.json", to_json(state.plan))
+            write_atomic(self.root / "plan.json", to_json(sealed(state.plan)))
         self.begun = sorted({*state.damaged, *self.begun})
         write_atomic(self.list, to_json({"shards": self.begun}))
         _move(self.root / "dataset.json", self.folder / "dataset.json")

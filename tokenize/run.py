@@ -21,10 +21,10 @@ import torch
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.encode import Device, default_workers, encode_inputs
 from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.layout import COMPRESSION
+from codecssl.tokenize.layout import COMPRESSION, sealed
 from codecssl.tokenize.shards import load_json, shard_path
 from codecssl.tokenize.sources import Input, is_stream, read_sources
-from codecssl.tokenize.writer import Encoded, Failure, ShardWriter, finish_dataset, to_json, write_atomic
+from codecssl.tokenize.writer import Encoded, Failure, ShardWriter, finish_dataset, tidy, to_json, write_atomic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def open_plan(config: RunConfig, card: CodecCard, inputs: int | None) -> dict[st
     if not path.exists():
         refuse_foreign(config.output)
         config.output.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, to_json(plan))
+        write_atomic(path, to_json(sealed(plan)))
         return plan
     begun = load_json(path)
     theirs = CodecCard.from_dict(begun["codec"])
@@ -119,8 +119,9 @@ def open_plan(config: RunConfig, card: CodecCard, inputs: int | None) -> dict[st
 
 def refuse_foreign(output: Path) -> None:
     """Raises UserError for a folder with files in it that no run of ours began."""
-    ours = {STDIN, "plan.json"}
-    if output.is_dir() and (found := {path.name for path in output.iterdir()}) and not found & ours:
+    found = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    foreign = {name for name in found if not (name.startswith(".") and name.endswith(".tmp"))}  # of a killed run
+    if foreign and not any((output / name).exists() for name in (STDIN, "plan.json")):  # now: a sibling may be faster
         raise UserError(f"{output}: not empty and not a dataset of ours; give a new folder as --output")
 
 
@@ -140,6 +141,17 @@ def run(config: RunConfig, report: Callable[[Progress], None] = lambda _: None) 
 
     Raises UserError for sources that changed since a shard was written, and for a folder of another dataset.
     """
+    try:
+        return _run(config, report)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{config.output}: disk full; make room and run the same command again, nothing is lost"
+            ) from error
+        raise
+
+
+def _run(config: RunConfig, report: Callable[[Progress], None]) -> dict[str, Any] | None:
     torch.set_num_threads(1 if config.device == "cpu" else torch.get_num_threads())
     device = Device(codec=config.codec, num_codebooks=config.num_codebooks, device=config.device)
     codec = device.load()
@@ -147,19 +159,11 @@ def run(config: RunConfig, report: Callable[[Progress], None] = lambda _: None) 
     todo = _Todo(config)
     workers = default_workers(config.device) if config.workers is None else config.workers
     progress = _Watch(codec.card, todo.left(inputs), report)
-    try:
-        _consume(config, codec.card, todo, progress.watch(encode_inputs(device, codec, todo, workers)))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{config.output}: disk full; make room and run the same command again, nothing is lost"
-            ) from error
-        raise
+    _consume(config, codec.card, todo, progress.watch(encode_inputs(device, codec, todo, workers)))
     if any(not shard_path(config.output, s).with_suffix(".json").exists() for s in range(todo.shards)):
         return None
     totals = finish_dataset(config.output, plan, todo.shards)
-    if (work := config.output / "work").is_dir() and not any(work.iterdir()):
-        work.rmdir()
+    tidy(config.output)
     return totals
 
 
@@ -170,8 +174,8 @@ class _Todo:
         self.config = config
         self.shards = 0
         """Of the whole dataset; known after the walk."""
-        self.places: deque[int] = deque()
-        """The shard of each input handed out whose result has not come back."""
+        self.places: deque[tuple[int, str]] = deque()
+        """The shard of each input handed out whose result has not come back, and the sha256 over its inputs so far."""
         self.digests: dict[int, str] = {}
         """sha256 over the inputs of each unfinished shard of ours, known once all of them are handed out."""
 
@@ -193,11 +197,15 @@ class _Todo:
 
     def _of_shard(self, shard: int, inputs: Iterator[Input]) -> Iterator[Input]:
         mark = shard_path(self.config.output, shard).with_suffix(".json")
-        finished, done, digest = mark.exists(), _done(self.config.output, shard), hashlib.sha256()
-        for number, item in enumerate(inputs):
+        finished, digest = mark.exists(), hashlib.sha256()
+        done, so_far = _done(self.config.output, shard)
+        for number, item in enumerate(inputs, 1):
             digest.update(item.digest())
-            if not finished and number >= done:
-                self.places.append(shard)
+            if not finished and number == done and so_far not in (None, digest.hexdigest()):
+                what = f"the sources changed since shard {shard:05d} was begun"
+                raise UserError(f"{self.config.output}: {what}; give another --output")
+            if not finished and number > done:
+                self.places.append((shard, digest.hexdigest()))
                 yield item
         if not finished:
             self.digests[shard] = digest.hexdigest()
@@ -213,29 +221,30 @@ class _Todo:
         size, left = self.config.shard_inputs, 0
         for shard in range(self.config.task, -(-inputs // size), self.config.tasks):
             if not shard_path(self.config.output, shard).with_suffix(".json").exists():
-                left += min(size, inputs - shard * size) - _done(self.config.output, shard)
+                left += min(size, inputs - shard * size) - _done(self.config.output, shard)[0]
         return left
 
 
-def _done(root: Path, shard: int) -> int:
-    """Inputs of a shard in blocks that are whole."""
-    folder, done, block = root / "work" / f"{shard:05d}", 0, 0
-    while (part := folder / f"{block:05d}.json").exists():
-        done += load_json(part)["inputs"]
+def _done(root: Path, shard: int) -> tuple[int, str | None]:
+    """Inputs of a shard in blocks that are whole, and the sha256 over them."""
+    folder, done, so_far, block = root / "work" / f"{shard:05d}", 0, None, 0
+    while (path := folder / f"{block:05d}.json").exists():
+        part = load_json(path)
+        done, so_far = done + part["inputs"], part.get("inputs_sha256")
         block += 1
-    return done
+    return done, so_far
 
 
 def _consume(config: RunConfig, card: CodecCard, todo: _Todo, results: Iterator[Encoded | Failure]) -> None:
     """Put the results, which come in the order of `todo`, into blocks and shards."""
     writer: _BlockWriter | None = None
     for result in results:
-        shard = todo.places.popleft()
+        shard, so_far = todo.places.popleft()
         if writer is None or writer.shard != shard:
             if writer is not None:
                 writer.finish(todo.digests.pop(writer.shard))
             writer = _BlockWriter(config, card, shard)
-        writer.add(result)
+        writer.add(result, so_far)
     if writer is not None:
         writer.finish(todo.digests.pop(writer.shard))
     for shard, digest in todo.digests.items():  # killed after their last block
@@ -255,7 +264,9 @@ class _BlockWriter:
         self.failures: list[Failure] = []
         self.samples = 0
 
-    def add(self, result: Encoded | Failure) -> None:
+    def add(self, result: Encoded | Failure, so_far: str) -> None:
+        """so_far: the sha256 over the shard's inputs up to this one."""
+        self.so_far = so_far
         if isinstance(result, Failure):
             self.failures.append(result)
         else:
@@ -266,7 +277,8 @@ class _BlockWriter:
             self._flush()
 
     def _flush(self) -> None:
-        self.writer.add_block(len(self.utterances) + len(self.failures), self.utterances, self.failures)
+        count = len(self.utterances) + len(self.failures)
+        self.writer.add_block(count, self.utterances, self.failures, self.so_far)
         self._clear()
 
     def finish(self, digest: str) -> None:

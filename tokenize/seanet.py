@@ -64,43 +64,57 @@ def elu(x: Tensor, out: Tensor) -> None:
     torch.maximum(x, out.exp_().sub_(1), out=out)
 
 
-class Convolution:
-    """A causal convolution over pieces [n, C], time before channels: one matrix product per tap, nothing unfolded.
+class Kernel:
+    """The weights of a convolution of either library as an ordinary one over blocks of `stride` samples.
 
-    A stride s with a kernel of m * s is a kernel of m over blocks of s samples; transposed it is the same, with s
-    samples out for each one in. The input stands in `source`, the output [n / stride * upsample, N] in `out`.
+    A stride s with a kernel of m * s is a kernel of m over blocks of s samples. Transposed, it is a kernel of m that
+    gives s samples at once.
+    """
+
+    def __init__(self, layer: Any, like: Tensor) -> None:
+        inner = _innermost(layer)
+        weight, self.stride, self.dilation = _weight(inner), inner.stride[0], inner.dilation[0]
+        self.upsample, self.mirror = 1, True
+        if isinstance(inner, nn.ConvTranspose1d):
+            self.stride, self.upsample, self.mirror = 1, self.stride, False
+            weight = weight.unflatten(2, (-1, self.upsample)).permute(3, 1, 0, 2).flatten(0, 1).flip(2)
+        elif not layer.causal or layer.pad_mode != "reflect":
+            raise UserError(f"{layer}: only causal convolutions with reflected padding run in pieces")
+        elif 1 in weight.shape[:2] and self.stride == self.dilation == 1 and len(like) % BLOCK == 0:
+            weight, self.stride, self.upsample = _blocked(weight), BLOCK, BLOCK
+        if inner.groups != 1 or weight.shape[2] % self.stride:
+            raise UserError(f"{inner}: only plain convolutions whose stride divides the kernel run in pieces")
+        self.taps = weight.unflatten(2, (-1, self.stride)).permute(2, 3, 1, 0).flatten(1, 2).to(like)
+        """[m, stride * C, upsample * N]"""
+        self.bias = inner.bias.detach().repeat(self.upsample).to(like)
+
+
+class Convolution:
+    """A causal convolution over pieces [n, C], time before channels, as products of matrices: nothing is unfolded.
+
+    The input stands in `source`, the output in `out`.
     """
 
     def __init__(self, layer: Any, source: Tensor, arena: Arena, *live: Tensor, frames: int, activate: bool) -> None:
         """frames: of a piece. activate: the input goes through an ELU first. live: what else must last in the arena."""
-        inner = _innermost(layer)
-        weight, stride, self.dilation = _weight(inner, source), inner.stride[0], inner.dilation[0]
-        self.source, self.frames, self.activate, self.mirror, upsample = source, frames, activate, True, 1
-        if isinstance(inner, nn.ConvTranspose1d):
-            weight, stride, upsample, self.mirror = _transposed(weight, stride), 1, stride, False
-        elif not layer.causal or layer.pad_mode != "reflect":
-            raise UserError(f"{layer}: only causal convolutions with reflected padding run in pieces")
-        if min(weight.shape[:2]) == 1 and stride == upsample == self.dilation == 1 and len(source) % BLOCK == 0:
-            weight, stride, upsample = _blocked(weight), BLOCK, BLOCK
-        if inner.groups != 1 or weight.shape[2] % stride:
-            raise UserError(f"{inner}: only plain convolutions whose stride divides the kernel run in pieces")
-        (outputs, channels), count = weight.shape[:2], weight.shape[2] // stride
-        self.bias = inner.bias.detach().to(source).repeat(upsample)
-        self.pad = (count - 1) * self.dilation * stride
+        kernel = Kernel(layer, source)
+        self.source, self.frames, self.activate, self.mirror = source, frames, activate, kernel.mirror
+        taps, width, outputs = kernel.taps.shape
+        rows, step = len(source) // kernel.stride, kernel.dilation
+        self.pad = (taps - 1) * step * kernel.stride
         if self.pad >= len(source):
             raise UserError(f"{layer}: pieces of {len(source)} samples are too short for a padding of {self.pad}")
-        self.samples = arena.take(self.pad + len(source), channels, source, *live)
-        inputs, rows = self.samples.view(-1, stride * channels), len(source) // stride
-        taps = weight.unflatten(2, (count, -1)).permute(2, 3, 1, 0).flatten(1, 2)
+        samples = arena.take(self.pad + len(source), source.shape[1], source, *live)
+        self.lead, self.body, self.tail = samples[: self.pad], samples[self.pad :], samples[len(source) :]
+        shifted = [samples.view(-1, width)[i * step : i * step + rows] for i in range(taps)]
         self.factors = [
-            (part, tap_part.contiguous())
-            for i, tap in enumerate(taps)
-            for part, tap_part in zip(
-                inputs[i * self.dilation : i * self.dilation + rows].split(MAX_TERMS, 1), tap.split(MAX_TERMS)
-            )
+            (part, weight.contiguous())
+            for x, tap in zip(shifted, kernel.taps)
+            for part, weight in zip(x.split(MAX_TERMS, 1), tap.split(MAX_TERMS))
         ]
-        self.product = arena.take(rows, outputs, self.samples, *live)
-        self.out = self.product.view(rows * upsample, -1)
+        self.bias = kernel.bias
+        self.product = arena.take(rows, outputs, samples, *live)
+        self.out = self.product.view(rows * kernel.upsample, -1)
 
     def __call__(self, lane: Lane) -> None:
         self._load(lane)
@@ -110,25 +124,19 @@ class Convolution:
 
     def _load(self, lane: Lane) -> None:
         """Put the piece behind the inputs before it."""
-        lead, body, tail = self._parts
         if self.activate:
-            elu(self.source, body)
+            elu(self.source, self.body)
         else:
-            body.copy_(self.source)
+            self.body.copy_(self.source)
         if self.pad:
             before = lane.memory.get(self)
-            lead.copy_(self._mirrored(body, lane) if before is None else before)
-            lane.memory[self] = tail.clone()
+            self.lead.copy_(self._mirrored(lane) if before is None else before)
+            lane.memory[self] = self.tail.clone()
 
-    @cached_property
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        length = len(self.samples) - self.pad
-        return self.samples[: self.pad], self.samples[self.pad :], self.samples[length:]
-
-    def _mirrored(self, body: Tensor, lane: Lane) -> Tensor:
+    def _mirrored(self, lane: Lane) -> Tensor:
         """What the reference puts before a wave: its beginning mirrored, with zeros for what a short one lacks."""
-        mirrored = body[1 : self.pad + 1].flip(0)
-        length = len(body) * lane.first_frames // self.frames if self.mirror else 0
+        mirrored = self.body[1 : self.pad + 1].flip(0)
+        length = len(self.body) * lane.first_frames // self.frames if self.mirror else 0
         mirrored[: max(0, self.pad + 1 - length)] = 0
         return mirrored
 
@@ -140,9 +148,9 @@ class Residual:
         self.source = source
         self.narrow = Convolution(layer.block[1], source, arena, source, frames=frames, activate=True)
         pointwise, shortcut = _innermost(layer.block[3]), _innermost(layer.shortcut)
-        self.widen = _weight(pointwise, source)[..., 0].t().contiguous()
-        self.shortcut = _weight(shortcut, source)[..., 0].t().contiguous()
-        self.bias = (pointwise.bias + shortcut.bias).detach().to(source)
+        self.widen = _weight(pointwise)[..., 0].t().contiguous()
+        self.shortcut = _weight(shortcut)[..., 0].t().contiguous()
+        self.bias = (pointwise.bias + shortcut.bias).detach()
         hidden = self.narrow.out
         self.activated = arena.take(*hidden.shape, source, hidden)
         self.out = arena.take(*source.shape, source, self.activated)
@@ -305,11 +313,6 @@ def _innermost(layer: Any) -> Any:
     return layer
 
 
-def _transposed(weight: Tensor, stride: int) -> Tensor:
-    """A transposed convolution [C, N, m * s] as an ordinary one [s * N, C, m], which gives s samples at once."""
-    return weight.unflatten(2, (-1, stride)).permute(3, 1, 0, 2).flatten(0, 1).flip(2)
-
-
 def _blocked(weight: Tensor) -> Tensor:
     """A convolution [N, C, k] as one of stride BLOCK, [BLOCK * N, C, m * BLOCK], which gives BLOCK samples at once."""
     outputs, inputs, kernel = weight.shape
@@ -322,8 +325,8 @@ def _blocked(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _weight(convolution: Any, like: Tensor) -> Tensor:
+def _weight(convolution: Any) -> Tensor:
     """Its weight with the weight norm of either kind folded in."""
     if hasattr(convolution, "weight_g"):  # set by a hook when the layer is called: recompute what may be stale
-        return torch._weight_norm(convolution.weight_v, convolution.weight_g, 0).to(like)
-    return convolution.weight.detach().clone().to(like)
+        return torch._weight_norm(convolution.weight_v, convolution.weight_g, 0)
+    return convolution.weight.detach().clone()

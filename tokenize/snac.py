@@ -5,7 +5,7 @@ A frame is one step of the coarsest codebook: `snac_24khz` has 1, 2 and 4 codes 
 Exact in bounded memory (tests/tokenize/test_snac.py): a wave goes through the encoder in pieces. Each layer keeps the
 inputs that its next outputs need, and pads with zeros only where the wave itself begins and ends, as the package's
 layers do. Activations are [n, C] in time order: then depthwise convolutions are sums of shifted rows, and the others
-matrix products, both several times faster on one CPU thread than torch's own, as long as a piece stays in the cache.
+matrix products, both faster on one CPU thread than torch's convolutions where a piece stays in the cache.
 
 The decoder adds noise, as it was trained; here it comes from a fixed seed.
 """

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tarfile
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ from codecssl.tokenize.layout import (
     FORMAT_VERSION,
     load_json,
     read_numbers,
+    sealed,
     shard_path,
     to_planes,
 )
@@ -87,11 +89,31 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        _put(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _put(temporary: Path, path: Path) -> None:
+    try:
+        temporary.replace(path)
+    except FileNotFoundError:
+        if not path.exists():  # else a sibling task completed the dataset, with the same bytes, and tidied up
+            raise
+
+
+def temporaries(folder: Path) -> list[Path]:
+    """Half-written files that a killed process left."""
+    return list(folder.glob(".*.tmp"))
+
+
+def tidy(root: Path) -> None:
+    """Remove what killed runs left behind in a dataset whose shards are all finished."""
+    shutil.rmtree(root / "work", ignore_errors=True)
+    for path in temporaries(root) + temporaries(root / "shards"):
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -144,18 +166,25 @@ class ShardWriter:
         """Inputs of this shard that need not be encoded again."""
         return sum(part["inputs"] for part in self.parts)
 
-    def add_block(self, inputs: int, utterances: list[Encoded], failures: list[Failure]) -> None:
-        """Write the next block durably; `inputs` counts the utterances and the failures."""
+    def add_block(
+        self, inputs: int, utterances: list[Encoded], failures: list[Failure], inputs_sha256: str | None = None
+    ) -> None:
+        """Write the next block durably; `inputs` counts the utterances and the failures.
+
+        inputs_sha256: over all inputs of the shard so far; whoever goes on compares it.
+        """
         block = len(self.parts)
         content, place = block_bytes(self._key(block), utterances, self.card) if utterances else (b"", {"count": 0})
         part = place | {
             "inputs": inputs,
+            "inputs_sha256": inputs_sha256,
             "frames": sum(self.card.frames_of(u.samples) for u in utterances),
             "samples": sum(u.samples for u in utterances),
             "failed": [asdict(f) for f in failures],
+            "block_crc32": zlib.crc32(content),
         }
         write_atomic(self._part_path(block, "block"), content)
-        write_atomic(self._part_path(block, "json"), to_json(part))
+        write_atomic(self._part_path(block, "json"), to_json(sealed(part)))
         self.parts.append(part)
 
     def finish(self, inputs_sha256: str) -> None:
@@ -185,8 +214,8 @@ class ShardWriter:
             "blocks": blocks,
             "failed": [f for part in self.parts for f in part["failed"]],
         }
-        write_atomic(target.with_suffix(".json"), to_json(mark, indent=None))
-        shutil.rmtree(self.folder)
+        write_atomic(target.with_suffix(".json"), to_json(sealed(mark), indent=None))
+        shutil.rmtree(self.folder, ignore_errors=True)  # a sibling may tidy up at the same time
 
     def _contents(self) -> Iterator[tuple[bytes, Place | None]]:
         """What the tar consists of; with each block its place."""
@@ -194,13 +223,13 @@ class ShardWriter:
             yield from self._compressed()
         else:
             for block, part in self._blocks():
-                yield self._part_path(block, "block").read_bytes(), part
+                yield self._read(block), part
         yield bytes(2 * tarfile.BLOCKSIZE), None
 
     def _compressed(self) -> Iterator[tuple[bytes, Place | None]]:
         def packed() -> Iterator[PackedBlock]:
             for block, _ in self._blocks():
-                yield PackedBlock.read(self._part_path(block, "block").read_bytes(), self.card)
+                yield PackedBlock.read(self._read(block), self.card)
 
         if not any(self._blocks()):
             return
@@ -208,6 +237,13 @@ class ShardWriter:
         yield tar_member(f"{self.shard:05d}.tables.npz", npz_bytes(coder.arrays())), None
         for (block, _), content in zip(self._blocks(), packed()):
             yield compressed_bytes(self._key(block), content, coder)
+
+    def _read(self, block: int) -> bytes:
+        path = self._part_path(block, "block")
+        content = path.read_bytes()
+        if zlib.crc32(content) != self.parts[block].get("block_crc32", zlib.crc32(content)):
+            raise UserError(f"{path}: damaged since it was written; remove {self.folder} and run again")
+        return content
 
     def _blocks(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """The blocks that hold utterances; in others every input failed."""
@@ -248,7 +284,7 @@ def finish_dataset(root: Path, header: dict[str, Any], shards: int) -> dict[str,
     }
     version = FORMAT_VERSION if header.get("compression") else 1
     dataset = {"format": FORMAT, "format_version": version, "sha256": digest.hexdigest(), "totals": found}
-    write_atomic(root / "dataset.json", to_json(dataset | header))
+    write_atomic(root / "dataset.json", to_json(sealed(dataset | header)))
     return found
 
 
@@ -259,7 +295,7 @@ def _marks(root: Path, shards: int) -> Iterator[dict[str, Any]]:
 def _write_index(root: Path, shards: int, card: CodecCard, utterances: int, blocks: int) -> None:
     """index.npy and blocks.npy. The frames pass through a file: how wide they are is known at the end."""
     first = largest = 0
-    with TemporaryFile(dir=root) as passed, atomic_file(root / "blocks.npy") as rows:
+    with TemporaryFile(dir=root, prefix=".", suffix=".tmp") as passed, atomic_file(root / "blocks.npy") as rows:
         _write_npy_header(rows, BLOCK, blocks)
         for mark in _marks(root, shards):
             with shard_path(root, mark["shard"]).open("rb") as tar:

@@ -35,7 +35,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "log": {"log_every": 1, "valid_every": 1000, "checkpoint_every": 4},
 }
 NO_DROPOUT = {"dropout": 0.0, "input_dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0}
-STEPS = 50
+STEPS, SHORT = 50, 12
 EXACT = [(stage, precision) for stage in (0, 1, 2) for precision in ("fp32", "bf16")]
 MACHINE = {
     "frames_per_second",
@@ -161,11 +161,11 @@ def config(shards: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def same(shards: Path, stage: int, accumulation: int = 1) -> dict[str, Any]:
+def same(shards: Path, stage: int, *, steps: int = STEPS, accumulation: int = 1) -> dict[str, Any]:
     """Runs that must agree however they are divided: no dropout, which every rank draws for itself."""
     return config(
         shards, model=NO_DROPOUT, engine={"zero_stage": stage, "accumulation": accumulation},
-        optim={"steps": STEPS}, log={"valid_every": STEPS, "checkpoint_every": STEPS // 2},
+        optim={"steps": steps}, log={"valid_every": steps, "checkpoint_every": steps // 2},
     )  # fmt: skip
 
 
@@ -225,16 +225,18 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> Sessions:
     made, shards, half = Sessions(folder), folder / "shards", STEPS // 2
     write(shards)
     made.session(2)
-    for stage in range(4):
+    for stage in (0, 1):
         made.add(f"two-{stage}", same(shards, stage))
+    for stage in (2, 3):
+        made.add(f"two-{stage}", same(shards, stage, steps=SHORT, accumulation=stage - 1))
     _add_exact(made, shards, 2)
     made.session(1)
     made.add("one", same(shards, 0))
+    made.add("short", same(shards, 0, steps=SHORT))
     made.add("one-from-two", same(shards, 0), begin=("two-1", half))
     _add_exact(made, shards, 1)
     made.session(4)
-    made.add("four", same(shards, 2))
-    made.add("four-from-two", same(shards, 3), begin=("two-1", half))
+    made.add("four-from-two", same(shards, 2), begin=("two-1", half))
     made.session(2)
     made.add("stopped", exact(shards, 1, "fp32"), trouble={"kind": "signal", "at": 5, "on": 1})
     made.session(2)
@@ -279,12 +281,17 @@ def assert_close(left: dict[str, Any], right: dict[str, Any], tolerance: float) 
         assert float((value - right[name]).abs().max()) <= tolerance, name
 
 
-@pytest.mark.parametrize("name", ["two-0", "two-1", "two-2", "two-3", "four", "one-from-two", "four-from-two"])
-def test_the_same_global_batches_train_the_same_model(sessions: Sessions, name: str) -> None:
-    """However many ranks and whatever the stage, also when both change half-way."""
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("two-0", STEPS), ("two-1", STEPS), ("two-2", SHORT), ("two-3", SHORT), ("one-from-two", STEPS),
+     ("four-from-two", STEPS)],
+)  # fmt: skip
+def test_the_same_global_batches_train_the_same_model(sessions: Sessions, name: str, steps: int) -> None:
+    """However many ranks and micro-batches, whatever the stage, also when they change half-way."""
     assert {outcome["error"] for outcome in sessions.outcomes(name)} == {None}
-    one, other = sessions.rows("one"), sessions.rows(name)
-    assert len(one) == STEPS + 1
+    alone = "one" if steps == STEPS else "short"
+    one, other = sessions.rows(alone), sessions.rows(name)
+    assert len(one) == steps + 1
     assert [row["split"] for row in one] == [row["split"] for row in other]
     for left, right in zip(one, other, strict=True):
         assert right["loss"] == pytest.approx(left["loss"], abs=1e-4)
@@ -292,11 +299,11 @@ def test_the_same_global_batches_train_the_same_model(sessions: Sessions, name: 
             assert right.get(key) == pytest.approx(left.get(key), abs=1e-4), key
         # a rounding may turn a guess where two classes are level
         assert right["accuracy"] == pytest.approx(left["accuracy"], abs=0.02)
-    assert one[-2]["loss"] < one[0]["loss"] - 0.2, "nothing was learnt, so that nothing was compared"
-    assert_close(sessions.tensors("one"), sessions.tensors(name), 2e-3)
+    assert one[-2]["loss"] < one[0]["loss"] - 0.1, "nothing was learnt, so that nothing was compared"
+    assert_close(sessions.tensors(alone), sessions.tensors(name), 2e-3)
 
 
-@pytest.mark.parametrize(("name", "first"), [("two-0", 0), ("four", 0), ("four-from-two", STEPS // 2)])
+@pytest.mark.parametrize(("name", "first"), [("two-0", 0), ("one-from-two", STEPS // 2), ("four-from-two", STEPS // 2)])
 def test_ranks_read_the_one_order_of_utterances(sessions: Sessions, name: str, first: int) -> None:
     whole, parts = sessions.outcomes("one")[0]["read"], [outcome["read"] for outcome in sessions.outcomes(name)]
     for step in map(str, range(first, STEPS)):

@@ -13,19 +13,12 @@ import soundfile
 
 from codecssl.tokenize import codec as codec_module
 from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.layout import load_json
+from codecssl.tokenize.layout import load_json, sealed
 from codecssl.tokenize.repair import repair
 from codecssl.tokenize.run import RunConfig, run
 from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.verify import verify
 from codecssl.tokenize.writer import to_json, write_shards
-
-try:
-    from codecssl.tokenize.layout import sealed
-except ImportError:
-
-    def sealed(value):
-        return value
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from codecssl.tokenize import entropy
 from codecssl.tokenize.blocks import packed_again
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.layout import load_json
 from codecssl.tokenize.shards import (
     Shards,
     from_planes,
@@ -279,7 +280,7 @@ def test_finishing_holds_one_shard_in_memory_and_writes_what_numpy_writes(tmp_pa
     failures = [Failure(id=str(i), path=str(i), reason="x" * 100) for i in range(1500)]
     writer.add_block(1503, utterances, failures)
     writer.finish("")
-    mark = json.loads((tmp_path / "shards/00000.json").read_text())
+    mark = load_json(tmp_path / "shards/00000.json")
     for shard in range(1, 16):
         shutil.copy(tmp_path / "shards/00000.tar", tmp_path / f"shards/{shard:05d}.tar")
         (tmp_path / f"shards/{shard:05d}.json").write_text(json.dumps(mark | {"shard": shard}))
@@ -345,7 +346,7 @@ def test_verify_finds_missing_and_cut_files(dataset, name):
 def test_strangers_are_refused(dataset, tmp_path):
     with pytest.raises(UserError, match=r"no dataset\.json; this is not a folder of token shards"):
         Shards(tmp_path)
-    header = json.loads((dataset / "dataset.json").read_text())
+    header = load_json(dataset / "dataset.json")
     (dataset / "dataset.json").write_text(json.dumps(header | {"format_version": 3}))
     with pytest.raises(UserError, match="format version 3, this codecssl reads up to 2"):
         Shards(dataset)

@@ -66,7 +66,7 @@ def random_model(seed=0, **changes):
 
 
 def fit_codebooks(model):
-    residual = latents_of(model, wave(80_000).double()[None, None])
+    residual = latents_of(model, wave(32_000).double()[None, None])
     for quantizer in model.quantizer.quantizers:
         entries = residual[0, :, torch.randperm(residual.shape[2])[:32]].t()
         quantizer.codebook.embed.copy_(entries + 1e-3 * torch.randn_like(entries))
