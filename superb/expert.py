@@ -221,7 +221,8 @@ class Shelf:
     def _baseline(self, kind: str, codec: Codec, config: "ModelConfig") -> nn.Module:
         from codecssl.pretrain.model import untrained
 
-        tables = [table.cpu() for table in codec.embeddings()]
+        if kind == "codes" or config.embedding_init == "codec":  # some codecs have no tables
+            tables = [table.cpu() for table in codec.embeddings()]
         if kind == "codes":
             return CodeTables(tables)
         return untrained(config, codec.card, tables if config.embedding_init == "codec" else None, self.seed)

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from codecssl.tokenize.codec import CodecCard, file_sha256, keep_codebooks
 from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.seanet import Decoder, Encoder, Lane
+from codecssl.tokenize.seanet import Decoder, Encoder
+from codecssl.tokenize.seanet_layers import Lane
 from codecssl.tokenize.weights import load_pretrained, state_sha256
 
 FINE_FRAMES = {"cpu": 16, "cuda": 128}

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from codecssl.tokenize.codec import BACKENDS, CodecCard, file_sha256, keep_codebooks
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.precision import full_precision
 
 SAMPLE_RATE, WINDOW, MEL_FRAMES = 16_000, 163_840, 1024
 LOOKAHEAD = 240
@@ -135,19 +136,6 @@ def windows(wave: Tensor, *, last: bool) -> tuple[list[Window], Tensor]:
 
 
 # ---------------------------------------------------------------- the codec
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """No gradients; float32 products whole, whatever the process has set."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    cudnn = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    try:
-        with torch.inference_mode(), cudnn:
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -13,8 +13,7 @@ The decoder adds noise, as it was trained; here it comes from a fixed seed.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 
 from codecssl.tokenize.codec import CodecCard, keep_codebooks
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.precision import full_precision
 from codecssl.tokenize.weights import missing, state_sha256
 
 
@@ -45,19 +45,6 @@ NOISE_SEED = 0
 
 Kept = dict[Any, Tensor]
 """What each layer keeps of a wave between two pieces."""
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """No gradients; float32 products whole, whatever the process has set."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    cudnn = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    try:
-        with torch.inference_mode(), cudnn:
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 # ---------------------------------------------------------------- the encoder, on [n, C]

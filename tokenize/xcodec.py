@@ -11,8 +11,7 @@ per frame, and even one frame, with the 160 samples that the model adds at eithe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 
 from codecssl.tokenize.codec import CodecCard, keep_codebooks
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.precision import full_precision
 from codecssl.tokenize.weights import load_pretrained, state_sha256
 
 WHOLE_SECONDS, SEGMENT_SECONDS = 30, 20
@@ -32,19 +32,6 @@ RATIOS = [8, 5, 4, 2]
 PIECE_STEPS, FRONT_CONTEXT, FRONT_HOP = 400, 10, 40
 """On a CPU the acoustic encoder's first two blocks run on 1 s at a time, so that activations stay near the cache.
 A step of theirs, 40 samples, sees 382 samples to either side."""
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """No gradients; float32 products whole, whatever the process has set."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    cudnn = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    try:
-        with torch.inference_mode(), cudnn:
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class XcodecCodec:

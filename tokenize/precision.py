@@ -1,0 +1,19 @@
+"""The precision in which codecs compute: a residual quantizer amplifies what is rounded away before it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No gradients; float32 products whole, whatever the process has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    cudnn = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    try:
+        with torch.inference_mode(), cudnn:
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
