@@ -247,8 +247,8 @@ BACKENDS = {
     "semanticodec": Backend(
         module="codecssl.tokenize.semanticodec",
         summary="16 kHz, a semantic and an acoustic code in each cell of a time-frequency grid (Liu et al. 2024)",
-        weights="install the semanticodec package from its repository (haoheliu/SemantiCodec-inference); give a folder with "
-        "one encoder.ckpt, its decoder.ckpt and one codebook_*.npy as --codec semanticodec@PATH",
+        weights="install the semanticodec package from its repository (haoheliu/SemantiCodec-inference); give a folder "
+        "with one encoder.ckpt, its decoder.ckpt and one codebook_*.npy as --codec semanticodec@PATH",
     ),
     "lyra_v2": Backend(
         module="codecssl.tokenize.lyra",
