@@ -43,6 +43,8 @@ def start_engine(
             dist_init_required=False,
         )
     engine.frozen = {name: exact[name] for name, p in objective.named_parameters() if not p.requires_grad}
+    if torch.distributed.get_world_size() == 1 and zero_stage(config) == 0:
+        engine.enable_backward_allreduce = False  # it copies all gradients into one buffer and back, to add nothing
     restore(engine, exact, moments or {}, step)
     if step:
         # A schedule is a function of the number of updates alone.
@@ -111,6 +113,10 @@ def take_step(engine: Any, *, want_norm: bool) -> float | None:
     A gradient that is not finite gives a norm that is not: DeepSpeed would skip that update in silence.
     """
     norm, skipped = None, engine.skipped_steps
+    if not engine.enable_backward_allreduce:
+        for parameter in engine.module.parameters():
+            if parameter.requires_grad and parameter.grad is None:  # as the all-reduce does
+                parameter.grad = torch.zeros_like(parameter)
     if want_norm and not hasattr(engine.optimizer, "_global_grad_norm"):  # a plain fp32 optimizer keeps none
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
     engine.step()

@@ -146,7 +146,8 @@ class OnlineClusters(Objective):
 
     def _made_teacher(self) -> Any:
         if not self._teacher:  # a tuple: not a module's child, so that no engine casts or trains it
-            teacher = make_encoder(self.model.config).eval().requires_grad_(False)
+            with torch.random.fork_rng(devices=[]):  # its first weights are drawn; dropout's numbers must not shift
+                teacher = make_encoder(self.model.config).eval().requires_grad_(False)
             self._teacher = (teacher.to(next(iter(self._average.values())).device),)
             self._refresh()
         return self._teacher[0]

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from codecssl.tokenize.codec import CodecCard, file_sha256, keep_codebooks
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.precision import full_precision
 from codecssl.tokenize.seanet import Decoder, Encoder
 from codecssl.tokenize.seanet_layers import Lane
 from codecssl.tokenize.weights import load_pretrained, state_sha256
@@ -30,7 +31,7 @@ PIECE_FRAMES = {"cpu": 32, "cuda": 128}
 """Frames that all others take at once, a multiple: their weights are read once for so many."""
 SHARED_SECONDS = 30
 """From there on the LSTM runs alone: such a wave is a long file that is encoded by itself."""
-QUANTIZER_ROWS = 32
+QUANTIZER_ROWS = {"cpu": 32, "cuda": 1024}
 """Frames that the quantizer takes together: products of one size, so that no frame's code depends on others."""
 
 
@@ -41,10 +42,11 @@ class Seanet:
     encoder: Sequence[nn.Module]
     """The encoder's layers in order."""
     decoder: Sequence[nn.Module]
+    quantizer: nn.Module
+    quantize_plainly: Callable[[Tensor, int], Tensor]
+    """By `quantizer`: latents [1, D, T] and K to codes [K, 1, T]."""
     codebooks: Tensor
     """[K, V, D] float32."""
-    quantize_plainly: Callable[[Tensor, int], Tensor]
-    """The library's own quantizer: latents [1, D, T] and K to codes [K, 1, T]."""
     sample_rate: int
     hop_length: int
 
@@ -55,7 +57,7 @@ class EncodecCodec:
     def __init__(self, net: Seanet, card: CodecCard, device: str = "cpu") -> None:
         self.net, self.card, self.device = net, card, torch.device(device)
         frames = PIECE_FRAMES[self.device.type]
-        for layer in (*net.encoder, *net.decoder):
+        for layer in (*net.encoder, *net.decoder, net.quantizer):
             layer.to(self.device).eval()
         self.encoder = Encoder(
             net.encoder,
@@ -73,7 +75,7 @@ class EncodecCodec:
     def stream(self) -> EncodecStream:
         return EncodecStream(self)
 
-    @torch.inference_mode()
+    @full_precision()
     def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
         """See `Codec`. Waves run side by side, the longest first; one that ends makes room for the next."""
         waiting = sorted((i for i, wave in enumerate(waves) if len(wave)), key=lambda i: len(waves[i]))
@@ -97,26 +99,26 @@ class EncodecCodec:
     def _advance(self, streams: Sequence[EncodecStream]) -> list[Tensor]:
         """The codes of the next piece of each stream."""
         taken = [stream.take() for stream in streams]
-        latents = self.encoder([stream.lane for stream in streams if stream.lane], [piece for piece, _ in taken])
+        latents = self.encoder([lane for lane, _, _ in taken], [piece for _, piece, _ in taken])
         codes = self.quantize(latents.flatten(0, 1).t()).unflatten(1, (len(streams), -1))
-        return [codes[:, i, :frames] for i, (_, frames) in enumerate(taken)]
+        return [codes[:, i, :frames] for i, (_, _, frames) in enumerate(taken)]
 
-    @torch.inference_mode()
+    @full_precision()
     def quantize(self, latents: Tensor) -> Tensor:
         """Latents [D, T] to codes [K, T]: nearest entry of each codebook to what the ones before it left over."""
-        count = latents.shape[1]
-        residual = F.pad(latents, (0, -count % QUANTIZER_ROWS)).t().contiguous()
+        count, rows = latents.shape[1], QUANTIZER_ROWS[self.device.type]
+        residual = F.pad(latents, (0, -count % rows)).t().contiguous()
         codes = torch.empty(len(self.codebooks), len(residual), dtype=torch.int64, device=self.device)
-        scores = residual.new_empty(QUANTIZER_ROWS, self.codebooks.shape[1])
-        largest = residual.new_empty(QUANTIZER_ROWS)
+        scores = residual.new_empty(rows, self.codebooks.shape[1])
+        largest = residual.new_empty(rows)
         for table, directions, offsets, row in zip(self.codebooks, self._directions, self._offsets, codes):
-            for part, index in zip(residual.split(QUANTIZER_ROWS), row.split(QUANTIZER_ROWS)):
+            for part, index in zip(residual.split(rows), row.split(rows)):
                 torch.addmm(offsets, part, directions, out=scores)
                 torch.max(scores, 1, out=(largest, index))
             residual -= F.embedding(row, table)
         return codes[:, :count]
 
-    @torch.inference_mode()
+    @full_precision()
     def encode_plainly(self, wave: Tensor) -> Tensor:
         """The whole wave, filled up to whole frames, through the layers of the library that built the network."""
         padded = F.pad(wave, (0, -len(wave) % self.net.hop_length)).to(self.device)[None, None]
@@ -124,7 +126,7 @@ class EncodecCodec:
             padded = layer(padded)
         return self.net.quantize_plainly(padded, self.card.num_codebooks)[:, 0]
 
-    @torch.inference_mode()
+    @full_precision()
     def decode(self, codes: Tensor) -> Tensor:
         """See `Codec`. Piece by piece: memory grows by the wave alone."""
         size, count = self.decoder.piece_frames, codes.shape[1]
@@ -138,7 +140,7 @@ class EncodecCodec:
     def embeddings(self) -> list[Tensor]:
         return [table.cpu().clone() for table in self.codebooks]
 
-    @torch.inference_mode()
+    @full_precision()
     def latents(self, codes: Tensor) -> Tensor:
         rows = [F.embedding(c, table) for c, table in zip(codes.to(self.device), self.codebooks)]
         return torch.stack(rows).sum(0).t()
@@ -154,7 +156,7 @@ class EncodecStream:
         self.samples = 0
         """That are pending."""
 
-    @torch.inference_mode()
+    @full_precision()
     def push(self, wave: Tensor) -> Tensor:
         self.add(wave)
         codes = [self.codec._no_codes()]
@@ -162,7 +164,7 @@ class EncodecStream:
             codes += self.codec._advance([self])
         return torch.cat(codes, dim=1)
 
-    @torch.inference_mode()
+    @full_precision()
     def finish(self) -> Tensor:
         """See `StreamEncoder`."""
         return self.codec._advance([self])[0] if self.samples else self.codec._no_codes()
@@ -172,8 +174,8 @@ class EncodecStream:
         self.pending.append(wave.to(self.codec.device))
         self.samples += len(wave)
 
-    def take(self) -> tuple[Tensor, int]:
-        """The next piece and how many frames it has."""
+    def take(self) -> tuple[Lane, Tensor, int]:
+        """What this wave carries, its next piece, and how many frames that has."""
         size, parts, had = self.codec.encoder.piece_samples, [], 0
         while self.pending and had < size:
             part = self.pending.pop(0)
@@ -183,9 +185,8 @@ class EncodecStream:
             had += len(parts[-1])
         self.samples -= had
         frames = -(-had // self.codec.net.hop_length)
-        if self.lane is None:
-            self.lane = Lane(frames)
-        return torch.cat(parts), frames
+        self.lane = self.lane or Lane(frames)
+        return self.lane, torch.cat(parts), frames
 
 
 # ---------------------------------------------------------------- loading
@@ -239,6 +240,7 @@ def from_encodec(model: Any) -> Seanet:
         encoder=list(model.eval().encoder.model),
         decoder=list(model.decoder.model),
         codebooks=tables.detach(),
+        quantizer=model.quantizer,
         quantize_plainly=lambda latents, count: model.quantizer.vq.encode(latents, n_q=count),
         sample_rate=model.sample_rate,
         hop_length=int(model.encoder.hop_length),
@@ -252,6 +254,7 @@ def from_transformers(model: Any) -> Seanet:
         encoder=list(model.eval().encoder.layers),
         decoder=list(model.decoder.layers),
         codebooks=tables.detach(),
+        quantizer=model.quantizer,
         # transformers counts codebooks by their rate in kbps, rounded down
         quantize_plainly=lambda latents, count: model.quantizer.encode(
             latents, (count + 0.5) * log2(tables.shape[1]) * model.config.frame_rate / 1000

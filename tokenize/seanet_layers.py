@@ -160,8 +160,7 @@ class Recurrence:
         """[t, W, H] to [t, W, H]."""
         fresh = x.new_zeros(2, self.lstm.num_layers, self.lstm.hidden_size)
         hidden, cell = torch.stack([lane.memory.get(self, fresh) for lane in lanes], 2)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            out, states = self.lstm(x, (hidden, cell))
+        out, states = self.lstm(x, (hidden, cell))
         for lane, state in zip(lanes, torch.stack(states).unbind(2)):
             lane.memory[self] = state
         return out + x

