@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 from codecssl.tokenize.codec import CodecCard, file_sha256, keep_codebooks
 from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.mimi import Taps, elu, exact_float32
+from codecssl.tokenize.mimi import Taps, elu
+from codecssl.tokenize.precision import full_precision
 from codecssl.tokenize.weights import load_pretrained, state_sha256
 
 DEFAULT_CODEBOOKS = 8
@@ -85,8 +86,7 @@ class Encodec48Codec:
     def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
         return [codes for codes, _ in self.encode_scaled(waves)]
 
-    @torch.inference_mode()
-    @exact_float32()
+    @full_precision()
     def encode_scaled(self, waves: Sequence[Tensor]) -> list[Scaled]:
         """As `encode`, with the scale of each segment."""
         cut = [self.segments_of(wave.to(self.device)) for wave in waves]
@@ -148,16 +148,14 @@ class Encodec48Codec:
             codes.append(index)
         return torch.stack(codes)
 
-    @torch.inference_mode()
-    @exact_float32()
+    @full_precision()
     def encode_plainly(self, wave: Tensor) -> Tensor:
         """Each segment through the library's own encoder, one after another."""
         segments = self.segments_of(wave.to(self.device))
         found = [self.net.encode_segment(segment[None], self.card.num_codebooks)[0][0] for segment in segments]
         return torch.cat(found, dim=1)
 
-    @torch.inference_mode()
-    @exact_float32()
+    @full_precision()
     def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
         """Codes [K, T] and the segments' scales [S] to a wave [2, n], with linear fades where segments overlap.
 
@@ -202,8 +200,7 @@ class Encodec48Stream:
         self.pending = torch.zeros(2, 0, device=codec.device)
         self.found: list[Tensor] = []
 
-    @torch.inference_mode()
-    @exact_float32()
+    @full_precision()
     def push(self, wave: Tensor) -> Tensor:
         self.pending = torch.cat([self.pending, wave.to(self.codec.device)], dim=1)
         net, group, codes = self.codec.net, self.codec.group, [self._empty()]
@@ -213,8 +210,7 @@ class Encodec48Stream:
             self.pending = self.pending[:, group * net.segment_stride :]
         return torch.cat(codes, dim=1)
 
-    @torch.inference_mode()
-    @exact_float32()
+    @full_precision()
     def finish(self) -> Tensor:
         segments = self.codec.segments_of(self.pending)
         self.pending = self.pending[:, :0]
@@ -384,7 +380,7 @@ def make_card(name: str, weights: str, digest: str, net: Net48, num_codebooks: i
         segment_samples=net.segment_samples,
         segment_stride=net.segment_stride,
         policies={
-            "channels": "first two, mono twice",
+            "channels": "stereo, mono twice",
             "resample": "soxr HQ, whole file",
             "padding": "none",
             "chunk": f"segments of {net.segment_samples} samples from each {net.segment_stride}th, each for itself",

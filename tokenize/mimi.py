@@ -15,7 +15,6 @@ cache, and all convolutions as matrix products on [T, C], one for each tap.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -28,6 +27,7 @@ from transformers.models.mimi.modeling_mimi import apply_rotary_pos_emb, repeat_
 
 from codecssl.tokenize.codec import CodecCard, keep_codebooks
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.precision import full_precision
 from codecssl.tokenize.weights import load_pretrained, state_sha256
 
 DEFAULT_CODEBOOKS = 8
@@ -44,21 +44,6 @@ CUDA_LANES = 16
 
 Layer = Callable[[Tensor, "Past"], Tensor]
 """[L, T, C] of the next samples or frames, and what is carried, to [L, T', C']."""
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Keep float32 products whole, whatever the process has set: no TF32 on a GPU, no bfloat16 on a CPU."""
-    backends: Any = torch.backends
-    units = [backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn]
-    before = [unit.fp32_precision for unit in units]
-    for unit in units:
-        unit.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for unit, precision in zip(units, before):
-            unit.fp32_precision = precision
 
 
 class Past(dict[Any, Any]):
@@ -86,8 +71,7 @@ class MimiCodec:
     def stream(self) -> MimiStream:
         return MimiStream(self)
 
-    @torch.inference_mode()
-    @exact_float32()
+    @full_precision()
     def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
         codes: list[Tensor] = [torch.empty(0)] * len(waves)
         order = sorted(range(len(waves)), key=lambda i: len(waves[i]))
@@ -137,8 +121,7 @@ class MimiCodec:
                 codes.append(index.view(latents.shape[:2]))
         return torch.stack(codes, dim=1)
 
-    @torch.inference_mode()
-    @exact_float32()
+    @full_precision()
     def encode_plainly(self, wave: Tensor) -> Tensor:
         """The whole wave through transformers' own modules; attention is given the window that they leave out."""
         audio = F.pad(wave.to(self.device), (0, -len(wave) % self.card.hop_length))[None, None]
@@ -153,8 +136,7 @@ class MimiCodec:
         codes: Tensor = model.quantizer.encode(latents, count)
         return codes[:, 0]
 
-    @torch.inference_mode()
-    @exact_float32()
+    @full_precision()
     def decode(self, codes: Tensor) -> Tensor:
         """The decoder's convolutions run over the whole utterance: memory grows with its length."""
         hidden, past = self.model.upsample(self.latents(codes)[None]).transpose(1, 2), Past()
@@ -186,8 +168,7 @@ class MimiStream:
         self.pending: list[Tensor] = []
         self.pending_samples = 0
 
-    @torch.inference_mode()
-    @exact_float32()
+    @full_precision()
     def push(self, wave: Tensor) -> Tensor:
         self.pending.append(wave.to(self.codec.device))
         self.pending_samples += len(wave)
@@ -200,8 +181,7 @@ class MimiStream:
             self.pending, self.pending_samples = [everything[whole:].clone()], len(everything) - whole
         return torch.cat(codes, dim=1)
 
-    @torch.inference_mode()
-    @exact_float32()
+    @full_precision()
     def finish(self) -> Tensor:
         if self.pending_samples == 0:
             return self._empty()
