@@ -174,14 +174,19 @@ def decode(args: Namespace) -> int:
         raise UserError(f"--num-codebooks {args.num_codebooks}: the shards hold 1 to {shards.num_codebooks}")
     codec = load_codec_for(shards.card, weights=args.weights)
     codes = torch.from_numpy(shards.codes(index, num_codebooks=args.num_codebooks).astype("int64"))
-    wave = codec.decode(codes)[: shards.utterance(index).samples]
+    utterance = shards.utterance(index)
+    if shards.card.segment_samples:  # such a codec scales each segment by itself
+        wave = codec.decode(codes, torch.from_numpy(utterance.scales))  # type: ignore[call-arg]
+    else:
+        wave = codec.decode(codes)
+    wave = wave[..., : utterance.samples]
     try:
-        soundfile.write(args.output, wave.numpy(), shards.card.sample_rate)
+        soundfile.write(args.output, wave.numpy().T, shards.card.sample_rate)
     except (soundfile.LibsndfileError, OSError, TypeError, ValueError) as error:
         raise UserError(
             f"{args.output}: cannot be written ({error}); give a .wav or .flac in a folder that exists"
         ) from error
-    print(f"{args.output}: {len(wave) / shards.card.sample_rate:.3f} s at {shards.card.sample_rate} Hz")
+    print(f"{args.output}: {wave.shape[-1] / shards.card.sample_rate:.3f} s at {shards.card.sample_rate} Hz")
     return 0
 
 

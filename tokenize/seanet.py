@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.precision import full_precision
 from codecssl.tokenize.seanet_layers import Arena, Convolution, Lane, Recurrence, stages_of
 
 WIDTHS = (2, 4, 8, 12, 16, 24, 32)
@@ -98,7 +99,7 @@ class Encoder:
         return self.coarse[-1].out
 
     @cached_property
-    @torch.inference_mode()
+    @full_precision()
     def widths(self) -> tuple[int, ...]:
         """Numbers of lanes that may run side by side, because a lane's result is the same, to the bit, in all of them.
 
