@@ -48,7 +48,7 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from codecssl.pretrain.export import export
 
     export(arguments.run, arguments.output)
-    print(f"{arguments.output}: model.safetensors and config.json written")
+    print(f"{arguments.output}: model.safetensors, config.json and a model card written")
 
 
 def _bench(arguments: argparse.Namespace, overrides: list[str]) -> None:

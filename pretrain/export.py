@@ -1,4 +1,7 @@
-"""The model that others use: a folder of model.safetensors and config.json, loaded without DeepSpeed."""
+"""The model that others use: a folder of model.safetensors and config.json, loaded without DeepSpeed.
+
+Beside them README.md, a card written from the run, and curves.png.
+"""
 
 import dataclasses
 import json
@@ -9,15 +12,18 @@ from typing import Any
 
 from codecssl.configs.load import from_dict
 from codecssl.pretrain import checkpoint, rundir
-from codecssl.pretrain.config import ModelConfig
+from codecssl.pretrain.card import model_card
+from codecssl.pretrain.config import ModelConfig, RunConfig
 from codecssl.pretrain.masters import load_weights
 from codecssl.pretrain.model import CodecModel
 from codecssl.pretrain.telemetry import read_rows
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.shards import Shards
 
 FORMAT, VERSION = "codecssl-model", 1
-_FILES = {"model.safetensors", "config.json"}
+_CURVES = "curves.png"
+_FILES = {"model.safetensors", "config.json", "README.md", _CURVES}
 
 
 def export(run_dir: str | Path, output_dir: str | Path) -> None:
@@ -48,6 +54,9 @@ def export(run_dir: str | Path, output_dir: str | Path) -> None:
     # Removed first and written last: a folder without it is not taken for a model.
     (output / "config.json").unlink(missing_ok=True)
     shutil.copyfile(newest / checkpoint.WEIGHTS, output / "model.safetensors")
+    if (run / _CURVES).is_file():
+        shutil.copyfile(run / _CURVES, output / _CURVES)
+    (output / "README.md").write_text(model_card(output.resolve().name, description, _folders(config, data["train"])))
     (output / "config.json").write_text(json.dumps(description, indent=1))
 
 
@@ -74,6 +83,21 @@ def _read_description(folder: Path) -> dict[str, Any]:
             f" this codecssl reads {FORMAT!r} version {VERSION}; export it again"
         )
     return description
+
+
+def _folders(config: RunConfig, fingerprints: list[str]) -> list[dict[str, Any]]:
+    """What the training folders hold, where they are still there and still the same."""
+    found = []
+    for path in config.data.dirs:
+        try:
+            shards = Shards(path)
+        except (UserError, OSError):
+            return []
+        if shards.fingerprint not in fingerprints:
+            return []
+        hours = float(int(shards.frames.sum(dtype="int64")) / shards.card.frame_rate) / 3600
+        found.append({"name": Path(path).resolve().name, "utterances": len(shards), "hours": hours})
+    return found
 
 
 def _last_rows(run: Path, step: int) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from codecssl.slurm.job import Ranks, find_meeting, find_ranks
+from codecssl.slurm.job import Ranks, choose_backend, find_meeting, find_ranks
+from codecssl.slurm.watch import PREEMPTED
 from codecssl.tokenize.errors import UserError
 
-PREEMPTED = 75
-"""Exit code of a run that was told to stop, and saved a checkpoint first: EX_TEMPFAIL of sysexits.h, "try again"."""
+__all__ = ["PREEMPTED", "Peers", "join_ranks", "quiet_deepspeed", "silent"]
 
 _MEETING, _FOREVER, _LAST_WORDS = timedelta(minutes=10), timedelta(days=7), timedelta(seconds=20)
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL error", "NCCL communicator")
@@ -44,7 +44,8 @@ class Peers:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        on_gpu = choose_backend(torch.cuda.device_count()) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all ranks, element by element, in float64 on the CPU."""
@@ -135,12 +136,13 @@ def join_ranks(environment: Mapping[str, str] | None = None) -> Peers:
     ranks = find_ranks(environment)
     if ranks.rank:
         warnings.filterwarnings("ignore")  # rank 0 says it once
-    gpus = torch.cuda.device_count()
+    backend = choose_backend(torch.cuda.device_count(), environment)
+    gpus = torch.cuda.device_count() if backend == "nccl" else 0
     if not gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
     with silent():  # gloo says who is connected to whom
         if not torch.distributed.is_initialized():
-            _connect(ranks, environment, "nccl" if gpus else "gloo", device=_device(ranks, gpus))
+            _connect(ranks, environment, backend, device=_device(ranks, gpus))
         return Peers(ranks)
 
 

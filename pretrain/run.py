@@ -47,7 +47,8 @@ def run(config: RunConfig, output: Path, *, profile: bool = False) -> None:
         engine = start_engine(objective, config, step=saved.step, moments=saved.moments)
         del saved  # two thirds of it are the engine's now, the rest is not needed
         stop = stack.enter_context(StopSignal())
-        watch = stack.enter_context(Watchdog(config.log.stall_minutes, rank=peers.rank, hint=_STUCK))
+        beat = output / "ranks" / f"{peers.rank:05d}.json"
+        watch = stack.enter_context(Watchdog(config.log.stall_minutes, rank=peers.rank, hint=_STUCK, beat=beat))
         tracer = stack.enter_context(Tracer(output / "profile")) if profile and peers.first else None
         Training(config, output, engine, train, valid, telemetry, peers, stop, watch, tracer).to_the_end(state)
 

@@ -22,6 +22,7 @@ from codecssl.pretrain.data import open_data
 from codecssl.pretrain.engine import schedule
 from codecssl.pretrain.export import export, load_pretrained
 from codecssl.pretrain.peers import PREEMPTED
+from codecssl.pretrain.pretrained import from_pretrained
 from codecssl.pretrain.run import run
 from codecssl.pretrain.telemetry import read_rows
 from codecssl.pretrain.training import Training
@@ -160,6 +161,11 @@ def test_export_loads_without_deepspeed_and_is_the_checkpoint(
     summary = json.loads((tmp_path / "model" / "config.json").read_text())["training"]
     assert summary["step"] == 4
     assert summary["metrics"]["train"]["step"] == 4
+    card = (tmp_path / "model" / "README.md").read_text()
+    loss = summary["metrics"]["train"]["loss"]
+    for part in ("| `shards` | 40 |", "| train | 4 | " + f"{loss:.4f}", "`engine.precision`: bf16", "(16 12 8)"):
+        assert part in card, part
+    assert (tmp_path / "model" / "curves.png").read_bytes() == (tmp_path / "run" / "curves.png").read_bytes()
     first = (tmp_path / "model" / "config.json").read_bytes()
     export(tmp_path / "run", tmp_path / "model")  # again: replaced by the same
     assert (tmp_path / "model" / "config.json").read_bytes() == first
@@ -168,6 +174,23 @@ def test_export_loads_without_deepspeed_and_is_the_checkpoint(
         export(tmp_path / "run", tmp_path / "model")
     with pytest.raises(UserError, match="not an exported model"):
         load_pretrained(tmp_path / "run" / "checkpoints")
+
+
+def test_from_pretrained_gives_what_the_model_gives(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
+    run(small_config(make_shards(), optim={"steps": 1}), tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "model")
+    model, codes = from_pretrained(tmp_path / "model"), torch.randint(0, 8, (2, 3, 11))
+    expected = load_pretrained(tmp_path / "model").extract(codes, [11, 7])
+    output = model(codes, [11, 7], output_hidden_states=True)
+    assert output.hidden_states is not None
+    assert all(torch.equal(one, other) for one, other in zip(output.hidden_states, expected, strict=True))
+    assert torch.equal(model(codes, [11, 7]).last_hidden_state, expected[-1])
+    assert model(codes).hidden_states is None
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(UserError, match=r"shape \(2, 2, 11\), must be \[B, 3, T\]"):
+        model(codes[:, :2])
+    with pytest.raises(UserError, match="codes: from 9 to 9"):
+        model(torch.full((1, 3, 4), 9))  # the third codebook has 8
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -335,5 +358,5 @@ def test_a_run_that_is_stuck_ends_with_one_line() -> None:
     )
     for rank, name in (("0", ""), ("3", "rank 3: ")):
         done = subprocess.run([sys.executable, "-c", code, rank], capture_output=True, text=True, cwd="/")
-        assert (done.returncode, done.stdout) == (1, "alive\n")
+        assert (done.returncode, done.stdout) == (76, "alive\n")
         assert done.stderr == f"error: {name}stuck for 0.005 minutes while waiting for data; go on\n"

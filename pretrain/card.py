@@ -1,0 +1,90 @@
+"""The model card: what an exported model is and how it was made, in Markdown, of nothing but the run's own papers."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from codecssl.configs.load import differences, from_dict
+from codecssl.pretrain.config import RunConfig
+from codecssl.tokenize.codec import CodecCard
+
+_TITLES = {
+    ("codec2vec", "codes"): "Codec2Vec, predicting the codec's own codes (arXiv 2511.16639)",
+    ("codec2vec", "labels"): "Codec2Vec, predicting given labels (arXiv 2511.16639, iterative clustering)",
+    ("codec2vec", "online"): "Codec2Vec with online clusters (DinoSR, arXiv 2305.10005)",
+    ("encodecmae", "codes"): "EnCodecMAE (arXiv 2309.07391)",
+    ("encodecmae", "labels"): "EnCodecMAE, self-trained on labels (arXiv 2309.07391)",
+}
+
+
+def model_card(name: str, description: Mapping[str, Any], data: Iterable[Mapping[str, Any]]) -> str:
+    """The text of README.md beside a model.
+
+    description: of config.json. data: per training folder {"name", "utterances", "hours"}, or nothing where the folders
+    are gone; then their fingerprints, which config.json holds, must do.
+    """
+    training = description["training"]
+    config = from_dict(RunConfig, training["config"])
+    card = CodecCard.from_dict(description["codec"])
+    parts = (
+        f"# {name}\n\n{_title(config)}: {config.model.layers} layers of {config.model.dim}, {training['step']:,} of"
+        f" {config.optim.steps:,} steps, on tokens of the codec `{card.name}`. Made by codecssl"
+        f" {training['versions'].get('codecssl', '')}.",
+        _use(name, card, config.model.layers, config.model.dim),
+        _trained_on(card, data, training["data"]),
+        _figures(training["metrics"]),
+        "## Curves\n\n![loss, accuracy and variety of the guesses](curves.png)",
+        _config(config, training["versions"]),
+    )
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _title(config: RunConfig) -> str:
+    return _TITLES[config.objective.name, config.objective.target]
+
+
+def _use(name: str, card: CodecCard, layers: int, dim: int) -> str:
+    return f"""## Use
+
+```python
+from codecssl.pretrain.pretrained import from_pretrained
+
+model = from_pretrained("{name}")  # frozen, fp32, on the CPU
+output = model(codes, output_hidden_states=True)  # int64 [B, {card.num_rows}, T], {float(card.frame_rate):g} frames/s
+output.hidden_states  # {layers + 1} tensors [B, T, {dim}]: the first layer's input, then each layer's output
+```
+```
+codecssl-superb run --upstream {name} --tasks all --data ROOT --output results
+```"""
+
+
+def _trained_on(card: CodecCard, data: Iterable[Mapping[str, Any]], fingerprints: Iterable[str]) -> str:
+    rows = [f"| `{row['name']}` | {row['utterances']:,} | {row['hours']:.2f} |" for row in data]
+    if rows:
+        table = "\n".join(("| shards | utterances | hours |", "|---|--:|--:|", *rows))
+    else:
+        table = "\n".join(f"- shards with fingerprint `{fingerprint}`" for fingerprint in fingerprints)
+    sizes = " ".join(map(str, card.codebook_sizes))
+    return (
+        f"## Data\n\n{table}\n\nCodec: `{card.name}`, {card.sample_rate} Hz, {float(card.frame_rate):g} frames/s,"
+        f" {card.num_codebooks} codebooks ({sizes}), weights sha256 `{card.weights_sha256}`."
+    )
+
+
+def _figures(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Of the last training step and the last validation up to the exported step."""
+    if not metrics:
+        return ""
+    lines = [
+        f"| {split} | {row['step']} | {row['loss']:.4f} | {100 * sum(row['accuracy']) / len(row['accuracy']):.2f}"
+        f" | {row['predicted_perplexity'][0]:.1f} | {' '.join(f'{100 * value:.1f}' for value in row['accuracy'])} |"
+        for split, row in metrics.items()
+    ]
+    head = "| split | step | loss, nats | accuracy % | perplexity of stream 0's guesses | accuracy per stream % |"
+    return "\n".join(("## Figures at masked frames\n", head, "|---|--:|--:|--:|--:|---|", *lines))
+
+
+def _config(config: RunConfig, versions: Mapping[str, str]) -> str:
+    changed = {key: new for key, (_, new) in differences(RunConfig(), config).items() if key != "data.dirs"}
+    lines = "\n".join(f"- `{key}`: {value}" for key, value in sorted(changed.items()))
+    built = ", ".join(f"{package} {number}" for package, number in versions.items())
+    return f"## Config, where it differs from the defaults\n\n{lines}\n\nVersions: {built}."
