@@ -57,8 +57,9 @@ class ModelConfig:
     conv_groups: int = 16
     rotary_max_frames: int = 30_000
     """Longest input of a rotary model, frames (10 minutes at 50 Hz)."""
-    embedding_init: Literal["codec", "random"] = "codec"
-    """Start the code embeddings from the codec's own codebooks (latent-exact) or from noise."""
+    embedding_init: Literal["codec", "raw", "random"] = "codec"
+    """codec: start the code embeddings from what each code adds to the codec's latent (latent-exact). raw: from the
+    codebooks as stored, before the projections that some codecs have behind them. random: from noise."""
     freeze_embedding: bool = False
     """Never change the code embeddings."""
     embedding_dim: int | None = None
@@ -79,6 +80,8 @@ class ModelConfig:
             _probability(f"model.{key}", getattr(self, key))
         if self.dim % self.heads:
             raise UserError(f"model.heads: {self.heads}, must divide model.dim ({self.dim})")
+        if self.embedding_init == "raw" and self.embedding_dim is None:
+            raise UserError("model.embedding_dim: null, must be given with model.embedding_init raw (DAC: 8)")
         if self.tie_ffn and self.norm != "residual":
             raise UserError("model.tie_ffn: true, but only model.norm residual can share its feed-forward block")
         if self.positions == "conv" and self.dim % self.conv_groups:

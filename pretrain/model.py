@@ -40,12 +40,12 @@ class CodeEmbedding(nn.Module):
         self.register_buffer("offset", starts[:, None], persistent=False)  # [K, 1]
 
     def load_tables(self, tables: Sequence[Tensor]) -> None:
-        """Start the first columns from K tables [V_k, latent_dim], a codec's latent-exact embeddings."""
+        """Start the first columns from R tables [V_k, width] of a codec."""
         flat = torch.cat([table.detach().float().cpu() for table in tables])
         if len(flat) != self.rows or flat.shape[1] > self.weight.shape[1]:
             raise UserError(
                 f"codec embeddings: {tuple(flat.shape)}, the model has {self.rows, self.weight.shape[1]};"
-                " use the codec that wrote the shards, and a model.embedding_dim of its latent width or more"
+                " use the codec that wrote the shards, and a model.embedding_dim of its tables' width or more"
             )
         with torch.no_grad():
             self.weight[:-1, flat.shape[1] :] *= flat.square().mean().sqrt()  # noise of the tables' own size

@@ -177,6 +177,20 @@ class Codec(Protocol):
 
 
 @runtime_checkable
+class Narrow(Protocol):
+    """What a codec offers beside whose codebooks are narrower than its latent, with a projection behind each."""
+
+    def entries(self) -> list[Tensor]:
+        """R tables [V_k, width] as the codec stores them, before their projections."""
+        ...
+
+
+def stored_tables(codec: Codec) -> list[Tensor]:
+    """The codebooks' entries as the codec stores them; where nothing stands behind them, they are `embeddings`."""
+    return codec.entries() if isinstance(codec, Narrow) else codec.embeddings()
+
+
+@runtime_checkable
 class Reference(Protocol):
     """What a codec may offer beside: the plain way, as users of the reference package encode a file."""
 

@@ -228,6 +228,9 @@ class DacCodec:
         with full_precision(self.device):
             return [codebook.table().cpu() for codebook in self.codebooks]
 
+    def entries(self) -> list[Tensor]:
+        return [codebook.entries.cpu().clone() for codebook in self.codebooks]
+
     def latents(self, codes: Tensor) -> Tensor:
         with full_precision(self.device):
             found: Tensor = self.model.quantizer.from_codes(codes[None].to(self.device))[0][0]  # type: ignore[operator, union-attr]

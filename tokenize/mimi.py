@@ -147,12 +147,21 @@ class MimiCodec:
 
     @torch.inference_mode()
     def embeddings(self) -> list[Tensor]:
-        split, out = self.model.quantizer, []
+        tables = [
+            (entries if projection is None else entries @ projection.weight[..., 0].t()).cpu()
+            for entries, projection in self._entries()
+        ]
+        return tables[: self.card.num_codebooks]
+
+    def entries(self) -> list[Tensor]:
+        return [entries.cpu().clone() for entries, _ in self._entries()][: self.card.num_codebooks]
+
+    def _entries(self) -> Iterator[tuple[Tensor, Any]]:
+        """Each codebook's entries, and the projection behind them, if any."""
+        split = self.model.quantizer
         for part in (split.semantic_residual_vector_quantizer, split.acoustic_residual_vector_quantizer):
             for layer in part.layers:
-                table = layer.codebook.embed
-                out.append((table if part.output_proj is None else table @ part.output_proj.weight[..., 0].t()).cpu())
-        return out[: self.card.num_codebooks]
+                yield layer.codebook.embed, part.output_proj
 
     @torch.inference_mode()
     def latents(self, codes: Tensor) -> Tensor:

@@ -204,6 +204,10 @@ class SnacCodec:
                     tables.append(table.flatten(1))
         return tables
 
+    def entries(self) -> list[Tensor]:
+        counts = zip(self.quantizers, self.card.codes_per_frame)
+        return [quantizer.codebook.weight.detach().cpu().clone() for quantizer, count in counts for _ in range(count)]
+
     def latents(self, codes: Tensor) -> Tensor:
         """[R, T] to [steps * D, T]: a frame's steps one under another."""
         with full_precision():

@@ -18,6 +18,7 @@ from codecssl.pretrain import build as build_module
 from codecssl.pretrain import checkpoint
 from codecssl.pretrain.build import build
 from codecssl.pretrain.config import RunConfig
+from codecssl.pretrain.corpus import Corpus
 from codecssl.pretrain.data import open_data
 from codecssl.pretrain.engine import schedule
 from codecssl.pretrain.export import export, load_pretrained
@@ -218,6 +219,23 @@ def test_embeddings_start_from_the_codec_of_the_shards(
     ours = load_pretrained(tmp_path / "model").embedding(codes[None])[0]
     assert (ours.T - codec.latents(codes)).abs().max() < 1e-5
     assert asked == ["there"]
+
+
+def test_raw_embeddings_are_the_codebooks_as_stored(
+    small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = random_codec(seed=0)
+    entries = [torch.full((1024, 8), float(k)) for k in range(8)]
+    monkeypatch.setattr(codec, "entries", lambda: entries, raising=False)
+    monkeypatch.setattr(build_module, "load_codec_for", lambda card, weights: codec)
+    write_shards(tmp_path / "shards", codec.card, [("u", np.zeros((8, 400), np.uint16), {})])
+    corpus = Corpus([tmp_path / "shards"])
+    raw = build(small_config(tmp_path, model={"embedding_init": "raw", "embedding_dim": 8}), corpus, from_codec=True)
+    assert torch.equal(raw.model.embedding.weight[:-1], torch.cat(entries))
+    with pytest.raises(UserError, match=r"codec embeddings: \(8192, 8\), the model has \(8192, 4\)"):
+        build(small_config(tmp_path, model={"embedding_init": "raw", "embedding_dim": 4}), corpus, from_codec=True)
+    with pytest.raises(UserError, match="embedding_dim: null, must be given"):
+        small_config(tmp_path, model={"embedding_init": "raw"})
 
 
 def test_another_config_or_other_data_is_refused(make_shards: Make, small_config: Config, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from codecssl.tokenize import dac
-from codecssl.tokenize.codec import CodecCard, load_codec
+from codecssl.tokenize.codec import CodecCard, load_codec, stored_tables
 from codecssl.tokenize.errors import UserError
 
 RATIOS = {"dac_16khz": [2, 4, 5, 8], "dac_24khz": [2, 4, 5, 8], "dac_44khz": [2, 4, 8, 8]}
@@ -177,6 +177,9 @@ def test_embeddings_sum_to_the_codecs_own_latent():
     assert own.shape == (codec.card.latent_dim, 50)
     torch.testing.assert_close(summed, own, rtol=0, atol=1e-5)
     torch.testing.assert_close(codec.latents(codes), own, rtol=0, atol=0)
+    for entries, table, level in zip(stored_tables(codec), codec.embeddings(), model.quantizer.quantizers):
+        assert torch.equal(entries, level.codebook.weight)
+        torch.testing.assert_close(level.out_proj(entries.t()[None])[0].t(), table, rtol=0, atol=1e-5)
 
 
 def test_fewer_codebooks_are_the_first_ones():

@@ -7,7 +7,7 @@ import transformers
 from torch.nn import functional as F
 
 from codecssl.tokenize import mimi
-from codecssl.tokenize.codec import CodecCard, load_codec
+from codecssl.tokenize.codec import CodecCard, load_codec, stored_tables
 from codecssl.tokenize.errors import UserError
 
 HOP = 1920
@@ -191,6 +191,10 @@ def test_embeddings_sum_to_the_quantizers_own_latent(model, count, projected):
     assert [t.shape for t in tables] == [(64, 32)] * count
     torch.testing.assert_close(sum(t[c] for t, c in zip(tables, codes)).t(), own, rtol=0, atol=1e-5)
     torch.testing.assert_close(codec.latents(codes), own, rtol=0, atol=1e-5)
+    assert [t.shape for t in stored_tables(codec)] == [(64, 16 if projected else 32)] * count
+    assert torch.equal(
+        stored_tables(codec)[0], net.quantizer.semantic_residual_vector_quantizer.layers[0].codebook.embed
+    )
 
 
 @pytest.mark.parametrize("frames", [1, 15, 140])

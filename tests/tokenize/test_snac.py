@@ -9,7 +9,7 @@ import torch
 from snac import SNAC
 
 from codecssl.tokenize import snac
-from codecssl.tokenize.codec import CodecCard, load_codec
+from codecssl.tokenize.codec import CodecCard, load_codec, stored_tables
 from codecssl.tokenize.errors import UserError
 
 HOP = 2048
@@ -151,6 +151,8 @@ def test_embeddings_sum_to_the_packages_own_latent(net, count):
     codes = torch.randint(0, 64, (codec.card.num_rows, 9))
     tables = codec.embeddings()
     assert all(table.shape == (64, codec.card.latent_dim) for table in tables)
+    rows = [q.codebook.weight for q, n in zip(net.quantizer.quantizers, codec.card.codes_per_frame) for _ in range(n)]
+    assert all(torch.equal(one, other) for one, other in zip(stored_tables(codec), rows, strict=True))
     summed = sum(table[row] for table, row in zip(tables, codes)).t()
     parts = [rows.t().reshape(1, -1) for rows in codes.split(codec.card.codes_per_frame)]
     quantizer = net.quantizer
