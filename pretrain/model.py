@@ -19,7 +19,6 @@ from codecssl.pretrain.fs2 import (
     Linear,
     StandardLayerNorm,
     Wav2Vec2PositionEncoder,
-    init_bert_projection,
 )
 from codecssl.pretrain.layers import SinusoidalPositions, make_encoder
 from codecssl.tokenize.codec import CodecCard
@@ -72,7 +71,9 @@ class CodecModel(nn.Module):
         self.embedding = CodeEmbedding(card.row_sizes, width)
         self.embedding.weight.requires_grad_(not config.freeze_embedding)
         self.input_norm = StandardLayerNorm(width, bias=True)
-        self.projection = Linear(width, config.dim, bias=True, init_fn=init_bert_projection)
+        # Not BERT's small weights: as HuBERT's post_extract_proj, it starts with torch's own. What enters the residual
+        # stream small is drowned by the layers, and with it the speaker (LOG.md, 2026-11-21).
+        self.projection = Linear(width, config.dim, bias=True)
         self.mask_vector = nn.Parameter(torch.empty(config.dim).uniform_())  # as HuBERT's mask_emb
         self.positions: nn.Module | None = None
         if config.positions == "conv":

@@ -1,0 +1,92 @@
+"""Every objective's first steps against stored losses: what changes the numbers by accident shows here.
+
+`python tests/pretrain/test_expected.py` writes them anew, after a change that is meant to change them.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from codecssl.configs.load import from_dict
+from codecssl.pretrain.config import RunConfig
+from codecssl.pretrain.label import LabelConfig, label
+from codecssl.pretrain.run import run
+from codecssl.pretrain.telemetry import read_rows
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.writer import write_shards
+
+STORED = Path(__file__).with_name("expected_losses.json")
+SIZES = (16, 12, 8)
+MAE = {
+    "objective": {"name": "encodecmae", "gamma": "encodecmae", "quantizer_dropout": 0.0},
+    "model": {"norm": "residual", "positions": "sinusoidal", "activation": "relu", "tie_ffn": True},
+    "mask": {"kind": "exact", "span_frames": 5},
+}
+ONLINE = {"objective": {"target": "online"}}
+OBJECTIVES: dict[str, dict[str, dict[str, Any]]] = {
+    "codes": {},
+    "labels": {"objective": {"target": "labels"}},
+    "online_dinosr": {**ONLINE, "online": {"top_layers": 2, "clusters": 16, "ema_start": 0.9, "ema_end": 0.99}},
+    "online_spidr": {**ONLINE, "online": {"variant": "spidr", "top_layers": 2, "clusters": 16, "ema_start": 0.9}},
+    "encodecmae": MAE,
+}
+SMALL: dict[str, dict[str, Any]] = {
+    "model": {"dim": 32, "layers": 2, "heads": 2, "ffn_dim": 48, "conv_kernel": 8, "conv_groups": 4, "dropout": 0.0,
+              "input_dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0, "embedding_init": "random",
+              "embedding_dim": 12},
+    "data": {"batch_frames": 400, "crop_frames": 60, "valid_fraction": 0.0},
+    "optim": {"steps": 15, "lr": 3e-3, "clip_norm": 1.0, "schedule": "constant"},
+    "log": {"log_every": 1},
+}  # fmt: skip
+
+
+def losses(name: str, folder: Path) -> list[float]:
+    """Training losses of an objective, on codes made here."""
+    shards = folder / "shards"
+    if not shards.exists():
+        write_shards(shards, CARD, utterances())
+    config = {key: {**SMALL.get(key, {}), **OBJECTIVES[name].get(key, {})} for key in {*SMALL, *OBJECTIVES[name]}}
+    config["data"] = {**config["data"], "dirs": [str(shards)]}
+    if name == "labels":
+        ready = folder / "ready.jsonl"
+        rows = ({"id": id, "labels": (codes[0] % 5).tolist()} for id, codes, _ in utterances())
+        ready.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        label(LabelConfig(source=str(ready), data=(shards,), output=folder / "labels"))
+        config["data"]["labels"] = [str(folder / "labels")]
+    run(from_dict(RunConfig, config), folder / "runs" / name)
+    return [row["loss"] for row in read_rows(folder / "runs" / name / "metrics.jsonl")]
+
+
+CARD = CodecCard(
+    name="synthetic", weights="none", weights_sha256="0" * 64, sample_rate=16_000, hop_length=320,
+    codebook_sizes=SIZES, codes_per_frame=(1,) * len(SIZES), latent_dim=12,
+)  # fmt: skip
+
+
+def utterances() -> Any:
+    """Integers from a recurrence, so that no library's generator can change them."""
+    state = 1
+    for number in range(40):
+        frames, held = 20 + 7 * number % 90, []
+        for _ in range(frames // 4 + 1):
+            state = (1_103_515_245 * state + 12_345) % 2**31
+            held += [state >> 20] * 4
+        codes = np.outer(np.arange(1, 4), np.array(held[:frames]) % 8) % np.array(SIZES)[:, None]
+        yield f"u{number:02d}", codes.astype(np.uint16), {}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_first_losses_are_the_stored_ones(name: str, tmp_path: Path) -> None:
+    expected = json.loads(STORED.read_text())[name]
+    found = losses(name, tmp_path)
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert sum(found[-3:]) < sum(found[:3]), "the stored losses must be those of a model that learns"
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        STORED.write_text(json.dumps({name: losses(name, Path(scratch)) for name in OBJECTIVES}, indent=1) + "\n")
