@@ -1,6 +1,7 @@
 """codecssl-pretrain: train on token shards, export the model, look at a run."""
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.action(arguments, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or getattr(arguments, "output", None) or "the output"
+        print(f"error: {where}: disk full; make room and run the same command again, the newest checkpoint is whole",
+              file=sys.stderr)  # fmt: skip
         return 1
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
@@ -92,15 +100,12 @@ def _label(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _status(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from codecssl.pretrain import checkpoint, rundir
-    from codecssl.pretrain.telemetry import console_line, read_rows
+    import json
 
-    config = rundir.read_config(arguments.run)
-    found = checkpoint.whole(arguments.run / "checkpoints")
-    step = checkpoint.read_state(found[-1])["step"] if found else 0
-    print(f"{arguments.run}: step {step} of {config.optim.steps} saved, {len(found)} checkpoint(s)")
-    for row in {row["split"]: row for row in read_rows(arguments.run / "metrics.jsonl")}.values():
-        print(console_line(row))
+    from codecssl.pretrain.status import lines, status
+
+    state = status(arguments.run)
+    print(json.dumps(state) if arguments.json else "\n".join(lines(arguments.run, state)))
 
 
 def _quoted(path: str) -> str:
@@ -160,8 +165,11 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", allow_abbrev=False, help="write the newest checkpoint as a model folder")
     export.add_argument("run", metavar="RUN", type=Path)
     export.add_argument("--output", metavar="MODEL", type=Path, required=True, help="a new or empty folder")
-    status = commands.add_parser("status", allow_abbrev=False, help="how far a run is, and its last metrics")
+    status = commands.add_parser(
+        "status", allow_abbrev=False, help="how far a run is, how fast, who is late; from its files, while it runs"
+    )
     status.add_argument("run", metavar="RUN", type=Path)
+    status.add_argument("--json", action="store_true", help="print JSON")
     run.set_defaults(action=_run)
     label.set_defaults(action=_label)
     bench.set_defaults(action=_bench)

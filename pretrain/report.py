@@ -43,10 +43,21 @@ def check_targets(train: Loader, target: Target | None) -> list[float]:
     return perplexities
 
 
-def collapse(step: int, steps: int, predicted_perplexity: Sequence[float]) -> str | None:
-    """A warning when a model that should have learnt by now predicts one class for (nearly) every frame."""
-    most = max(predicted_perplexity)
-    if step <= max(_LEARNING, steps // 4) or most >= _DEGENERATE:
+def collapse(
+    step: int, steps: int, predicted_perplexity: Sequence[float], target_perplexity: Sequence[float]
+) -> str | None:
+    """A warning when a model that should have learnt by now predicts one class for (nearly) every frame, or when a
+    stream of targets that are made while training has become one class.
+    """
+    if step <= max(_LEARNING, steps // 4):
+        return None
+    least, most = min(target_perplexity), max(predicted_perplexity)
+    if least < _DEGENERATE:
+        return (
+            f"step {step}: the targets of stream {list(target_perplexity).index(least)} are (nearly) one class"
+            f" (perplexity {least:.2f}): the teacher has collapsed; raise online.ema_start or lower optim.lr"
+        )
+    if most >= _DEGENERATE:
         return None
     return (
         f"step {step}: the model predicts (nearly) one code for every frame (perplexity {most:.2f});"

@@ -193,7 +193,7 @@ class Training:
             **machine,
         }
         self._log(row)
-        if warning := collapse(done, self.config.optim.steps, row["predicted_perplexity"]):
+        if warning := collapse(done, self.config.optim.steps, row["predicted_perplexity"], row["target_perplexity"]):
             self.telemetry.warn(warning)
 
     def _save(self, done: int) -> None:

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import yaml
 
 from codecssl.pretrain import checkpoint
 from codecssl.pretrain.cli import main
-from codecssl.pretrain.telemetry import read_rows
+from codecssl.pretrain.telemetry import Row, Telemetry, read_rows
 
 Make = Callable[..., Path]
 SMALL = [
@@ -40,7 +41,8 @@ def test_train_status_export(make_shards: Make, tmp_path: Path, capsys: pytest.C
     assert "step 3 of 3 saved, 2 checkpoint(s)" in said
     assert "valid" in said
     assert main(["export", run, "--output", model]) == 0
-    assert {path.name for path in Path(model).iterdir()} == {"model.safetensors", "config.json"}
+    files = {"model.safetensors", "config.json", "README.md", "curves.png"}
+    assert {path.name for path in Path(model).iterdir()} == files
 
 
 def test_mistakes_are_one_line_and_exit_1(
@@ -61,6 +63,24 @@ def test_mistakes_are_one_line_and_exit_1(
     assert main(["status", str(tmp_path)]) == 1
     assert "not a run folder" in error_line(capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_one_line_wherever_it_strikes(
+    make_shards: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Telemetry, row: Row) -> None:
+        Path("/dev/full").write_text("row")
+
+    monkeypatch.setattr(Telemetry, "log", full)
+    run = ["run", "codec2vec_tiny_codes", "--data", str(make_shards()), "--output", str(tmp_path / "run"), *SMALL]
+    assert main(run) == 1
+    assert "No space left on device; make it readable, or make room" in error_line(capsys)
+    monkeypatch.undo()
+    assert main(run) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(shutil, "copyfile", lambda source, target: Path("/dev/full").write_text("weights"))
+    assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "model")]) == 1
+    assert f"{tmp_path / 'model'}: disk full; make room" in error_line(capsys)
 
 
 def test_wrong_usage_exits_2() -> None:
