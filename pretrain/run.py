@@ -10,6 +10,7 @@ from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.corpus import Corpus
 from codecssl.pretrain.data import open_data
 from codecssl.pretrain.engine import start_engine, zero_stage
+from codecssl.pretrain.expected import curve_key, find, verdict
 from codecssl.pretrain.loader import Loader
 from codecssl.pretrain.masters import load_weights
 from codecssl.pretrain.objective import Objective
@@ -44,6 +45,8 @@ def run(config: RunConfig, output: Path, *, profile: bool = False) -> None:
         telemetry.say(model_report(objective, train.corpus.card, peers.device))
         telemetry.say(data_report(train, valid, config, perplexities))
         telemetry.say(_engine_report(config, peers, found))
+        curve = find(curve_key(config, train.corpus.card.weights_sha256, train.plan.frames_per_epoch))
+        telemetry.expected = curve.losses if curve else {}
         engine = start_engine(objective, config, step=saved.step, moments=saved.moments)
         del saved  # two thirds of it are the engine's now, the rest is not needed
         stop = stack.enter_context(StopSignal())
@@ -51,13 +54,16 @@ def run(config: RunConfig, output: Path, *, profile: bool = False) -> None:
         watch = stack.enter_context(Watchdog(config.log.stall_minutes, rank=peers.rank, hint=_STUCK, beat=beat))
         tracer = stack.enter_context(Tracer(output / "profile")) if profile and peers.first else None
         Training(config, output, engine, train, valid, telemetry, peers, stop, watch, tracer).to_the_end(state)
+        rows = [(row["step"], row["loss"]) for row in telemetry.rows if row["split"] == "valid"]
+        if curve and (line := verdict(curve, rows)):
+            telemetry.say(line)
 
 
 class Mute(Telemetry):
     """The telemetry of the ranks that do not speak."""
 
     def __init__(self) -> None:
-        self.rows = []
+        self.rows, self.expected = [], {}
 
     def say(self, text: str) -> None:
         pass

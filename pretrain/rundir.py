@@ -20,7 +20,7 @@ from codecssl.tokenize.errors import UserError
 
 # What may change when a run is resumed: where data lies and how it is fetched, how often the run speaks and
 # saves, and how the same global batches are divided and computed.
-_FREE = (
+FREE = (
     *("log.", "data.dirs", "data.valid_dirs", "data.workers", "data.prefetch", "data.codec_weights"),
     *("engine.accumulation", "engine.zero_stage", "engine.activation_checkpointing", "engine.compile"),
 )
@@ -75,7 +75,7 @@ def versions() -> dict[str, str]:
 
 
 def _check_config(run: Path, config: RunConfig) -> None:
-    changed = {key: pair for key, pair in differences(read_config(run), config).items() if not key.startswith(_FREE)}
+    changed = {key: pair for key, pair in differences(read_config(run), config).items() if not key.startswith(FREE)}
     for key, (old, new) in changed.items():
         raise UserError(f"{run}: was made with {key} {old}, this run says {new}; use that value or another --output")
 

@@ -38,6 +38,8 @@ class Telemetry:
         self.rows = [row for row in read_rows(self._path) if row["step"] <= step]
         _rewrite(self._path, self.rows)
         self._console = Console(highlight=False, soft_wrap=True)
+        self.expected: Mapping[str, Sequence[Sequence[float]]] = {}
+        """Stored losses of a run like this one, by split: [[step, loss], ...]; drawn beside its own."""
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def say(self, text: str) -> None:
@@ -60,7 +62,7 @@ class Telemetry:
 
     def draw(self) -> None:
         """Bring curves.png up to date."""
-        draw_curves(self.rows, self._curves)
+        draw_curves(self.rows, self._curves, self.expected)
         self._board.flush()
 
     def close(self) -> None:
@@ -78,7 +80,9 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def draw_curves(rows: Sequence[Row], path: Path) -> None:
+def draw_curves(
+    rows: Sequence[Row], path: Path, expected: Mapping[str, Sequence[Sequence[float]]] | None = None
+) -> None:
     """Loss, accuracy and variety of the guesses over the steps, as a picture; codebooks from dark to light."""
     import matplotlib
 
@@ -96,6 +100,10 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
                 color = pyplot.get_cmap("viridis")(book / max(books - 1, 1))
                 label = f"codebook {book}, {split}" if book in (0, books - 1) else None
                 axis.plot(steps, [row[key][book] for row in chosen], style, color=color, label=label, markersize=3)
+    for split, points in (expected or {}).items():
+        axes[0].plot(
+            *zip(*points, strict=True), ":" if split == "train" else "x", color="grey", label=f"expected {split}"
+        )
     titles = ("loss, nats", "accuracy at masked frames", "perplexity of the predicted codes")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="step")

@@ -5,6 +5,7 @@
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 
 from codecssl.configs.load import from_dict
+from codecssl.pretrain import expected
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.label import LabelConfig, label
 from codecssl.pretrain.run import run
+from codecssl.pretrain.rundir import read_config
 from codecssl.pretrain.telemetry import read_rows
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.writer import write_shards
@@ -81,10 +84,38 @@ def utterances() -> Any:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_first_losses_are_the_stored_ones(name: str, tmp_path: Path) -> None:
-    expected = json.loads(STORED.read_text())[name]
+    stored = json.loads(STORED.read_text())[name]
     found = losses(name, tmp_path)
-    assert found == pytest.approx(expected, rel=1e-3)
+    assert found == pytest.approx(stored, rel=1e-3)
     assert sum(found[-3:]) < sum(found[:3]), "the stored losses must be those of a model that learns"
+
+
+def test_a_run_that_is_stored_finds_its_curve_and_another_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "expected.jsonl"
+    monkeypatch.setattr(expected.find, "__defaults__", (store,))
+    losses("codes", tmp_path)
+    finished = tmp_path / "runs" / "codes"
+    frames = sum(codes.shape[1] for _, codes, _ in utterances())
+    curve = expected.add(finished, "the test's", frames, store)
+    assert expected.add(finished, "again", frames, store).losses == curve.losses
+    assert len(store.read_text().splitlines()) == 1, "the same run is stored once"
+    assert curve.losses["train"] == [
+        [row["step"], round(row["loss"], 4)] for row in read_rows(finished / "metrics.jsonl")
+    ]
+    config = read_config(finished)
+    key = expected.curve_key(config, CARD.weights_sha256, frames)
+    assert expected.find(key, store) is not None
+    assert expected.find(expected.curve_key(config, CARD.weights_sha256, frames + 1), store) is None
+    slower = replace(config, optim=replace(config.optim, lr=1e-3), log=replace(config.log, log_every=2))
+    assert expected.find(expected.curve_key(slower, CARD.weights_sha256, frames), store) is None
+    spoken = replace(config, log=replace(config.log, log_every=2))
+    assert expected.curve_key(spoken, CARD.weights_sha256, frames) == key
+    assert expected.verdict(curve, [(2, 9.0), (99, 1.0)], "train") == (
+        f"expected at step 2: train loss {curve.losses['train'][1][1]:.4f} (the test's); this run 9.0000"
+    )
+    assert expected.verdict(curve, [(99, 1.0)], "train") is None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""Loss curves that ship with codecssl: what a run of the same config on the same data should look like.
+
+They were made on the spoken sample corpus, which every user has: the README's demo, and each objective beside it. A run
+that is one of them draws its reference into curves.png and says at the end how far it came from it.
+`python -m codecssl.pretrain.expected RUN --what TEXT` adds a finished run, or replaces the one it repeats.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from codecssl.configs.load import differences
+from codecssl.pretrain.config import RunConfig
+from codecssl.pretrain.rundir import FREE, read_config, read_data
+from codecssl.pretrain.telemetry import read_rows
+
+STORE = Path(__file__).with_name("expected.jsonl")
+_PLACES = ("data.labels", "data.valid_labels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One run's losses, nats, by split: [[step, loss], ...]."""
+
+    key: str
+    what: str
+    losses: dict[str, list[list[float]]]
+
+
+def curve_key(config: RunConfig, codec: str, frames: int) -> str:
+    """What decides about a curve: the config, the codec's weights (sha256) and how many frames an epoch has."""
+    changed = {key: new for key, (_, new) in differences(RunConfig(), config).items() if not key.startswith(FREE)}
+    parts = [sorted((key, str(new)) for key, new in changed.items() if key not in _PLACES), codec, frames]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def find(key: str, store: Path = STORE) -> Curve | None:
+    """The stored curve of a run like this one."""
+    return next((curve for curve in _read(store) if curve.key == key), None)
+
+
+def verdict(curve: Curve, losses: Sequence[tuple[float, float]], split: str = "valid") -> str | None:
+    """A line on how far a run's last loss is from the stored one of that step; None where no step is common."""
+    stored = {point[0]: point[1] for point in curve.losses.get(split, [])}
+    common = [(step, loss) for step, loss in losses if step in stored]
+    if not common:
+        return None
+    step, loss = common[-1]
+    return f"expected at step {step:.0f}: {split} loss {stored[step]:.4f} ({curve.what}); this run {loss:.4f}"
+
+
+def add(run: Path, what: str, frames: int, store: Path = STORE) -> Curve:
+    """Store a run's curve under its key."""
+    config, losses = read_config(run), {}
+    for split in ("train", "valid"):
+        rows = [row for row in read_rows(run / "metrics.jsonl") if row["split"] == split]
+        losses[split] = [[row["step"], round(row["loss"], 4)] for row in rows]
+    curve = Curve(key=curve_key(config, read_data(run)["codec"]["weights_sha256"], frames), what=what, losses=losses)
+    kept = [other for other in _read(store) if other.key != curve.key]
+    lines = sorted(json.dumps(asdict(each)) for each in (*kept, curve))
+    store.write_text("".join(line + "\n" for line in lines))
+    return curve
+
+
+def _read(store: Path) -> list[Curve]:
+    return [Curve(**json.loads(line)) for line in store.read_text().splitlines()] if store.exists() else []
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m codecssl.pretrain.expected", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--what", required=True, metavar="TEXT", help="what it is: config, data and changes")
+    arguments = parser.parse_args()
+    from codecssl.pretrain.data import open_data
+    from codecssl.slurm.job import Ranks
+
+    train, _, _ = open_data(read_config(arguments.run), Ranks(rank=0, world_size=1, local_rank=0))
+    curve = add(arguments.run, arguments.what, train.plan.frames_per_epoch)
+    print(f"{STORE}: {curve.key} {curve.what}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
