@@ -90,11 +90,8 @@ def test_the_first_losses_are_the_stored_ones(name: str, tmp_path: Path) -> None
     assert sum(found[-3:]) < sum(found[:3]), "the stored losses must be those of a model that learns"
 
 
-def test_a_run_that_is_stored_finds_its_curve_and_another_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_is_stored_finds_its_curve_and_another_does_not(tmp_path: Path) -> None:
     store = tmp_path / "expected.jsonl"
-    monkeypatch.setattr(expected.find, "__defaults__", (store,))
     losses("codes", tmp_path)
     finished = tmp_path / "runs" / "codes"
     frames = sum(codes.shape[1] for _, codes, _ in utterances())
