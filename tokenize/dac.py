@@ -1,11 +1,7 @@
 """DAC (Kumar et al. 2023, High-Fidelity Audio Compression with Improved RVQGAN): a convolutional encoder, not causal.
 
-Exact in bounded memory (tests/tokenize/test_dac.py): a wave passes through the encoder piece by piece. Each layer keeps
-the inputs that its next outputs need, gives out what is certain, and pads with zeros only where the wave itself begins
-and ends, as the reference does in each layer. So no frame is computed twice, and no wave sees another's padding.
-
-Fast on one CPU thread: rows are time-major [n, C], so that a convolution is a few matrix products of shifted rows, and
-the widest activations go through in pieces that stay in the cache.
+Exact in bounded memory (tests/tokenize/test_dac.py): a wave passes through the encoder piece by piece (rowconv.py).
+Fast on one CPU thread: the widest activations go through in pieces that stay in the cache.
 """
 
 from __future__ import annotations
@@ -23,6 +19,7 @@ from torch.nn import functional as F
 
 from codecssl.tokenize.codec import CodecCard, keep_codebooks
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.rowconv import Convolution, Kept, Layer, Residual, Snake
 from codecssl.tokenize.weights import load_pretrained, state_sha256
 
 NETWORKS = {"dac_16khz": (16_000, 320), "dac_24khz": (24_000, 320), "dac_44khz": (44_100, 512)}
@@ -30,9 +27,6 @@ NETWORKS = {"dac_16khz": (16_000, 320), "dac_24khz": (24_000, 320), "dac_44khz":
 
 DECODE_FRAMES, DECODE_CONTEXT = 256, 12
 """The decoder takes so many frames at a time; it sees less than 11 frames to either side."""
-
-Kept = dict[Any, Tensor]
-"""What each layer keeps of a wave between two pieces."""
 
 
 @dataclass(frozen=True)
@@ -59,87 +53,12 @@ def full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-# ---------------------------------------------------------------- the encoder's layers, on rows [n, C] in time order
-
-
-class Snake:
-    """x + sin(a x)^2 / a, a per channel (Ziyin et al. 2020)."""
-
-    def __init__(self, module: Any) -> None:
-        self.alpha = module.alpha.detach().flatten()
-        self.inverse = (self.alpha + 1e-9).reciprocal()
-
-    def __call__(self, rows: Tensor, out: Tensor) -> Tensor:
-        wave = torch.mul(rows, self.alpha).sin_()
-        return torch.addcmul(rows, wave.mul_(wave), self.inverse, out=out)
-
-
-class Convolution:
-    """A Conv1d, after a Snake where there is one; the stride divides the kernel."""
-
-    def __init__(self, module: Any, snake: Snake | None = None) -> None:
-        self.snake, self.stride, self.dilation = snake, module.stride[0], module.dilation[0]
-        weight, self.bias = module.weight.detach(), module.bias.detach()  # [O, I, k]
-        # one channel: a product with the windows; else one for each group of `stride` samples in the kernel
-        self.windowed = weight.shape[1] == 1
-        self.width = weight.shape[2] if self.windowed else self.stride
-        groups = weight.unflatten(2, (-1, self.width))
-        self.taps = groups.permute(2, 3, 1, 0).flatten(1, 2).contiguous()  # [groups, width * I, O]
-        self.left = module.padding[0]
-        self.right = (weight.shape[2] - 1) * self.dilation + 1 - self.stride - self.left
-
-    def push(self, rows: Tensor, kept: Kept, last: bool) -> Tensor:
-        """The outputs that are certain after these further inputs; `last` when the wave ends with them."""
-        before = kept[self] if self in kept else rows.new_zeros(self.left, rows.shape[1])
-        start, end = len(before), len(before) + len(rows)
-        inputs = rows.new_empty(end + self.right * last, rows.shape[1])
-        inputs[:start] = before
-        if self.snake is None:
-            inputs[start:end] = rows
-        else:
-            self.snake(rows, out=inputs[start:end])
-        inputs[end:] = 0
-        outputs = self._convolve(inputs)
-        kept[self] = inputs[len(outputs) * self.stride :].clone()
-        return outputs
-
-    def _convolve(self, inputs: Tensor) -> Tensor:
-        if self.windowed:
-            groups = inputs.flatten().unfold(0, self.width, 1).contiguous()
-        else:
-            whole = len(inputs) // self.stride * self.stride
-            groups = inputs[:whole].view(-1, self.stride * inputs.shape[1])
-        n = max(0, len(groups) - (len(self.taps) - 1) * self.dilation)
-        outputs = torch.addmm(self.bias, groups[:n], self.taps[0])
-        for i, tap in enumerate(self.taps[1:], start=1):
-            outputs.addmm_(groups[i * self.dilation : i * self.dilation + n], tap)
-        return outputs
-
-
-class ResidualUnit:
-    """Rows plus Snake, dilated convolution, Snake, convolution of width 1."""
-
-    def __init__(self, module: Any) -> None:
-        self.wide, self.snake = Convolution(module.conv1, Snake(module.snake1)), Snake(module.snake2)
-        self.weight = module.conv2.weight.detach()[..., 0].t().contiguous()  # [I, O]
-        self.bias = module.conv2.bias.detach()
-
-    def push(self, rows: Tensor, kept: Kept, last: bool) -> Tensor:
-        hidden = self.wide.push(rows, kept, last)
-        self.snake(hidden, out=hidden)
-        before = kept.get(self, rows[:0])  # inputs, the bias added, that wait for their `hidden`
-        inputs = rows.new_empty(len(before) + len(rows), rows.shape[1])
-        inputs[: len(before)] = before
-        torch.add(rows, self.bias, out=inputs[len(before) :])
-        kept[self] = inputs[len(hidden) :].clone()
-        return inputs[: len(hidden)].addmm_(hidden, self.weight)
-
-
-def encoder_layers(encoder: Any) -> tuple[list[Any], list[Any]]:
+def encoder_layers(encoder: Any) -> tuple[list[Layer], list[Layer]]:
     """The layers of a `transformers` DacEncoder: up to the second block's end, and the others."""
-    layers: list[Any] = [Convolution(encoder.conv1)]
+    layers: list[Layer] = [Convolution(encoder.conv1)]
     for block in encoder.block:
-        layers += [ResidualUnit(unit) for unit in (block.res_unit1, block.res_unit2, block.res_unit3)]
+        for unit in (block.res_unit1, block.res_unit2, block.res_unit3):
+            layers.append(Residual(unit.snake1, unit.conv1, unit.snake2, unit.conv2))
         layers.append(Convolution(block.conv1, Snake(block.snake1)))
     layers.append(Convolution(encoder.conv2, Snake(encoder.snake1)))
     return layers[:9], layers[9:]

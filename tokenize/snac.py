@@ -2,10 +2,7 @@
 
 A frame is one step of the coarsest codebook: `snac_24khz` has 1, 2 and 4 codes in a frame of 2048 samples, 7 rows.
 
-Exact in bounded memory (tests/tokenize/test_snac.py): a wave goes through the encoder in pieces. Each layer keeps the
-inputs that its next outputs need, and pads with zeros only where the wave itself begins and ends, as the package's
-layers do. Activations are [n, C] in time order: then depthwise convolutions are sums of shifted rows, and the others
-matrix products, both faster on one CPU thread than torch's convolutions where a piece stays in the cache.
+Exact in bounded memory (tests/tokenize/test_snac.py): a wave goes through the encoder in pieces (rowconv.py).
 
 The decoder adds noise, as it was trained; here it comes from a fixed seed.
 """
@@ -25,6 +22,7 @@ from torch.nn import functional as F
 from codecssl.tokenize.codec import CodecCard, keep_codebooks
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.precision import full_precision
+from codecssl.tokenize.rowconv import Convolution, Kept, Layer, Residual, Snake
 from codecssl.tokenize.weights import missing, state_sha256
 
 
@@ -43,90 +41,6 @@ FRONT_BLOCKS = 3
 NOISE_SEED = 0
 """Of the decoder's noise: `torch.manual_seed` before each utterance."""
 
-Kept = dict[Any, Tensor]
-"""What each layer keeps of a wave between two pieces."""
-
-
-# ---------------------------------------------------------------- the encoder, on [n, C]
-
-
-class Snake:
-    """x + sin(a x)^2 / a, a per channel (Ziyin et al. 2020)."""
-
-    def __init__(self, module: Any) -> None:
-        self.alpha = module.alpha.detach().flatten()
-        self.inverse = (self.alpha + 1e-9).reciprocal()
-
-    def __call__(self, rows: Tensor, out: Tensor) -> Tensor:
-        sine = torch.mul(rows, self.alpha).sin_()
-        return torch.addcmul(rows, sine.mul_(sine), self.inverse, out=out)
-
-
-class Convolution:
-    """A Conv1d, depthwise or not, after a Snake where there is one. Its length is a multiple of its stride."""
-
-    def __init__(self, module: Any, snake: Snake | None = None) -> None:
-        self.snake, self.bias = snake, module.bias.detach()
-        weight = module.weight.detach()  # [O, I, k]
-        self.stride, self.dilation, self.left = module.stride[0], module.dilation[0], module.padding[0]
-        self.span = (weight.shape[2] - 1) * self.dilation + 1
-        self.right = self.span - self.stride - self.left
-        self.depthwise = module.groups > 1
-        self.width = weight.shape[2] if module.in_channels == 1 else self.stride
-        """Samples to a tap: the whole kernel where there is one channel, else a stride."""
-        taps = weight.unflatten(2, (-1, 1 if self.depthwise else self.width))
-        self.taps = taps.permute(2, 3, 1, 0).flatten(1, 2).contiguous()  # [taps, width * I, O]
-
-    def push(self, rows: Tensor, kept: Kept, last: bool) -> Tensor:
-        """The outputs that are certain after these further inputs; `last` when the wave ends with them."""
-        before = kept[self] if self in kept else rows.new_zeros(self.left, rows.shape[1])
-        inputs = rows.new_zeros(len(before) + len(rows) + self.right * last, rows.shape[1])
-        inputs[: len(before)] = before
-        new = inputs[len(before) : len(before) + len(rows)]
-        if self.snake:
-            self.snake(rows, out=new)
-        else:
-            new.copy_(rows)
-        count = max(0, (len(inputs) - self.span) // self.stride + 1)
-        kept[self] = inputs[count * self.stride :].clone()
-        return self._depthwise(inputs, count) if self.depthwise else self._product(inputs, count)
-
-    def _depthwise(self, inputs: Tensor, count: int) -> Tensor:
-        outputs = torch.addcmul(self.bias, inputs[:count], self.taps[0])
-        for i, tap in enumerate(self.taps[1:], start=1):
-            outputs.addcmul_(inputs[i * self.dilation : i * self.dilation + count], tap)
-        return outputs
-
-    def _product(self, inputs: Tensor, count: int) -> Tensor:
-        if inputs.shape[1] == 1:
-            groups = inputs.flatten().unfold(0, self.width, self.stride)
-        else:
-            whole = len(inputs) // self.stride
-            groups = inputs[: whole * self.stride].view(whole, self.stride * inputs.shape[1])
-        outputs = torch.addmm(self.bias, groups[:count], self.taps[0])
-        for i, tap in enumerate(self.taps[1:], start=1):
-            outputs.addmm_(groups[i * self.dilation : i * self.dilation + count], tap)
-        return outputs
-
-
-class Residual:
-    """A residual unit: rows plus Snake, convolution, Snake, convolution of width 1."""
-
-    def __init__(self, module: Any) -> None:
-        first, wide, second, narrow = module.block
-        self.wide, self.snake = Convolution(wide, Snake(first)), Snake(second)
-        self.weight, self.bias = narrow.weight.detach()[..., 0].t().contiguous(), narrow.bias.detach()
-
-    def push(self, rows: Tensor, kept: Kept, last: bool) -> Tensor:
-        hidden = self.wide.push(rows, kept, last)
-        waiting = torch.cat([kept[self], rows]) if self in kept else rows
-        kept[self] = waiting[len(hidden) :].clone()
-        self.snake(hidden, out=hidden)
-        return (waiting[: len(hidden)] + self.bias).addmm_(hidden, self.weight)
-
-
-Layer = Convolution | Residual
-
 
 def encoder_layers(encoder: Any) -> tuple[list[Layer], list[Layer]]:
     """The layers of a `snac` Encoder without attention: the first ones, and those after FRONT_BLOCKS."""
@@ -136,7 +50,7 @@ def encoder_layers(encoder: Any) -> tuple[list[Layer], list[Layer]]:
     for i, block in enumerate(blocks):
         *units, snake, strided = block.block
         layers = front if i < FRONT_BLOCKS else back
-        layers += [*map(Residual, units), Convolution(strided, Snake(snake))]
+        layers += [*(Residual(*unit.block) for unit in units), Convolution(strided, Snake(snake))]
     return front, [*back, Convolution(last)]
 
 

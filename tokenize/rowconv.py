@@ -1,0 +1,100 @@
+"""Convolutional encoders that are not causal, exactly and in bounded memory: DAC's and SNAC's layers, piece by piece.
+
+Each layer keeps the inputs that its next outputs need, gives out what is certain, and pads with zeros only where the
+wave itself begins and ends, as the reference does in each layer. So no frame is computed twice, and no wave sees
+another's padding.
+
+Activations are rows [n, C] in time order: a depthwise convolution is a sum of shifted rows, any other a few matrix
+products of them, both faster on one CPU thread than torch's convolutions where a piece stays in the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Kept = dict[Any, Tensor]
+"""What each layer keeps of a wave between two pieces."""
+
+
+class Snake:
+    """x + sin(a x)^2 / a, a per channel (Ziyin et al. 2020)."""
+
+    def __init__(self, module: Any) -> None:
+        self.alpha = module.alpha.detach().flatten()
+        self.inverse = (self.alpha + 1e-9).reciprocal()
+
+    def __call__(self, rows: Tensor, out: Tensor) -> Tensor:
+        sine = torch.mul(rows, self.alpha).sin_()
+        return torch.addcmul(rows, sine.mul_(sine), self.inverse, out=out)
+
+
+class Convolution:
+    """A Conv1d, depthwise or not, after a Snake where there is one; the stride divides the kernel."""
+
+    def __init__(self, module: Any, snake: Snake | None = None) -> None:
+        self.snake, self.bias = snake, module.bias.detach()
+        weight = module.weight.detach()  # [O, I, k]
+        self.stride, self.dilation, self.left = module.stride[0], module.dilation[0], module.padding[0]
+        self.span = (weight.shape[2] - 1) * self.dilation + 1
+        self.right = self.span - self.stride - self.left
+        self.depthwise = module.groups > 1
+        self.width = weight.shape[2] if module.in_channels == 1 else self.stride
+        """Samples to a tap: the whole kernel where there is one channel, else a stride."""
+        taps = weight.unflatten(2, (-1, 1 if self.depthwise else self.width))
+        self.taps = taps.permute(2, 3, 1, 0).flatten(1, 2).contiguous()  # [taps, width * I, O]
+
+    def push(self, rows: Tensor, kept: Kept, last: bool) -> Tensor:
+        """The outputs that are certain after these further inputs; `last` when the wave ends with them."""
+        before = kept[self] if self in kept else rows.new_zeros(self.left, rows.shape[1])
+        start, end = len(before), len(before) + len(rows)
+        inputs = rows.new_empty(end + self.right * last, rows.shape[1])
+        inputs[:start] = before
+        if self.snake is None:
+            inputs[start:end] = rows
+        else:
+            self.snake(rows, out=inputs[start:end])
+        inputs[end:] = 0
+        count = max(0, (len(inputs) - self.span) // self.stride + 1)
+        kept[self] = inputs[count * self.stride :].clone()
+        return self._depthwise(inputs, count) if self.depthwise else self._product(inputs, count)
+
+    def _depthwise(self, inputs: Tensor, count: int) -> Tensor:
+        outputs = torch.addcmul(self.bias, inputs[:count], self.taps[0])
+        for i, tap in enumerate(self.taps[1:], start=1):
+            outputs.addcmul_(inputs[i * self.dilation : i * self.dilation + count], tap)
+        return outputs
+
+    def _product(self, inputs: Tensor, count: int) -> Tensor:
+        if inputs.shape[1] == 1:
+            groups = inputs.flatten().unfold(0, self.width, self.stride).contiguous()
+        else:
+            whole = len(inputs) // self.stride
+            groups = inputs[: whole * self.stride].view(whole, self.stride * inputs.shape[1])
+        outputs = torch.addmm(self.bias, groups[:count], self.taps[0])
+        for i, tap in enumerate(self.taps[1:], start=1):
+            outputs.addmm_(groups[i * self.dilation : i * self.dilation + count], tap)
+        return outputs
+
+
+class Residual:
+    """A residual unit: rows plus Snake, convolution, Snake, convolution of width 1."""
+
+    def __init__(self, first: Any, wide: Any, second: Any, narrow: Any) -> None:
+        self.wide, self.snake = Convolution(wide, Snake(first)), Snake(second)
+        self.weight, self.bias = narrow.weight.detach()[..., 0].t().contiguous(), narrow.bias.detach()
+
+    def push(self, rows: Tensor, kept: Kept, last: bool) -> Tensor:
+        hidden = self.wide.push(rows, kept, last)
+        self.snake(hidden, out=hidden)
+        before = kept.get(self, rows[:0])  # inputs, the bias added, that wait for their `hidden`
+        inputs = rows.new_empty(len(before) + len(rows), rows.shape[1])
+        inputs[: len(before)] = before
+        torch.add(rows, self.bias, out=inputs[len(before) :])
+        kept[self] = inputs[len(hidden) :].clone()
+        return inputs[: len(hidden)].addmm_(hidden, self.weight)
+
+
+Layer = Convolution | Residual
