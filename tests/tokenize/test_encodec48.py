@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import transformers
 from encodec.model import EncodecModel
@@ -11,6 +12,7 @@ from encodec.modules import SEANetDecoder, SEANetEncoder
 from encodec.quantization import ResidualVectorQuantizer
 
 from codecssl.tokenize import encodec48
+from codecssl.tokenize.cli import main
 from codecssl.tokenize.codec import CodecCard, load_codec
 from codecssl.tokenize.errors import UserError
 
@@ -198,6 +200,23 @@ def test_embeddings_sum_to_the_codecs_own_latent(count):
     own = model.quantizer.decode(codes[:, None])[0]
     torch.testing.assert_close(sum(t[c] for t, c in zip(codec.embeddings(), codes)).t(), own, rtol=0, atol=1e-5)
     torch.testing.assert_close(codec.latents(codes), own, rtol=0, atol=1e-5)
+
+
+def test_a_stereo_file_through_run_and_decode(tmp_path, monkeypatch):
+    """Two segments with their scales in the shards; decode gives two channels, as long as the file."""
+    codec, audio = as_codec(small_model(), 4), wave(STRIDE + 5000)
+    soundfile.write(tmp_path / "a.wav", audio.numpy().T, 48_000, subtype="FLOAT")
+    monkeypatch.setattr("codecssl.tokenize.encode.load_codec", lambda *args, **options: codec)
+    monkeypatch.setattr("codecssl.tokenize.codec.load_codec_for", lambda *args, **options: codec)
+    output, decoded = str(tmp_path / "out"), str(tmp_path / "b.wav")
+    assert main(["run", str(tmp_path / "a.wav"), "--output", output, "--codec", "x", "--workers", "0"]) == 0
+    assert main(["decode", output, "--id", "a.wav", "-o", decoded]) == 0
+    ((codes, scales),) = codec.encode_scaled([audio])
+    heard, rate = soundfile.read(decoded, dtype="float32")
+    assert rate == 48_000
+    assert heard.shape == (audio.shape[1], 2)
+    expected = codec.decode(codes, scales)[:, : audio.shape[1]].clamp(-1, 1 - 2**-15).numpy().T
+    np.testing.assert_allclose(heard, expected, rtol=0, atol=2**-15)
 
 
 def hub_model(**changes):

@@ -2,9 +2,11 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 
+from codecssl.tokenize.cli import main
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.manifest import read_list, spool_stdin
 from codecssl.tokenize.sources import read_sources
@@ -149,3 +151,14 @@ def test_spooling_again_takes_the_same_list_or_none(tmp_path, monkeypatch):
         spool_stdin(io.BytesIO(LIST), target)
     assert target.read_bytes() == before
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(stream, target):
+        Path("/dev/full").write_text("list")
+
+    monkeypatch.setattr("codecssl.tokenize.manifest.spool_stdin", full)
+    assert main(["run", "-", "--output", str(tmp_path / "out")]) == 1
+    assert (
+        capsys.readouterr().err == f"error: {tmp_path / 'out'}: disk full; make room and run the same command again\n"
+    )
