@@ -3,6 +3,7 @@
 import sys
 
 from codecssl.pretrain.cli import main
+from codecssl.slurm.watch import guarded
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

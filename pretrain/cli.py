@@ -96,7 +96,9 @@ def _label(arguments: argparse.Namespace, overrides: list[str]) -> None:
         )
     )
     print(json.dumps(found, indent=1))
-    print(f"{arguments.output}: train with --objective.target labels --data.labels={arguments.output}")
+    numbered = sorted(arguments.output.glob("[0-9]*-*"), key=lambda path: int(path.name.partition("-")[0]))
+    quoted = ", ".join(_quoted(str(path)) for path in numbered or [arguments.output])
+    print(f'{arguments.output}: train with --objective.target labels --data.labels="[{quoted}]"')
 
 
 def _status(arguments: argparse.Namespace, overrides: list[str]) -> None:

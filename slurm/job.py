@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from codecssl.tokenize.errors import UserError
 
 _FIRST_PORT, _PORTS = 20_000, 10_000
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,10 @@ class Ranks:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise UserError(f"rank {self.rank}: must be from 0 to world size - 1, which is {self.world_size - 1}")
+        if not 0 <= self.local_rank <= self.rank:
+            raise UserError(
+                f"local rank {self.local_rank}: must be from 0 to the rank, {self.rank}; let one launcher set both"
+            )
 
 
 def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
@@ -41,6 +46,7 @@ def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
                 f"WORLD_SIZE {ranks.world_size} does not fit srun's {step_tasks} tasks; start one torchrun per task, "
                 "or unset RANK and WORLD_SIZE and let srun start every process"
             )
+        _refuse_a_frozen_rank(ranks, step_tasks, environment)
         return ranks
     if step_tasks > 1:
         return _read(environment, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
@@ -56,12 +62,39 @@ def find_meeting(environment: Mapping[str, str] = os.environ) -> tuple[str, int]
     port = environment.get("MASTER_PORT") or str(_slurm_port(environment))
     if not port.isdigit() or not 0 < int(port) < 65_536:
         raise UserError(f"MASTER_PORT {port!r}: must be a number from 1 to 65535; set it, or let the launcher do it")
-    return environment.get("MASTER_ADDR") or _slurm_address(environment), int(port)
+    address = environment.get("MASTER_ADDR") or _slurm_address(environment)
+    nodes = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
+    if environment.get("MASTER_ADDR") in _LOOPBACK and nodes > 1:
+        raise UserError(f"MASTER_ADDR {address}: every one of the step's {nodes} nodes would meet itself; unset it")
+    return address, int(port)
+
+
+def choose_backend(gpus: int, environment: Mapping[str, str] = os.environ) -> str:
+    """nccl where this process sees GPUs, else gloo; DS_ACCELERATOR=cpu asks for gloo in spite of them.
+
+    Raises UserError when DS_ACCELERATOR asks for GPUs that are not there.
+    """
+    asked = environment.get("DS_ACCELERATOR")
+    if asked == "cuda" and not gpus:
+        raise UserError("DS_ACCELERATOR cuda: this process sees no GPU; ask for some (--gpus-per-node), or unset it")
+    return "nccl" if gpus and asked != "cpu" else "gloo"
 
 
 def first_host(nodelist: str) -> str:
     """The first name of a Slurm node list: node003 of node[003-006,009],login1."""
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", nodelist).split(",")[0]
+
+
+def _refuse_a_frozen_rank(ranks: Ranks, step_tasks: int, environment: Mapping[str, str]) -> None:
+    """A RANK exported before srun is the same in all its tasks. (torchrun numbers its processes as it likes.)"""
+    own = environment.get("SLURM_PROCID", "")
+    if "TORCHELASTIC_RUN_ID" in environment or step_tasks == 1 or ranks.world_size != step_tasks:
+        return
+    if own.isdigit() and int(own) != ranks.rank:
+        raise UserError(
+            f"RANK {ranks.rank}: srun calls this process {own} of {step_tasks}; unset RANK and WORLD_SIZE and let srun"
+            " number them"
+        )
 
 
 def _slurm_address(environment: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 
+from codecssl.slurm.watch import guarded
 from codecssl.superb.cli import main
 
-sys.exit(main())
+sys.exit(guarded(main))

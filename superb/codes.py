@@ -1,50 +1,49 @@
-"""Codes of a wave, computed once: a cache keyed by what the wave contains.
+"""Codes of a wave, computed once: from the token cache on disk, from memory, or by the codec.
 
-SUPERB's upstream is frozen, so that the codes of a wave never change, yet s3prl asks for its features at
-every step. Codes cost about a kilobyte per second of audio, features a hundred times that: so the codes are
-what is kept.
+SUPERB's upstream is frozen, so that the codes of a wave never change, yet s3prl asks for its features at every step.
+Codes cost about a kilobyte per second of audio, features a hundred times that: so the codes are what is kept.
 """
 
-import hashlib
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from codecssl.superb.cache import TokenCache, wave_key
 
-def wave_key(wav: Tensor) -> str:
-    """sha256 of a 1-D float32 wave's samples: equal keys mean equal input."""
-    samples = np.ascontiguousarray(wav.detach().cpu().numpy(), dtype="<f4")
-    return hashlib.sha256(samples.data).hexdigest()
+__all__ = ["CodeCache", "counts_of", "wave_key"]
 
 
 class CodeCache:
-    """Codes [K, T] by content of the wave, in memory and, with a folder, on disk.
+    """Codes [R, T] by content of the wave.
 
-    `folder/<codec fingerprint>/<key[:2]>/<key>.npy`: codes of two codecs can't mix. A file appears by rename,
-    so that several processes may share the folder. `limit_bytes` bounds both; beyond it nothing more is kept.
+    What the token cache has comes from there. The rest (a wave that was cut or changed at random, or one that nobody
+    cached) goes through the codec, and is kept in memory up to `limit_bytes`; beyond it nothing more is kept.
     """
 
     def __init__(
         self,
         encode: Callable[[list[Tensor]], list[Tensor]],
-        fingerprint: str,
-        folder: Path | None = None,
-        limit_bytes: int = 4 << 30,
+        cache: TokenCache | None = None,
+        limit_bytes: int = 1 << 30,
     ) -> None:
-        self.encode = encode
-        self.folder = folder / fingerprint[:16] if folder else None
-        self.encoded = 0  # waves that went through the codec
-        self._codes: dict[str, np.ndarray] = {}
+        self.encode, self.cache = encode, cache
+        self.found = self.kept = self.encoded = 0
+        """Waves asked for that the token cache had, that memory had, that went through the codec."""
+        self._codes: dict[str, NDArray[np.uint16]] = {}
         self._room = limit_bytes
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How the waves asked for so far were answered."""
+        return {"cached": self.found, "kept": self.kept, "live": self.encoded}
+
     def __call__(self, wavs: Sequence[Tensor]) -> list[Tensor]:
-        """1-D float32 waves as `encode` takes them -> int64 codes [K, T_i] on the CPU."""
+        """1-D float32 waves as `encode` takes them -> int64 codes [R, T_i] on the CPU."""
         keys = [wave_key(wav) for wav in wavs]
-        found = {key: codes for key in set(keys) if (codes := self._find(key)) is not None}
+        found = {key: codes for key in dict.fromkeys(keys) if (codes := self._find(key)) is not None}
         missing = {key: wav for key, wav in zip(keys, wavs, strict=True) if key not in found}
         self.encoded += len(missing)
         fresh = self.encode(list(missing.values())) if missing else []
@@ -53,24 +52,22 @@ class CodeCache:
             self._keep(key, found[key])
         return [torch.from_numpy(found[key].astype(np.int64)) for key in keys]
 
-    def _find(self, key: str) -> np.ndarray | None:
-        if key not in self._codes and self.folder and (path := self._path(key)).exists():
-            self._codes[key] = np.load(path)
-        return self._codes.get(key)
+    def _find(self, key: str) -> NDArray[np.uint16] | None:
+        if (codes := self._codes.get(key)) is not None:
+            self.kept += 1
+        elif self.cache is not None and (codes := self.cache.find(key)) is not None:
+            self.found += 1
+        return codes
 
-    def _keep(self, key: str, codes: np.ndarray) -> None:
-        if codes.nbytes > self._room:
-            return
-        self._room -= codes.nbytes
-        self._codes[key] = codes
-        if self.folder:
-            path = self._path(key)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{os.getpid()}.part")
-            with part.open("wb") as file:
-                np.save(file, codes)
-            part.rename(path)
+    def _keep(self, key: str, codes: NDArray[np.uint16]) -> None:
+        if codes.nbytes <= self._room:
+            self._room -= codes.nbytes
+            self._codes[key] = codes
 
-    def _path(self, key: str) -> Path:
-        assert self.folder is not None
-        return self.folder / key[:2] / f"{key}.npy"
+
+def counts_of(upstream: object) -> dict[str, int] | None:
+    """`CodeCache.counts` of an upstream, through whatever wraps it; None where it reads no codes."""
+    while not hasattr(upstream, "codes") and hasattr(upstream, "upstream"):
+        upstream = upstream.upstream
+    codes = getattr(upstream, "codes", None)
+    return codes.counts if isinstance(codes, CodeCache) else None

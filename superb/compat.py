@@ -5,14 +5,15 @@ touches nothing when the hole is not there. `install` must run before the first 
 """
 
 import argparse
+import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from codecssl.tokenize.errors import UserError
+from codecssl.superb import effects
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,31 +23,6 @@ class Patch:
     name: str
     reason: str
     apply: Callable[[], None]
-
-
-def apply_effects(wav: Any, sample_rate: int, effects: Sequence[Sequence[str]]) -> tuple[Any, int]:
-    """The sox effects of SUPERB's keyword spotting on a tensor [C, samples]: channels 1, rate, gain (dB).
-
-    `gain` scales by 10^(dB/20), as sox's gain does where nothing clips. Any other effect is refused: a
-    silently skipped effect would change the benchmark.
-    """
-    import torchaudio
-
-    for name, *arguments in effects:
-        if name == "channels" and arguments == ["1"]:
-            wav = wav.mean(dim=0, keepdim=True)
-        elif name == "rate" and len(arguments) == 1:
-            wav = torchaudio.functional.resample(wav, sample_rate, int(arguments[0]))
-            sample_rate = int(arguments[0])
-        elif name == "gain" and len(arguments) == 1:
-            wav = wav * 10 ** (float(arguments[0]) / 20)
-        else:
-            raise UserError(f"sox effect {name} {' '.join(arguments)}: not one of channels 1, rate R, gain DB")
-    return wav, sample_rate
-
-
-def _no_effects_file(*arguments: Any, **options: Any) -> None:
-    raise UserError("sox effects on files: torchaudio dropped them; run this task through codecssl-superb instead")
 
 
 def _torchaudio_backend() -> None:
@@ -63,10 +39,62 @@ def _torchaudio_sox_effects() -> None:
         return
     module: Any = ModuleType("torchaudio.sox_effects")
     module.__spec__ = importlib.util.spec_from_loader(module.__name__, loader=None)
-    module.apply_effects_tensor = apply_effects
-    module.apply_effects_file = _no_effects_file
+    module.apply_effects_tensor = effects.apply_effects
+    module.apply_effects_file = effects.apply_effects_file
     sys.modules[module.__name__] = module
     torchaudio.sox_effects = module
+
+
+def _torchaudio_info() -> None:
+    import torchaudio
+
+    if not hasattr(torchaudio, "info"):
+        torchaudio.info = _info
+
+
+def _info(path: Any, *arguments: Any, **options: Any) -> Any:
+    """What torchaudio.info said of a file, by soundfile."""
+    import soundfile
+
+    found = soundfile.info(str(path))
+    return SimpleNamespace(
+        sample_rate=found.samplerate,
+        num_frames=found.frames,
+        num_channels=found.channels,
+        bits_per_sample=_BITS.get(found.subtype, 0),
+        encoding=found.subtype,
+    )
+
+
+def _torchaudio_load() -> None:
+    import torchaudio
+
+    genuine: Any = torchaudio.load
+    if hasattr(genuine, "with_soundfile"):
+        return
+
+    @functools.wraps(genuine)
+    def load(path: Any, frame_offset: int = 0, num_frames: int = -1, **options: Any) -> tuple[Any, int]:
+        try:
+            return genuine(path, frame_offset, num_frames, **options)
+        except (ImportError, RuntimeError, OSError) as error:
+            if "torchcodec" not in str(error).lower():
+                raise
+        return _load(path, frame_offset, num_frames, **options)
+
+    load.with_soundfile = True  # type: ignore[attr-defined]
+    torchaudio.load = load
+
+
+def _load(
+    path: Any, frame_offset: int = 0, num_frames: int = -1, channels_first: bool = True, **options: Any
+) -> tuple[Any, int]:
+    """torchaudio.load by soundfile: float32 [C, samples], Hz."""
+    import soundfile
+    import torch
+
+    wave, rate = soundfile.read(str(path), frames=num_frames, start=frame_offset, dtype="float32", always_2d=True)
+    return torch.from_numpy(wave.T.copy() if channels_first else wave), rate
 
 
 class _Absent(ModuleType):
@@ -104,6 +132,8 @@ def _safe_globals() -> None:
     torch.serialization.add_safe_globals([argparse.Namespace])
 
 
+_BITS = {"PCM_U8": 8, "PCM_S8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32, "FLOAT": 32, "DOUBLE": 64}
+
 _OPTIONAL = {
     "sed_eval": ("sound_event", "util"),
     "dcase_util": ("containers",),
@@ -118,8 +148,21 @@ PATCHES = (
     ),
     Patch(
         name="torchaudio_sox_effects",
-        reason="keyword spotting runs channels, rate and gain through torchaudio.sox_effects; 2.9 dropped it",
+        reason="keyword spotting and QbE run channels, rate and gain through torchaudio.sox_effects, speaker "
+        "verification silence too; 2.9 dropped the module",
         apply=_torchaudio_sox_effects,
+    ),
+    Patch(
+        name="torchaudio_info",
+        reason="keyword spotting cuts the _silence_ of Speech Commands by the lengths that torchaudio.info says; "
+        "2.9 dropped it",
+        apply=_torchaudio_info,
+    ),
+    Patch(
+        name="torchaudio_load",
+        reason="the classic SID and ASR tasks call torchaudio.load, which since 2.9 needs torchcodec, and that a "
+        "system ffmpeg; without one it reads through soundfile",
+        apply=_torchaudio_load,
     ),
     Patch(
         name="optional_packages",

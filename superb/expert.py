@@ -5,7 +5,9 @@ contract is s3prl's: `forward(list of 1-D float waves) -> {"hidden_states": [[B,
 `get_downsample_rates`.
 """
 
+import functools
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from codecssl.superb import compat
+from codecssl.superb import checkpoints, plain
+from codecssl.superb.cache import TokenCache
+from codecssl.superb.codec16 import SAMPLE_RATE, encode
 from codecssl.superb.codes import CodeCache
 from codecssl.tokenize.codec import Codec, CodecCard, load_codec, load_codec_for
 from codecssl.tokenize.errors import UserError
@@ -23,10 +27,12 @@ from codecssl.tokenize.errors import UserError
 if TYPE_CHECKING:
     from codecssl.pretrain.config import ModelConfig
 
-SAMPLE_RATE = 16_000  # of every wave that s3prl hands over
 DEFAULT_CODEC = "tiny_16khz"  # of bare `codes` and `random` where no model is named beside them,
 DEFAULT_CONFIG = "codec2vec_tiny_codes"  # and the architecture of that `random`
-NAMES = "an exported model's folder, fbank, codes, random, codes:MODEL, codes:CODEC, random:MODEL, or NAME@s3prl"
+NAMES = (
+    "an exported model's folder, fbank, codes, random, codes:MODEL, codes:CODEC, random:MODEL, NAME@s3prl, or "
+    "hf:PATH|NAME for a HuBERT, wav2vec2 or WavLM of transformers"
+)
 
 
 class Encoder(Protocol):
@@ -54,6 +60,12 @@ class CodeTables(nn.Module):
 class CodecExpert(nn.Module):
     """An s3prl upstream of a codec and an encoder.
 
+    Hidden states of a model with L layers are L + 1. State 0 is the input of the first layer: the embedded codes,
+    projected, positions added (of a post-norm model normalised after that). State i is the output of layer i, its
+    residuals added: of a post-norm model after the layer's last norm, of a pre-norm one before any, but for state L,
+    which is after the encoder's final norm. Of a ResiDual model (EnCodecMAE) states 1 to L - 1 are the normalised
+    stream, and state L is the sum of both streams.
+
     Frozen by construction: neither is a submodule, so that no parameter reaches an optimiser or a checkpoint,
     `train()` can't switch dropout on, and `to(device)` still moves them. Frames follow s3prl's arithmetic
     exactly: a wave of n samples has ceil(n / rate) frames. Where the codec's frame is not a whole number of
@@ -68,7 +80,7 @@ class CodecExpert(nn.Module):
         self.codes = codes
         self._encoder = (encoder.eval().requires_grad_(False),)
         self._frame = Fraction(SAMPLE_RATE * card.hop_length, card.sample_rate)  # samples at 16 kHz
-        self._rate = int(self._frame)
+        self._rate = frame_shift(card)
 
     @property
     def encoder(self) -> Any:
@@ -79,12 +91,13 @@ class CodecExpert(nn.Module):
         return self._rate
 
     @torch.no_grad()
-    def forward(self, wavs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-        """1-D float waves at 16 kHz -> {"hidden_states": [[B, T, D], ...]}, zeros beyond each wave's own
-        frames.
+    def forward(self, wavs: Sequence[Tensor], codes: Sequence[Tensor] | None = None) -> dict[str, list[Tensor]]:
+        """1-D float waves at 16 kHz -> {"hidden_states": [[B, T, D], ...]}, zeros beyond each wave's own frames.
+
+        `codes`: the waves' own, where the caller has asked `self.codes` for them already.
         """
         device = wavs[0].device
-        codes = self.codes(wavs)
+        codes = self.codes(wavs) if codes is None else codes
         batch = nn.utils.rnn.pad_sequence([c.T for c in codes], batch_first=True).transpose(1, 2)  # [B, K, T]
         states = self.encoder.extract(batch.to(device), [c.shape[1] for c in codes])
         index = [self._index(len(wav), c.shape[1]).to(device) for wav, c in zip(wavs, codes, strict=True)]
@@ -94,7 +107,17 @@ class CodecExpert(nn.Module):
     def _index(self, samples: int, frames: int) -> Tensor:
         """For each of s3prl's ceil(samples / rate) frames, the codec's frame that holds its first sample."""
         starts = torch.arange(-(-samples // self._rate)) * self._rate
-        return (starts * self._frame.denominator // self._frame.numerator).clamp(max=frames - 1)
+        if not self.card.segment_samples:
+            return (starts * self._frame.denominator // self._frame.numerator).clamp(max=frames - 1)
+        segments, within = self._segment(starts)
+        per_segment = -(-self.card.segment_samples // self.card.hop_length)
+        return (segments * per_segment + within).clamp(max=frames - 1)
+
+    def _segment(self, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """Of samples at 16 kHz: the segment that begins last before each, and the frame in it."""
+        at = starts * self.card.sample_rate // SAMPLE_RATE
+        stride = self.card.segment_stride
+        return at // stride, at % stride // self.card.hop_length
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CodecExpert":
         self.encoder._apply(fn, recurse)
@@ -102,25 +125,19 @@ class CodecExpert(nn.Module):
         return self
 
 
-def encode(codec: Codec, wavs: Sequence[Tensor], device: str = "cpu") -> list[Tensor]:
-    """1-D waves at 16 kHz -> codes; where the codec's rate differs, resampled as codecssl-tokenize resamples
-    files.
-    """
-    import soxr
-
-    rate = codec.card.sample_rate
-    if rate == SAMPLE_RATE:
-        return codec.encode([wav.detach().float().to(device) for wav in wavs])
-    samples = [soxr.resample(wav.detach().cpu().float().numpy(), SAMPLE_RATE, rate, quality="HQ") for wav in wavs]
-    return codec.encode([torch.from_numpy(wave).to(device) for wave in samples])
+def frame_shift(card: CodecCard) -> int:
+    """Whole samples at 16 kHz per frame: the downsample rate that s3prl is told."""
+    return SAMPLE_RATE * card.hop_length // card.sample_rate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Upstream:
-    """What an upstream's name means. `argument` is a model's folder, a codec's name or an s3prl name."""
+    """What an upstream's name means. `argument` is a model's folder, a codec's name, an s3prl name, or a
+    transformers checkpoint.
+    """
 
     name: str
-    kind: Literal["model", "fbank", "codes", "random", "s3prl"]
+    kind: Literal["model", "fbank", "codes", "random", "s3prl", "hf"]
     argument: str | None = None
 
     @property
@@ -128,12 +145,9 @@ class Upstream:
         return self.kind in ("model", "codes", "random")
 
     def identity(self) -> dict[str, str | None]:
-        """What determines its features, as far as the name goes: for a model's folder, the sha256 of its
-        files.
-        """
-        digest = None
-        if self.argument and _is_model(self.argument):
-            files = sorted(p for p in Path(self.argument).iterdir() if p.suffix in (".json", ".safetensors"))
+        """What determines its features as far as the name goes; of a path (also NAME@PATH), its files' sha256."""
+        digest, files = None, _files(self.argument or "")
+        if files:
             digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in files)).hexdigest()
         return {"name": self.name, "kind": self.kind, "argument": self.argument, "sha256": digest}
 
@@ -145,10 +159,14 @@ def parse(name: str) -> Upstream:
         return Upstream(name=name, kind="s3prl", argument=name.removesuffix("@s3prl"))
     if name == "fbank":
         return Upstream(name=name, kind="fbank")
+    if head == "hf" and tail:
+        return Upstream(name=name, kind="hf", argument=tail)
     if head == "codes":
         return Upstream(name=name, kind="codes", argument=tail or None)
     if head == "random" and (not tail or _is_model(tail)):
         return Upstream(name=name, kind="random", argument=tail or None)
+    if checkpoints.is_checkpoint(name):
+        raise UserError(f"upstream {name}: a checkpoint of transformers; give hf:{name}")
     if _is_model(name):
         return Upstream(name=name, kind="model", argument=name)
     raise UserError(f"upstream {name}: not known; give {NAMES} (codecssl-pretrain export makes such a folder)")
@@ -168,12 +186,26 @@ def parse_all(names: Sequence[str]) -> list[Upstream]:
 
 
 def _is_model(path: str) -> bool:
-    return (Path(path) / "config.json").is_file()
+    """Whether a folder is an exported model; codecs and other models have a config.json too."""
+    try:
+        return bool(json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["format"] == "codecssl-model")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _files(name: str) -> list[Path]:
+    """The weights and settings that a name points to; [] where it is no path."""
+    path = Path(name.partition("@")[2] or name)
+    if not name or not path.exists():
+        return []
+    kinds = (".json", ".safetensors", ".bin", ".th", ".tflite")
+    return [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in kinds)
 
 
 class Shelf:
-    """Builds upstreams for one process; those that share a codec share its codes, so that it runs once per
-    wave.
+    """Builds upstreams for one process; those that share a codec share its codes, so that it runs once per wave.
+
+    `code_folder`: of a token cache, whose waves the codec need not see at all.
     """
 
     def __init__(self, *, device: str = "cpu", code_folder: Path | None = None, seed: int = 0) -> None:
@@ -185,9 +217,11 @@ class Shelf:
     def build(self, upstream: Upstream) -> nn.Module:
         """The upstream, frozen and on the device."""
         if upstream.kind == "fbank":
-            return _fbank("fbank").to(self.device)
+            return plain.fbank("fbank").to(self.device)
         if upstream.kind == "s3prl":
-            return _from_s3prl(upstream.argument or "").to(self.device)
+            return plain.from_s3prl(upstream.argument or "").to(self.device)
+        if upstream.kind == "hf":
+            return checkpoints.load(upstream.argument or "").to(self.device)
         card, encoder = self.encoder(upstream)
         _, codes = self._codec(card.fingerprint, lambda: load_codec_for(card, device=self.device))
         return CodecExpert(card, codes, encoder).to(self.device)
@@ -196,7 +230,7 @@ class Shelf:
         """The same, but fbank without the normalisation that makes the mean over time of every utterance
         zero.
         """
-        return _fbank("fbank_no_cmvn").to(self.device) if upstream.kind == "fbank" else self.build(upstream)
+        return plain.fbank("fbank_no_cmvn").to(self.device) if upstream.kind == "fbank" else self.build(upstream)
 
     def encoder(self, upstream: Upstream) -> tuple[CodecCard, nn.Module]:
         """The part from codes to hidden states, for data that is codes already."""
@@ -218,6 +252,16 @@ class Shelf:
             upstream.kind, codec, load_config(RunConfig, "pretrain", DEFAULT_CONFIG).model
         )
 
+    def codec(self, upstream: Upstream) -> tuple[Codec, Callable[[], Codec]]:
+        """The codec of an upstream that reads codes, and how another process loads it."""
+        from codecssl.pretrain.export import load_pretrained
+
+        if upstream.argument and _is_model(upstream.argument):
+            load = functools.partial(load_codec_for, load_pretrained(upstream.argument).card, device=self.device)
+        else:
+            load = functools.partial(load_codec, upstream.argument or DEFAULT_CODEC, device=self.device)
+        return load(), load
+
     def _baseline(self, kind: str, codec: Codec, config: "ModelConfig") -> nn.Module:
         from codecssl.pretrain.model import untrained
 
@@ -230,27 +274,9 @@ class Shelf:
     def _codec(self, fingerprint: str, load: Callable[[], Codec]) -> tuple[Codec, CodeCache]:
         if fingerprint not in self._codecs:
             codec = load()
-            cache = CodeCache(lambda wavs: encode(codec, wavs, self.device), fingerprint, self.code_folder)
-            self._codecs[fingerprint] = codec, cache
-        return self._codecs[fingerprint]
-
-
-def _fbank(name: str) -> nn.Module:
-    """s3prl's own log-mel filterbank, imported without the rest of its hub (seconds)."""
-    compat.install()
-    from s3prl.upstream.baseline import hubconf
-
-    return _frozen(getattr(hubconf, name)())
-
-
-def _from_s3prl(name: str) -> nn.Module:
-    compat.install()
-    import s3prl.hub as hub
-
-    if not callable(getattr(hub, name, None)):
-        raise UserError(f"upstream {name}@s3prl: s3prl's hub has no {name}; its names: python -c 'import s3prl.hub'")
-    return _frozen(getattr(hub, name)())
-
-
-def _frozen(module: nn.Module) -> nn.Module:
-    return module.eval().requires_grad_(False)
+            stored = TokenCache(self.code_folder, codec.card) if self.code_folder else None
+            self._codecs[fingerprint] = codec, CodeCache(lambda wavs: encode(codec, wavs, self.device), stored)
+        codec, codes = self._codecs[fingerprint]
+        if codes.cache is not None:
+            codes.cache.refresh()
+        return codec, codes

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codecssl.superb.codes import wave_key
+from codecssl.superb.cache import wave_key
+from codecssl.superb.expert import CodecExpert
 
 
 class CachedUpstream(nn.Module):
@@ -38,20 +39,27 @@ class CachedUpstream(nn.Module):
         """
         self.upstream.eval()
         keys = [wave_key(wav) for wav in wavs]
-        rest = {}
-        for key, wav in zip(keys, wavs, strict=True):
-            if key not in self._states and not (self._room > 0 and self._keep(key, wav)):
-                rest[key] = wav
+        rest = {key: wav for key, wav in zip(keys, wavs, strict=True) if key not in self._states}
+        codes = self._codes(rest) if self._room > 0 else {}
+        for key in list(rest):
+            if self._room > 0:
+                self._keep(key, rest.pop(key), codes.get(key))
         batch = self._in_batch(rest)
         layers = zip(*(batch[key] if key in batch else self._states[key] for key in keys), strict=True)
         pad = nn.utils.rnn.pad_sequence
         return {"hidden_states": [pad([s.to(wavs[0].device) for s in layer], batch_first=True) for layer in layers]}
 
-    def _keep(self, key: str, wav: Tensor) -> bool:
-        states = [layer[0] for layer in self.upstream([wav])["hidden_states"]]
+    def _codes(self, wavs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of an upstream that reads codes, those of all waves at once: a codec is slower on one at a time."""
+        if not wavs or not isinstance(self.upstream, CodecExpert):
+            return {}
+        return dict(zip(wavs, self.upstream.codes(list(wavs.values())), strict=True))
+
+    def _keep(self, key: str, wav: Tensor, codes: Tensor | None) -> None:
+        given = {} if codes is None else {"codes": [codes]}
+        states = [layer[0] for layer in self.upstream([wav], **given)["hidden_states"]]
         self._room -= sum(state.nbytes for state in states)
         self._states[key] = states
-        return True
 
     def _in_batch(self, wavs: dict[str, Tensor]) -> dict[str, list[Tensor]]:
         if not wavs:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from html import escape
 
 from codecssl.superb.charts import PALETTE, heat_chart, legend, line_chart
-from codecssl.superb.report import Comparison, lines, notes, percent
+from codecssl.superb.comparison import Comparison, values_of
+from codecssl.superb.report import lines, notes, percent
 from codecssl.superb.tasks import TASKS
 
 TITLE = "codecssl: results"
@@ -61,7 +62,7 @@ def _section(c: Comparison) -> str:
     tasks = "; ".join(f"{t}: {TASKS[t].title.lower()} (official corpus: {TASKS[t].corpus})" for t in c.tasks)
     charts = "".join(_curves(c, task, colours) for task in c.tasks)
     return (
-        f'<p class="claim">{escape(c.claim)}</p><h2>Accuracy on the test set, %</h2>{_main_table(c)}'
+        f'<p class="claim">{escape(c.claim)}</p><h2>On the test set</h2>{_main_table(c)}'
         f"<ul>{facts}<li>{escape(tasks)}</li></ul>{_layers(c)}"
         f"<h2>Learning curves</h2>{legend(list(colours.items()))}<div class=charts>{charts}</div>"
         f"<h2>Every run that counts</h2>{_runs(c)}"
@@ -70,10 +71,11 @@ def _section(c: Comparison) -> str:
 
 def _main_table(c: Comparison) -> str:
     header, body = lines(c)
-    chance, names, deltas = body[0], body[1 : 1 + len(c.upstreams)], body[1 + len(c.upstreams) :]
-    rows = [_row(chance, "chance")]
-    rows += [_row(line, "" if line[0] in c.baselines else "model") for line in names]
-    rows += [_row(line, "delta") for line in deltas]
+    first, last = 1 + len(c.upstreams), 1 + len(c.upstreams) + len(c.pairs)
+    rows = [_row(body[0], "chance")]
+    rows += [_row(line, "" if line[0] in c.baselines else "model") for line in body[1:first]]
+    rows += [_row(line, "delta") for line in body[first:last]]
+    rows += [_row(line, "chance") for line in body[last:]]
     return _table(header, rows)
 
 
@@ -83,13 +85,13 @@ def _row(line: Sequence[str], style: str) -> str:
 
 
 def _direction(text: str) -> str:
-    """Colour only for a difference that is larger than chance."""
+    """Colour only for a difference that is larger than chance; only accuracies are marked so."""
     return {"+": ' class="up"', "-": ' class="down"'}.get(text[:1], "") if text.endswith("*") else ""
 
 
 def _small(text: str) -> str:
-    value, bracket, rest = escape(text).partition(" (")
-    return f"{value} <small>({rest}</small>" if bracket else value
+    value, mark, rest = escape(text).partition(" ± " if " ± " in text else " (")
+    return f"{value}<small>{mark}{rest}</small>" if mark else value
 
 
 def _table(header: Sequence[str], rows: Sequence[str]) -> str:
@@ -112,8 +114,9 @@ def _layers(c: Comparison) -> str:
 
 def _curves(c: Comparison, task: str, colours: dict[str, str]) -> str:
     charts = []
+    metric = TASKS[task].metrics[0]
     for tag, title, scale in (
-        ("valid-accuracy", "validation accuracy, %", 100),
+        (f"valid-{metric.key}", f"validation {metric.label}", 100),
         ("train-loss", "training loss, nats", 1),
     ):
         series = []
@@ -126,32 +129,19 @@ def _curves(c: Comparison, task: str, colours: dict[str, str]) -> str:
 
 
 def _runs(c: Comparison) -> str:
-    header = [
-        "upstream",
-        "task",
-        "test",
-        "valid",
-        "best step",
-        "steps",
-        "lr",
-        "tried",
-        "seed",
-        "utterances train/valid/test",
-        "s",
-    ]
+    header = ["upstream", "task", "test", "valid", "best step", "steps", "lr", "tried", "seed", "fold"]
+    header += ["utterances train/valid/test", "s"]
     rows = []
     for name, task, cell in [(n, t, c.cells[n, t]) for n in c.upstreams for t in c.tasks if (n, t) in c.cells]:
+        tried = " ".join(f"{rate:g}" for rate in cell.rates if rate is not None)
         for run in cell.runs:
-            counts = "/".join(str(run["utterances"][split]) for split in ("train", "valid", "test"))
-            tried = " ".join(f"{rate:g}" for rate in cell.rates)
-            line = [
-                name,
-                task,
-                percent(run["value"]),
-                percent(run["valid"]),
-                str(run["best_step"]),
-                f"{run['steps']:,}",
-            ]
-            line += [f"{run['learning_rate']:g}", tried, str(run["seed"]), counts, f"{run['seconds']:.0f}"]
-            rows.append(_row(line, ""))
+            counts = "/".join(str(run["utterances"].get(split, "-")) for split in ("train", "valid", "test"))
+            tested = ", ".join(f"{m.label} {percent(values_of(run)[m.key])}" for m in TASKS[task].metrics
+                               if m.key in values_of(run))  # fmt: skip
+            step = "" if run["best_step"] is None else str(run["best_step"])
+            rate = "" if run["learning_rate"] is None else f"{run['learning_rate']:g}"
+            line = [name, task, tested, percent(run["valid"]), step, f"{run['steps']:,}", rate, tried]
+            rows.append(
+                _row([*line, str(run["seed"]), str(run.get("fold") or ""), counts, f"{run['seconds']:.0f}"], "")
+            )
     return _table(header, rows)

@@ -69,7 +69,7 @@ def run(
     asked for.
     """
     rows, source = [], open_rows(data)
-    shelf = Shelf(device=settings.device, code_folder=output / "codes")
+    shelf = Shelf(device=settings.device, code_folder=output / "cache")
     for upstream in parse_all(names):
         features: Callable[[int], list[np.ndarray]] | None = None
         for probe in probes:

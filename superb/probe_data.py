@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from codecssl.superb.expert import SAMPLE_RATE, Shelf, Upstream
+from codecssl.superb.codec16 import SAMPLE_RATE
+from codecssl.superb.expert import Shelf, Upstream
 from codecssl.tokenize.errors import UserError
 
 SHORTEST = 800  # samples: what s3prl pads its shortest waves to

@@ -1,183 +1,112 @@
-"""Tables of finished runs: on the console, as report.md and as one self-contained report.html.
-
-Of a learning-rate sweep the run with the best validation metric counts; the test metric chooses nothing.
-"""
+"""Tables of finished runs: on the console, as report.md and as one self-contained report.html."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codecssl.superb import results
-from codecssl.superb.tasks import TASKS, Budget
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.comparison import BASELINES, SAMPLE, Cell, Column, Comparison, compare, load
+from codecssl.superb.score import PUBLISHED, missing, score
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-BASELINES = ("fbank", "codes", "random")
-SAMPLE = "sample corpus (synthetic speech)"
+__all__ = ["BASELINES", "SAMPLE", "compare", "console_table", "lines", "load", "markdown", "notes", "write"]
+
+MOST_COLUMNS = 7
+"""Of a table on the console."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One upstream on one task: the mean over seeds of the runs that won their sweeps."""
-
-    value: float
-    utterances: int  # tested
-    runs: tuple[results.Row, ...]  # the winners, one per seed
-    rates: tuple[float, ...]  # all learning rates tried
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval for a share of so many test utterances (the sampling of the test set)."""
-        n, z = self.utterances, 1.96
-        centre = (self.value + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(self.value * (1 - self.value) / n + z * z / (4 * n * n))
-        return centre - half, centre + half
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What may stand in one table: upstreams on the same data under the same budget."""
-
-    data: str
-    budget: Budget
-    tasks: tuple[str, ...]
-    upstreams: tuple[str, ...]  # baselines first
-    kinds: dict[str, str]
-    cells: dict[tuple[str, str], Cell]  # by (upstream, task)
-
-    @property
-    def claim(self) -> str:
-        """What the table is, said so that nobody takes it for more."""
-        budget = self.budget
-        if budget.name == "full" and self.data != SAMPLE:
-            return f"SUPERB's official heads, batch sizes and number of steps, on {self.data}"
-        steps = "all" if budget.divisor == 1 else f"1/{budget.divisor} (at least {budget.least})"
-        return f"Not SUPERB: {budget.name} budget, {steps} of the official steps; data: {self.data}"
-
-    @property
-    def baselines(self) -> list[str]:
-        return [name for name in self.upstreams if self.kinds[name] in BASELINES]
-
-    def deltas(self) -> list[tuple[str, str, list[str]]]:
-        """(upstream, baseline, difference per task) for every upstream that is not a baseline."""
-        others = [name for name in self.upstreams if name not in self.baselines]
-        pairs = [(name, base) for name in others for base in self.baselines]
-        return [(name, base, [self._delta(name, base, task) for task in self.tasks]) for name, base in pairs]
-
-    def _delta(self, upstream: str, baseline: str, task: str) -> str:
-        one, other = self.cells.get((upstream, task)), self.cells.get((baseline, task))
-        return difference(one, other) if one and other else ""
+def cell_text(cell: Cell | None, metric: str) -> str:
+    """Times 100: with the deviation over seeds, or an accuracy of one seed with its 95 % interval."""
+    value = cell.value(metric) if cell else None
+    if cell is None or value is None:
+        return ""
+    if (deviation := cell.deviation(metric)) is not None:
+        return f"{percent(value)} ± {percent(deviation)}"
+    if metric != "accuracy":
+        return percent(value)
+    low, high = cell.interval
+    return f"{percent(value)} ({100 * low:.0f}-{100 * high:.0f})"
 
 
-def difference(one: Cell, other: Cell) -> str:
-    """In points, with a * where two test sets of these sizes would differ by less in 95 % of draws
+def difference(one: Cell, other: Cell, metric: str) -> str:
+    """In points, with a * where accuracies differ by more than 95 % of draws of two test sets of these sizes
     (unpaired).
     """
-    variance = sum(cell.value * (1 - cell.value) / cell.utterances for cell in (one, other))
-    delta = one.value - other.value
+    values = one.value(metric), other.value(metric)
+    if values[0] is None or values[1] is None:
+        return ""
+    delta = values[0] - values[1]
+    if metric != "accuracy":
+        return f"{100 * delta:+.1f}"
+    shares = ((values[0], one.utterances), (values[1], other.utterances))
+    variance = sum(share * (1 - share) / count for share, count in shares)
     return f"{100 * delta:+.1f}{'*' if abs(delta) > 1.96 * math.sqrt(variance) else ''}"
 
 
-def compare(rows: Iterable[results.Row]) -> list[Comparison]:
-    """Group rows by data and budget, pick each sweep's winner, average over seeds."""
-    groups: dict[tuple[str, str, str], list[results.Row]] = {}
-    for row in rows:
-        groups.setdefault((row["data"], row["manifest_sha256"], str(sorted(row["budget"].items()))), []).append(row)
-    return [_compare(group[0]["data"], Budget(**group[0]["budget"]), group) for _, group in sorted(groups.items())]
-
-
-def _compare(data: str, budget: Budget, rows: list[results.Row]) -> Comparison:
-    cells: dict[tuple[str, str], list[results.Row]] = {}
-    labels = _labels([row["upstream"] for row in rows])
-    for row in rows:
-        cells.setdefault((labels[_identity(row["upstream"])], row["task"]), []).append(row)
-    kinds = {labels[_identity(row["upstream"])]: row["upstream"]["kind"] for row in rows}
-    return Comparison(
-        data=data,
-        budget=budget,
-        tasks=tuple(task for task in TASKS if any(task == t for _, t in cells)),
-        upstreams=tuple(sorted(kinds, key=lambda name: (_order(kinds[name]), name))),
-        kinds=kinds,
-        cells={key: _cell(TASKS[key[1]].higher_better, group) for key, group in cells.items()},
-    )
-
-
-def _identity(upstream: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(upstream[key]) for key in ("name", "argument", "sha256"))
-
-
-def _labels(upstreams: Iterable[dict[str, Any]]) -> dict[tuple[str, ...], str]:
-    """A name for each upstream: as typed, a folder by its last part; where two would share one, its sha256
-    too.
-    """
-    labels: dict[tuple[str, ...], str] = {}
-    for upstream in upstreams:
-        is_folder = upstream["kind"] == "model"
-        labels[_identity(upstream)] = Path(upstream["name"]).name if is_folder else upstream["name"]
-    return {key: f"{v} [{key[2][:6]}]" if list(labels.values()).count(v) > 1 else v for key, v in labels.items()}
-
-
-def _order(kind: str) -> int:
-    return BASELINES.index(kind) if kind in BASELINES else len(BASELINES)
-
-
-def _cell(higher_better: bool, rows: list[results.Row]) -> Cell:
-    sign = 1 if higher_better else -1
-    winners = {}
-    for row in sorted(rows, key=lambda row: sign * row["valid"]):
-        winners[row["seed"]] = row
-    values = [row["value"] for row in winners.values()]
-    return Cell(
-        value=sum(values) / len(values),
-        utterances=rows[0]["utterances"]["test"],
-        runs=tuple(winners[seed] for seed in sorted(winners)),
-        rates=tuple(sorted({row["learning_rate"] for row in rows})),
-    )
-
-
-def load(folders: Sequence[Path]) -> list[Comparison]:
-    """The finished runs of several output folders; UserError where there are none."""
-    rows: list[results.Row] = [row for folder in folders for row in results.read_rows(folder, "runs")]
-    if not rows:
-        raise UserError(
-            f"report {' '.join(map(str, folders))}: no finished run; give an --output of codecssl-superb run"
-        )
-    return compare(rows)
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def cell_text(cell: Cell | None) -> str:
-    """Accuracy in percent with its 95 % interval."""
-    if cell is None:
-        return ""
-    low, high = cell.interval
-    return f"{percent(cell.value)} ({100 * low:.0f}-{100 * high:.0f})"
+def heading(column: Column) -> str:
+    task, metric = column
+    return f"{task} {metric.label} {'↑' if metric.higher_better else '↓'}"
 
 
 def lines(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the main table: chance, every upstream, then differences to the baselines."""
+    """Header and lines of the main table: chance, every upstream, then differences to the baselines; beside a SUPERB
+    result the published ones.
+    """
     c = comparison
-    header = ["upstream", *(f"{t} acc %" for t in c.tasks), "learning rate"]
-    chance = {t: next(cell.runs[0]["chance"] for (_, task), cell in c.cells.items() if task == t) for t in c.tasks}
-    body = [["chance (most frequent class)", *(percent(chance[t]) for t in c.tasks), ""]]
+    scored = ["score"] if c.is_superb else []
+    header = ["upstream", *(heading(column) for column in c.columns), *scored, "learning rate"]
+    body = [_chance(c, len(header))]
     for name in c.upstreams:
-        cells = [c.cells.get((name, t)) for t in c.tasks]
-        body.append([name, *(cell_text(cell) for cell in cells), rates_text(cells)])
-    for name, base, deltas in c.deltas():
-        body.append([f"{name} − {base}", *deltas, ""])
-    return header, body
+        cells = [cell_text(c.cells.get((name, task)), metric.key) for task, metric in c.columns]
+        body.append([name, *cells, *([_score(c, name)] if scored else []), rates_text(c, name)])
+    for name, base in c.pairs:
+        deltas = [_delta(c, name, base, column) for column in c.columns]
+        body.append([f"{name} − {base}", *deltas, *[""] * (len(scored) + 1)])
+    return header, body + (_published(c) if scored else [])
 
 
-def rates_text(cells: Sequence[Cell | None]) -> str:
+def _chance(c: Comparison, width: int) -> list[str]:
+    chances = {task: cell.runs[0]["chance"] for (_, task), cell in c.cells.items()}
+    cells = [percent(chances[task]) if metric.key == "accuracy" else "" for task, metric in c.columns]
+    line = ["chance (most frequent class)", *cells]
+    return line + [""] * (width - len(line))
+
+
+def _delta(c: Comparison, name: str, base: str, column: Column) -> str:
+    one, other = c.cells.get((name, column[0])), c.cells.get((base, column[0]))
+    return difference(one, other, column[1].key) if one and other else ""
+
+
+def _row_values(c: Comparison, name: str) -> dict[tuple[str, str], float]:
+    values = {(task, metric.key): c.value(name, (task, metric)) for task, metric in c.columns}
+    return {key: 100 * value for key, value in values.items() if value is not None}
+
+
+def _score(c: Comparison, name: str) -> str:
+    found = score(_row_values(c, name))
+    return "" if found is None else f"{found:.0f}"
+
+
+def _published(c: Comparison) -> list[list[str]]:
+    found = []
+    for name, row in PUBLISHED.items():
+        cells = [f"{row[t, m.key]:.2f}" if (t, m.key) in row else "" for t, m in c.columns]
+        total = score(row)
+        found.append([name, *cells, "" if total is None else f"{total:.0f}", ""])
+    return found
+
+
+def rates_text(c: Comparison, name: str) -> str:
     """The learning rates that won, in the order of the tasks, once where they agree."""
-    rates = [f"{run['learning_rate']:g}" for cell in cells if cell for run in cell.runs[:1]]
+    cells = [c.cells[name, task] for task in c.tasks if (name, task) in c.cells]
+    rates = [f"{run['learning_rate']:g}" for cell in cells for run in cell.runs[:1] if run["learning_rate"] is not None]
     return rates[0] if len(set(rates)) == 1 else " ".join(rates)
 
 
@@ -186,30 +115,78 @@ def notes(comparison: Comparison) -> list[str]:
     c = comparison
     runs = [run for cell in c.cells.values() for run in cell.runs]
     by_task = {t: next(run for run in runs if run["task"] == t) for t in c.tasks}
-    steps = "; ".join(f"{t} {run['steps']:,} of {run['official_steps']:,}" for t, run in by_task.items())
+    trained = {t: run for t, run in by_task.items() if run["steps"]}
+    steps = "; ".join(f"{t} {run['steps']:,} of {run['official_steps']:,}" for t, run in trained.items())
     tested = ", ".join(f"{t} {run['utterances']['test']}" for t, run in by_task.items())
-    rates = sorted({rate for cell in c.cells.values() for rate in cell.rates})
-    swept = "the best on the validation set of " if len(rates) > 1 else ""
     seeds, versions = sorted({run["seed"] for run in runs}), runs[0]["versions"]
-    raised = " (official: 1e-4; a short run needs more)" if c.budget.divisor > 1 else ""
+    spread = "± is the deviation over seeds" if len(seeds) > 1 else "in brackets the 95 % interval of so few (Wilson)"
     return [
         f"Steps: {steps}. Heads, batch sizes, optimisers: s3prl's own. The upstream is frozen.",
-        f"Learning rate: {swept}{', '.join(f'{rate:g}' for rate in rates)}{raised}.",
-        f"Tested utterances: {tested}; in brackets the 95 % interval that so few allow (Wilson).",
+        f"Learning rates tried: {_tried(c)}.",
+        f"Tested utterances: {tested}; {spread}.",
         "A difference with a * is larger than test sets of this size explain (95 %, unpaired).",
+        *_choices(c, runs),
+        *_skipped(runs),
+        *_scoring(c),
         f"Seeds: {', '.join(map(str, seeds))}. With s3prl {versions['s3prl']}, torch {versions['torch']}.",
     ]
+
+
+def _tried(c: Comparison) -> str:
+    tried: dict[str, list[str]] = {}
+    for task in c.tasks:
+        rates = sorted({r for (_, t), cell in c.cells.items() if t == task for r in cell.rates if r is not None})
+        if rates:
+            tried.setdefault(", ".join(f"{rate:g}" for rate in rates), []).append(task)
+    return "; ".join(f"{rates} ({' '.join(tasks)})" for rates, tasks in tried.items()) or "none"
+
+
+def _choices(c: Comparison, runs: list[results.Row]) -> list[str]:
+    """What was chosen by what, where it isn't the validation set alone."""
+    found = []
+    if "asv" in c.tasks:
+        found.append("asv: SUPERB has no validation set; checkpoint and learning rate are the test set's best.")
+    if "sd" in c.tasks:
+        found.append(
+            "sd: no collar, overlap counted; threshold and median filter are the test set's best, as in s3prl."
+        )
+    if "qbe" in c.tasks:
+        layers = {c_name: cell for (c_name, task), cell in c.cells.items() if task == "qbe"}
+        chosen = ", ".join(f"{name} {cell.runs[0]['chosen']['layer']}" for name, cell in layers.items())
+        found.append(f"qbe: the layer with the best validation MTWV ({chosen}).")
+    if any(run.get("fold") for run in runs):
+        found.append("er: the mean over folds, each tested in turn.")
+    return found
+
+
+def _skipped(runs: list[results.Row]) -> list[str]:
+    reasons: dict[str, dict[str, int]] = {}
+    for run in runs:
+        for reason, count in (run.get("skipped") or {}).items():
+            tasks = reasons.setdefault(reason, {})
+            tasks[run["task"]] = max(count, tasks.get(run["task"], 0))
+    texts = [f"{reason}: {', '.join(f'{t} {n}' for t, n in tasks.items())}" for reason, tasks in reasons.items()]
+    return [f"Utterances left out or emptied: {'; '.join(texts)}."] if texts else []
+
+
+def _scoring(c: Comparison) -> list[str]:
+    lacking = {name: missing(_row_values(c, name)) for name in c.upstreams} if c.is_superb else {}
+    return [f"{name} has no score: {', '.join(tasks)} missing." for name, tasks in lacking.items() if tasks]
 
 
 def console_table(comparison: Comparison) -> "Table":
     from rich.table import Table
 
     header, body = lines(comparison)
+    ends = {0, len(comparison.upstreams), len(comparison.upstreams) + len(comparison.pairs)}
+    if len(header) > MOST_COLUMNS:  # a line per metric instead of one per upstream
+        header, *body = (list(line) for line in zip(header, *body, strict=True))
+        ends = set()
     table = Table(title=comparison.claim, caption="\n".join(notes(comparison)), caption_justify="left")
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for i, line in enumerate(body):
-        table.add_row(*line, end_section=i in (0, len(comparison.upstreams)))
+        table.add_row(*line, end_section=i in ends)
     return table
 
 
@@ -224,10 +201,10 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
 
 
 def write(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
-    """report.md and report.html in `folder`."""
+    """report.md and report.html in `folder`, each whole or not there."""
     from codecssl.superb.page import html
 
     texts: dict[str, Any] = {"report.md": markdown(comparisons), "report.html": html(comparisons)}
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        results.write_text(folder / name, text)
     return [folder / name for name in texts]

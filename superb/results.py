@@ -10,7 +10,12 @@ Row = dict[str, Any]
 
 def write_json(path: Path, value: Any) -> None:
     """Write by rename: a reader sees the old file or the new one, never a part."""
-    _write(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote, or None where there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def read_rows(output: Path, kind: str = "*") -> list[Row]:
@@ -21,11 +26,12 @@ def read_rows(output: Path, kind: str = "*") -> list[Row]:
 def publish(output: Path) -> list[Row]:
     """Write results.jsonl from all that finished; safe while other processes finish theirs."""
     rows = read_rows(output)
-    _write(output / "results.jsonl", "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+    write_text(output / "results.jsonl", "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
     return rows
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write by rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with part.open("w", encoding="utf-8") as file:

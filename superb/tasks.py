@@ -1,36 +1,61 @@
-"""SUPERB's tasks: which s3prl problem runs one, what its labels are, and how a manifest becomes the CSVs it
-reads.
+"""SUPERB's ten tasks: which s3prl problem runs one, what its labels and metrics are, and how long it trains.
 
-Heads, batch sizes, optimisers and metrics are s3prl's own. A budget scales the number of steps only (and,
-since a short run can't afford SUPERB's small learning rates, the default learning rate), and a table says
-which budget made it.
+Heads, batch sizes, optimisers and metrics are s3prl's own. A budget scales the number of steps and the spacing of
+evaluations only (and, since a short run can't afford SUPERB's small learning rates, the default learning rate), and
+a table says which budget made it.
 """
 
-import json
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from codecssl.tokenize.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 Row = dict[str, Any]
+"""A row of manifest.jsonl; sample_corpus.md lists the columns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One figure of a task. Rows of results hold it as s3prl's fraction; tables show it times 100."""
+
+    key: str
+    """As s3prl names it."""
+    label: str
+    higher_better: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One SUPERB task. `label(row)` is the string that s3prl's CSV holds in `column`."""
+    """One SUPERB task. `columns(row)` is what s3prl's CSV holds beside id and wav_path."""
 
     name: str
     title: str
-    problem: str  # the class of s3prl.problem
-    corpus: str  # of the official benchmark
-    metric: str
-    higher_better: bool
-    column: str
-    label: Callable[[Row], str]
+    problem: str | None
+    """The class of s3prl.problem; None where SUPERB trains nothing (qbe)."""
+    corpus: str
+    """Of the official benchmark."""
+    metrics: tuple[Metric, ...]
+    """The first one chooses among learning rates, by the validation set."""
+    columns: Callable[[Row], dict[str, Any]]
+    splits: tuple[str, ...] = SPLITS
+    classes: bool = False
+    """Whether every label is one of a closed set, so that one never seen in training can't be answered."""
+    work: int = 1
+    """A step's cost beside a pooled linear head's, roughly; a budget that lightens divides its steps by it."""
+    rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Learning rates swept by default under a budget, where they differ from the budget's own."""
+    shortest: float = 0.02
+    """Seconds; shorter clips are left out and counted."""
+
+    @property
+    def metric(self) -> str:
+        return self.metrics[0].key
+
+    @property
+    def higher_better(self) -> bool:
+        return self.metrics[0].higher_better
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,70 +67,182 @@ class Budget:
     least: int
     evaluations: int  # on the validation set, evenly spaced; the best one is tested
     learning_rates: tuple[float, ...] = ()  # swept where the user names none; () is the task's official one
+    lighten: bool = False  # divide steps and evaluations by the task's work, test heavy heads on a few utterances
+    pairs: int | None = None  # of query and document that QbE compares per layer; None is all
 
-    def steps(self, official: int) -> int:
-        return max(official // self.divisor, min(self.least, official))
+    def steps(self, official: int, work: int = 1) -> int:
+        steps = max(official // self.divisor, min(self.least, official))
+        return max(1, steps // work) if self.lighten else steps
+
+    def tested(self, work: int = 1) -> int | None:
+        """Utterances that a recurrent head of this work is validated and tested on; None is all."""
+        return 8 if self.lighten and work >= 100 else None
+
+    def checks(self, work: int = 1) -> int:
+        """Evaluations of a task."""
+        return max(1, self.evaluations // work) if self.lighten else self.evaluations
 
 
-def _first(*columns: str) -> Callable[[Row], str]:
-    """The first of the columns that a row has."""
+def _first(column: str, *names: str) -> Callable[[Row], dict[str, Any]]:
+    """The first of the manifest's columns that a row has, as s3prl's `column`."""
 
-    def label(row: Row) -> str:
-        for column in columns:
-            if row.get(column) is not None:
-                return str(row[column])
-        raise KeyError(" or ".join(columns))
+    def columns(row: Row) -> dict[str, Any]:
+        for name in names:
+            if row.get(name) is not None:
+                return {column: str(row[name])}
+        raise KeyError(" or ".join(names))
 
-    return label
+    return columns
 
 
-def _intent(row: Row) -> str:
+def _keyword(row: Row) -> dict[str, Any]:
+    """A keyword's label; seconds of a longer file where the row has `start` and `end`."""
+    place = {"start_sec": row["start"], "end_sec": row["end"]} if row.get("end") is not None else {}
+    return {**_first("label", "keyword", "label")(row), **place}
+
+
+def _intent(row: Row) -> dict[str, Any]:
     slots = row["slots"]
-    return " ; ".join(str(slots[slot]) for slot in ("action", "object", "location"))
+    return {"labels": " ; ".join(str(slots[slot]) for slot in ("action", "object", "location"))}
 
+
+def _phones(row: Row) -> dict[str, Any]:
+    phones = row["phones"]
+    return {"transcription": phones if isinstance(phones, str) else " ".join(phones)}
+
+
+def _slots(row: Row) -> dict[str, Any]:
+    """Words and one tag a word. s3prl marks a slot's ends itself, so B- and I- are dropped; its metrics separate
+    slots by colon and semicolon, so words lose them.
+    """
+    words, tags = str(row["text"]).split(), str(row["iob"]).split()
+    if len(words) != len(tags):
+        raise ValueError(f"iob has {len(tags)} tags for {len(words)} words")
+    words = [word.replace(":", "").replace(";", "") or "-" for word in words]
+    names = [tag[2:] if tag[:2] in ("B-", "I-") else tag for tag in tags]
+    return {"transcription": " ".join(words), "iob": " ".join(names)}
+
+
+def _segments(row: Row) -> dict[str, Any]:
+    segments = [(str(s["speaker"]), float(s["start"]), float(s["end"])) for s in row["segments"]]
+    if len({speaker for speaker, _, _ in segments}) > 2:
+        raise ValueError("segments name more than two speakers")
+    return {"segments": segments}
+
+
+def _search(row: Row) -> dict[str, Any]:
+    if row["role"] == "query":
+        return {"role": "query", "query": str(row["query"])}
+    return {"role": "document", "queries": [str(query) for query in row["queries"]]}
+
+
+ACCURACY = Metric(key="accuracy", label="acc %", higher_better=True)
+HEAVY = {"smoke": (1e-3,), "quick": (1e-3, 1e-4)}
 
 TASKS = {
     task.name: task
     for task in (
         Task(
+            name="pr",
+            title="Phoneme recognition",
+            problem="SuperbPR",
+            corpus="LibriSpeech train-clean-100",
+            metrics=(Metric(key="per", label="PER %", higher_better=False),),
+            columns=_phones,
+            rates={"smoke": (1e-2,), "quick": (1e-2, 1e-3)},
+        ),
+        Task(
+            name="asr",
+            title="Speech recognition",
+            problem="SuperbASR",
+            corpus="LibriSpeech train-clean-100",
+            metrics=(
+                Metric(key="wer", label="WER %", higher_better=False),
+                Metric(key="wer_lm", label="WER with LM %", higher_better=False),
+            ),
+            columns=_first("transcription", "text"),
+            work=100,
+            rates=HEAVY,
+        ),
+        Task(
             name="ks",
             title="Keyword spotting",
             problem="SuperbKS",
             corpus="Speech Commands v0.01",
-            metric="accuracy",
-            higher_better=True,
-            column="label",
-            label=_first("keyword", "label"),
+            metrics=(ACCURACY,),
+            columns=_keyword,
+            classes=True,
+        ),
+        Task(
+            name="qbe",
+            title="Query by example",
+            problem=None,
+            corpus="QUESST14, English",
+            metrics=(Metric(key="mtwv", label="MTWV x100", higher_better=True),),
+            columns=_search,
+            splits=("valid", "test"),
         ),
         Task(
             name="sid",
             title="Speaker identification",
             problem="SuperbSID",
             corpus="VoxCeleb1",
-            metric="accuracy",
-            higher_better=True,
-            column="label",
-            label=_first("speaker"),
+            metrics=(ACCURACY,),
+            columns=_first("label", "speaker"),
+            classes=True,
         ),
         Task(
-            name="er",
-            title="Emotion recognition",
-            problem="SuperbER",
-            corpus="IEMOCAP",
-            metric="accuracy",
-            higher_better=True,
-            column="label",
-            label=_first("style", "label"),
+            name="asv",
+            title="Speaker verification",
+            problem="SuperbASV",
+            corpus="VoxCeleb1",
+            metrics=(Metric(key="eer", label="EER %", higher_better=False),),
+            columns=_first("spk", "speaker"),
+            splits=("train", "test"),
+            work=20,
+            rates=HEAVY,
+            shortest=0.5,  # the x-vector's time-delay layers take 14 frames away
+        ),
+        Task(
+            name="sd",
+            title="Speaker diarization",
+            problem="SuperbSD",
+            corpus="Libri2Mix",
+            metrics=(Metric(key="der", label="DER %", higher_better=False),),
+            columns=_segments,
+            work=20,
+            rates=HEAVY,
         ),
         Task(
             name="ic",
             title="Intent classification",
             problem="SuperbIC",
             corpus="Fluent Speech Commands",
-            metric="accuracy",
-            higher_better=True,
-            column="labels",
-            label=_intent,
+            metrics=(ACCURACY,),
+            columns=_intent,
+            classes=True,
+        ),
+        Task(
+            name="sf",
+            title="Slot filling",
+            problem="SuperbSF",
+            corpus="Audio SNIPS",
+            metrics=(
+                Metric(key="slot_type_f1", label="F1 %", higher_better=True),
+                Metric(key="slot_value_cer", label="CER %", higher_better=False),
+            ),
+            columns=_slots,
+            work=100,
+            rates=HEAVY,
+        ),
+        Task(
+            name="er",
+            title="Emotion recognition",
+            problem="SuperbER",
+            corpus="IEMOCAP",
+            metrics=(ACCURACY,),
+            columns=_first("label", "style", "label"),
+            classes=True,
         ),
     )
 }
@@ -113,9 +250,17 @@ TASKS = {
 BUDGETS = {
     budget.name: budget
     for budget in (
-        Budget(name="full", divisor=1, least=1, learning_rates=(), evaluations=40),
-        Budget(name="quick", divisor=100, least=300, learning_rates=(1e-3, 1e-4), evaluations=10),
-        Budget(name="smoke", divisor=2000, least=100, learning_rates=(1e-2, 1e-3), evaluations=4),
+        Budget(name="full", divisor=1, least=1, evaluations=40),
+        Budget(name="quick", divisor=100, least=300, learning_rates=(1e-3, 1e-4), evaluations=10, pairs=20_000),
+        Budget(
+            name="smoke",
+            divisor=2000,
+            least=100,
+            learning_rates=(1e-2, 1e-3),
+            evaluations=4,
+            lighten=True,
+            pairs=2000,
+        ),
     )
 }
 
@@ -131,121 +276,18 @@ def choose(names: str) -> list[Task]:
     return [TASKS[name] for name in dict.fromkeys(wanted)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One utterance of one task."""
-
-    id: str
-    path: Path
-    label: str
-
-
-class Corpus:
-    """A folder with manifest.jsonl: a row per utterance with path, task, splits and label columns."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.manifest = root / "manifest.jsonl"
-        if not self.manifest.is_file():
-            raise UserError(f"data {root}: no manifest.jsonl in it; give a folder that has one, or the word sample")
-        lines = enumerate(self.manifest.read_text(encoding="utf-8").splitlines(), start=1)
-        self.rows: list[Row] = [self._row(number, line) for number, line in lines if line.strip()]
-
-    def _row(self, number: int, line: str) -> Row:
-        try:
-            row = json.loads(line)
-            return {"path": row["path"], **row}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{self.manifest}:{number}: not a JSON object with a path ({error})") from error
-
-    def examples(self, task: Task) -> dict[str, list[Example]]:
-        """The task's utterances by split; UserError where a row lacks what the task needs or a split is
-        empty.
-        """
-        splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
-        for number, row in enumerate(self.rows, start=1):
-            if task.name in str(row.get("task", "")).split(","):
-                split, example = self._example(task, row, f"{self.manifest}:{number}")
-                splits[split].append(example)
-        for split, examples in splits.items():
-            if not examples:
-                raise UserError(f"task {task.name}: {self.manifest} has no {split} utterance for it")
-        return splits
-
-    def _example(self, task: Task, row: Row, where: str) -> tuple[str, Example]:
-        split = (row.get("splits") or {}).get(task.name)
-        if split not in SPLITS:
-            raise UserError(f'{where}: splits has "{task.name}": {split!r}; give one of {", ".join(SPLITS)}')
-        try:
-            label = task.label(row)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{where}: task {task.name} needs the column {error}; add it") from error
-        path = (self.root / row["path"]).resolve()
-        if not path.is_file():
-            raise UserError(f"{where}: {path}: no such file")
-        return split, Example(id=f"utt:{row['path']}", path=path, label=label)  # a prefix, so that pandas sees text
-
-
-def write_csvs(task: Task, splits: dict[str, list[Example]], folder: Path) -> dict[str, Path]:
-    """train.csv, valid.csv and test.csv as the task's `prepare_data` documents them.
-
-    Labels are read back as s3prl will read them: one that pandas would turn into a missing value, or two that
-    it would make equal ("7" and "007"), is refused.
-    """
-    import pandas
-
-    paths = {}
-    for split, examples in splits.items():
-        paths[split] = folder / f"{split}.csv"
-        columns = {"id": [e.id for e in examples], "wav_path": [str(e.path) for e in examples]}
-        columns[task.column] = [e.label for e in examples]
-        pandas.DataFrame(columns).to_csv(paths[split], index=False)
-        read = pandas.read_csv(paths[split])[task.column]
-        if read.isna().any() or read.nunique() != len({e.label for e in examples}):
-            wrong = sorted({e.label for e in examples})[:8]
-            raise UserError(
-                f"task {task.name}: labels {wrong} don't survive a CSV; rename those that look like NA or 007"
-            )
-    return paths
-
-
-def chance(examples: dict[str, list[Example]]) -> float:
-    """Accuracy on the test set of always answering the training set's most frequent label."""
-    answer, _ = Counter(e.label for e in examples["train"]).most_common(1)[0]
-    return sum(e.label == answer for e in examples["test"]) / len(examples["test"])
-
-
-def make_problem(task: Task, csvs: dict[str, Path]) -> Any:
-    """s3prl's own problem, reading our CSVs.
-
-    One more thing differs: s3prl seeds the generators, then builds the upstream, which seeds them again with
-    0, so that its `train.seed` never reaches the head's weights; here building the upstream leaves the
-    generators as they were.
-    """
-    import random
-
-    import s3prl.problem
-    import torch
-
-    base: Any = getattr(s3prl.problem, task.problem)
-
-    class OnManifest(base):  # type: ignore[misc]
-        def prepare_data(self, *arguments: Any, **options: Any) -> tuple[Path, Path, list[Path]]:
-            return csvs["train"], csvs["valid"], [csvs["test"]]
-
-        def build_upstream(self, build_upstream: dict[str, Any]) -> Any:
-            state, torch_state = random.getstate(), torch.get_rng_state()
-            upstream = super().build_upstream(build_upstream)
-            random.setstate(state)
-            torch.set_rng_state(torch_state)
-            return upstream
-
-    return OnManifest()
+def rates_of(task: Task, budget: Budget) -> tuple[float | None, ...]:
+    """Learning rates swept where the user names none; None is the official one, or that nothing is trained."""
+    if task.problem is None:
+        return (None,)
+    return task.rates.get(budget.name, budget.learning_rates) or (None,)
 
 
 def official_config(task: Task) -> dict[str, Any]:
-    """The task's configuration as s3prl publishes it."""
+    """The task's configuration as s3prl publishes it; empty where nothing is trained."""
     import s3prl.problem
 
+    if task.problem is None:
+        return {}
     config: dict[str, Any] = getattr(s3prl.problem, task.problem)().default_config()
     return config

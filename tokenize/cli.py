@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from codecssl.slurm.watch import guarded
 from codecssl.tokenize.errors import UserError
 
 Command = Callable[[str, str], argparse.ArgumentParser]
@@ -50,6 +52,8 @@ def _add_run(sub: argparse.ArgumentParser) -> None:
     add("--shard-inputs", type=int, default=8192, metavar="N", help="inputs per shard")
     add("--block-inputs", type=int, default=2048, metavar="N", help="inputs per block; a kill loses a block at most")
     add("--strict", action="store_true", help="exit 1 when an input could not be read")
+    add("--stall-minutes", type=float, default=0.0, metavar="M",
+        help="end with exit code 76 when no input was finished for M minutes (0: never)")  # fmt: skip
 
 
 def _add_dataset_commands(command: Command) -> None:
@@ -115,7 +119,7 @@ def _add_codec_commands(command: Command) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 done, 1 a clear error, 2 usage, 130 interrupted."""
+    """Run a command; 0 done, 1 a clear error, 2 usage, 75 stopped by a signal, 76 stuck, 130 interrupted."""
     args = parser().parse_args(argv)
     try:
         commands = importlib.import_module("codecssl.tokenize.commands")
@@ -123,13 +127,19 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or getattr(args, "output", None) or getattr(args, "dataset", "the output")
+        print(f"error: {where}: disk full; make room and run the same command again", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on from the last whole block", file=sys.stderr)
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -269,6 +269,11 @@ BACKENDS = {
         summary="16 kHz, 50 Hz, up to 46 x 16, 0.2 kbps a codebook (SoundStream as in Lyra v2)",
         weights="give the folder with Lyra's model_coeffs/*.tflite as --codec PATH (needs pip install ai-edge-litert)",
     ),
+    "machine": Backend(
+        module="codecssl.tokenize.machine",
+        summary="below 200 bit/s for a task: a layer of a pretrained model, quantised (Kuznetsova et al. 2025)",
+        weights="codecssl-superb compress, and give the folder that it wrote as --codec PATH",
+    ),
 }
 
 
@@ -281,6 +286,7 @@ MODEL_TYPES = {
     ("mimi", 24_000): "mimi",
     ("xcodec", 16_000): "xcodec",
     ("snac", 24_000): "snac_24khz",
+    **{("codecssl-machine", rate): "machine" for rate in (16_000, 24_000, 44_100, 48_000)},
 }
 """(model_type, sampling rate) of a config.json in the hub's format: the codec's name."""
 

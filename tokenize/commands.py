@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def run(args: Namespace) -> int:
-    from codecssl.tokenize.run import RunConfig, run
+    from codecssl.slurm.watch import PREEMPTED, StopSignal, Watchdog
+    from codecssl.tokenize.run import RunConfig, Stopped, run
 
     sources = [_listed(args) if source == "-" else source for source in args.sources]
     config = RunConfig(
@@ -34,8 +35,21 @@ def run(args: Namespace) -> int:
         block_inputs=args.block_inputs,
     )
     began = time.monotonic()
-    with _progress() as report:
-        totals = run(config, report)
+    hint = "the same command goes on from the last whole block (--stall-minutes says how long to wait)"
+    with StopSignal() as stop, Watchdog(args.stall_minutes, hint=hint) as watch, _progress() as bar:
+
+        def report(progress: Progress) -> None:
+            watch.report(f"encoding input {progress.inputs + 1} of this task")
+            bar(progress)
+
+        try:
+            totals = run(config, report, lambda: stop.asked is not None)
+        except (Stopped, RuntimeError) as error:  # the signal may have ended a worker too
+            if stop.asked is None:
+                raise
+            kind = "after a whole block" if isinstance(error, Stopped) else "within a block"
+            print(f"stopped by {stop.asked} {kind}; the same command goes on from there", file=sys.stderr)
+            return PREEMPTED
     wall = time.monotonic() - began
     if totals is None:
         print(f"task {args.task} of {args.tasks} is done after {wall:.0f} s; other tasks' shards are still missing")
@@ -147,10 +161,26 @@ def status(args: Namespace) -> int:
         f"last write {state['age_seconds']:.0f} s ago"
     )
     if not state["finished"] and state["seconds_left"] is not None:
-        print(f"about {state['seconds_left'] / 60:.0f} minutes left at the rate so far")
+        print(
+            f"about {state['seconds_left'] / 60:.0f} minutes left at the rate so far, {state['inputs_per_second']:.1f} "
+            f"inputs/s, {state['times_real_time']:.0f} x real time"
+        )
+    if state["tasks_unfinished"]:
+        print(f"unfinished tasks: {_ranges(state['tasks_unfinished'])}")
     for shard in state["stalled"]:
         print("stalled: " + ", ".join(f"{key} {value}" for key, value in shard.items() if value is not None))
     return 0
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0-3,7: as `sbatch --array` takes them."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][1] == number - 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
 def stats(args: Namespace) -> int:

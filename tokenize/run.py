@@ -136,13 +136,20 @@ def count_inputs(config: RunConfig) -> int | None:
 # ---------------------------------------------------------------- the run
 
 
-def run(config: RunConfig, report: Callable[[Progress], None] = lambda _: None) -> dict[str, Any] | None:
+class Stopped(Exception):  # noqa: N818  (it is no error)
+    """The run was asked to stop, and did between two blocks: all that it encoded is on the disk."""
+
+
+def run(
+    config: RunConfig, report: Callable[[Progress], None] = lambda _: None, stop: Callable[[], bool] = lambda: False
+) -> dict[str, Any] | None:
     """Encode this task's shards. Return the dataset's totals, or None while other tasks' shards are missing.
 
-    Raises UserError for sources that changed since a shard was written, and for a folder of another dataset.
+    stop: asked after each block. Raises Stopped where it says so, and UserError for sources that changed since a shard
+    was written, and for a folder of another dataset.
     """
     try:
-        return _run(config, report)
+        return _run(config, report, stop)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -151,7 +158,7 @@ def run(config: RunConfig, report: Callable[[Progress], None] = lambda _: None) 
         raise
 
 
-def _run(config: RunConfig, report: Callable[[Progress], None]) -> dict[str, Any] | None:
+def _run(config: RunConfig, report: Callable[[Progress], None], stop: Callable[[], bool]) -> dict[str, Any] | None:
     torch.set_num_threads(1 if config.device == "cpu" else torch.get_num_threads())
     device = Device(codec=config.codec, num_codebooks=config.num_codebooks, device=config.device)
     codec = device.load()
@@ -159,7 +166,7 @@ def _run(config: RunConfig, report: Callable[[Progress], None]) -> dict[str, Any
     todo = _Todo(config)
     workers = default_workers(config.device) if config.workers is None else config.workers
     progress = _Watch(codec.card, todo.left(inputs), report)
-    _consume(config, codec.card, todo, progress.watch(encode_inputs(device, codec, todo, workers)))
+    _consume(config, codec.card, todo, progress.watch(encode_inputs(device, codec, todo, workers)), stop)
     if any(not shard_path(config.output, s).with_suffix(".json").exists() for s in range(todo.shards)):
         return None
     totals = finish_dataset(config.output, plan, todo.shards)
@@ -235,15 +242,19 @@ def _done(root: Path, shard: int) -> tuple[int, str | None]:
     return done, so_far
 
 
-def _consume(config: RunConfig, card: CodecCard, todo: _Todo, results: Iterator[Encoded | Failure]) -> None:
-    """Put the results, which come in the order of `todo`, into blocks and shards."""
+def _consume(
+    config: RunConfig, card: CodecCard, todo: _Todo, results: Iterator[Encoded | Failure], stop: Callable[[], bool]
+) -> None:
+    """Put the results, which come in the order of `todo`, into blocks and shards; stop between two blocks only."""
     writer: _BlockWriter | None = None
     for result in results:
         shard, so_far = todo.places.popleft()
-        if writer is None or writer.shard != shard:
-            if writer is not None:
-                writer.finish(todo.digests.pop(writer.shard))
-            writer = _BlockWriter(config, card, shard)
+        if writer is not None and writer.shard != shard:
+            writer.finish(todo.digests.pop(writer.shard))
+            writer = None
+        if (writer is None or writer.idle) and stop():
+            raise Stopped
+        writer = writer or _BlockWriter(config, card, shard)
         writer.add(result, so_far)
     if writer is not None:
         writer.finish(todo.digests.pop(writer.shard))
@@ -263,6 +274,11 @@ class _BlockWriter:
         self.utterances: list[Encoded] = []
         self.failures: list[Failure] = []
         self.samples = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether all that was added is on the disk."""
+        return not self.utterances and not self.failures
 
     def add(self, result: Encoded | Failure, so_far: str) -> None:
         """so_far: the sha256 over the shard's inputs up to this one."""

@@ -39,6 +39,7 @@ class _Write:
 def status(root: Path, tasks: int | None = None) -> dict[str, Any]:
     """How far the run that writes `root` is. Raises UserError for another folder.
 
+    `tasks_unfinished` are those of 0 .. tasks - 1 with work left, None where that cannot be told.
     `inputs_total`, `fraction` and `seconds_left` are None where the sources could not be counted, the rates and
     `seconds_left` also while too little is written. `stalled` lists unfinished shards without a write for long; with
     the run's number of `tasks`, which task to look at.
@@ -66,7 +67,15 @@ def status(root: Path, tasks: int | None = None) -> dict[str, Any]:
         **speed,
         "seconds_left": _seconds_left(finished, left, speed["inputs_per_second"]),
         "stalled": [] if finished else list(_stalled(writes, now, tasks)),
+        "tasks_unfinished": _unfinished(writes, shards, tasks),
     }
+
+
+def _unfinished(writes: list[_Write], shards: int | None, tasks: int | None) -> list[int] | None:
+    if shards is None or tasks is None:
+        return None
+    done = {write.shard for write in writes if write.block < 0}
+    return sorted({shard % tasks for shard in range(shards) if shard not in done})
 
 
 def _plan(root: Path) -> dict[str, Any]:

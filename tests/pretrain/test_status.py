@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,9 @@ from codecssl.pretrain.config import OptimConfig, RunConfig
 from codecssl.pretrain.status import status
 
 
-def beat(run: Path, rank: int, *, age: float = 5.0, doing: str = "in step 41", since: float = 6.0, **other: Any) -> None:
+def beat(
+    run: Path, rank: int, *, age: float = 5.0, doing: str = "in step 41", since: float = 6.0, **other: Any
+) -> None:
     """A rank's note of `age` seconds ago, about what it has been doing for `since` seconds."""
     now = time.time()
     row = {"state": "running", "doing": doing, "since": now - since, "time": now - age, "started": now - 500.0,
@@ -77,8 +78,10 @@ def test_a_rank_that_ended_without_a_word_is_gone(run: Path) -> None:
 @pytest.mark.parametrize("state", ["stopped", "failed", "stuck", "ended"])
 def test_how_it_ended_is_told_however_long_ago(run: Path, state: str) -> None:
     for rank in range(2):
-        beat(run, rank, age=9_000.0, state=state if rank else "stopped", started=time.time() - 9_500)
-    assert status(run)["state"] == ("stopped" if state == "ended" else state)
+        beat(run, rank, age=9_000.0, state=state, started=time.time() - 9_500)
+    assert status(run)["state"] == state
+    beat(run, 2, age=9_000.0)
+    assert status(run)["state"] == state, "another rank was killed before it could say so"
 
 
 def test_ranks_of_an_earlier_start_with_more_of_them_do_not_count(run: Path) -> None:

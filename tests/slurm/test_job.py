@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from codecssl.slurm.job import Ranks, find_meeting, find_ranks, first_host
+from codecssl.slurm.job import Ranks, choose_backend, find_meeting, find_ranks, first_host
 from codecssl.tokenize.errors import UserError
 
 SRUN = {
@@ -19,6 +19,10 @@ SRUN = {
     "SLURM_STEP_NODELIST": "localhost",
 }
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29400"}
+DEEPSPEED = {  # what `deepspeed --num_gpus 2` gives its second process
+    "CROSS_RANK": "0", "CROSS_SIZE": "1", "LOCAL_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -31,6 +35,8 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n
         ({k: v for k, v in SRUN.items() if k != "SLURM_STEP_NUM_TASKS"}, (0, 1, 0)),  # in sbatch, outside srun
         (SRUN | {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "0"}, (9, 16, 0)),  # torchrun in every task
         (SRUN | {"RANK": "5", "WORLD_SIZE": "8"}, (5, 8, 1)),  # set by hand, in a script under srun
+        (DEEPSPEED, (1, 2, 1)),
+        (SRUN | TORCHRUN | {"RANK": "7", "WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "x"}, (7, 8, 1)),  # numbers anew
     ],
 )
 def test_ranks(environment, expected):
@@ -47,6 +53,8 @@ def test_ranks(environment, expected):
         ({"RANK": "4", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "rank 4: must be from 0"),
         (SRUN | {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}, "WORLD_SIZE 3 does not fit srun's 8 tasks"),
         (SRUN | {"RANK": "0", "WORLD_SIZE": "1"}, "WORLD_SIZE 1 does not fit srun's 8 tasks"),
+        (SRUN | {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0"}, "RANK 0: srun calls this process 5 of 8"),
+        (TORCHRUN | {"LOCAL_RANK": "4"}, "local rank 4: must be from 0 to the rank, 3"),
     ],
 )
 def test_contradictions_are_refused(environment, says):
@@ -89,11 +97,25 @@ def test_ports_of_jobs_and_steps_differ_and_are_the_same_on_all_ranks():
         ({"MASTER_ADDR": "node7"}, "MASTER_PORT: not set, and not under srun"),
         (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT '70000': must be a number from 1 to 65535"),
         (TORCHRUN | {"MASTER_PORT": "a"}, "MASTER_PORT 'a'"),
+        (SRUN | {"MASTER_ADDR": "localhost"}, "MASTER_ADDR localhost: every one of the step's 4 nodes would meet"),
     ],
 )
 def test_no_meeting_place_is_one_line(environment, says):
     with pytest.raises(UserError, match=says):
         find_meeting(environment)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "backend"),
+    [(0, None, "gloo"), (0, "cpu", "gloo"), (8, None, "nccl"), (8, "cuda", "nccl"), (8, "cpu", "gloo")],
+)
+def test_the_backend_follows_the_gpus_unless_told_otherwise(gpus, asked, backend):
+    assert choose_backend(gpus, {} if asked is None else {"DS_ACCELERATOR": asked}) == backend
+
+
+def test_asking_for_gpus_that_are_not_there_is_refused():
+    with pytest.raises(UserError, match="DS_ACCELERATOR cuda: this process sees no GPU"):
+        choose_backend(0, {"DS_ACCELERATOR": "cuda"})
 
 
 @pytest.mark.parametrize(

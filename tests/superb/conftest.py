@@ -51,25 +51,67 @@ def model_folder(codec: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tones whose length in seconds is the keyword and whose pitch is the speaker; splits for ks, sid, er and
-    ic.
+    """Tones for all ten tasks. Short ones, whose length is the keyword and whose pitch is the speaker, for ks, sid, er
+    and ic; longer ones of one to three pitches, each a word, for pr, asr, sf, asv, qbe; two voices in turns for sd.
     """
     root, noise, rows = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0), []
+
+    def write(name: str, *tones: tuple[float, float]) -> str:
+        """(Hz, seconds) one after the other."""
+        parts = [0.3 * np.sin(2 * np.pi * pitch * np.arange(int(RATE * seconds)) / RATE) for pitch, seconds in tones]
+        wave = np.concatenate(parts)
+        soundfile.write(root / name, (wave + 0.01 * noise.standard_normal(len(wave))).astype("f4"), RATE)
+        return name
+
     for i in range(48):
         word, speaker, split = i % 3, i // 3 % 4, ("train", "train", "valid", "test")[i // 12]
-        time = np.arange(int(RATE * (0.3 + 0.2 * word))) / RATE
-        wave = 0.3 * np.sin(2 * np.pi * 200 * (1 + speaker) * time) + 0.01 * noise.standard_normal(len(time))
-        soundfile.write(root / f"{i:02d}.flac", wave.astype("f4"), RATE)
         labels = {
             "keyword": ["yes", "no", "_silence_"][word],
             "speaker": f"s{speaker}",
             "style": ["sad", "happy"][i % 2],
+            "fold": i % 5 + 1,
         }
         slots = {"action": f"a{word}", "object": f"o{speaker}", "location": "none"}
         splits = dict.fromkeys(("ks", "sid", "er", "ic"), split)
-        rows.append({"path": f"{i:02d}.flac", "task": "ks,sid,er,ic", "splits": splits, "slots": slots, **labels})
+        path = write(f"{i:02d}.flac", (200 * (1 + speaker), 0.3 + 0.2 * word))
+        rows.append({"path": path, "task": "ks,sid,er,ic", "splits": splits, "slots": slots, **labels})
+    rows += _spoken(write) + _turns(write)
     (root / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
+
+
+WORDS = {"low": 300.0, "mid": 700.0, "high": 1500.0}
+
+
+def _spoken(write: Any) -> list[dict[str, Any]]:
+    """Twelve sentences of three words (2.4 s), and each word alone as a query of valid and of test."""
+    rows, names = [], list(WORDS)
+    for i in range(12):
+        split = ("train", "train", "valid", "test")[i // 3]
+        words = [names[i % 3], names[(i + i // 3) % 3], names[i % 2]]
+        path = write(f"long{i:02d}.flac", *((WORDS[word], 0.8) for word in words))
+        splits = {"pr": split, "asr": split, "sf": split, "asv": "train" if split == "train" else "test"}
+        columns = {"text": " ".join(words), "phones": [word[0].upper() for word in words], "speaker": f"v{i % 2}"}
+        tags = ["B-pitch" if word == "high" else "O" for word in words]
+        row = {"path": path, "task": "pr,asr,sf,asv", "splits": splits, "iob": " ".join(tags), **columns}
+        if split != "train":
+            row |= {"task": "pr,asr,sf,asv,qbe", "role": "document", "queries": sorted(set(words))}
+            splits["qbe"] = split
+        rows.append(row)
+    for i, (word, pitch) in enumerate(WORDS.items()):
+        for split in ("valid", "test"):
+            path = write(f"query-{split}{i}.flac", (pitch, 0.5))
+            rows.append({"path": path, "task": "qbe", "splits": {"qbe": split}, "role": "query", "query": word})
+    return rows
+
+
+def _turns(write: Any) -> list[dict[str, Any]]:
+    rows = []
+    for i, split in enumerate(("train", "train", "valid", "test")):
+        path = write(f"two{i}.wav", (300.0, 1.0), (900.0, 1.0 + 0.1 * i))
+        segments = [{"speaker": "a", "start": 0.0, "end": 1.0}, {"speaker": "b b", "start": 1.0, "end": 2.0 + 0.1 * i}]
+        rows.append({"path": path, "task": "sd", "splits": {"sd": split}, "segments": segments})
+    return rows
 
 
 @pytest.fixture(autouse=True)

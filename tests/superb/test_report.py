@@ -2,20 +2,26 @@
 
 import json
 import math
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from codecssl.superb import charts, report, results, tasks
+from codecssl.superb import charts, report, results, score, tasks
+from codecssl.superb.comparison import Cell
 from codecssl.superb.page import html
 from codecssl.tokenize.errors import UserError
 
 
+def settings(budget: str) -> dict[str, Any]:
+    return {key: value for key, value in asdict(tasks.BUDGETS[budget]).items() if key != "learning_rates"}
+
+
 def row(name: str, task: str, value: float, **changes: Any) -> dict[str, Any]:
     kind = name if name in report.BASELINES else "model"
-    budget = {key: getattr(tasks.BUDGETS["smoke"], key) for key in ("name", "divisor", "least", "evaluations")}
+    budget = settings("smoke")
     base = {
         "upstream": {"name": name, "kind": kind, "argument": None, "sha256": None},
         "manifest_sha256": "0",
@@ -28,6 +34,7 @@ def row(name: str, task: str, value: float, **changes: Any) -> dict[str, Any]:
         "best_step": 50,
         "layer_weights": [0.2, 0.8] if kind == "model" else None,
         "curves": {"valid-accuracy": [[50, 0.3], [100, value]], "train-loss": [[10, 2.0], [100, 1.0]]},
+        "values": {"accuracy": value},
         "metric": "accuracy",
         "chance": 0.1,
         "utterances": {"train": 60, "valid": 20, "test": 40},
@@ -48,7 +55,7 @@ def rows() -> list[dict[str, Any]]:
 def test_the_table() -> None:
     (comparison,) = report.compare(rows())
     header, body = report.lines(comparison)
-    assert header == ["upstream", "ks acc %", "er acc %", "learning rate"]
+    assert header == ["upstream", "ks acc % ↑", "er acc % ↑", "learning rate"]
     assert [line[0] for line in body[:5]] == [
         "chance (most frequent class)",
         "fbank",
@@ -72,7 +79,7 @@ def test_the_validation_set_chooses_the_learning_rate() -> None:
     ]
     for order in (sweep, sweep[::-1]):
         cell = report.compare(order)[0].cells["fbank", "ks"]
-        assert cell.value == 0.5
+        assert cell.value("accuracy") == 0.5
         assert cell.rates == (1e-3, 1e-1)
 
 
@@ -80,15 +87,22 @@ def test_seeds_are_averaged_each_with_its_own_choice() -> None:
     sweep = [row("fbank", "ks", v, valid=valid, seed=s, learning_rate=lr) for v, valid, s, lr in
              ((0.1, 0.5, 0, 1), (0.9, 0.4, 0, 2), (0.2, 0.1, 1, 1), (0.4, 0.3, 1, 2))]  # fmt: skip
     cell = report.compare(sweep)[0].cells["fbank", "ks"]
-    assert cell.value == pytest.approx((0.1 + 0.4) / 2)
+    assert cell.value("accuracy") == pytest.approx((0.1 + 0.4) / 2)
+    assert cell.deviation("accuracy") == pytest.approx(0.15 * math.sqrt(2))
+    assert report.cell_text(cell, "accuracy") == "25.0 ± 21.2"
     assert len(cell.runs) == 2
+
+
+def of_share(value: float, utterances: int) -> Cell:
+    found = row("fbank", "ks", value, utterances={"test": utterances})
+    return Cell(task="ks", runs=(found,), rates=(1.0,))
 
 
 def test_the_interval_is_wilsons() -> None:
     """Against the value for 60 of 100 in Brown, Cai and DasGupta's formula, and at the edges."""
-    cell = report.Cell(value=0.6, utterances=100, runs=(), rates=())
+    cell = of_share(0.6, 100)
     assert cell.interval == pytest.approx((0.5020, 0.6906), abs=2e-4)
-    low, high = report.Cell(value=1.0, utterances=10, runs=(), rates=()).interval
+    low, high = of_share(1.0, 10).interval
     assert high == pytest.approx(1.0)
     assert low == pytest.approx(1 / (1 + 1.96**2 / 10), abs=1e-9)
     assert not math.isnan(low)
@@ -100,7 +114,7 @@ def test_the_interval_is_wilsons() -> None:
         (
             "smoke",
             report.SAMPLE,
-            "Not SUPERB: smoke budget, 1/2000 (at least 100) of the official steps; data: sample corpus",
+            "Not SUPERB: smoke budget, 1/2000 (at least 100) of the official steps, fewer for heavy heads; data: sam",
         ),
         ("quick", "corpora", "Not SUPERB: quick budget, 1/100"),
         (
@@ -108,12 +122,16 @@ def test_the_interval_is_wilsons() -> None:
             report.SAMPLE,
             "Not SUPERB: full budget, all of the official steps; data: sample corpus (synthetic",
         ),
-        ("full", "corpora", "SUPERB's official heads, batch sizes and number of steps, on corpora"),
+        ("full", "mine", "Not SUPERB: full budget, all of the official steps; data: mine"),
+        ("quick", "official", "Not SUPERB: quick budget, 1/100"),
+        ("full", "official", "SUPERB's official corpora, heads, batch sizes and number of steps; data: official"),
     ],
 )
-def test_only_a_full_budget_on_other_data_is_called_superb(budget: str, data: str, start: str) -> None:
-    settings = {key: getattr(tasks.BUDGETS[budget], key) for key in ("name", "divisor", "least", "evaluations")}
-    (comparison,) = report.compare([row("fbank", "ks", 0.5, data=data, budget=settings)])
+def test_only_a_full_budget_on_its_own_corpora_is_called_superb(budget: str, data: str, start: str) -> None:
+    digest = None if data == "official" else "0"
+    (comparison,) = report.compare(
+        [row("fbank", "ks", 0.5, data=data, budget=settings(budget), manifest_sha256=digest)]
+    )
     assert comparison.claim.startswith(start)
     for text in (report.markdown([comparison]), html([comparison]).replace("&#x27;", "'")):
         assert comparison.claim in text
@@ -121,12 +139,8 @@ def test_only_a_full_budget_on_other_data_is_called_superb(budget: str, data: st
 
 def test_a_difference_beyond_chance_is_marked() -> None:
     """As the unpaired test of two proportions does it: here z = 2.00 and z = 1.91."""
-
-    def cell(value: float) -> report.Cell:
-        return report.Cell(value=value, utterances=100, runs=(), rates=())
-
-    assert report.difference(cell(0.60), cell(0.46)) == "+14.0*"
-    assert report.difference(cell(0.46), cell(0.594)) == "-13.4"
+    assert report.difference(of_share(0.60, 100), of_share(0.46, 100), "accuracy") == "+14.0*"
+    assert report.difference(of_share(0.46, 100), of_share(0.594, 100), "accuracy") == "-13.4"
 
 
 def test_what_can_not_be_compared_is_kept_apart() -> None:
@@ -211,3 +225,100 @@ def test_write_and_load(tmp_path: Path) -> None:
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished run; give an --output"):
         report.load([tmp_path])
+
+
+TESTED: dict[str, dict[str, float]] = {
+    "pr": {"per": 0.2}, "asr": {"wer": 0.1, "wer_lm": 0.08}, "ks": {"accuracy": 0.9}, "qbe": {"mtwv": 0.05},
+    "sid": {"accuracy": 0.7}, "asv": {"eer": 0.06}, "sd": {"der": 0.07}, "ic": {"accuracy": 0.9},
+    "sf": {"slot_type_f1": 0.8, "slot_value_cer": 0.3}, "er": {"accuracy": 0.6},
+}  # fmt: skip
+
+
+def all_ten(name: str = "/runs/tiny", better: float = 1.0, **changes: Any) -> list[dict[str, Any]]:
+    """A row of each task; metrics times `better`."""
+    found = []
+    for task, values in TESTED.items():
+        values = {key: better * value for key, value in values.items()}
+        value = next(iter(values.values()))
+        own: dict[str, Any] = {"values": values, "metric": next(iter(values)), "curves": {}, "chance": None}
+        own |= {"valid": None} if task == "asv" else {}
+        own |= {"learning_rate": None, "steps": 0, "best_step": None, "chosen": {"layer": 3}} if task == "qbe" else {}
+        found.append(row(name, task, value, **own, **changes))
+    return found
+
+
+def official(name: str = "/runs/tiny") -> list[dict[str, Any]]:
+    return all_ten(name, budget=settings("full"), manifest_sha256=None, data="superb")
+
+
+def test_all_ten_tasks_in_one_table() -> None:
+    (comparison,) = report.compare([*all_ten("fbank"), *all_ten(better=0.5)])
+    header, body = report.lines(comparison)
+    assert header[1:4] == ["pr PER % ↓", "asr WER % ↓", "asr WER with LM % ↓"]
+    assert len(header) == 1 + 12 + 1
+    lines = {line[0]: dict(zip(header, line, strict=True)) for line in body}
+    assert lines["tiny"]["sf CER % ↓"] == "15.0"
+    assert lines["tiny − fbank"]["pr PER % ↓"] == "-10.0"
+    assert lines["tiny"]["qbe MTWV x100 ↑"] == "2.5"
+    text = " ".join(report.notes(comparison))
+    assert "asv: SUPERB has no validation set" in text
+    assert "the best validation MTWV (fbank 3, tiny 3)" in text
+    assert "(published)" not in report.markdown([comparison])
+    assert "score" not in header
+    table = report.console_table(comparison)
+    assert len(table.columns) == 1 + len(body)
+    assert Page(html([comparison])).open == []
+
+
+def test_a_full_row_has_a_score_and_stands_beside_published_ones() -> None:
+    (comparison,) = report.compare(official())
+    header, body = report.lines(comparison)
+    values = {(task, key): 100 * value for task, found in TESTED.items() for key, value in found.items()}
+    lines = {line[0]: dict(zip(header, line, strict=True)) for line in body}
+    assert lines["tiny"]["score"] == f"{score.score(values):.0f}"
+    assert lines["HuBERT Base (published)"]["score"] == "941"
+    assert lines["HuBERT Base (published)"]["asr WER with LM % ↓"] == "4.79"
+    assert lines["Codec2Vec online (reported, via a secondary digest)"]["score"] == ""
+
+
+def test_a_missing_task_is_no_score_and_is_named() -> None:
+    (comparison,) = report.compare([found for found in official() if found["task"] not in ("sd", "sf")])
+    header, body = report.lines(comparison)
+    assert dict(zip(header, body[1], strict=True))["score"] == ""
+    assert "tiny has no score: sd, sf missing." in report.notes(comparison)
+
+
+def test_official_tasks_are_one_table_though_their_rows_differ() -> None:
+    rows = [{**found, "rows_sha256": str(i)} for i, found in enumerate(official())]
+    assert len(report.compare(rows)) == 1
+
+
+def test_where_less_is_better_the_least_valid_figure_wins() -> None:
+    sweep = [
+        row("fbank", "pr", value, values={"per": value}, metric="per", valid=valid, learning_rate=rate)
+        for value, valid, rate in ((0.1, 0.9, 1.0), (0.5, 0.2, 2.0))
+    ]
+    assert report.compare(sweep)[0].cells["fbank", "pr"].value("per") == 0.5
+
+
+def test_verification_without_validation_takes_the_best_test_figure() -> None:
+    sweep = [
+        row("fbank", "asv", value, values={"eer": value}, metric="eer", valid=None, learning_rate=rate)
+        for value, rate in ((0.3, 1.0), (0.2, 2.0))
+    ]
+    assert report.compare(sweep)[0].cells["fbank", "asv"].value("eer") == 0.2
+
+
+def test_folds_are_averaged_within_a_seed() -> None:
+    folds = [row("fbank", "er", value, fold=fold, seed=seed) for fold, value, seed in
+             ((1, 0.2, 0), (2, 0.4, 0), (1, 0.6, 1), (2, 0.8, 1))]  # fmt: skip
+    cell = report.compare(folds)[0].cells["fbank", "er"]
+    assert cell.by_seed("accuracy") == pytest.approx([0.3, 0.7])
+    assert cell.utterances == 80
+    assert "er: the mean over folds, each tested in turn." in report.notes(report.compare(folds)[0])
+
+
+def test_what_was_skipped_is_said() -> None:
+    skipped = {"longer than 300 s": 2}
+    (comparison,) = report.compare([row("fbank", "ks", 0.5, skipped=skipped)])
+    assert "Utterances left out or emptied: longer than 300 s: ks 2." in report.notes(comparison)

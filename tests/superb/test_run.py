@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 
-from codecssl.superb import results, tasks
+from codecssl.superb import jobs, results, tasks
 from codecssl.superb import run as running
 from codecssl.superb.expert import parse
-from codecssl.superb.run import Machine, Run, configure, run_all, run_one
+from codecssl.superb.jobs import run_all
+from codecssl.superb.run import Machine, Run, configure, run_one
+from codecssl.tokenize.errors import UserError
 
 FEW = tasks.Budget(name="few", divisor=10**6, least=20, evaluations=2)
+TWO = tasks.Budget(name="two", divisor=10**6, least=2, evaluations=1)
+POOLED = ("ks", "sid", "er", "ic")
 
 
 @pytest.fixture
@@ -30,17 +34,189 @@ def make(corpus: Path, tmp_path: Path) -> Any:
     return make
 
 
-@pytest.mark.parametrize("task", tasks.TASKS)
-def test_every_task_runs_and_its_row_is_complete(task: str, make: Any, model_folder: Path, loads_codec: Any) -> None:
+@pytest.fixture
+def small_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recurrent heads with 16 units: what runs is the same, in seconds."""
+    official = tasks.official_config
+
+    def small(task: tasks.Task) -> dict[str, Any]:
+        config = official(task)
+        if task.name in ("asr", "sf"):
+            config["build_downstream"]["model_conf"] |= {"proj_size": 16, "hidden_size": [16, 16]}
+        return config
+
+    monkeypatch.setattr(running, "official_config", small)
+
+
+@pytest.mark.parametrize("task", POOLED)
+def test_every_pooled_task_runs_and_its_row_is_complete(
+    task: str, make: Any, model_folder: Path, loads_codec: Any
+) -> None:
     row = run_one(make(task, str(model_folder)), Machine())
     assert 0 <= row["value"] <= 1
+    assert row["values"] == {"accuracy": row["value"]}
     assert row["steps"] == 20
     assert row["utterances"] == {"train": 24, "valid": 12, "test": 12}
+    assert row["skipped"] == {}
+    assert row["codec"]["name"] == loads_codec.card.name
     assert len(row["layer_weights"]) == 3
     assert abs(sum(row["layer_weights"]) - 1) < 1e-3
     assert [step for step, _ in row["curves"]["valid-accuracy"]] == [10, 20]
     assert len(row["curves"]["train-loss"]) == 20
     assert row == json.loads(json.dumps(row))
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics", "counts"),
+    [
+        ("pr", {"per"}, {"train": 6, "valid": 3, "test": 3}),
+        ("asr", {"wer"}, {"train": 6, "valid": 3, "test": 3}),
+        ("sf", {"slot_type_f1", "slot_value_cer"}, {"train": 6, "valid": 3, "test": 3}),
+        ("sd", {"der"}, {"train": 2, "valid": 1, "test": 1}),
+    ],
+)
+def test_every_sequence_task_runs(
+    task: str, metrics: set[str], counts: Any, make: Any, model_folder: Path, loads_codec: Any, small_heads: None
+) -> None:
+    if task == "sd":
+        pytest.importorskip("pyannote.metrics", reason="pyannote.metrics is not installed")
+    run = make(task, str(model_folder), budget=TWO)
+    row = run_one(run, Machine())
+    assert set(row["values"]) == metrics
+    assert row["value"] == row["values"][tasks.TASKS[task].metric] >= 0
+    assert row["valid"] is not None
+    assert row["utterances"] == counts
+    assert [step for step, _ in row["curves"][f"valid-{tasks.TASKS[task].metric}"]] == [2]
+    assert not list(run.folder.rglob("optimizer.pt"))
+    if task == "sd":
+        assert row["values"]["der"] <= 3
+        assert row["chosen"]["median_filter"] in (1, 11)
+
+
+def test_verification_tests_every_checkpoint_and_takes_the_best(
+    make: Any, model_folder: Path, loads_codec: Any
+) -> None:
+    run = make("asv", str(model_folder), budget=replace(TWO, evaluations=2))
+    row = run_one(run, Machine())
+    scanned = row["chosen"]["checkpoints"]
+    assert set(scanned) == {"1", "2"}
+    assert row["values"] == {"eer": row["value"]}
+    assert row["value"] == pytest.approx(min(scanned.values()), abs=1e-5)
+    assert scanned[str(row["best_step"])] == min(scanned.values())
+    assert row["valid"] is None
+    assert row["utterances"] == {"train": 6, "test": 6}
+
+
+def test_search_trains_nothing_and_chooses_a_layer(make: Any, model_folder: Path, loads_codec: Any) -> None:
+    run = make("qbe", str(model_folder), learning_rate=None)
+    row = run_one(run, Machine())
+    assert row["steps"] == 0
+    assert len(row["chosen"]["valid_by_layer"]) == 3
+    assert row["chosen"]["valid_by_layer"][row["chosen"]["layer"]] == pytest.approx(row["valid"], abs=1e-5)
+    assert not (run.folder / "train").exists()
+
+
+def test_recognition_with_a_language_model(
+    make: Any, tmp_path: Path, small_heads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figure is the word error rate of what the decoder heard, here always the same word."""
+    from codecssl.superb import decode
+
+    (tmp_path / "lm.arpa").write_text("")
+    monkeypatch.setattr(decode, "check_decoder", lambda: None)
+    monkeypatch.setattr(decode, "make_decoder", lambda *arguments: None)
+    monkeypatch.setattr(decode, "decode", lambda *arguments: "low")
+    run = make("asr", budget=TWO, language_model=tmp_path / "lm.arpa")
+    row = run_one(run, Machine())
+    references = (run.folder / "evaluate" / "valid_best" / "test" / "ref").read_text().splitlines()
+    words = [line.split()[1:] for line in references]
+    assert row["values"]["wer_lm"] == pytest.approx(sum(3 - ("low" in line) for line in words) / 9)
+    assert run.folder != make("asr", budget=TWO).folder
+
+
+def test_the_decoder_hears_words_of_the_language_model_only(make: Any, tmp_path: Path, small_heads: None) -> None:
+    pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
+    pytest.importorskip("kenlm", reason="kenlm is not installed")
+    words = {"<unk>": -2, "<s>": -1, "</s>": -1, "low": -1, "mid": -1, "high": -1}
+    counts = ["\\data\\", f"ngram 1={len(words)}", "ngram 2=1", ""]
+    grams = ["\\1-grams:", *(f"{p}\t{word}\t0" for word, p in words.items()), "", "\\2-grams:", "-1\tlow mid", ""]
+    (tmp_path / "lm.arpa").write_text("\n".join([*counts, *grams, "\\end\\", ""]))
+    run = make("asr", budget=TWO, language_model=tmp_path / "lm.arpa")
+    row = run_one(run, Machine())
+    heard = [line.split()[1:] for line in (run.folder / "evaluate/valid_best/test/hyp_lm").read_text().splitlines()]
+    assert len(heard) == 3
+    assert {word for line in heard for word in line} <= {"low", "mid", "high"}
+    assert row["values"]["wer_lm"] >= 0
+
+
+def test_a_fold_tests_its_rows(make: Any) -> None:
+    row = run_one(make("er", fold=2, budget=TWO), Machine())
+    assert row["fold"] == 2
+    assert row["utterances"] == {"train": 30, "valid": 8, "test": 10}
+
+
+def test_odd_clips_are_run_or_counted(tmp_path: Path) -> None:
+    """30 ms, silence, ten minutes (by its row) and noise beside plain ones: none ends a run."""
+    import numpy as np
+    import soundfile
+
+    rows, noise = [], np.random.default_rng(0)
+    odd = {"short": np.zeros(480), "silent": np.zeros(16_000), "long": np.zeros(800), "loud": noise.normal(size=8000)}
+    for split in ("train", "valid", "test"):
+        for name, wave in odd.items():
+            soundfile.write(tmp_path / f"{split}-{name}.wav", wave.astype("f4"), 16_000, subtype="FLOAT")
+            row = {"path": f"{split}-{name}.wav", "task": "ks", "splits": {"ks": split}, "keyword": name[:1]}
+            rows.append(row | ({"seconds": 600.0} if name == "long" else {}))
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings: dict[str, Any] = {"learning_rate": 1e-2, "budget": TWO, "seed": 0, "data": "odd"}
+    row = run_one(
+        Run(upstream=parse("fbank"), task="ks", root=tmp_path, output=tmp_path / "out", **settings), Machine()
+    )
+    assert row["utterances"] == {"train": 3, "valid": 3, "test": 3}
+    assert row["skipped"] == {"longer than 300 s": 3, "features not finite, set to 0": 1}  # s3prl's fbank of the 30 ms
+
+
+def test_broken_features_are_counted_or_end_the_run(make: Any, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN for one wave of 48 is a count in the row; for each it is an error that names the upstream."""
+    import soundfile
+    import torch
+
+    class Broken(torch.nn.Module):
+        """For waves with this sum, or for all."""
+
+        def __init__(self, total: float | None) -> None:
+            super().__init__()
+            self.total = total
+
+        def get_downsample_rates(self, key: str) -> int:
+            return 160
+
+        def forward(self, wavs: list[Any]) -> dict[str, Any]:
+            states = torch.ones(len(wavs), max(-(-len(wav) // 160) for wav in wavs), 4)
+            for i, wav in enumerate(wavs):
+                if self.total is None or abs(float(wav.sum()) - self.total) < 1e-4:
+                    states[i] = float("nan")
+            return {"hidden_states": [states]}
+
+    one = float(soundfile.read(corpus / "00.flac", dtype="float32")[0].sum())
+    monkeypatch.setattr(running, "_build", lambda *arguments: Broken(one))
+    assert run_one(make("er", budget=TWO), Machine())["skipped"] == {"features not finite, set to 0": 1}
+    monkeypatch.setattr(running, "_build", lambda *arguments: Broken(None))
+    with pytest.raises(UserError, match="upstream fbank: NaN or infinite features for"):
+        run_one(make("er", budget=TWO, seed=1), Machine())
+
+
+def test_out_of_memory_is_an_error_of_its_own(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(running, "_trained", full)
+    failures = run_all([make()], Machine(), report=lambda run, outcome: None)
+    (error,) = failures.values()
+    assert isinstance(error, UserError)
+    assert str(error).startswith("out of memory on cpu (CUDA out of memory.")
 
 
 def test_training_lowers_the_loss(make: Any) -> None:
@@ -110,7 +286,7 @@ def test_finished_runs_are_skipped_and_failures_do_not_stop_the_rest(
         results.write_json(run.folder / "result.json", {"task": run.task})
         return {"task": run.task}
 
-    monkeypatch.setattr(running, "run_one", stand_in)
+    monkeypatch.setattr(jobs.one, "run_one", stand_in)
     failures = run_all(runs, Machine(), report=lambda run, outcome: None)
     assert list(failures) == [str(runs[1].folder)]
     assert "raise RuntimeError" in (runs[1].folder / "run.log").read_text()

@@ -1,23 +1,11 @@
-"""Tasks: the manifest becomes what s3prl's own datasets read, and only steps are scaled."""
+"""Tasks: s3prl's own settings are SUPERB's, budgets scale steps only, columns are what s3prl's CSVs hold."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from codecssl.superb import compat
-from codecssl.superb.tasks import (
-    BUDGETS,
-    TASKS,
-    Corpus,
-    Example,
-    chance,
-    choose,
-    make_problem,
-    official_config,
-    write_csvs,
-)
+from codecssl.superb.tasks import BUDGETS, TASKS, choose, official_config, rates_of
 from codecssl.tokenize.errors import UserError
 
 
@@ -26,116 +14,92 @@ def test_the_official_settings_are_superbs() -> None:
     compat.install()
     table = {}
     for name, task in TASKS.items():
-        config = official_config(task)
-        train, batch = config["train"], config["build_batch_sampler"]["train"]["batch_size"]
-        rate = config["build_optimizer"]["conf"]["lr"]
-        table[name] = (train["total_steps"], batch, train["gradient_accumulate"], rate)
+        if task.problem is not None:
+            config = official_config(task)
+            train, batch = config["train"], config["build_batch_sampler"]["train"]["batch_size"]
+            rate = config["build_optimizer"]["conf"]["lr"]
+            table[name] = (train["total_steps"], batch, train["gradient_accumulate"], rate)
     assert table == {
+        "pr": (100_000, 16, 2, 1e-2),
+        "asr": (200_000, 32, 1, 1e-4),
         "ks": (200_000, 32, 1, 1e-4),
         "sid": (200_000, 8, 4, 1e-4),
-        "er": (30_000, 4, 8, 1e-4),
+        "asv": (200_000, 10, 5, 1e-4),
+        "sd": (30_000, 8, 4, 1e-4),
         "ic": (200_000, 32, 1, 1e-4),
+        "sf": (200_000, 32, 1, 1e-4),
+        "er": (30_000, 4, 8, 1e-4),
     }
+
+
+def test_the_official_heads_are_superbs() -> None:
+    compat.install()
+    recurrent = {"proj_size": 1024, "hidden_size": [1024, 1024], "bidirectional": True, "module": "LSTM"}
+    for name in ("asr", "sf"):
+        head = official_config(TASKS[name])["build_downstream"]["model_conf"]
+        assert {key: head[key] for key in recurrent} == recurrent
+    assert official_config(TASKS["pr"])["build_downstream"] == {"hidden_size": 256}
+    assert official_config(TASKS["sd"])["build_downstream"] == {"hidden_size": 512, "rnn_layers": 1}
+    loss = official_config(TASKS["asv"])["build_task"]
+    assert loss == {"loss_type": "amsoftmax", "loss_conf": {"margin": 0.4, "scale": 30}}
+
+
+def test_all_ten_tasks_are_there() -> None:
+    assert list(TASKS) == ["pr", "asr", "ks", "qbe", "sid", "asv", "sd", "ic", "sf", "er"]
 
 
 def test_budgets_scale_steps() -> None:
     steps = {name: [budget.steps(official) for official in (200_000, 30_000, 50)] for name, budget in BUDGETS.items()}
     assert steps == {"full": [200_000, 30_000, 50], "quick": [2000, 300, 50], "smoke": [100, 100, 50]}
+    work = {name: [budget.steps(200_000, work) for work in (20, 100)] for name, budget in BUDGETS.items()}
+    assert work == {"full": [200_000, 200_000], "quick": [2000, 2000], "smoke": [5, 1]}
+    assert [budget.tested(100) for budget in BUDGETS.values()] == [None, None, 8]
+    assert BUDGETS["smoke"].tested(20) is None
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_s3prl_reads_every_utterance_with_its_label(name: str, corpus: Path, tmp_path: Path) -> None:
-    """Through s3prl's own encoder and dataset: ids, waves and labels come out as the manifest has them."""
-    import pickle
-
-    import soundfile
-
-    compat.install()
-    task = TASKS[name]
-    splits = Corpus(corpus).examples(task)
-    csvs = write_csvs(task, splits, tmp_path)
-    problem = make_problem(task, csvs)
-    config = official_config(task)
-    problem.build_encoder({}, tmp_path, tmp_path, csvs["train"], csvs["valid"], [csvs["test"]])
-    encoder = pickle.loads((tmp_path / "encoder.pkl").read_bytes())
-    dataset = problem.build_dataset(
-        config["build_dataset"], tmp_path, tmp_path, "test", csvs["test"], tmp_path / "encoder.pkl", 320
-    )
-    rows = [json.loads(line) for line in (corpus / "manifest.jsonl").read_text().splitlines()][36:]
-    assert len(dataset) == len(rows) == len(splits["test"])
-    for item, row in zip((dataset[i] for i in range(len(dataset))), rows, strict=True):
-        wave, _ = soundfile.read(corpus / row["path"], dtype="float32")
-        gain = 10 ** (-3 / 20) if name == "ks" else 1.0
-        assert abs(item["x"].flatten().numpy() - gain * wave).max() < 1e-6
-        if name == "ic":
-            assert encoder.decode(item["class_ids"].tolist()) == list(row["slots"].values())
-        else:
-            column = {"ks": "keyword", "sid": "speaker", "er": "style"}[name]
-            assert encoder.decode(item["class_id"]) == row[column]
-
-
-def test_the_seed_reaches_the_head(corpus: Path, tmp_path: Path) -> None:
-    """s3prl's own building of the upstream seeds everything with 0 again; here the run's seed survives it."""
-    import torch
-
-    compat.install()
-    problem = make_problem(TASKS["ks"], write_csvs(TASKS["ks"], Corpus(corpus).examples(TASKS["ks"]), tmp_path))
-    heads: dict[int, Any] = {}
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        model = problem.build_model({}, 3, {"name": "fbank"}, {}, {})
-        heads[seed] = model.downstream.final_proj.weight
-    torch.manual_seed(0)
-    again = problem.build_model({}, 3, {"name": "fbank"}, {}, {}).downstream.final_proj.weight
-    assert torch.equal(heads[0], again)
-    assert not torch.equal(heads[0], heads[1])
-
-
-def test_labels_that_a_csv_would_change_are_refused(tmp_path: Path) -> None:
-    for labels in (["NA", "x"], ["7", "007"]):
-        examples = [Example(id=str(i), path=Path("a.wav"), label=label) for i, label in enumerate(labels)]
-        with pytest.raises(UserError, match="don't survive a CSV"):
-            write_csvs(TASKS["sid"], {"train": examples}, tmp_path)
-
-
-def test_chance_answers_the_most_frequent_training_class() -> None:
-    def examples(labels: str) -> list[Example]:
-        return [Example(id="", path=Path(), label=label) for label in labels]
-
-    assert chance({"train": examples("aab"), "test": examples("abbb")}) == 0.25
+def test_default_learning_rates() -> None:
+    assert rates_of(TASKS["ks"], BUDGETS["full"]) == (None,)
+    assert rates_of(TASKS["ks"], BUDGETS["smoke"]) == (1e-2, 1e-3)
+    assert rates_of(TASKS["asr"], BUDGETS["smoke"]) == (1e-3,)
+    assert rates_of(TASKS["asr"], BUDGETS["full"]) == (None,)
+    assert rates_of(TASKS["qbe"], BUDGETS["smoke"]) == (None,)
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("name", "row", "columns"),
     [
-        (
-            {"path": "a.flac", "task": "ks", "keyword": "yes"},
-            r'manifest.jsonl:1: splits has "ks": None; give one of',
-        ),
-        ({"path": "a.flac", "task": "ks", "splits": {"ks": "dev"}}, r"'dev'; give one of train, valid, test"),
-        (
-            {"path": "a.flac", "task": "ks", "splits": {"ks": "test"}},
-            r"task ks needs the column 'keyword or label'",
-        ),
-        ({"path": "a.flac", "task": "ks", "splits": {"ks": "test"}, "label": "x"}, r"a.flac: no such file"),
-        (
-            {"path": "a.flac", "task": "ic", "splits": {"ic": "test"}, "slots": {"action": 1}},
-            r"needs the column 'object'",
-        ),
-        ({"path": "a.flac", "task": "asr"}, r"has no train utterance for it"),
-        ({"task": "ks"}, r"manifest.jsonl:1: not a JSON object with a path"),
+        ("pr", {"phones": ["AH", "B"]}, {"transcription": "AH B"}),
+        ("pr", {"phones": "AH B"}, {"transcription": "AH B"}),
+        ("asr", {"text": "a b"}, {"transcription": "a b"}),
+        ("ks", {"keyword": "yes", "label": "x"}, {"label": "yes"}),
+        ("ks", {"label": "x", "start": 1.0, "end": 2.0}, {"label": "x", "start_sec": 1.0, "end_sec": 2.0}),
+        ("asv", {"speaker": "a"}, {"spk": "a"}),
+        ("ic", {"slots": {"action": "a", "object": "b", "location": "c"}}, {"labels": "a ; b ; c"}),
+        ("sf", {"text": "go to 5:30", "iob": "O O B-time"}, {"transcription": "go to 530", "iob": "O O time"}),
+        ("er", {"style": "sad"}, {"label": "sad"}),
+        ("qbe", {"role": "query", "query": "q"}, {"role": "query", "query": "q"}),
+        ("qbe", {"role": "document", "queries": ["q"]}, {"role": "document", "queries": ["q"]}),
     ],
 )
-def test_a_bad_manifest_is_one_clear_line(row: dict[str, Any], message: str, tmp_path: Path) -> None:
-    (tmp_path / "manifest.jsonl").write_text(json.dumps(row) + "\n")
-    name = "ic" if row.get("task") == "ic" else "ks"
-    with pytest.raises(UserError, match=message):
-        Corpus(tmp_path).examples(TASKS[name])
+def test_columns(name: str, row: dict[str, Any], columns: dict[str, Any]) -> None:
+    assert TASKS[name].columns(row) == columns
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("sf", {"text": "a b", "iob": "O"}, "1 tags for 2 words"),
+        ("sd", {"segments": [{"speaker": s, "start": 0, "end": 1} for s in "abc"]}, "more than two speakers"),
+    ],
+)
+def test_rows_that_a_task_can_not_use(name: str, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TASKS[name].columns(row)
 
 
 def test_choose() -> None:
     assert [task.name for task in choose("er, ks,er")] == ["er", "ks"]
     assert [task.name for task in choose("all")] == list(TASKS)
     for wrong in ("ks,xx", ""):
-        with pytest.raises(UserError, match="give some of ks,sid,er,ic or all"):
+        with pytest.raises(UserError, match="give some of pr,asr,ks,qbe,sid,asv,sd,ic,sf,er or all"):
             choose(wrong)

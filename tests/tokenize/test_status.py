@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from codecssl.tokenize.cli import main
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.status import status
@@ -107,3 +108,13 @@ def test_a_finished_run_and_a_strangers_folder(folder, tmp_path_factory):
     assert (state["finished"], state["fraction"], state["seconds_left"], state["stalled"]) == (True, 1.0, 0.0, [])
     with pytest.raises(UserError, match=r"no plan\.json"):
         status(tmp_path_factory.mktemp("stranger"))
+
+
+def test_tasks_with_work_left_are_named_as_an_array_takes_them(folder, capsys):
+    """Ten shards in eight tasks: 0 and 1 have two each."""
+    for number in (0, 1, 3, 7, 8):
+        shard(folder, number, 9000 - number)
+    assert status(folder, tasks=8)["tasks_unfinished"] == [1, 2, 4, 5, 6]
+    assert status(folder)["tasks_unfinished"] is None
+    assert main(["status", str(folder), "--tasks", "8"]) == 0
+    assert "unfinished tasks: 1-2,4-6\n" in capsys.readouterr().out

@@ -1,0 +1,130 @@
+"""`codecssl-pretrain status`: how far a run is, how fast, and who keeps it waiting, from its files alone.
+
+Every process notes in RUN/ranks/NNNNN.json, every half a minute, what it is doing and since when (see slurm/watch.py).
+"""
+
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from codecssl.pretrain import checkpoint, rundir
+from codecssl.pretrain.telemetry import clock, console_line, read_rows
+from codecssl.slurm.watch import BEAT_SECONDS
+from codecssl.tokenize.errors import UserError
+
+SILENT_SECONDS = 4 * BEAT_SECONDS
+"""A process that has noted nothing for so long is gone: killed, or its node is dead."""
+LATE_SECONDS = 30.0
+"""A rank is late when others have waited so long for it, and LATE_STEPS usual steps."""
+LATE_STEPS = 5
+RECENT = 20
+"""Rows over which the speed is measured: the latest ones."""
+WAITS = "waiting for the other ranks"
+
+Beat = dict[str, Any]
+
+
+def status(run: Path) -> dict[str, Any]:
+    """How far `run` is. Raises UserError for another folder.
+
+    state: finished, running, stopped (by a signal, to be resumed), failed, stuck, gone (it ended without a word) or
+    not started. late: ranks that others wait for; gone: ranks that ended without a word. Rates are None before the
+    first row of the metrics.
+    """
+    config = rundir.read_config(run)
+    saved = checkpoint.whole(run / "checkpoints")
+    rows = read_rows(run / "metrics.jsonl")
+    train = [row for row in rows if row["split"] == "train"]
+    now, beats = time.time(), _beats(run)
+    step = train[-1]["step"] if train else 0
+    done = checkpoint.read_state(saved[-1])["step"] if saved else 0
+    step_seconds = _recent(train, "step_seconds")
+    gone = [rank for rank, beat in beats.items() if beat["state"] == "running" and now - beat["time"] > SILENT_SECONDS]
+    steps = config.optim.steps
+    state = _state(done >= steps, beats, gone)
+    return {
+        "state": state,
+        "step": max(step, done),
+        "step_saved": done,
+        "steps": steps,
+        "checkpoints": len(saved),
+        "loss": train[-1]["loss"] if train else None,
+        "frames_per_second": _recent(train, "frames_per_second"),
+        "audio_hours_per_hour": _recent(train, "audio_hours_per_hour"),
+        "data_wait_percent": _recent(train, "data_wait_percent"),
+        "seconds_left": None if step_seconds is None else (steps - max(step, done)) * step_seconds,
+        "age_seconds": now - max([_modified(run / "metrics.jsonl"), *(beat["time"] for beat in beats.values())]),
+        "ranks": len(beats),
+        "hosts": sorted({beat["host"] for beat in beats.values()}),
+        "job": beats[0]["job"] if 0 in beats else None,
+        "restarts": max((beat["restarts"] for beat in beats.values()), default=0),
+        "doing": beats[0]["doing"] if 0 in beats and state == "running" else None,
+        "gone": [_described(rank, beats[rank], now) for rank in gone],
+        "late": [_described(rank, beats[rank], now) for rank in _late(beats, gone, step_seconds, now)],
+    }
+
+
+def lines(run: Path, state: dict[str, Any]) -> list[str]:
+    """What `status` found, for a reader."""
+    found = [
+        f"{run}: {state['state']} at step {state['step']}; step {state['step_saved']} of {state['steps']} saved,"
+        f" {state['checkpoints']} checkpoint(s); last sign of life {state['age_seconds']:.0f} s ago"
+    ]
+    if state["frames_per_second"] is not None and state["state"] != "finished":
+        found.append(
+            f"{state['frames_per_second']:.0f} frames/s, {state['audio_hours_per_hour']:.0f} h of audio an hour,"
+            f" data waited for {state['data_wait_percent']:.0f} % of the time, {clock(state['seconds_left'])} left"
+        )
+    if state["ranks"]:
+        where = f"{state['ranks']} process(es) on {', '.join(state['hosts'])}"
+        job = f", job {state['job']} after {state['restarts']} restart(s)" if state["job"] else ""
+        found.append(where + job + (f"; {state['doing']}" if state["doing"] else ""))
+    for key in ("gone", "late"):
+        found += [f"{key}: rank {r['rank']} on {r['host']}, {r['doing']} for {r['seconds']:.0f} s" for r in state[key]]
+    rows = read_rows(run / "metrics.jsonl")
+    return found + [console_line(row) for row in {row["split"]: row for row in rows}.values()]
+
+
+def _beats(run: Path) -> dict[int, Beat]:
+    """The last note of each rank of the latest start."""
+    found = {}
+    for path in sorted((run / "ranks").glob("[0-9]*.json")):
+        try:
+            found[int(path.stem)] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: damaged ({error}); remove it") from error
+    began = found[0]["started"] - 60.0 if 0 in found else 0.0  # earlier ones are of a start with more ranks
+    return {rank: beat for rank, beat in found.items() if beat["time"] >= began}
+
+
+def _state(finished: bool, beats: dict[int, Beat], gone: list[int]) -> str:
+    if finished:
+        return "finished"
+    if not beats:
+        return "not started"
+    states = {beat["state"] for beat in beats.values()}
+    if bad := states & {"stuck", "failed"}:
+        return max(bad)
+    first = str(beats[min(beats)]["state"])  # the others may be ended by the launcher before they say so
+    return "gone" if gone and first == "running" else first
+
+
+def _late(beats: dict[int, Beat], gone: list[int], step_seconds: float | None, now: float) -> list[int]:
+    running = {r: beat for r, beat in beats.items() if beat["state"] == "running" and r not in gone}
+    patience = max(LATE_SECONDS, LATE_STEPS * (step_seconds or 0.0))
+    waiting = [r for r, beat in running.items() if beat["doing"].startswith(WAITS) and now - beat["since"] > patience]
+    return [r for r, beat in running.items() if not beat["doing"].startswith(WAITS)] if waiting else []
+
+
+def _described(rank: int, beat: Beat, now: float) -> dict[str, Any]:
+    return {"rank": rank, "host": beat["host"], "doing": beat["doing"], "seconds": now - beat["since"]}
+
+
+def _recent(rows: list[dict[str, Any]], key: str) -> float | None:
+    return median(row[key] for row in rows[-RECENT:]) if rows else None
+
+
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0

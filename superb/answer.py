@@ -1,0 +1,34 @@
+"""`codecssl-superb answer`: a task's answers from token shards of a codec that `compress` made; no audio is read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from codecssl.superb import results
+from codecssl.superb.compressed import load
+from codecssl.tokenize.codec import file_sha256
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.shards import Shards
+
+
+def answer(codec: Path, data: Path, output: Path) -> int:
+    """Write a line of JSON per utterance: id, answer (a list of labels), score of a class. Returns how many.
+
+    UserError where the shards are not the codec's, or the codec has no head.
+    """
+    compressed, shards = load(codec), Shards(data)
+    if shards.card.weights_sha256 != file_sha256(codec / "model.safetensors"):
+        raise UserError(f"{data}: was not written with {codec}; tokenize with --codec {codec}")
+    lines = []
+    for utterance in shards.utterances():
+        codes = torch.from_numpy(shards.codes(utterance.index).astype(np.int64))[None]
+        logits = compressed.logits(codes, [codes.shape[2]])
+        row: dict[str, Any] = {"id": utterance.id, "answer": compressed.answers(codes, [codes.shape[2]])[0]}
+        if compressed.head.kind == "class":
+            row["score"] = round(float(logits.softmax(dim=-1).max()), 6)
+        lines.append(json.dumps(row) + "\n")
+    results.write_text(output, "".join(lines))
+    return len(lines)

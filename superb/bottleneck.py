@@ -1,0 +1,164 @@
+"""The bottleneck at layer L of a model: what its layers give, in few codes and back.
+
+    state L [B, T, D] -> LayerNorm -> mean over `pool` frames -> residual quantizer -> out-projection to `pool` frames
+
+"Task-Specific Audio Coding for Machines" (Kuznetsova et al., arXiv 2507.12701) put before an encoder of codec tokens.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from codecssl.pretrain.fs2 import AttentionBiasCache, BatchLayout
+from codecssl.pretrain.layers import ResidualEncoder
+from codecssl.pretrain.model import CodecModel
+from codecssl.superb.rvq import Rvq, RvqConfig
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.errors import UserError
+
+MOST_BITS = 10
+"""Of one codebook: 1024 entries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """How many codes of how many bits a second has."""
+
+    pool: int
+    """Frames of the base codec in one frame of codes."""
+    frame_rate: Fraction
+    """Frames of codes per second."""
+    num_codebooks: int
+    bits: int
+    """Of each code."""
+
+    @property
+    def bits_per_second(self) -> float:
+        """Nominal."""
+        return float(self.frame_rate * self.num_codebooks * self.bits)
+
+    def __str__(self) -> str:
+        shape = f"{self.num_codebooks} x {1 << self.bits} at {float(self.frame_rate):g} Hz"
+        return f"{self.bits_per_second:g} bit/s ({shape})"
+
+
+def choose_rate(rate_bps: float, card: CodecCard, frame_rate: float) -> Rate:
+    """The codes nearest below `rate_bps` (bit/s) at about `frame_rate` (Hz): as few codebooks as give it, with at most
+    1024 entries each. UserError where a frame would have less than a bit.
+    """
+    pool = max(1, round(float(card.frame_rate) / frame_rate))
+    rate = card.frame_rate / pool
+    per_frame = math.floor(rate_bps / rate)
+    if per_frame < 1:
+        raise UserError(
+            f"rate {rate_bps:g} bit/s: less than one bit for each of {float(rate):g} frames a second; give "
+            f"{float(rate):g} or more, or a lower --frame-rate"
+        )
+    num_codebooks = -(-per_frame // MOST_BITS)
+    return Rate(pool=pool, frame_rate=rate, num_codebooks=num_codebooks, bits=per_frame // num_codebooks)
+
+
+class Bottleneck(nn.Module):
+    """LayerNorm, pooling, quantizer, out-projection. Frames of a last, cut group are pooled over those that exist."""
+
+    def __init__(self, dim: int, pool: int, config: RvqConfig) -> None:
+        super().__init__()
+        self.dim, self.pool = dim, pool
+        self.rvq = Rvq(dim, config)
+        self.out = nn.Linear(dim, pool * dim)
+
+    def pooled(self, states: Tensor, frames: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """[B, T, D] and real frames of each -> means [B, ceil(T / pool), D], and which of them are real, bool."""
+        normed = F.layer_norm(states, (self.dim,))
+        real = frame_mask(frames, states.shape[1], states.device)
+        rest = -states.shape[1] % self.pool
+        normed = F.pad(normed * real[..., None], (0, 0, 0, rest)).unflatten(1, (-1, self.pool))
+        counts = F.pad(real, (0, rest)).unflatten(1, (-1, self.pool)).sum(dim=2)  # [B, T']
+        return normed.sum(dim=2) / counts.clamp(min=1)[..., None], counts > 0
+
+    def expand(self, features: Tensor) -> Tensor:
+        """Dequantised [B, T', D] -> states [B, T' * pool, D]."""
+        found: Tensor = self.out(features)
+        return found.unflatten(2, (self.pool, self.dim)).flatten(1, 2)
+
+    @torch.no_grad()
+    def fit(self, states: Tensor, frames: Sequence[int], generator: torch.Generator) -> None:
+        """Start from a batch of states: the quantizer by k-means, the out-projection by least squares."""
+        pooled, real = self.pooled(states, frames)
+        self.rvq.fit(pooled[real], generator)
+        whole = torch.tensor([n // self.pool for n in frames], device=states.device)
+        take = torch.arange(pooled.shape[1], device=states.device) < whole[:, None]  # groups that are not cut
+        if not bool(take.any()):
+            return
+        features = self.rvq.dequantise(self.rvq.encode(pooled))[take]
+        rest = -states.shape[1] % self.pool
+        targets = F.pad(states, (0, 0, 0, rest)).unflatten(1, (-1, self.pool)).flatten(2)[take]
+        weight, bias = least_squares(features, targets)
+        self.out.weight.copy_(weight.T)
+        self.out.bias.copy_(bias)
+
+
+def least_squares(x: Tensor, y: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """W [D, E] and b [E] of the least (x W + b - y)^2 over rows, with a little ridge for directions that x lacks."""
+    x64, y64 = x.double(), y.double()
+    centre_x, centre_y = x64.mean(dim=0), y64.mean(dim=0)
+    gram = (x64 - centre_x).T @ (x64 - centre_x)
+    gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-9)
+    weight = torch.linalg.solve(gram, (x64 - centre_x).T @ (y64 - centre_y))
+    return weight.to(x.dtype), (centre_y - centre_x @ weight).to(x.dtype)
+
+
+def frame_mask(frames: Sequence[int], length: int, device: torch.device) -> Tensor:
+    """bool [B, length], true for the frames that each item has."""
+    return torch.arange(length, device=device) < torch.tensor(list(frames), device=device)[:, None]
+
+
+# ---------------------------------------------------------------- the model's two halves
+
+
+def check_layer(model: CodecModel, layer: int) -> None:
+    """UserError for a layer that the model has not, or that is not all that the later ones see."""
+    last = model.config.layers
+    if not 0 <= layer <= last:
+        raise UserError(f"layer {layer}: this model has 0 (the input of the first layer) to {last}")
+    if isinstance(model.encoder, ResidualEncoder) and 0 < layer < last:
+        raise UserError(
+            f"layer {layer}: the layers of a model.norm residual model hand on two streams; give layer 0 or {last}"
+        )
+
+
+def later_states(model: CodecModel, state: Tensor, frames: Sequence[int], layer: int) -> list[Tensor]:
+    """State L [B, T, D] -> the states L, L + 1, ... of `CodecModel.extract`, with gradients."""
+    states, last = [state], model.config.layers
+    if layer == last:
+        return states
+    layout = BatchLayout((state.shape[0], state.shape[1]), list(frames), device=state.device)
+    if isinstance(model.encoder, ResidualEncoder):  # layer 0: both streams begin as this
+        return _residual_states(model, state, layout)
+    cache = AttentionBiasCache()
+    for module in model.encoder.layers[layer:]:  # type: ignore[index,union-attr]
+        state = module(state, layout, cache)
+        states.append(state)
+    if model.encoder.layer_norm is not None:
+        states[-1] = model.encoder.layer_norm(state)  # type: ignore[operator]
+    return states
+
+
+def _residual_states(model: CodecModel, state: Tensor, layout: BatchLayout) -> list[Tensor]:
+    found = [state]
+
+    def keep(layer_idx: int, layer_output: Tensor, layer_output_layout: BatchLayout, num_layers: int) -> bool:
+        found.append(layer_output)
+        return True
+
+    hook = model.encoder.register_layer_hook(keep)
+    try:
+        last = model.encoder(state, layout)
+    finally:
+        hook.remove()
+    return [*found[:-1], last]

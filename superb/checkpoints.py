@@ -1,0 +1,139 @@
+"""Checkpoints of transformers (HuBERT, wav2vec 2.0, WavLM) as upstreams under our contract.
+
+s3prl's own `hf_hubert` and `hf_wav2vec2` hand a padded batch to the model: of a network with group normalisation (the
+base ones) the features of a wave then depend on its neighbours' lengths, and the last frames of all but the longest
+wave come from padding. Here a wave's features are its own, and equal s3prl's for that wave alone.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codecssl.superb.codec16 import SAMPLE_RATE
+from codecssl.tokenize.errors import UserError
+
+MODEL_TYPES = {"hubert": "HubertModel", "wav2vec2": "Wav2Vec2Model", "wavlm": "WavLMModel"}
+
+
+class CheckpointExpert(nn.Module):
+    """s3prl's contract for a transformers model with a convolutional front end.
+
+    Hidden states are transformers' own, L + 1 of them. 0 is the input of the first layer, positions added (of a
+    post-norm model also normalised; of a pre-norm one not); i is the output of layer i, residual added (of a post-norm
+    model after the layer's last norm); the last one of a pre-norm model is after the encoder's final norm.
+    """
+
+    def __init__(self, model: Any, extractor: Any) -> None:
+        super().__init__()
+        self._model = (model.eval().requires_grad_(False),)  # in a tuple: frozen, whatever s3prl calls on us
+        self.extractor = extractor
+        config = model.config
+        self.rate = int(torch.tensor(config.conv_stride).prod())
+        self.least = 1
+        for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+            self.least = (self.least - 1) * stride + kernel  # samples that give one frame
+        self.same_lengths = config.feat_extract_norm == "group"
+
+    @property
+    def model(self) -> Any:
+        return self._model[0]
+
+    def get_downsample_rates(self, key: str) -> int:
+        """Samples at 16 kHz per frame of hidden state."""
+        return self.rate
+
+    @torch.no_grad()
+    def forward(self, wavs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+        """1-D float waves at 16 kHz -> {"hidden_states": [[B, T, D], ...]}.
+
+        A wave of n samples has ceil(n / rate) frames, the last one repeated where the network has fewer, as s3prl
+        repeats it; zeros beyond.
+        """
+        self.model.eval()
+        front = self._front([self._normalised(wav) for wav in wavs])
+        frames = [len(x) for x in front]
+        x = nn.utils.rnn.pad_sequence(front, batch_first=True)
+        mask = torch.arange(x.shape[1], device=x.device) < torch.tensor(frames, device=x.device)[:, None]
+        x = self.model.feature_projection(x)
+        x = x[0] if isinstance(x, tuple) else x
+        states = self.model.encoder(x, attention_mask=mask, output_hidden_states=True).hidden_states
+        index = [self._index(len(wav), count) for wav, count in zip(wavs, frames, strict=True)]
+        pad = nn.utils.rnn.pad_sequence
+        return {"hidden_states": [pad([s[i, at] for i, at in enumerate(index)], batch_first=True) for s in states]}
+
+    def _normalised(self, wav: Tensor) -> Tensor:
+        """As the checkpoint's preprocessor_config says, and not shorter than a frame."""
+        out = self.extractor(wav.detach().cpu().float().numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        wave = out.input_values[0].to(device=wav.device, dtype=next(self.model.parameters()).dtype)
+        return nn.functional.pad(wave, (0, max(0, self.least - len(wave))))
+
+    def _front(self, waves: Sequence[Tensor]) -> list[Tensor]:
+        """Features before the encoder, [T, C] of each wave; those of like lengths together."""
+        groups: dict[int, list[int]] = defaultdict(list)
+        for i, wave in enumerate(waves):
+            groups[len(wave) if self.same_lengths else 0].append(i)
+        features: list[Any] = [None] * len(waves)
+        for group in groups.values():
+            batch = nn.utils.rnn.pad_sequence([waves[i] for i in group], batch_first=True)
+            for i, x in zip(group, self.model.feature_extractor(batch).transpose(1, 2), strict=True):
+                features[i] = x[: self._frames(len(waves[i]))]
+        return features
+
+    def _frames(self, samples: int) -> int:
+        for kernel, stride in zip(self.model.config.conv_kernel, self.model.config.conv_stride, strict=True):
+            samples = (samples - kernel) // stride + 1
+        return samples
+
+    def _index(self, samples: int, frames: int) -> Tensor:
+        return torch.arange(-(-samples // self.rate)).clamp(max=frames - 1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "CheckpointExpert":
+        self.model._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+
+def load(source: str) -> CheckpointExpert:
+    """The upstream `hf:SOURCE`: a folder in the hub's format, or a NAME of the hub (from its cache where offline).
+
+    Raises UserError for another kind of model and for what cannot be loaded.
+    """
+    import transformers
+
+    try:
+        kind = transformers.AutoConfig.from_pretrained(source).model_type
+        if kind not in MODEL_TYPES:
+            raise UserError(f"upstream hf:{source}: a {kind}, give one of {', '.join(MODEL_TYPES)}")
+        kind_of_model: Any = getattr(transformers, MODEL_TYPES[kind])
+        model, found = kind_of_model.from_pretrained(source, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise UserError(
+            f"upstream hf:{source}: cannot be loaded ({(str(error).splitlines() or [''])[0][:160]}); give a folder "
+            f"with config.json and weights, or `huggingface-cli download {source}`"
+        ) from error
+    if lacking := sorted(key for key in found["missing_keys"] if not key.endswith("masked_spec_embed")):
+        raise UserError(f"upstream hf:{source}: lacks the weights {lacking[0]}; give the whole checkpoint")
+    return CheckpointExpert(model.float(), _extractor(source))
+
+
+def _extractor(source: str) -> Any:
+    """The checkpoint's own; where it has none, one that normalises each wave, as s3prl then takes."""
+    from transformers import Wav2Vec2FeatureExtractor
+
+    try:
+        return Wav2Vec2FeatureExtractor.from_pretrained(source)
+    except (OSError, ValueError):
+        return Wav2Vec2FeatureExtractor(do_normalize=True)
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether a folder holds a transformers model of one of our kinds, for a hint in an error."""
+    try:
+        return json.loads((Path(path) / "config.json").read_text()).get("model_type") in MODEL_TYPES
+    except (OSError, ValueError, AttributeError):
+        return False

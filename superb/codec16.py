@@ -1,0 +1,55 @@
+"""A codec behind waves at 16 kHz, as s3prl hands them over."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from codecssl.tokenize.codec import Codec, CodecCard
+
+SAMPLE_RATE = 16_000  # of every wave that s3prl hands over
+
+
+def encode(codec: Codec, wavs: Sequence[Tensor], device: str = "cpu") -> list[Tensor]:
+    """1-D float waves at 16 kHz -> codes [R, T] each.
+
+    On a CPU by one thread, whatever torch is set to: the bits of a convolution may depend on the number of threads,
+    and codes must not.
+    """
+    waves = [at_codec_rate(wav, codec.card).to(device) for wav in wavs]
+    return [codes for codes, _ in encode_scaled(codec, waves, device)]
+
+
+def encode_scaled(codec: Codec, waves: Sequence[Tensor], device: str) -> list[tuple[Tensor, Tensor | None]]:
+    """Waves as `at_codec_rate` gives them -> codes [R, T] and, where the codec has such, its segments' scales."""
+    if not len(waves):
+        return []
+    with one_thread(device):
+        if codec.card.segment_samples:
+            return list(codec.encode_scaled(waves))  # type: ignore[attr-defined]
+        return [(codes, None) for codes in codec.encode(waves)]
+
+
+def at_codec_rate(wav: Tensor, card: CodecCard) -> Tensor:
+    """A 1-D wave at 16 kHz as the codec takes it: resampled as codecssl-tokenize resamples files, on all channels."""
+    wave = wav.detach().float()
+    if card.sample_rate != SAMPLE_RATE:
+        import soxr
+
+        wave = torch.from_numpy(soxr.resample(wave.cpu().numpy(), SAMPLE_RATE, card.sample_rate, quality="HQ"))
+    return wave if card.channels == 1 else wave.expand(card.channels, -1).contiguous()
+
+
+@contextmanager
+def one_thread(device: str) -> Iterator[None]:
+    """Torch works with one thread on a CPU; a GPU is left alone."""
+    threads = torch.get_num_threads()
+    if torch.device(device).type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,94 @@
+"""States of utterances, one at a time: of the model as it is, of what is quantised, of the base codec's tables."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from codecssl.pretrain.model import CodecModel
+from codecssl.superb.bottleneck import later_states
+from codecssl.superb.compressed import Compressed
+from codecssl.tokenize.shards import Shards
+
+States = list[Tensor]
+"""Of one utterance, each [T, D]."""
+Source = Callable[[int], States]
+"""From an utterance's number to its states."""
+CACHE_BYTES = 2 << 30
+"""States that are kept in memory, at most."""
+
+
+class Kept:
+    """A source that computes each utterance once, as far as memory is given."""
+
+    def __init__(self, source: Source, most_bytes: int = CACHE_BYTES) -> None:
+        self.source, self.left = source, most_bytes
+        self.known: dict[int, States] = {}
+
+    def __call__(self, index: int) -> States:
+        if index in self.known:
+            return self.known[index]
+        states = self.source(index)
+        size = sum(state.numel() * state.element_size() for state in states)
+        if size <= self.left:
+            self.left -= size
+            self.known[index] = states
+        return states
+
+
+def batch(source: Source, indices: Sequence[int]) -> tuple[States, list[int]]:
+    """States [B, T, D] of several utterances, zeros beyond each one's frames, and their frames."""
+    rows = [source(index) for index in indices]
+    padded = [nn.utils.rnn.pad_sequence(list(states), batch_first=True) for states in zip(*rows, strict=True)]
+    return padded, [len(states[0]) for states in rows]
+
+
+def base_codes(shards: Shards, index: int, device: str = "cpu") -> Tensor:
+    """int64 [R, T]."""
+    return torch.from_numpy(shards.codes(index).astype(np.int64)).to(device)
+
+
+def whole_model(model: CodecModel, shards: Shards, layer: int, device: str = "cpu") -> Source:
+    """States L, L + 1, ... of the model as it is."""
+
+    def states(index: int) -> States:
+        codes = base_codes(shards, index, device)
+        return [state[0] for state in model.extract(codes[None], [codes.shape[1]])[layer:]]
+
+    return states
+
+
+def first_codebooks(model: CodecModel, shards: Shards, layer: int, count: int, device: str = "cpu") -> Source:
+    """The same, of the first `count` codebooks of the base codec alone; the others are dropped as in pretraining."""
+
+    @torch.no_grad()
+    def states(index: int) -> States:
+        codes = base_codes(shards, index, device)
+        kept = torch.arange(len(codes), device=device)[None] < count
+        frames = [codes.shape[1]]
+        first, _ = model.front(codes[None], frames, None, kept, dropout=False)
+        return [state[0] for state in later_states(model, first, frames, 0)[layer:]]
+
+    return states
+
+
+def tables(embeddings: Sequence[Tensor], shards: Shards, count: int, device: str = "cpu") -> Source:
+    """One state: the sum of the base codec's own tables, of its first `count` codebooks."""
+    kept = [table.to(device) for table in embeddings[:count]]
+
+    def states(index: int) -> States:
+        codes = base_codes(shards, index, device)
+        return [torch.stack([table[row] for table, row in zip(kept, codes)]).sum(dim=0)]
+
+    return states
+
+
+def quantised(compressed: Compressed, shards: Shards, count: int, device: str = "cpu") -> Source:
+    """States L, L + 1, ... from the codes of the first `count` codebooks."""
+
+    def states(index: int) -> States:
+        codes = compressed.codes(base_codes(shards, index, device))[:count]
+        return [state[0] for state in compressed.extract(codes[None], [codes.shape[1]])]
+
+    return states

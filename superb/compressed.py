@@ -1,0 +1,146 @@
+"""A model with a bottleneck in it, as a folder: base codes to few codes, and these to states and to the answer."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codecssl.configs.load import from_dict
+from codecssl.pretrain.config import ModelConfig
+from codecssl.pretrain.fs2 import AttentionBiasCache
+from codecssl.pretrain.layers import ResidualEncoder
+from codecssl.pretrain.masters import load_weights
+from codecssl.pretrain.model import CodecModel
+from codecssl.superb.bottleneck import Bottleneck, Rate, check_layer, later_states
+from codecssl.superb.heads import HEADS
+from codecssl.superb.rvq import RvqConfig
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.errors import UserError
+
+MODEL_TYPE, VERSION = "codecssl-machine", 1
+"""Of config.json; `codecssl.tokenize.codec.MODEL_TYPES` knows a codec by it."""
+WEIGHTS = "model.safetensors"
+
+
+class Compressed(nn.Module):
+    """A frozen model, its bottleneck after layer L, and the task's head where there is one."""
+
+    def __init__(self, model: CodecModel, layer: int, bottleneck: Bottleneck, head: Any, names: Sequence[str]) -> None:
+        super().__init__()
+        check_layer(model, layer)
+        self.model = model.eval().requires_grad_(False)
+        self.layer, self.bottleneck, self.head, self.names = layer, bottleneck, head, tuple(names)
+
+    @property
+    def pool(self) -> int:
+        return self.bottleneck.pool
+
+    @torch.no_grad()
+    def codes(self, base: Tensor) -> Tensor:
+        """Codes [R, T] of the base codec -> codes int64 [K, ceil(T / pool)]."""
+        state = state_at(self.model, base[None].long(), [base.shape[1]], self.layer)
+        pooled, _ = self.bottleneck.pooled(state, [base.shape[1]])
+        return self.bottleneck.rvq.encode(pooled)[0]
+
+    @torch.no_grad()
+    def extract(self, codes: Tensor, frames: Sequence[int]) -> list[Tensor]:
+        """Codes [B, k, T'] of the first k codebooks, frames of each -> the model's states L, L + 1, ...,
+        each [B, T' * pool, D].
+        """
+        state = self.bottleneck.expand(self.bottleneck.rvq.dequantise(codes))
+        return later_states(self.model, state, [n * self.pool for n in frames], self.layer)
+
+    @torch.no_grad()
+    def logits(self, codes: Tensor, frames: Sequence[int]) -> Tensor:
+        """What the task's head gives for codes [B, k, T']: see the heads. UserError where there is no head."""
+        if self.head is None:
+            raise UserError("this codec was made with --task none: it has no head; compress for a task")
+        found: Tensor = self.head(self.extract(codes, frames), [n * self.pool for n in frames])
+        return found
+
+    def answers(self, codes: Tensor, frames: Sequence[int]) -> list[list[str]]:
+        """Labels by name, of each utterance."""
+        found = self.head.answers(self.logits(codes, frames), [n * self.pool for n in frames])
+        return [[self.names[label] for label in row] for row in found]
+
+
+@torch.no_grad()
+def state_at(model: CodecModel, codes: Tensor, frames: Sequence[int], layer: int) -> Tensor:
+    """State L [B, T, D] of `CodecModel.extract`, without the layers after it."""
+    if isinstance(model.encoder, ResidualEncoder):
+        return model.extract(codes, frames)[layer]
+    state, layout = model.front(codes, frames, dropout=False)
+    cache = AttentionBiasCache()
+    for module in model.encoder.layers[:layer]:  # type: ignore[index,union-attr]
+        state = module(state, layout, cache)
+    if layer == model.config.layers and model.encoder.layer_norm is not None:
+        state = model.encoder.layer_norm(state)  # type: ignore[operator]
+    return state
+
+
+# ---------------------------------------------------------------- on disk
+
+
+def save(compressed: Compressed, folder: Path, rate: Rate, more: dict[str, Any]) -> None:
+    """Write weights, then config.json: a folder without it is no codec. `more` tells how it was made."""
+    from safetensors.torch import save as to_bytes
+
+    from codecssl.tokenize.writer import write_atomic
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().cpu().contiguous() for name, value in compressed.named_parameters()}
+    card = compressed.model.card
+    head = None if compressed.head is None else {"kind": compressed.head.kind, "labels": list(compressed.names)}
+    description = {
+        "model_type": MODEL_TYPE,
+        "version": VERSION,
+        "sampling_rate": card.sample_rate,
+        "layer": compressed.layer,
+        "pool": compressed.pool,
+        "rvq": dataclasses.asdict(compressed.bottleneck.rvq.config),
+        "bits_per_second": rate.bits_per_second,
+        "head": head,
+        "model": dataclasses.asdict(compressed.model.config),
+        "codec": card.to_dict(),
+        **more,
+    }
+    write_atomic(folder / WEIGHTS, to_bytes(weights))
+    write_atomic(folder / "config.json", (json.dumps(description, indent=1) + "\n").encode())
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a codec that `save` wrote. UserError for another folder or a newer version."""
+    try:
+        description: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        description = {}
+    if description.get("model_type") != MODEL_TYPE:
+        raise UserError(f"{folder}: is no codec of codecssl-superb compress (its config.json says otherwise)")
+    if description["version"] != VERSION:
+        raise UserError(f"{folder}: version {description['version']}, this codecssl reads {VERSION}; compress again")
+    return description
+
+
+def load(folder: Path) -> Compressed:
+    """What `save` wrote, on the CPU, in evaluation mode, without gradients."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    description = read_config(folder)
+    model = CodecModel(from_dict(ModelConfig, description["model"]), CodecCard.from_dict(description["codec"]))
+    config, found = RvqConfig(**description["rvq"]), description["head"]
+    bottleneck = Bottleneck(model.config.dim, description["pool"], config)
+    states = model.config.layers - description["layer"] + 1
+    names = found["labels"] if found else []
+    head = HEADS[found["kind"]](model.config.dim, states, len(names)) if found else None
+    compressed = Compressed(model, description["layer"], bottleneck, head, names)
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); compress again") from error
+    load_weights(compressed, weights, folder)
+    return compressed.eval().requires_grad_(False)

@@ -1,0 +1,249 @@
+"""Filling the token cache: the waves of a task through the codec, once, into a set of token shards.
+
+Any number of processes, started by one command or by several, may fill one set: each takes a shard that no other has
+locked. A shard is written block by block; what a killed process leaves is whole blocks, from which the next goes on.
+"""
+
+import errno
+import fcntl
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from codecssl.superb.cache import KeyedShards, TokenCache, codec_folder, wave_key
+from codecssl.superb.codec16 import SAMPLE_RATE, at_codec_rate, encode_scaled
+from codecssl.superb.waves import Wave
+from codecssl.tokenize.codec import Codec, CodecCard
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.layout import shard_path, to_planes
+from codecssl.tokenize.writer import Encoded, Failure, ShardWriter, finish_dataset
+
+SHARD_WAVES = 4096
+BLOCK_WAVES = 256
+"""A kill loses at most so many."""
+GROUP_WAVES = 32
+"""Encoded together."""
+POLL_SECONDS = 0.2
+"""Between looks at shards that other processes are at work on."""
+
+Report = Callable[[int], None]
+"""Is called with the number of waves that are done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One set to fill: the waves of a task for a codec. `load` makes the codec anew, in worker processes."""
+
+    root: Path
+    name: str
+    waves: Sequence[Wave]
+    card: CodecCard
+    load: Callable[[], Codec]
+    device: str = "cpu"
+    workers: int = 0
+    """Processes that load waves and, on a CPU, encode them; 0 is this one."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise UserError(f"workers {self.workers}: must be 0 (this process) or more")
+
+    @property
+    def folder(self) -> Path:
+        """Its name says which waves, and which state of their files."""
+        digest = hashlib.sha256(b"".join(wave.digest() for wave in self.waves)).hexdigest()
+        return codec_folder(self.root, self.card) / f"{self.name}-{digest[:12]}"
+
+
+def fill(job: Job, report: Report = lambda done: None) -> KeyedShards:
+    """Encode what is missing and return the finished set. Raises UserError for a full disk or one without locks."""
+    try:
+        return _fill(job, job.folder, report)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"cache {job.root}: disk full; make room and run the same command again") from error
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EROFS, errno.EACCES):
+            raise UserError(
+                f"cache {job.root}: cannot be written or locked ({error.strerror}); give another folder"
+            ) from error
+        raise
+
+
+def _fill(job: Job, folder: Path, report: Report) -> KeyedShards:
+    if (folder / "dataset.json").exists():
+        return KeyedShards(folder, job.card)
+    locks, encoder = folder.with_name(f".{folder.name}.locks"), _Encoder(job)
+    while left := _unfinished(job, folder):
+        report(sum(len(_shard(job, s)) for s in range(_count(job)) if s not in left))
+        written = [_fill_shard(job, folder, shard, locks, encoder, report) for shard in left]
+        if not any(written):
+            time.sleep(POLL_SECONDS)
+    with _locked(locks / "finish", wait=True):
+        if not (folder / "dataset.json").exists():
+            finish_dataset(folder, {"codec": job.card.to_dict(), "sources": []}, _count(job))
+            shutil.rmtree(folder / "work", ignore_errors=True)
+        done = KeyedShards(folder, job.card)
+    shutil.rmtree(locks, ignore_errors=True)
+    return done
+
+
+def _count(job: Job) -> int:
+    return -(-len(job.waves) // SHARD_WAVES)
+
+
+def _shard(job: Job, shard: int) -> Sequence[Wave]:
+    return job.waves[shard * SHARD_WAVES : (shard + 1) * SHARD_WAVES]
+
+
+def _unfinished(job: Job, folder: Path) -> list[int]:
+    return [s for s in range(_count(job)) if not shard_path(folder, s).with_suffix(".json").exists()]
+
+
+@contextmanager
+def _locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether the lock was free, or is by now; it ends with the process, however that ends."""
+    with _opened(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _opened(path: Path) -> IO[str]:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # another process finished and tidied up just now
+            return path.open("w")
+
+
+def _fill_shard(job: Job, folder: Path, shard: int, locks: Path, encoder: "_Encoder", report: Report) -> bool:
+    """Write the rest of a shard; False where another process is at work on it."""
+    with _locked(locks / f"{shard:05d}") as free:
+        if not free or (folder / "dataset.json").exists():
+            return False
+        if shard_path(folder, shard).with_suffix(".json").exists():
+            return True
+        writer, waves = ShardWriter(folder, shard, job.card), _shard(job, shard)
+        first = len(writer.parts) * BLOCK_WAVES
+        blocks = [waves[at : at + BLOCK_WAVES] for at in range(first, len(waves), BLOCK_WAVES)]
+        done = shard * SHARD_WAVES + first
+        for block, results in zip(blocks, encoder.encode(blocks), strict=True):
+            good = [r for r in results if isinstance(r, Encoded)]
+            bad = [r for r in results if isinstance(r, Failure)]
+            writer.add_block(len(good) + len(bad), good, bad)
+            report(done := done + len(block))
+        writer.finish(hashlib.sha256(b"".join(wave.digest() for wave in waves)).hexdigest())
+        return True
+
+
+# ---------------------------------------------------------------- waves to codes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Heard:
+    """A wave that is not in the cache."""
+
+    wave: Wave
+    key: str
+    samples: Tensor
+
+
+class _Encoder(Dataset[Any]):
+    """Groups of waves to results, in worker processes or here. Waves that are known or never the same have none."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.here = job.workers == 0 or torch.device(job.device).type != "cpu"
+        self._open: tuple[Codec, TokenCache] | None = None
+        self._seen: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": None, "_seen": set()}
+
+    def encode(self, blocks: Sequence[Sequence[Wave]]) -> Iterator[list[Encoded | Failure]]:
+        """The results of each block."""
+        groups = [block[at : at + GROUP_WAVES] for block in blocks for at in range(0, len(block), GROUP_WAVES)]
+        results = iter(self._loader(groups))
+        for block in blocks:
+            found: list[Encoded | Failure] = []
+            for _ in range(0, len(block), GROUP_WAVES):
+                group = next(results)
+                found += self._encoded(group) if self.here else group
+            yield [r for r in found if isinstance(r, Failure) or self._is_new(r.id)]
+
+    def _loader(self, groups: Sequence[Sequence[Wave]]) -> Any:
+        workers = min(self.job.workers, len(groups))
+        return DataLoader(
+            self,
+            sampler=groups,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            multiprocessing_context="spawn" if workers else None,
+        )
+
+    def __getitem__(self, group: Any) -> Any:
+        heard = [_heard(wave) for wave in group]
+        return heard if self.here else self._encoded(heard)
+
+    def _opened(self) -> tuple[Codec, TokenCache]:
+        if self._open is None:
+            self._open = self.job.load(), TokenCache(self.job.root, self.job.card)
+        return self._open
+
+    def _encoded(self, heard: Sequence[_Heard | Failure | None]) -> list[Encoded | Failure]:
+        codec, cache = self._opened()
+        fresh = {h.key: h for h in heard if isinstance(h, _Heard) and h.key not in self._seen}
+        new = {key: h for key, h in fresh.items() if cache.find(key) is None}
+        bad: list[Encoded | Failure] = [h for h in heard if isinstance(h, Failure)]
+        waves = [at_codec_rate(h.samples, codec.card).to(self.job.device) for h in new.values()]
+        pairs = encode_scaled(codec, waves, self.job.device)
+        return bad + [_utterance(codec.card, *of) for of in zip(new.values(), waves, pairs, strict=True)]
+
+    def _is_new(self, key: str) -> bool:
+        new = key not in self._seen
+        self._seen.add(key)
+        return new
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _heard(wave: Wave) -> _Heard | Failure | None:
+    """The wave; None where it is cut at random. What cannot be read is a failure here and an error of the task."""
+    try:
+        samples = wave.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a decoder may raise costs its file, not the rest
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        return Failure(id=wave.path, path=wave.path, reason=reason)
+    if samples is not None and not len(samples):
+        return Failure(id=wave.path, path=wave.path, reason="no samples")
+    return None if samples is None else _Heard(wave=wave, key=wave_key(samples), samples=samples)
+
+
+def _utterance(card: CodecCard, heard: _Heard, wave: Tensor, encoded: tuple[Tensor, Tensor | None]) -> Encoded:
+    codes, scales = encoded
+    return Encoded(
+        id=heard.key,
+        path=heard.wave.path,
+        codes=to_planes(codes.cpu().numpy().astype(np.uint16), card),
+        samples=wave.shape[-1],
+        source_sha256=heard.key,
+        source_rate=SAMPLE_RATE,
+        source_samples=len(heard.samples),
+        scales=None if scales is None else scales.cpu().numpy(),
+    )

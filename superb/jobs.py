@@ -1,0 +1,83 @@
+"""Many runs: finished ones are skipped, several go at a time, one that fails doesn't stop the others."""
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from typing import Any
+
+from codecssl.superb import results
+from codecssl.superb import run as one
+from codecssl.superb.expert import Upstream
+from codecssl.superb.run import Machine, Run
+from codecssl.tokenize.errors import UserError
+
+
+def run_all(
+    runs: Sequence[Run],
+    machine: Machine,
+    *,
+    jobs: int = 1,
+    report: Callable[[Run, Any], None],
+    begin: Callable[[Run], None] = lambda run: None,
+) -> dict[str, Exception]:
+    """Run what is not finished, `jobs` at a time; results.jsonl is written after each.
+
+    `report(run, outcome)` is called once per run with its row or with the exception that ended it, `begin(run)` before
+    it starts where they go one by one. Returns the failures by folder.
+    """
+    failures: dict[str, Exception] = {}
+    for run, outcome in _outcomes([run for run in runs if not run.finished], machine, jobs, begin):
+        if isinstance(outcome, Exception):
+            failures[str(run.folder)] = outcome
+        results.publish(run.output)
+        report(run, outcome)
+    return failures
+
+
+def _outcomes(
+    runs: Sequence[Run], machine: Machine, jobs: int, begin: Callable[[Run], None]
+) -> Iterator[tuple[Run, Any]]:
+    """Runs of one upstream and task stay in one process: the second one finds the features of the first."""
+    if jobs == 1:
+        for run in runs:
+            begin(run)
+            yield run, _attempt(run, machine)
+        return
+    units: dict[tuple[Upstream, str], list[Run]] = {}
+    for run in runs:
+        units.setdefault((run.upstream, run.task), []).append(run)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:  # CUDA and threads can't be forked
+        futures = {pool.submit(_attempt_all, unit, machine): unit for unit in units.values()}
+        try:
+            for future in as_completed(futures):
+                unit, died = futures[future], future.exception()
+                yield from zip(unit, [died] * len(unit) if died else future.result(), strict=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _attempt_all(runs: Sequence[Run], machine: Machine) -> list[Any]:
+    return [_attempt(run, machine) for run in runs]
+
+
+def _attempt(run: Run, machine: Machine) -> Any:
+    """The row, or the error, whose traceback goes to run.log."""
+    try:
+        return one.run_one(run, machine)
+    except UserError as error:
+        return error
+    except Exception as error:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with (run.folder / "run.log").open("a") as log:
+            traceback.print_exc(file=log)
+        return _plain(error, machine)  # others may not survive the way between processes
+
+
+def _plain(error: Exception, machine: Machine) -> Exception:
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        remedy = "SUPERB's batch size is fixed: take fewer --jobs, a smaller --feature-cache-gib or a larger device"
+        return UserError(f"out of memory on {machine.device} ({text[:120]}); {remedy}")
+    return RuntimeError(f"{type(error).__name__}: {text}")

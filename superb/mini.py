@@ -1,0 +1,157 @@
+"""mini-SUPERB: all ten tasks from one labelled manifest of real audio, as a corpus folder that the tasks read.
+
+The folder holds manifest.jsonl (a row per task and utterance, with its split), trials.txt for asv, the audio that
+had to be made, and a corpus card. It appears by one rename.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from codecssl.configs.load import config_path, load_config
+from codecssl.superb import mini_made, mini_mixtures, mini_search, mini_tasks
+from codecssl.superb.mini_audio import Studio
+from codecssl.superb.mini_bench import Bench, LackingError
+from codecssl.superb.mini_card import card
+from codecssl.superb.mini_manifest import Row, read_manifest
+from codecssl.superb.mini_recipe import Recipe
+from codecssl.tokenize.errors import UserError
+
+MARKER = "mini.json"
+"""Written last: what the corpus was built from."""
+VERSION = 1
+
+BUILDERS: dict[str, Callable[[Bench], list[Row]]] = {
+    "pr": mini_tasks.pr,
+    "asr": mini_tasks.asr,
+    "ks": mini_made.ks,
+    "qbe": mini_search.qbe,
+    "sid": mini_tasks.sid,
+    "sd": mini_mixtures.sd,
+    "ic": mini_tasks.ic,
+    "sf": mini_made.sf,
+    "er": mini_tasks.er,
+}
+"""asv, which makes trials too, is built by itself."""
+TASKS = ("pr", "asr", "ks", "qbe", "sid", "asv", "sd", "ic", "sf", "er")
+
+
+def build(
+    manifest: Path, output: Path, *, seed: int = 0, recipe: str = "mini", report: Callable[[str], None] = print
+) -> Path:
+    """Build the corpus into the folder `output` and return it; one built from the same is left as it is.
+
+    The content depends on the manifest, its audio, the seed and the recipe (a name in configs/superb or a YAML
+    file) only. A task whose data the manifest lacks is left out and named, on `report` and in the card. UserError
+    if `output` holds anything else, or no task can be built.
+    """
+    if not (manifest / "manifest.jsonl" if manifest.is_dir() else manifest).is_file():
+        raise UserError(f"manifest {manifest}: no such file; give a .jsonl with path, task and label columns")
+    identity = _identity(manifest, seed, recipe)
+    if _built(output) == identity:
+        report(f"{output}: built before from this manifest, seed and recipe; nothing to do")
+        return output
+    _check_free(output)
+    with _scratch(output) as folder:
+        _fill(folder, manifest, seed, recipe, identity, report)
+        if output.is_dir():
+            output.rmdir()  # an empty one: _check_free said so
+        folder.rename(output)
+    return output
+
+
+def _identity(manifest: Path, seed: int, recipe: str) -> dict[str, Any]:
+    path = manifest / "manifest.jsonl" if manifest.is_dir() else manifest
+    settings = dataclasses.asdict(load_config(Recipe, "superb", recipe))
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"version": VERSION, "manifest_sha256": digest, "folder": str(path.parent.resolve()), "seed": seed, **plain}
+
+
+def _built(output: Path) -> dict[str, Any] | None:
+    try:
+        marker: dict[str, Any] = json.loads((output / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return marker
+
+
+def _check_free(output: Path) -> None:
+    if (output / MARKER).is_file():
+        raise UserError(f"{output}: built from another manifest, seed or recipe (see {MARKER}); give another folder")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: exists and is no mini-SUPERB; give a new or an empty folder")
+
+
+@contextlib.contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """An empty folder beside `output`, this process's alone; what a killed one left there is removed."""
+    folder, lock = (output.parent / f".{output.name}.{end}" for end in ("partial", "lock"))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise UserError(f"{output}: cannot write there ({error.strerror}); give another folder") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{output}: another process is building it; wait for that one") from error
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def _fill(
+    folder: Path, manifest: Path, seed: int, recipe: str, identity: dict[str, Any], report: Callable[[str], None]
+) -> None:
+    data = read_manifest(manifest)
+    settings = load_config(Recipe, "superb", recipe)
+    bench = Bench(data=data, recipe=settings, studio=Studio(folder), seed=seed)
+    rows, missing = _build_tasks(bench, folder, report)
+    if not rows:
+        raise UserError(f"manifest {manifest}: no task can be built from it; {'; '.join(missing.values())}")
+    for reason, count in data.dropped.items():
+        report(f"{count} rows of the manifest left out: {reason}")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (folder / "manifest.jsonl").write_text("".join(lines), encoding="utf-8")
+    text = card(rows, bench.notes, missing, data, seed, config_path("superb", recipe).stem)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    with (folder / MARKER).open("w", encoding="utf-8") as file:
+        json.dump(identity, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _build_tasks(bench: Bench, folder: Path, report: Callable[[str], None]) -> tuple[list[Row], dict[str, str]]:
+    rows: list[Row] = []
+    missing: dict[str, str] = {}
+    for task in TASKS:
+        try:
+            made = _asv(bench, folder) if task == "asv" else BUILDERS[task](bench)
+        except LackingError as error:
+            missing[task] = f"{task} needs {error}"
+            report(f"{task:3}  left out: it needs {error}")
+            continue
+        counts = {split: sum(row["splits"][task] == split for row in made) for split in ("train", "valid", "test")}
+        minutes = sum(row["seconds"] for row in made) / 60
+        report(f"{task:3}  {' + '.join(map(str, counts.values()))} utterances, {minutes:.1f} min")
+        rows += made
+    return rows, missing
+
+
+def _asv(bench: Bench, folder: Path) -> list[Row]:
+    rows, trials = mini_tasks.asv(bench)
+    (folder / "trials.txt").write_text("".join(f"{label} {one} {other}\n" for label, one, other in trials))
+    return rows

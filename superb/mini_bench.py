@@ -1,0 +1,71 @@
+"""What the builders of mini-SUPERB's tasks share: the manifest, the recipe, seeded generators, rows, notes."""
+
+import functools
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from codecssl.superb.mini_audio import Studio
+from codecssl.superb.mini_manifest import Labelled, Row, Splits, by_speaker, pick
+from codecssl.superb.mini_recipe import Recipe
+
+TRIPLE = ("train", "valid", "test")
+KEPT = ("speaker", "gender", "origin", "licence")
+"""Columns of the source that every made row keeps."""
+
+
+class LackingError(Exception):
+    """The manifest has not what a task needs; the text says what."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Passed to every builder. `notes` are sentences for the corpus card."""
+
+    data: Labelled
+    recipe: Recipe
+    studio: Studio
+    seed: int
+    notes: dict[str, list[str]] = field(default_factory=dict)
+
+    def rng(self, name: str) -> np.random.Generator:
+        """A generator of its own for each task, so that none depends on the others' draws."""
+        return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return dict(zip(TRIPLE, self.recipe.shares, strict=True))
+
+    @functools.cached_property
+    def voices(self) -> dict[str, str]:
+        """Speaker of sentences -> split: one and the same for pr, asr, sd and the unknown words of ks."""
+        return by_speaker(self.data.speech(), self.shares, self.rng("voices"))
+
+    def note(self, task: str, text: str) -> None:
+        self.notes.setdefault(task, []).append(text)
+
+    def referenced(self, task: str, split: str, row: Row, **columns: Any) -> Row:
+        """A manifest row of a clip that is used as it is."""
+        return self.row(task, split, self.studio.place(row), row["seconds"], row, **columns)
+
+    def written(self, task: str, split: str, name: str, wave: Any, source: Row, **columns: Any) -> Row:
+        """A manifest row of a clip made here, `task`/`name`.flac."""
+        path = self.studio.write(f"{task}/{name}.flac", wave)
+        return self.row(task, split, path, round(len(wave) / 16_000, 4), source, **columns)
+
+    def row(self, task: str, split: str, path: str, seconds: float, source: Row, **columns: Any) -> Row:
+        kept = {name: source[name] for name in KEPT if source.get(name) not in (None, "")}
+        head = {"path": path, "seconds": seconds, "sample_rate": 16_000, "task": task, "splits": {task: split}}
+        return {**head, **kept, **columns}
+
+    def capped(self, splits: Splits, counts: Iterable[int], rng: np.random.Generator) -> Splits:
+        return {name: pick(splits[name], most, rng) for name, most in zip(TRIPLE, counts, strict=True)}
+
+
+def require(rows: Any, what: str) -> None:
+    """LackingError unless there is something."""
+    if not rows:
+        raise LackingError(what)

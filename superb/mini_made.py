@@ -1,0 +1,212 @@
+"""mini-SUPERB's tasks whose clips are made here from real ones: ks and sf."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from codecssl.superb.mini_audio import RATE, Wave, at_level, loudest_part, quiet_part, trimmed
+from codecssl.superb.mini_bench import TRIPLE, Bench, LackingError, require
+from codecssl.superb.mini_manifest import Row, Splits, by_speaker, by_utterance, grouped, keyword_of, pick
+
+SILENCE, UNKNOWN = "_silence_", "_unknown_"
+LONGEST = 1.0
+"""Seconds of a clip of ks, as in Speech Commands."""
+NOISE_LEVELS = (-50.0, -30.0)  # dBFS
+FEWEST_SPEAKERS = 3
+PAUSES = (0.1, 0.3)
+"""Seconds between the words of a made command."""
+
+
+def band_of(bench: Bench) -> int:
+    """The lowest sample rate among the clips of words: all that is compared with them is limited to its band."""
+    words = words_of(bench)
+    require(words, "rows of task kws or digits with labels")
+    return min(RATE, *(row["rate"] for row in words))
+
+
+def words_of(bench: Bench) -> list[Row]:
+    return [row for row in bench.data.of("kws", "digits") if row.get("keyword") or row.get("label") not in (None, "")]
+
+
+def word_splits(bench: Bench) -> Splits:
+    """Clips of words: by speaker where three or more of a task's are known; clips of nobody known by utterance."""
+    splits: Splits = {split: [] for split in TRIPLE}
+    for task in ("kws", "digits"):
+        rows = [row for row in words_of(bench) if task in row["tasks"]]
+        known = [row for row in rows if row["speaker"]]
+        if len({row["speaker"] for row in known}) < FEWEST_SPEAKERS:
+            known = []
+        split = by_speaker(known, bench.shares, bench.rng(f"words {task}")) if known else {}
+        for row in known:
+            splits[split[row["speaker"]]].append(row)
+        others = [row for row in rows if not known or not row["speaker"]]
+        for word, clips in sorted(by_word(others).items()):
+            dealt = by_utterance(clips, bench.shares, bench.rng(f"words {task} {word}"))
+            for name in TRIPLE:
+                splits[name] += dealt[name]
+    return splits
+
+
+def by_word(rows: list[Row]) -> dict[str, list[Row]]:
+    return grouped([{**row, "word": keyword_of(row)} for row in rows], "word")
+
+
+def ks(bench: Bench) -> list[Row]:
+    """Words of a second or less, `_unknown_` out of running speech, `_silence_` out of noises and quiet stretches.
+
+    All lie in one band, and `_unknown_` and `_silence_` have the words' own lengths: neither bandwidth nor length
+    tells them apart.
+    """
+    band, splits = band_of(bench), word_splits(bench)
+    noises = by_utterance(bench.data.of("env"), bench.shares, bench.rng("noises")) if bench.data.of("env") else {}
+    found = {
+        split: _spotted(bench, split, most, splits[split], noises.get(split, []), band)
+        for split, most in zip(TRIPLE, bench.recipe.ks_per_word, strict=True)
+    }
+    kept = _complete(bench, {split: {word for word, _, _ in clips} for split, clips in found.items()})
+    made = []
+    for split, clips in found.items():
+        for number, (word, wave, row) in enumerate(clip for clip in clips if clip[0] in kept):
+            made.append(bench.written("ks", split, f"{split}-{number:04d}", wave, row, keyword=word))
+    bench.note("ks", f"Every clip is limited to the band below {band // 2} Hz, the narrowest of the words' recordings.")
+    return made
+
+
+def _spotted(
+    bench: Bench, split: str, most: int, rows: list[Row], noises: list[Row], band: int
+) -> list[tuple[str, Wave, Row]]:
+    """(word, wave, source) of a split's clips."""
+    rng, clips = bench.rng(f"ks {split}"), by_word(rows)
+    chosen = [row for word in sorted(clips) for row in pick(clips[word], most, rng)]
+    words = [(row["word"], cut(bench.studio.read(row, band)), row) for row in chosen]
+    lengths = [len(wave) / RATE for _, wave, _ in words]
+    if UNKNOWN not in clips and lengths:
+        words += [(UNKNOWN, *item) for item in _unknown(bench, split, most, lengths, band, rng)]
+    if SILENCE not in clips and lengths:
+        words += [(SILENCE, *item) for item in _silences(bench, chosen, noises, most, lengths, band, rng)]
+    return words
+
+
+def _complete(bench: Bench, words: dict[str, set[str]]) -> set[str]:
+    """The words that every split has; the others are noted."""
+    complete, known = set.intersection(*words.values()), set.union(*words.values())
+    if len(complete - {SILENCE, UNKNOWN}) < 2:
+        raise LackingError("two words or more with clips for every split (three speakers or clips of each)")
+    for word in sorted((known | {SILENCE, UNKNOWN}) - complete):
+        bench.note("ks", f"No `{word}`: the manifest has no clips of it for every split.")
+    return complete
+
+
+def cut(wave: Wave) -> Wave:
+    return loudest_part(trimmed(wave) if len(wave) > LONGEST * RATE else wave, LONGEST)
+
+
+def _unknown(
+    bench: Bench, split: str, count: int, lengths: list[float], band: int, rng: np.random.Generator
+) -> Iterator[tuple[Wave, Row]]:
+    """The loudest stretches of sentences, without any of the keywords, by this split's speakers."""
+    keywords = {keyword_of(row).upper() for row in words_of(bench)}
+    rows = [row for row in bench.data.speech() if bench.voices[row["speaker"]] == split]
+    rows = [row for row in rows if not keywords & set(row["plain"].split())]
+    for row in pick(rows, count, rng):
+        yield loudest_part(bench.studio.read(row, band), float(rng.choice(lengths))), row
+
+
+def _silences(
+    bench: Bench,
+    words: list[Row],
+    noises: list[Row],
+    count: int,
+    lengths: list[float],
+    band: int,
+    rng: np.random.Generator,
+) -> Iterator[tuple[Wave, Row]]:
+    """Half environmental noise turned low, half what lies beside the words, as far as there is of each."""
+    beside = [(row, bench.studio.read(row, band)) for row in words if row["seconds"] > LONGEST]
+    order = rng.permutation(len(beside))
+    quiet = [(quiet_part(beside[i][1], float(rng.choice(lengths))), beside[i][0]) for i in order]
+    found = [(wave, row) for wave, row in quiet if wave is not None]
+    loud = pick(noises, count - min(len(found), count // 2), rng)
+    for row in loud:
+        noise = loudest_part(bench.studio.read(row, band), float(rng.choice(lengths)))
+        yield at_level(noise, float(rng.uniform(*NOISE_LEVELS))), row
+    yield from found[: count - len(loud)]
+
+
+def sf(bench: Bench) -> list[Row]:
+    """Text with one IOB tag a word.
+
+    Rows with text and iob serve as they are. Without any: orders whose slots' sequence the recipe knows (real
+    sentences; only the slots' words are in the text), and commands made of one keyword and one to three digits.
+    """
+    ready = [row for row in bench.data.of("sf") if row.get("text") and row.get("iob") and row["speaker"]]
+    if ready:
+        split = by_speaker(ready, bench.shares, bench.rng("sf"))
+        rows = [bench.referenced("sf", split[r["speaker"]], r, text=r["text"], iob=r["iob"]) for r in ready]
+        return sorted(rows, key=lambda row: TRIPLE.index(row["splits"]["sf"]))
+    made = [*_orders(bench), *_commands(bench)]
+    require(made, "rows with text and iob, or slots in an order the recipe knows, or keywords and digits")
+    return sorted(made, key=lambda row: TRIPLE.index(row["splits"]["sf"]))
+
+
+def _orders(bench: Bench) -> Iterator[Row]:
+    groups = bench.recipe.slot_order
+    rows = [row for row in bench.data.of("ic") if isinstance(row.get("slots"), dict)]
+    known = [row for row in rows if row["slots"] and _in_order(row["slots"], groups)]
+    if not known:
+        return
+    bench.note(
+        "sf",
+        f"{len(known)} real sentences out of {len(rows)}: those whose slots can come in one order only. No transcript "
+        "is known, so the text holds the words of the slots and nothing of the rest of the sentence.",
+    )
+    splits = by_utterance(known, bench.shares, bench.rng("sf orders"), lambda row: row["slots"])
+    for split in TRIPLE:
+        for row in splits[split]:
+            spoken = [
+                (name, str(row["slots"][name]).split()) for group in groups for name in group if name in row["slots"]
+            ]
+            words = [(word, name, i) for name, said in spoken for i, word in enumerate(said)]
+            tags = " ".join(f"{'I' if i else 'B'}-{name}" for _, name, i in words)
+            text = " ".join(word.upper() for word, _, _ in words)
+            yield bench.referenced("sf", split, row, text=text, iob=tags)
+
+
+def _in_order(slots: dict[str, str], groups: list[list[str]]) -> bool:
+    named = [sum(name in slots for name in group) for group in groups]
+    return sum(named) == len(slots) and max(named, default=0) <= 1
+
+
+def _commands(bench: Bench) -> Iterator[Row]:
+    """KEYWORD DIGIT DIGIT: digits by one speaker, faint noise in the pauses."""
+    splits = word_splits(bench)
+    if not all("kws" in r["tasks"] for r in splits["train"][:1]) or not bench.data.of("digits"):
+        return
+    band = band_of(bench)
+    bench.note(
+        "sf", "The other sentences are made: a keyword and one to three digits of one speaker, real clips in a row."
+    )
+    for split, count in zip(TRIPLE, bench.recipe.sf_commands, strict=True):
+        rng, rows = bench.rng(f"sf {split}"), splits[split]
+        keywords = [r for r in rows if "kws" in r["tasks"] and not keyword_of(r).startswith("_")]
+        voices = grouped([r for r in rows if "digits" in r["tasks"] and r["speaker"]], "speaker")
+        if not keywords or not voices:
+            return
+        for number in range(count):
+            first = keywords[int(rng.integers(len(keywords)))]
+            digits = voices[sorted(voices)[int(rng.integers(len(voices)))]]
+            chosen = [first, *(digits[int(i)] for i in rng.integers(len(digits), size=int(rng.integers(1, 4))))]
+            wave = in_a_row([at_level(cut(bench.studio.read(row, band)), -25.0) for row in chosen], rng)
+            tags = ["B-device", "B-number", *["I-number"] * (len(chosen) - 2)]
+            text = " ".join(keyword_of(row).upper() for row in chosen)
+            columns = {"text": text, "iob": " ".join(tags), "speaker": digits[0]["speaker"]}
+            yield bench.written("sf", split, f"{split}-{number:04d}", wave, first, **columns)
+
+
+def in_a_row(waves: list[Wave], rng: np.random.Generator) -> Wave:
+    """Waves with short pauses around them, over faint white noise (-65 dBFS)."""
+    parts: list[Wave] = []
+    for wave in waves:
+        parts += [np.zeros(round(float(rng.uniform(*PAUSES)) * RATE), np.float32), wave]
+    whole = np.concatenate([*parts, np.zeros(round(PAUSES[0] * RATE), np.float32)])
+    return np.asarray(whole + 10 ** (-65 / 20) * rng.standard_normal(len(whole)), np.float32)

@@ -1,0 +1,100 @@
+"""mini-SUPERB's sd: two real speakers taking turns, with pauses and overlaps; who speaks when is known."""
+
+import numpy as np
+
+from codecssl.superb.mini_audio import FRAME, RATE, Wave, active, at_level, spans, trimmed
+from codecssl.superb.mini_bench import TRIPLE, Bench, LackingError
+from codecssl.superb.mini_manifest import Row, grouped
+
+TURNS = (4, 5)
+CLIP_SECONDS = (1.5, 6.0)
+LEVELS = (-29.0, -23.0)  # dBFS of a speaker
+OVERLAPS, PAUSES = (0.5, 2.5), (0.1, 0.6)  # seconds at a change of speaker
+NOISE_LEVEL = -65.0  # dBFS of white noise under all, so that no pause is digital silence
+
+Placed = tuple[int, str, Wave]
+"""First sample, speaker, wave."""
+
+
+def sd(bench: Bench) -> list[Row]:
+    """Mixtures of two speakers of one source; a speaker is in one split only.
+
+    `segments` follow the energy of each clip before mixing: pauses of 0.3 s and more end a segment.
+    """
+    rows = [row for row in bench.data.speech() if CLIP_SECONDS[0] <= row["seconds"] <= CLIP_SECONDS[1]]
+    made = []
+    for split, count in zip(TRIPLE, bench.recipe.sd_mixtures, strict=True):
+        rng = bench.rng(f"sd {split}")
+        worlds = _worlds([row for row in rows if bench.voices[row["speaker"]] == split])
+        for number in range(count if worlds else 0):
+            world = worlds[number % len(worlds)]
+            names = [str(name) for name in rng.permutation(sorted(world))[:2]]
+            placed = _turns(bench, names, world, rng)
+            made.append(_mixture(bench, split, number, placed, world[names[0]][0], rng))
+    if {row["splits"]["sd"] for row in made} != set(TRIPLE):
+        raise LackingError("in each split two speakers of one source with two clips of 1.5 to 6 s or more")
+    speech = sum(s["end"] - s["start"] for row in made for s in row["segments"])
+    overlap = sum(overlapped(row["segments"]) for row in made)
+    bench.note("sd", f"{100 * overlap / (speech - overlap):.0f} % of the time in which anyone speaks, both do.")
+    return made
+
+
+def _worlds(rows: list[Row]) -> list[dict[str, list[Row]]]:
+    """Of each source, clips by speaker, of speakers with two or more; sources with two such speakers."""
+    sources = grouped([{**row, "source": row.get("origin", "")} for row in rows], "source")
+    found = []
+    for name in sorted(sources):
+        speakers = {s: clips for s, clips in grouped(sources[name], "speaker").items() if len(clips) >= 2}
+        if len(speakers) >= 2:
+            found.append(speakers)
+    return found
+
+
+def _turns(bench: Bench, names: list[str], world: dict[str, list[Row]], rng: np.random.Generator) -> list[Placed]:
+    order = {name: list(rng.permutation(len(world[name]))) for name in names}
+    loudness = {name: float(rng.uniform(*LEVELS)) for name in names}
+    placed: list[Placed] = []
+    ends, free, last = round(float(rng.uniform(*PAUSES)) * RATE), dict.fromkeys(names, 0), 0
+    for turn in range(int(rng.integers(TURNS[0], TURNS[1] + 1))):
+        name = names[turn % 2]
+        row = world[name][int(order[name][(turn // 2) % len(order[name])])]
+        wave = at_level(trimmed(bench.studio.read(row)), loudness[name])
+        start = ends if not placed else ends + _gap(bench.recipe.sd_overlap, min(last, len(wave)), rng)
+        start = max(start, free[name])
+        placed.append((start, name, wave))
+        last, free[name] = len(wave), start + len(wave) + round(PAUSES[0] * RATE)
+        ends = max(ends, start + len(wave))
+    return placed
+
+
+def _gap(chance: float, shorter: int, rng: np.random.Generator) -> int:
+    """Samples from the end of one turn to the start of the next; negative where they overlap."""
+    if rng.random() < chance:
+        return -min(round(float(rng.uniform(*OVERLAPS)) * RATE), shorter // 2)
+    return round(float(rng.uniform(*PAUSES)) * RATE)
+
+
+def _mixture(bench: Bench, split: str, number: int, placed: list[Placed], source: Row, rng: np.random.Generator) -> Row:
+    tail = round(float(rng.uniform(*PAUSES)) * RATE)
+    length = max(start + len(wave) for start, _, wave in placed) + tail
+    mix = 10 ** (NOISE_LEVEL / 20) * rng.standard_normal(length)
+    segments = []
+    for start, name, wave in placed:
+        mix[start : start + len(wave)] += wave
+        for first, end in spans(active(wave)):
+            times = [round((start + frame * FRAME) / RATE, 3) for frame in (first, end)]
+            segments.append({"speaker": name, "start": times[0], "end": times[1]})
+    segments.sort(key=lambda segment: (segment["start"], segment["speaker"]))
+    columns = {"speakers": sorted({name for _, name, _ in placed}), "segments": segments}
+    made = bench.written("sd", split, f"{split}-{number:03d}", mix.astype(np.float32), source, **columns)
+    return {key: value for key, value in made.items() if key not in ("speaker", "gender")}
+
+
+def overlapped(segments: list[Row]) -> float:
+    """Seconds in which segments of both speakers run."""
+    total = 0.0
+    for i, one in enumerate(segments):
+        for other in segments[i + 1 :]:
+            if one["speaker"] != other["speaker"]:
+                total += max(0.0, min(one["end"], other["end"]) - max(one["start"], other["start"]))
+    return total

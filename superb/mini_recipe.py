@@ -1,0 +1,49 @@
+"""How large mini-SUPERB is, and what a manifest cannot say of itself."""
+
+from dataclasses import dataclass, field
+
+from codecssl.tokenize.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Counts are upper bounds: a small manifest gives what it has. Triples are train, valid, test.
+
+    The sizes keep every task's audio under about an hour, so that a quick run fits two cores.
+    """
+
+    shares: tuple[float, float, float] = (0.6, 0.2, 0.2)
+    """Of speakers' or utterances' material."""
+    asr_utterances: tuple[int, int, int] = (400, 80, 80)
+    pr_utterances: tuple[int, int, int] = (400, 80, 80)
+    sid_least: int = 8
+    """Utterances that a speaker needs to be one of sid's classes."""
+    sid_most: int = 30
+    asv_least: int = 4
+    asv_most: int = 20
+    asv_share: float = 0.65
+    """Of speakers' material that trains; the rest is tried."""
+    asv_trials: int = 400
+    """Of the same speaker, and as many of different ones."""
+    ks_per_word: tuple[int, int, int] = (60, 20, 20)
+    """Clips of a keyword, of `_unknown_` and of `_silence_`."""
+    sd_mixtures: tuple[int, int, int] = (40, 10, 10)
+    sd_overlap: float = 0.7
+    """Probability that the next speaker starts before the last one ends."""
+    sf_commands: tuple[int, int, int] = (120, 40, 40)
+    qbe_queries: int = 2
+    """Of each term, in each of valid and test."""
+    qbe_documents: int = 3
+    """That hold a term, for each term in each of valid and test."""
+    qbe_distractors: int = 16
+    slot_order: list[list[str]] = field(default_factory=list)
+    """Slots in the order in which they are spoken, of intents without a transcript. Slots of one inner list may come
+    in any order, so that a row with two of them is left out of sf."""
+
+    def __post_init__(self) -> None:
+        if min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6:
+            raise UserError(f"shares {self.shares}: must be positive and sum to 1; correct the recipe")
+        if not 0 < self.asv_share < 1:
+            raise UserError(f"asv_share {self.asv_share}: lies between 0 and 1; correct the recipe")
+        if not 0 <= self.sd_overlap <= 1:
+            raise UserError(f"sd_overlap {self.sd_overlap}: a probability, 0 to 1; correct the recipe")

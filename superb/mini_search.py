@@ -1,0 +1,122 @@
+"""mini-SUPERB's qbe: spoken words as queries, real sentences that hold them, or not, as documents."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from codecssl.superb.mini_audio import Wave, at_level
+from codecssl.superb.mini_bench import Bench, require
+from codecssl.superb.mini_made import band_of, by_word, cut, in_a_row, words_of
+from codecssl.superb.mini_manifest import Row, by_speaker, by_utterance, keyword_of, pick
+
+HALVES = {"valid": 0.5, "test": 0.5}
+FILLERS = 2
+"""Other words that stand in a document around a word that no sentence holds."""
+SHORTEST = 1.0
+"""Seconds of a clip of a keyword that is a document by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a split draws from."""
+
+    clips: dict[str, list[Row]]
+    """By word."""
+    sentences: list[Row]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """Clips in a row, and the terms that they hold."""
+
+    rows: list[Row]
+    terms: set[str]
+
+
+def qbe(bench: Bench) -> list[Row]:
+    """Queries are single words. Documents are sentences whose text holds a word, sentences without any, and, for a
+    word that no sentence holds, clips of it: as they are where they have silence around them, else among other words.
+
+    Valid and test share no clip, no named speaker of words and no speaker of sentences. All lie in the words' band.
+    """
+    band, parts = band_of(bench), _parts(bench)
+    terms = sorted(set(parts["valid"].clips) & set(parts["test"].clips))
+    made = [row for split in HALVES for row in _searched(bench, split, terms, parts[split], band)]
+    require([row for row in made if row.get("role") == "query"], "words that occur in other clips")
+    bench.note(
+        "qbe", f"Every clip is limited to the band below {band // 2} Hz, the narrowest of the words' recordings."
+    )
+    return made
+
+
+def _parts(bench: Bench) -> dict[str, Part]:
+    words = by_word([row for row in words_of(bench) if not keyword_of(row).startswith("_")])
+    voiced = [row for clips in words.values() for row in clips if row["speaker"]]
+    speakers = by_speaker(voiced, HALVES, bench.rng("qbe words")) if voiced else {}
+    speech = bench.data.speech()
+    voices = by_speaker(speech, HALVES, bench.rng("qbe sentences")) if speech else {}
+    clips: dict[str, dict[str, list[Row]]] = {split: {} for split in HALVES}
+    for word, rows in words.items():
+        unnamed = by_utterance([row for row in rows if not row["speaker"]], HALVES, bench.rng(f"qbe {word}"))
+        for split in HALVES:
+            found = [row for row in rows if row["speaker"] and speakers[row["speaker"]] == split] + unnamed[split]
+            if found:
+                clips[split][word] = found
+    return {s: Part(clips=clips[s], sentences=[r for r in speech if voices[r["speaker"]] == s]) for s in HALVES}
+
+
+def _searched(bench: Bench, split: str, terms: list[str], part: Part, band: int) -> list[Row]:
+    """Queries and documents of a split."""
+    rng = bench.rng(f"qbe {split}")
+    queries = {term: pick(part.clips[term], bench.recipe.qbe_queries, rng) for term in terms}
+    documents = _documents(bench, terms, part, queries, rng)
+    held = {term for document in documents for term in document.terms}
+    made = []
+    for term in terms:
+        for number, row in enumerate(queries[term] if term in held else []):
+            wave, name = cut(bench.studio.read(row, band)), f"{split}-query-{term}-{number}"
+            made.append(bench.written("qbe", split, name, wave, row, role="query", query=term))
+    for number, document in enumerate(documents):
+        wave, first = _sound(bench, document, band, rng), document.rows[0]
+        said = {"text": first["plain"]} if first["plain"] else {}
+        columns = {"role": "document", "queries": sorted(document.terms), **said}
+        made.append(bench.written("qbe", split, f"{split}-document-{number:03d}", wave, first, **columns))
+    return made
+
+
+def _sound(bench: Bench, document: Document, band: int, rng: np.random.Generator) -> Wave:
+    waves = [bench.studio.read(row, band) for row in document.rows]
+    return waves[0] if len(waves) == 1 else in_a_row([at_level(wave, -25.0) for wave in waves], rng)
+
+
+def _documents(
+    bench: Bench, terms: list[str], part: Part, queries: dict[str, list[Row]], rng: np.random.Generator
+) -> list[Document]:
+    said = [
+        Document(rows=[row], terms={term for term in terms if term.upper() in row["plain"].split()})
+        for row in part.sentences
+    ]
+    asked = {row["path"] for rows in queries.values() for row in rows}
+    free = {term: [row for row in part.clips[term] if row["path"] not in asked] for term in terms}
+    chosen: dict[str, Document] = {}
+    for term in terms:
+        having = [document for document in said if term in document.terms] or _spoken(term, free, rng)
+        for document in pick(having, bench.recipe.qbe_documents, rng):
+            chosen[document.rows[0]["path"]] = document
+    for document in pick([d for d in said if not d.terms], bench.recipe.qbe_distractors, rng):
+        chosen[document.rows[0]["path"]] = document
+    return list(chosen.values())
+
+
+def _spoken(term: str, free: dict[str, list[Row]], rng: np.random.Generator) -> list[Document]:
+    """Documents of the word's own clips; a short one stands among clips of other words."""
+    others = [name for name in sorted(free) if name != term and free[name]]
+    documents = []
+    for row in free[term]:
+        rows, terms = [row], {term}
+        if row["seconds"] < SHORTEST and len(others) >= FILLERS:
+            for name in (others[i] for i in rng.permutation(len(others))[:FILLERS]):
+                rows.append(free[name][int(rng.integers(len(free[name])))])
+                terms.add(name)
+        documents.append(Document(rows=[rows[i] for i in rng.permutation(len(rows))], terms=terms))
+    return documents

@@ -1,0 +1,184 @@
+"""mini-SUPERB's tasks whose clips are used as they lie: pr, asr, sid, asv, er, ic."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from itertools import combinations
+
+import numpy as np
+
+from codecssl.superb.mini_bench import TRIPLE, Bench, LackingError, require
+from codecssl.superb.mini_manifest import Row, Splits, by_speaker, by_utterance, grouped, pick
+
+Trial = tuple[int, str, str]
+FOLDS = 5
+INTENT = ("action", "object", "location")
+"""SUPERB's names of an intent's three slots, under which s3prl's task reads them."""
+NONE = "none"
+
+
+def pr(bench: Bench) -> list[Row]:
+    """Phones without stress and place in the word, as SUPERB's lexicon has them; no speaker in two splits."""
+    rows = [row for row in bench.data.speech() if row.get("phones")]
+    require(rows, "rows of task pr with phones, text and speaker")
+    splits = bench.capped(_dealt(rows, bench.voices), bench.recipe.pr_utterances, bench.rng("pr"))
+    return [
+        bench.referenced("pr", split, row, text=row["plain"], phones=plain_phones(row["phones"]))
+        for split in TRIPLE
+        for row in splits[split]
+    ]
+
+
+def plain_phones(phones: list[str] | str) -> list[str]:
+    """AY0_I -> AY."""
+    return [re.sub(r"\d?(_[BIES])?$", "", phone) for phone in (phones.split() if isinstance(phones, str) else phones)]
+
+
+def asr(bench: Bench) -> list[Row]:
+    """Sentences in capitals; no speaker in two splits, no test or validation text in training."""
+    rows = bench.data.speech()
+    require(rows, "rows of task asr with text and speaker")
+    splits = _dealt(rows, bench.voices)
+    known = {row["plain"] for row in splits["train"]}
+    for split in ("valid", "test"):
+        fresh = [row for row in splits[split] if row["plain"] not in known]
+        if len(fresh) < len(splits[split]):
+            bench.note("asr", f"{len(splits[split]) - len(fresh)} of {split} left out: their text is in train.")
+        splits[split] = fresh
+        known |= {row["plain"] for row in fresh}
+    splits = bench.capped(splits, bench.recipe.asr_utterances, bench.rng("asr"))
+    return [bench.referenced("asr", split, row, text=row["plain"]) for split in TRIPLE for row in splits[split]]
+
+
+def _dealt(rows: list[Row], voices: dict[str, str]) -> Splits:
+    splits: Splits = {split: [row for row in rows if voices[row["speaker"]] == split] for split in TRIPLE}
+    for split, found in splits.items():
+        require(found, f"speakers enough for a {split} split")
+    return splits
+
+
+def _voiced(bench: Bench, least: int, most: int, task: str, seconds: float) -> list[Row]:
+    """Clips of speakers with at least `least` of them, at most `most` each."""
+    rows = [row for row in bench.data.of("sid", "asv", needs=("speaker",)) if row["seconds"] >= seconds]
+    speakers = {name: clips for name, clips in grouped(rows, "speaker").items() if len(clips) >= least}
+    if len(speakers) < 4:
+        raise LackingError(
+            f"rows of task sid with four speakers of {least} clips or more, each of {seconds:g} s or more"
+        )
+    return [clip for name in sorted(speakers) for clip in pick(speakers[name], most, bench.rng(f"{task} {name}"))]
+
+
+def sid(bench: Bench) -> list[Row]:
+    """Every speaker in every split, by utterance, as in SUPERB."""
+    rows = _voiced(bench, bench.recipe.sid_least, bench.recipe.sid_most, "sid", 1.0)
+    made = []
+    for name, clips in grouped(rows, "speaker").items():
+        splits = by_utterance(clips, bench.shares, bench.rng(f"sid splits {name}"))
+        made += [bench.referenced("sid", split, row) for split in TRIPLE for row in splits[split]]
+    _note_channels(bench, "sid", rows)
+    return sorted(made, key=lambda row: TRIPLE.index(row["splits"]["sid"]))
+
+
+def _note_channels(bench: Bench, task: str, rows: list[Row]) -> None:
+    origins = Counter(str(row.get("origin", "one source")) for row in rows)
+    if len(origins) > 1:
+        counts = ", ".join(f"{count} from {name}" for name, count in sorted(origins.items()))
+        bench.note(task, f"Clips come from several recordings' worlds ({counts}); a channel can give a speaker away.")
+
+
+def asv(bench: Bench) -> tuple[list[Row], list[Trial]]:
+    """Rows and trials. Tested speakers never train.
+
+    Different speakers of a trial are of one source and, where it is known for both, of one gender, so that
+    neither channel nor pitch alone answers it.
+    """
+    rows = _voiced(bench, bench.recipe.asv_least, bench.recipe.asv_most, "asv", 1.5)
+    rows = [row for row in rows if not re.search(r"\s", row["path"])]
+    share = bench.recipe.asv_share
+    split = by_speaker(rows, {"train": share, "test": 1 - share}, bench.rng("asv"))
+    made = [bench.referenced("asv", split[row["speaker"]], row) for row in rows]
+    tests = [row for row in made if row["splits"]["asv"] == "test"]
+    trials = _trials(tests, bench.recipe.asv_trials, bench.rng("asv trials"))
+    if not trials:
+        raise LackingError("two speakers of one source to try")
+    tried = {path for _, *both in trials for path in both}
+    kept = [row for row in made if row["splits"]["asv"] == "train" or row["path"] in tried]
+    return sorted(kept, key=lambda row: row["splits"]["asv"] != "train"), trials
+
+
+def _trials(rows: list[Row], most: int, rng: np.random.Generator) -> list[Trial]:
+    pairs = list(combinations(rows, 2))
+    same = [pair for pair in pairs if pair[0]["speaker"] == pair[1]["speaker"]]
+    other = [pair for pair in pairs if pair[0]["speaker"] != pair[1]["speaker"] and _alike(*pair)]
+    count = min(most, len(same), len(other))
+    chosen = [(1, pair) for pair in pick(same, count, rng)] + [(0, pair) for pair in pick(other, count, rng)]
+    return [(label, pair[0]["path"], pair[1]["path"]) for label, pair in chosen]
+
+
+def _alike(one: Row, other: Row) -> bool:
+    genders = {str(row["gender"])[0].lower() for row in (one, other) if row.get("gender")}
+    return one.get("origin") == other.get("origin") and len(genders) < 2
+
+
+def er(bench: Bench) -> list[Row]:
+    """Five folds of speakers, each with much the same number of clips; fold 1 is tested, fold 2 validates."""
+    rows = bench.data.of("er", needs=("label", "speaker"))
+    sizes = Counter(row["speaker"] for row in rows)
+    if len(sizes) < FOLDS:
+        raise LackingError(f"rows of task er with label and speaker, of {FOLDS} speakers or more")
+    rng, filled, fold_of = bench.rng("er"), [0] * FOLDS, {}
+    for name in sorted((str(s) for s in rng.permutation(sorted(sizes))), key=lambda name: -sizes[name]):
+        fold = int(np.argmin(filled))
+        fold_of[name], filled[fold] = fold + 1, filled[fold] + sizes[name]
+    made = []
+    for row in rows:
+        fold, label = fold_of[row["speaker"]], str(row.get("style") or row["label"])
+        split = {1: "test", 2: "valid"}.get(fold, "train")
+        made.append(bench.referenced("er", split, row, label=label, fold=fold))
+    return made
+
+
+def ic(bench: Bench) -> list[Row]:
+    """Three slots an utterance; all must be right. Split by utterance: nobody knows the speakers."""
+    rows = [row for row in bench.data.of("ic") if isinstance(row.get("slots"), dict) and row["slots"]]
+    if len(rows) < 10:
+        raise LackingError("ten rows of task ic with slots")
+    names = _three_slots(rows)
+    if names != INTENT:
+        renamed = ", ".join(f"{new} is {old}" for new, old in zip(INTENT, names, strict=False))
+        bench.note("ic", f"Of the slots, those with the fewest values serve: {renamed}; `{NONE}` where not said.")
+
+    def slots(row: Row) -> dict[str, str]:
+        said = {name: str(row["slots"].get(name) or NONE).strip() for name in names}
+        return {new: said.get(old, NONE) for new, old in zip(INTENT, (*names, "", "")[:3], strict=True)}
+
+    known = all(row["speaker"] for row in rows)
+    if known and len({row["speaker"] for row in rows}) >= FOLDS:
+        split = by_speaker(rows, bench.shares, bench.rng("ic"))
+        splits = {name: [row for row in rows if split[row["speaker"]] == name] for name in TRIPLE}
+        splits = _seen(bench, splits, slots)
+    else:
+        bench.note("ic", "Speakers are not known: the same voice may be in train and test.")
+        splits = by_utterance(rows, bench.shares, bench.rng("ic"), lambda row: slots(row).items())
+    return [bench.referenced("ic", split, row, slots=slots(row)) for split in TRIPLE for row in splits[split]]
+
+
+def _seen(bench: Bench, splits: Splits, slots: Callable[[Row], dict[str, str]]) -> Splits:
+    """Without rows of valid and test that have a value unknown to train."""
+    known = {item for row in splits["train"] for item in slots(row).items()}
+    for split in ("valid", "test"):
+        kept = [row for row in splits[split] if set(slots(row).items()) <= known]
+        if len(kept) < len(splits[split]):
+            bench.note("ic", f"{len(splits[split]) - len(kept)} of {split} left out: a slot's value is not in train.")
+        splits[split] = kept
+    return splits
+
+
+def _three_slots(rows: list[Row]) -> tuple[str, ...]:
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        for name, value in row["slots"].items():
+            values.setdefault(name, set()).add(str(value).strip())
+    if set(values) <= set(INTENT):
+        return INTENT
+    return tuple(sorted(values, key=lambda name: (len(values[name]), name))[:3])

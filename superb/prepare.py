@@ -1,0 +1,76 @@
+"""What to put into the token cache for a comparison: each codec of its upstreams, each task, and how it is loaded."""
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from codecssl.superb.corpus import Corpus, Example
+from codecssl.superb.expert import Shelf, Upstream, frame_shift
+from codecssl.superb.fill import Job, fill
+from codecssl.superb.tasks import Task
+from codecssl.superb.waves import Wave, waves_of
+from codecssl.tokenize.codec import Codec
+
+FEW_WAVES = 512
+"""Fewer are encoded in this process: starting another costs seconds."""
+
+
+def jobs(
+    upstreams: Sequence[Upstream],
+    tasks: Sequence[Task],
+    corpus: Corpus,
+    root: Path,
+    *,
+    device: str = "cpu",
+    workers: int | None = None,
+) -> Iterator[Job]:
+    """One job per codec and task that has waves. `workers` None is one per core, or none where the waves are few."""
+    shelf, seen = Shelf(device=device), set()
+    for upstream in upstreams:
+        if not upstream.reads_codes:
+            continue
+        codec, load = shelf.codec(upstream)
+        if codec.card.fingerprint in seen:
+            continue
+        seen.add(codec.card.fingerprint)
+        for task in tasks:
+            waves = task_waves(task, corpus, frame_shift(codec.card))
+            count = _workers(len(waves)) if workers is None else workers
+            made = load if count else functools.partial(_itself, codec)  # a codec in hand can't be pickled
+            options: dict[str, Any] = {"load": made, "workers": count, "device": device}
+            if waves:
+                yield Job(root=root, name=task.name, waves=waves, card=codec.card, **options)
+
+
+def _itself(codec: Codec) -> Codec:
+    return codec
+
+
+def task_waves(task: Task, corpus: Corpus, frame_shift: int) -> list[Wave]:
+    """Of all splits, and of all folds where the task takes them in turn."""
+    if task.name == "er" and corpus.has_folds(task.name):
+        rows = corpus.rows_of(task.name)
+        return waves_of(task, {"test": [Example(id="", path=Path(row["path"]), columns={}) for row in rows]})
+    return waves_of(task, corpus.select(task).splits, frame_shift)
+
+
+def _workers(waves: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if waves < FEW_WAVES or cores == 1 else cores
+
+
+def fill_all(todo: Sequence[Job], console: Any) -> None:
+    """Every job, with a progress bar on a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    waiting = [job for job in todo if not (job.folder / "dataset.json").exists()]
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        for job in waiting:
+            bar = progress.add_task(f"codes  {job.card.name}  {job.name}", total=len(job.waves))
+            filled = fill(job, report=lambda done, bar=bar: progress.update(bar, completed=done))  # type: ignore[misc]
+            failed = len((filled.shards.path / "failed.jsonl").read_text().splitlines())
+            note = f", {failed} that can't be read: see failed.jsonl" if failed else ""
+            console.print(f"codes of {job.name} by {job.card.name}: {len(filled)} new waves of {len(job.waves)}{note}")

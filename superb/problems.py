@@ -1,0 +1,46 @@
+"""s3prl's own problems on our CSVs."""
+
+from pathlib import Path
+from typing import Any
+
+from codecssl.superb import repairs
+from codecssl.superb.tasks import Task
+from codecssl.tokenize.errors import UserError
+
+
+def make_problem(task: Task, csvs: dict[str, Path]) -> Any:
+    """s3prl's own problem, reading our CSVs.
+
+    Two more things differ. s3prl seeds the generators, then builds the upstream, which seeds them again with 0, so
+    that its `train.seed` never reaches the head's weights; here building the upstream leaves the generators as
+    they were. And where s3prl drops every training utterance as too short, it would look for a batch for ever;
+    here that is an error.
+    """
+    import random
+
+    import s3prl.problem
+    import torch
+
+    repairs.install()
+    base: Any = getattr(s3prl.problem, str(task.problem))
+    tested = [csvs["test"]]
+    prepared = (csvs["train"], csvs["valid"], tested) if "valid" in task.splits else (csvs["train"], tested)
+
+    class OnManifest(base):  # type: ignore[misc]
+        def prepare_data(self, *arguments: Any, **options: Any) -> tuple[Any, ...]:
+            return prepared
+
+        def build_upstream(self, build_upstream: dict[str, Any]) -> Any:
+            state, torch_state = random.getstate(), torch.get_rng_state()
+            upstream = super().build_upstream(build_upstream)
+            random.setstate(state)
+            torch.set_rng_state(torch_state)
+            return upstream
+
+        def build_dataset(self, *arguments: Any, **options: Any) -> Any:
+            dataset = super().build_dataset(*arguments, **options)
+            if len(dataset) == 0:
+                raise UserError(f"task {task.name}: no utterance is left (asv drops those up to 2 s); give longer")
+            return dataset
+
+    return OnManifest()

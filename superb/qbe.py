@@ -1,0 +1,172 @@
+"""Query by example: every query is looked for in every document by dynamic time warping, layer by layer.
+
+As s3prl's quesst14_dtw does it, with its own matching: waves attenuated by 3 dB, features normalised per dimension
+over the queries and documents of a set, cosine distance, rows of distances scaled to [0, 1], asymmetric steps, open
+begin and end, scores normalised per query. The layer is chosen on the development queries (valid).
+"""
+
+import contextlib
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from codecssl.superb import results
+from codecssl.superb.corpus import Example
+from codecssl.superb.mtwv import mtwv
+from codecssl.tokenize.errors import UserError
+
+EFFECTS = [["channels", "1"], ["rate", "16000"], ["gain", "-3.0"]]  # of s3prl's quesst14_dtw
+LEAST_SAMPLES = 800  # s3prl pads shorter waves with zeros
+LEAST_FRAMES = 5  # of a query; s3prl finds shorter ones nowhere
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """The queries and documents of one split."""
+
+    queries: list[Example]
+    documents: list[Example]
+
+    @property
+    def truth(self) -> np.ndarray:
+        """Which document holds which query, bool [queries, documents]."""
+        held = [set(document.columns["queries"]) for document in self.documents]
+        return np.array([[query.columns["query"] in names for names in held] for query in self.queries])
+
+
+def searches(splits: dict[str, list[Example]], pairs: int | None = None, seed: int = 0) -> dict[str, Search]:
+    """A search per split; with `pairs`, a sample of queries (and of documents, at least ten queries' worth) so that
+    there are no more pairs. Queries that no document holds are left out: they can't be scored.
+    """
+    return {split: _search(split, examples, pairs, seed) for split, examples in splits.items()}
+
+
+def _search(split: str, examples: list[Example], pairs: int | None, seed: int) -> Search:
+    documents = [e for e in examples if e.columns["role"] == "document"]
+    named = {name for document in documents for name in document.columns["queries"]}
+    queries = [e for e in examples if e.columns["role"] == "query" and e.columns["query"] in named]
+    if not queries:
+        raise UserError(f"task qbe: no {split} document holds a {split} query; give documents with queries")
+    if pairs is not None and len(queries) * len(documents) > pairs:
+        draw = random.Random(seed)
+        documents = _some(documents, pairs // min(10, len(queries)), draw)
+        queries = _some(queries, max(1, pairs // len(documents)), draw)
+    return Search(queries=queries, documents=documents)
+
+
+def _some(examples: list[Example], count: int, draw: random.Random) -> list[Example]:
+    if len(examples) <= count:
+        return examples
+    return [examples[i] for i in sorted(draw.sample(range(len(examples)), count))]
+
+
+def evaluate(splits: dict[str, list[Example]], upstream: Any, folder: Path, *, pairs: int | None, workers: int = 0,
+             device: str = "cpu") -> results.Row:  # fmt: skip
+    """value, values, valid, best_step None, the layer chosen: MTWV of the test queries, best layer on the valid ones.
+
+    A layer that was searched before is read from `folder`.
+    """
+    both = searches(splits, pairs)
+    valid: list[float] = []
+    layers = 1
+    while len(valid) < layers:
+        path = folder / f"valid-{len(valid):02d}.json"
+        value, layers = _value(both["valid"], upstream, len(valid), path, workers, device)
+        valid.append(value)
+    best = int(np.argmax(valid))
+    value, _ = _value(both["test"], upstream, best, folder / f"test-{best:02d}.json", workers, device)
+    sizes = {split: [len(search.queries), len(search.documents)] for split, search in both.items()}
+    chosen = {"layer": best, "valid_by_layer": [round(v, 5) for v in valid], "queries_and_documents": sizes}
+    return {"value": value, "values": {"mtwv": value}, "valid": valid[best], "best_step": None, "chosen": chosen,
+            "layer_weights": None, "curves": {}}  # fmt: skip
+
+
+def _value(search: Search, upstream: Any, layer: int, path: Path, workers: int, device: str) -> tuple[float, int]:
+    """(MTWV, number of layers), from the file if it is there."""
+    known = results.read_json(path)
+    if known is None:
+        features, layers = _features([*search.queries, *search.documents], upstream, layer, device)
+        found = scores(features[: len(search.queries)], features[len(search.queries) :], workers)
+        value, threshold = mtwv(found, search.truth)
+        known = {"mtwv": value, "threshold": None if threshold == float("inf") else threshold, "layers": layers}
+        results.write_json(path, known)
+        np.save(path.with_suffix(".npy"), found)
+    return float(known["mtwv"]), int(known["layers"])
+
+
+def _features(examples: Sequence[Example], upstream: Any, layer: int, device: str) -> tuple[list[np.ndarray], int]:
+    """One layer of each clip, float32 [T, D], normalised over all of them; and how many layers there are."""
+    from codecssl.superb.effects import apply_effects_file
+
+    clips = []
+    for example in examples:
+        wav, _ = apply_effects_file(str(example.path), EFFECTS)
+        wav = wav.flatten()
+        padded = torch.nn.functional.pad(wav, (0, max(0, LEAST_SAMPLES - len(wav))))
+        states = upstream([padded.to(device)])["hidden_states"]
+        clips.append(states[layer][0].float().cpu())
+    frames = torch.cat(clips)
+    mean, deviation = frames.mean(0), frames.std(0).clamp(min=1e-9)
+    return [((clip - mean) / deviation).numpy() for clip in clips], len(states)
+
+
+def scores(queries: Sequence[np.ndarray], documents: Sequence[np.ndarray], workers: int = 0) -> np.ndarray:
+    """Features [T, D] -> scores [queries, documents], each query's with mean 0 and deviation 1 (s3prl's
+    normalisation). With `workers`, so many processes share the queries.
+    """
+    with _shared(documents) as folder, _mapper(workers) as apply:
+        found = np.array(list(apply(_row, queries, [folder] * len(queries))))
+    return (found - found.mean(1, keepdims=True)) / np.clip(found.std(1, keepdims=True), 1e-9, np.inf)
+
+
+@contextlib.contextmanager
+def _shared(documents: Sequence[np.ndarray]) -> Iterator[Path]:
+    """The documents in files that processes map into memory: copies for each would be gigabytes."""
+    with tempfile.TemporaryDirectory() as name:
+        np.save(Path(name) / "frames.npy", np.concatenate(documents))
+        np.save(Path(name) / "ends.npy", np.cumsum([len(document) for document in documents]))
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _mapper(workers: int) -> Iterator[Any]:
+    if not workers:
+        yield map
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield pool.map
+
+
+def _row(query: np.ndarray, folder: Path) -> np.ndarray:
+    """One query against every document: minus the normalised cost of the best path."""
+    frames, ends = np.load(folder / "frames.npy", mmap_mode="r"), np.load(folder / "ends.npy")
+    if len(query) < LEAST_FRAMES:
+        return np.zeros(len(ends))
+    starts = np.concatenate([[0], ends[:-1]])
+    return np.array([_match(query, np.asarray(frames[a:b])) for a, b in zip(starts, ends, strict=True)])
+
+
+def _match(query: np.ndarray, document: np.ndarray) -> float:
+    from codecssl.superb import compat
+
+    compat.install()
+    from s3prl.downstream.quesst14_dtw.expert import match
+
+    steps = {"step_pattern": "asymmetric", "keep_internals": False, "distance_only": False}
+    _, _, score = match(query, document, "", "", _cosine, True, {**steps, "open_begin": True, "open_end": True})
+    return float(score)
+
+
+def _cosine(query: np.ndarray, document: np.ndarray) -> np.ndarray:
+    """scipy's cosine distance; 1 where a frame is all zeros, which scipy leaves undefined."""
+    from scipy.spatial import distance
+
+    return np.nan_to_num(distance.cdist(query, document, "cosine"), nan=1.0)

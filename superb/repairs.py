@@ -1,0 +1,86 @@
+"""What s3prl's tasks need beyond importing (compat.py): holes that a small corpus or a missing tool falls into.
+
+Each is one patch with its reason; s3prl itself is not edited. `install` is called when a problem is built.
+"""
+
+from codecssl.superb.compat import Patch
+
+
+def _token_errors() -> None:
+    """An error rate over references without any token: 0 where nothing was said, else 1."""
+    import s3prl.metric.common as common
+
+    genuine = common.ter
+    if hasattr(genuine, "defined_for_empty"):
+        return
+
+    def ter(hyps: list[str], refs: list[str]) -> float:
+        if any(len(ref) for ref in refs):
+            return float(genuine(hyps, refs))
+        return float(any(len(hyp) for hyp in hyps))
+
+    ter.defined_for_empty = True  # type: ignore[attr-defined]
+    common.ter = ter
+
+
+def _slot_edits() -> None:
+    """F1 where neither references nor hypotheses have a slot: 1, as s3prl's own slot_type_f1 has it."""
+    import s3prl.metric.slot_filling as slots
+
+    genuine = slots.slot_edit_f1
+    if hasattr(genuine, "defined_for_empty"):
+        return
+
+    def slot_edit_f1(*arguments: object, **options: object) -> float:
+        try:
+            return float(genuine(*arguments, **options))
+        except ZeroDivisionError:
+            return 1.0
+
+    slot_edit_f1.defined_for_empty = True  # type: ignore[attr-defined]
+    slots.slot_edit_f1 = slot_edit_f1
+
+
+def _diarisation_score() -> None:
+    import s3prl.problem.diarization.util as util
+
+    from codecssl.superb.diarise import score_files
+
+    util.score_with_dscore = score_files
+
+
+def _memory_errors() -> None:
+    import s3prl.problem.base as base
+
+    base.ACCEPTABLE_ERRORS.clear()
+
+
+PATCHES = (
+    Patch(
+        name="token_errors",
+        reason="character and word error rates divide by the number of reference tokens, which is zero where a "
+        "small set of utterances has no slot",
+        apply=_token_errors,
+    ),
+    Patch(
+        name="slot_edits",
+        reason="slot_edit_f1 divides by the number of slots, which is zero where no utterance of a log step has one",
+        apply=_slot_edits,
+    ),
+    Patch(
+        name="diarisation_score",
+        reason="s3prl clones a git repository (dscore) to score diarisation; pyannote.metrics is a package",
+        apply=_diarisation_score,
+    ),
+    Patch(
+        name="memory_errors",
+        reason="the training loop goes on after an out-of-memory error, without the batch; it must be seen",
+        apply=_memory_errors,
+    ),
+)
+
+
+def install() -> None:
+    """Apply every patch; idempotent."""
+    for patch in PATCHES:
+        patch.apply()

@@ -1,0 +1,195 @@
+"""A factorised residual vector quantizer, as in DAC (Kumar et al. 2023, arXiv 2306.06546, section 3.1).
+
+    x [B, T, D] -> for each codebook: down-projection -> nearest entry by cosine -> up-projection -> residual
+
+Each codebook looks up in few dimensions, and codes what the ones before it left. Padding has no part in losses,
+counts or starts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from codecssl.tokenize.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RvqConfig:
+    """Sizes of a residual quantizer."""
+
+    num_codebooks: int = 1
+    codebook_size: int = 256
+    codebook_dim: int = 16
+    """Width of the lookup: 8 to 64 do."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_codebooks", 1), ("codebook_size", 2), ("codebook_dim", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} {getattr(self, name)}: must be at least {least}")
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """What a forward pass gives."""
+
+    features: Tensor
+    """[B, T, D], the sum of the codebooks' up-projected entries; gradients pass straight through the lookup."""
+    codes: Tensor
+    """int64 [B, K, T]."""
+    commitment: Tensor
+    """Scalar: how far the projections are from their entries; moves the projections."""
+    codebook: Tensor
+    """Scalar: the same distance; moves the entries."""
+
+
+def masked_square(a: Tensor, b: Tensor, mask: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Mean of (a - b)^2 [B, T, W] over the frames of `mask` [B, T]; items that `kept` [B] drops count as zero."""
+    squares = (a - b).square().mean(dim=-1) * mask
+    if kept is not None:
+        squares = squares * kept[:, None]
+    return squares.sum() / mask.sum().clamp(min=1)
+
+
+class VectorQuantizer(nn.Module):
+    """One codebook [V, W] between two projections."""
+
+    uses: Tensor
+
+    def __init__(self, dim: int, size: int, width: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(dim, width), nn.Linear(width, dim)
+        self.entries = nn.Parameter(torch.randn(size, width))
+        self.register_buffer("uses", torch.zeros(size))
+
+    def lookup(self, projected: Tensor) -> Tensor:
+        """[..., W] -> int64 [...], the entry of the greatest cosine; of equal ones the first."""
+        return (F.normalize(projected, dim=-1) @ F.normalize(self.entries, dim=-1).T).argmax(dim=-1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """[B, T, D] -> features [B, T, D], codes [B, T], projections and entries [B, T, W]."""
+        projected = self.down(x)
+        codes = self.lookup(projected.detach())
+        entries = self.entries[codes]
+        straight = projected + (entries - projected).detach()
+        return self.up(straight), codes, projected, entries
+
+    def dequantise(self, codes: Tensor) -> Tensor:
+        """int64 [...] -> [..., D]."""
+        found: Tensor = self.up(self.entries[codes])
+        return found
+
+    @torch.no_grad()
+    def fit(self, frames: Tensor, iterations: int, generator: torch.Generator) -> None:
+        """Start from frames [N, D]: projections are their first principal directions, entries k-means of what these
+        give, by cosine. The up-projection is the down-projection's inverse.
+        """
+        mean = frames.mean(dim=0)
+        width = self.down.out_features
+        directions = torch.zeros(width, frames.shape[1], dtype=frames.dtype, device=frames.device)
+        _, _, found = torch.linalg.svd(frames - mean, full_matrices=False)
+        directions[: len(found)] = found[:width]
+        self.down.weight.copy_(directions)
+        self.down.bias.copy_(-directions @ mean)
+        self.up.weight.copy_(directions.T)
+        self.up.bias.copy_(mean)
+        self.entries.copy_(kmeans(self.down(frames), len(self.entries), iterations, generator))
+
+
+class Rvq(nn.Module):
+    """K vector quantizers, each of what the ones before it left."""
+
+    def __init__(self, dim: int, config: RvqConfig) -> None:
+        super().__init__()
+        self.config = config
+        sizes = (config.codebook_size, config.codebook_dim)
+        self._books = nn.ModuleList(VectorQuantizer(dim, *sizes) for _ in range(config.num_codebooks))
+
+    @property
+    def books(self) -> list[VectorQuantizer]:
+        return list(self._books)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, mask: Tensor, kept: Tensor | None = None) -> Quantised:
+        """x [B, T, D], real frames bool [B, T], codebooks of each item int64 [B] (all of them where not given).
+
+        Losses are sums over codebooks. In training, uses of entries are counted.
+        """
+        residual, features, codes = x, torch.zeros_like(x), []
+        commitment = codebook = x.new_zeros(())
+        for k, book in enumerate(self.books):
+            has = torch.ones_like(mask[:, 0]) if kept is None else kept > k
+            found, index, projected, entries = book(residual)
+            features = features + found * has[:, None, None]
+            residual = residual - found
+            commitment = commitment + masked_square(projected, entries.detach(), mask, has)
+            codebook = codebook + masked_square(entries, projected.detach(), mask, has)
+            codes.append(index)
+            if self.training:
+                used = index[mask & has[:, None]]
+                book.uses += torch.bincount(used, minlength=len(book.uses))
+        return Quantised(features, torch.stack(codes, dim=1), commitment, codebook)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> codes int64 [B, K, T]."""
+        residual, codes = x, []
+        for book in self.books:
+            found, index, _, _ = book(residual)
+            residual = residual - found
+            codes.append(index)
+        return torch.stack(codes, dim=1)
+
+    def dequantise(self, codes: Tensor) -> Tensor:
+        """Codes [B, k, T] of the first k codebooks -> [B, T, D]."""
+        return torch.stack([self.books[k].dequantise(codes[:, k]) for k in range(codes.shape[1])]).sum(dim=0)
+
+    @torch.no_grad()
+    def fit(self, frames: Tensor, generator: torch.Generator, iterations: int = 20) -> None:
+        """Start all codebooks from frames [N, D], one after the other."""
+        residual = frames
+        for book in self.books:
+            book.fit(residual, iterations, generator)
+            residual = residual - book(residual[None])[0][0]
+
+    @torch.no_grad()
+    def revive(self, x: Tensor, mask: Tensor, least: float, generator: torch.Generator) -> list[int]:
+        """Put entries used less than `least` times since the last call on projections of real frames of x.
+
+        Returns how many of each codebook were dead, and starts to count anew.
+        """
+        residual, dead = x[mask][None], []
+        for book in self.books:
+            found, _, projected, _ = book(residual)
+            gone = torch.nonzero(book.uses < least)[:, 0]
+            dead.append(len(gone))
+            picks = torch.randint(projected.shape[1], (len(gone),), generator=generator)
+            book.entries[gone] = projected[0, picks.to(x.device)]
+            book.uses.zero_()
+            residual = residual - found
+        return dead
+
+
+def quantizer_dropout(batch: int, num_codebooks: int, share: float, generator: torch.Generator) -> Tensor:
+    """Codebooks of each item [B]: all of them, or for a `share` of the items a number drawn from 1 to K."""
+    drawn = torch.randint(1, num_codebooks + 1, (batch,), generator=generator)
+    return torch.where(torch.rand(batch, generator=generator) < share, drawn, torch.tensor(num_codebooks))
+
+
+def kmeans(frames: Tensor, size: int, iterations: int, generator: torch.Generator) -> Tensor:
+    """Entries [size, W] of frames [N, W]: assigned by cosine, each the mean of its own; an empty one is drawn anew."""
+
+    def draw(count: int) -> Tensor:
+        if len(frames) >= count:
+            return torch.randperm(len(frames), generator=generator)[:count]
+        return torch.randint(len(frames), (count,), generator=generator)
+
+    entries = frames[draw(size).to(frames.device)].clone()
+    for _ in range(iterations):
+        nearest = (F.normalize(frames, dim=-1) @ F.normalize(entries, dim=-1).T).argmax(dim=-1)
+        counts = torch.bincount(nearest, minlength=size)
+        sums = torch.zeros_like(entries).index_add_(0, nearest, frames)
+        entries = sums / counts.clamp(min=1)[:, None]
+        if len(empty := torch.nonzero(counts == 0)[:, 0]):
+            entries[empty] = frames[draw(len(empty)).to(frames.device)]
+    return entries

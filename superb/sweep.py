@@ -1,0 +1,84 @@
+"""The list of runs that a comparison needs: upstreams x tasks x learning rates x seeds (x folds), in a fixed order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from codecssl.superb.corpus import FOLDS, open_corpus
+from codecssl.superb.expert import Upstream
+from codecssl.superb.run import Run
+from codecssl.superb.tasks import Budget, Task, rates_of
+from codecssl.tokenize.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A comparison. The same one always lists the same runs, so that several processes can each take a part."""
+
+    upstreams: Sequence[Upstream]
+    tasks: Sequence[Task]
+    budget: Budget
+    data: str
+    root: Path
+    output: Path
+    rates: tuple[float, ...] | None = None
+    """None is what the budget sweeps for each task."""
+    seeds: tuple[int, ...] = (0,)
+    folds: bool = False
+    """Whether emotion recognition tests each of five folds in turn; with all official steps it always does."""
+    side: Path | None = None
+    language_model: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.language_model is not None and not self.language_model.is_file():
+            raise UserError(f"--lm {self.language_model}: no such file; give a 4-gram model in ARPA format")
+
+    def runs(self) -> list[Run]:
+        """UserError where the corpus lacks what a task needs: nothing has run by then."""
+        corpus = open_corpus(self.root, self.side)
+        for task in self.tasks:
+            corpus.select(task)
+        return [
+            self._run(upstream, task, rate, seed, fold)
+            for upstream in self.upstreams
+            for task in self.tasks
+            for fold in self._folds(task)
+            for seed in self._seeds(upstream, task)
+            for rate in (rates_of(task, self.budget) if self.rates is None or task.problem is None else self.rates)
+        ]
+
+    def _run(self, upstream: Upstream, task: Task, rate: float | None, seed: int, fold: int | None) -> Run:
+        return Run(
+            upstream=upstream,
+            task=task.name,
+            learning_rate=rate,
+            budget=self.budget,
+            seed=seed,
+            data=self.data,
+            root=self.root,
+            output=self.output,
+            side=self.side,
+            fold=fold,
+            language_model=self.language_model if task.name == "asr" else None,
+        )
+
+    def _folds(self, task: Task) -> tuple[int | None, ...]:
+        if task.name != "er" or not (self.folds or self.budget.divisor == 1):
+            return (None,)
+        corpus = open_corpus(self.root, self.side)
+        if not corpus.has_folds(task.name):
+            if self.folds:
+                raise UserError(f"data {self.root}: er rows have no column fold; add it or leave out --folds")
+            return (None,)
+        return FOLDS
+
+    def _seeds(self, upstream: Upstream, task: Task) -> tuple[int, ...]:
+        """Where nothing is trained, another seed changes a random encoder only."""
+        return self.seeds if task.problem is not None or upstream.kind == "random" else self.seeds[:1]
+
+
+def part(runs: Sequence[Run], parts: int, index: int) -> list[Run]:
+    """runs[index::parts]: all parts together are all runs, none twice."""
+    if not 0 <= index < parts:
+        raise UserError(f"--part {index}: of {parts} parts the numbers are 0 to {parts - 1}")
+    return list(runs[index::parts])

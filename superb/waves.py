@@ -1,0 +1,131 @@
+"""The waves of a task, as s3prl will hand them to the upstream: which files, cut and with which effects."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from codecssl.superb import compat
+from codecssl.superb.tasks import Task
+
+Effects = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wave:
+    """One wave of a task. Two that are equal are the same samples, as long as the file is."""
+
+    path: str
+    start: float | None = None
+    """Seconds; None is the file's start."""
+    end: float | None = None
+    effects: Effects = ()
+    """sox effects, by `codecssl.superb.effects`."""
+    longest: float | None = None
+    """Seconds; a longer wave is cut at random each time, so that it is never the same."""
+    by_sox: bool = False
+    """Opened by the effects themselves, at the file's own rate, as QbE does; else by s3prl's loader, at 16 kHz."""
+
+    samples: tuple[int, int] | None = None
+    """The first sample and the one after the last, where the task's dataset cuts the file as it is (diarisation)."""
+
+    def load(self) -> Tensor | None:
+        """Float32 samples at 16 kHz as the task has them; None where it would be cut at random."""
+        if self.samples is not None:
+            return _stretch(self.path, *self.samples)
+        if self.by_sox:
+            return _by_sox(self.path)
+        compat.install()
+        from s3prl.dataio.dataset import LoadAudio
+
+        cut = self.start is not None or self.end is not None
+        loader = LoadAudio(
+            [self.path],
+            start_secs=[self.start] if cut else None,
+            end_secs=[self.end] if cut else None,
+            sox_effects=[list(effect) for effect in self.effects] or None,
+        )
+        wav: Tensor = loader[0]["wav"]
+        return None if self.longest is not None and len(wav) / loader.sample_rate > self.longest else wav
+
+    def digest(self) -> bytes:
+        """Changes when the request does, or the file's size or date."""
+        found = Path(self.path).stat()
+        parts = [asdict(self), found.st_size, found.st_mtime_ns]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
+
+
+def _stretch(path: str, first: int, last: int) -> Tensor:
+    import soundfile
+    import torch
+
+    wave, _ = soundfile.read(path, start=first, stop=last, dtype="float32")
+    return torch.from_numpy(wave)
+
+
+def _by_sox(path: str) -> Tensor:
+    """As `codecssl.superb.qbe` opens a clip."""
+    from torch.nn.functional import pad
+
+    from codecssl.superb.effects import apply_effects_file
+    from codecssl.superb.qbe import EFFECTS, LEAST_SAMPLES
+
+    wav, _ = apply_effects_file(path, EFFECTS)
+    return pad(wav.flatten(), (0, max(0, LEAST_SAMPLES - wav.numel())))
+
+
+def waves_of(task: Task, splits: Mapping[str, Iterable[Any]], frame_shift: int = 320) -> list[Wave]:
+    """The distinct waves of a task, given its examples by split (of `codecssl.superb.corpus`).
+
+    frame_shift: the upstream's samples per frame, in which diarisation counts where it cuts recordings.
+    """
+    waves: dict[Wave, None] = {}
+    for split, examples in splits.items():
+        settings = _settings(task, split)
+        for example in examples:
+            if task.name == "sd":
+                waves.update(dict.fromkeys(_stretches(str(example.path), frame_shift, **settings)))
+            else:
+                start, end = (_seconds(example.columns.get(name)) for name in ("start_sec", "end_sec"))
+                waves[Wave(path=str(example.path), start=start, end=end, **settings)] = None
+    return list(waves)
+
+
+def _stretches(
+    path: str, frame_shift: int, chunk_size: int, subsampling: int, rate: int, use_last_samples: bool, label_delay: int
+) -> Iterator[Wave]:
+    """A recording as s3prl's DiarizationDataset cuts it, by its own rule."""
+    import soundfile
+    from s3prl.dataio.dataset.diarization import _gen_frame_indices
+
+    frames = int(int(soundfile.info(path).duration * rate / frame_shift) / subsampling)
+    cut = (chunk_size, chunk_size, use_last_samples, label_delay, subsampling)
+    for first, last in _gen_frame_indices(frames, *cut):
+        scale = subsampling * frame_shift
+        yield Wave(path=path, samples=(first * scale, last * scale))
+
+
+def _settings(task: Task, split: str) -> dict[str, Any]:
+    """What s3prl does to the waves of a split: effects, and the length from which they are cut at random."""
+    compat.install()
+    if task.problem is None:
+        return {"by_sox": True}
+    import s3prl.problem
+    from s3prl.problem.asv import superb_asv
+
+    datasets = getattr(s3prl.problem, task.problem)().default_config().get("build_dataset") or {}
+    if task.name == "sd":
+        return dict(datasets)
+    dataset = datasets.get(split) or {}
+    effects = dataset.get("sox_effects") or ()
+    if task.name == "asv" and split == "train":  # a constant of s3prl's module, in no configuration
+        effects = superb_asv.EFFECTS
+    return {"effects": tuple(tuple(effect) for effect in effects), "longest": dataset.get("max_secs")}
+
+
+def _seconds(value: Any) -> float | None:
+    return None if value is None or value != value else float(value)

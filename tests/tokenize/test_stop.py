@@ -1,0 +1,81 @@
+"""A run that is asked to stop does so between two blocks, loses none, and goes on to the same bytes."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from codecssl.slurm.watch import PREEMPTED, STUCK
+from codecssl.tokenize.cli import main
+from codecssl.tokenize.run import RunConfig, Stopped, run
+from codecssl.tokenize.writer import ShardWriter
+
+
+def config(source: Path, output: Path, codec: Path) -> RunConfig:
+    return RunConfig(sources=(str(source),), output=output, codec=str(codec), workers=0, shard_inputs=8, block_inputs=2)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def blocks(root: Path) -> int:
+    return len(list(root.glob("work/*/*.json")))
+
+
+def test_it_stops_after_each_block_if_asked_and_ends_with_the_same_bytes(audio_folder, codec_file, tmp_path):
+    """15 inputs are blocks of 2 2 2 2 in the first shard and 2 2 2 1 in the second: stopped after every one of them."""
+    found = []
+    for _ in range(20):
+        before = contents(tmp_path / "out")
+        asked = iter([False])
+        try:
+            run(config(audio_folder, tmp_path / "out", codec_file), stop=lambda asked=asked: next(asked, True))
+            break
+        except Stopped:
+            found.append(blocks(tmp_path / "out"))
+            kept = {name: data for name, data in before.items() if name.startswith(("work", "shards"))}
+            after = contents(tmp_path / "out")
+            assert all(after.get(name, data) == data for name, data in kept.items()), "a finished block changed"
+    assert found == [1, 2, 3, 0, 1, 2, 3], "blocks of the shard in work"
+    run(config(audio_folder, tmp_path / "whole", codec_file))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_ends_the_command_with_75_after_its_block(
+    audio_folder, codec_file, tmp_path, capsys, monkeypatch, number
+):
+    add = ShardWriter.add_block
+
+    def signalled(self, *arguments):
+        signal.raise_signal(number)
+        return add(self, *arguments)
+
+    monkeypatch.setattr(ShardWriter, "add_block", signalled)
+    before = signal.getsignal(number)
+    command = ["run", str(audio_folder), "-o", str(tmp_path / "out"), "--codec", str(codec_file), "--workers", "0",
+               "--shard-inputs", "8", "--block-inputs", "2"]  # fmt: skip
+    assert main(command) == PREEMPTED == 75
+    said = capsys.readouterr().err
+    assert f"stopped by {number.name} after a whole block; the same command goes on from there" in said
+    assert blocks(tmp_path / "out") == 1
+    assert signal.getsignal(number) == before
+    monkeypatch.undo()
+    assert main(command) == 0
+
+
+def test_no_input_for_long_is_stuck(audio_folder, codec_file, tmp_path):
+    code = (
+        "import sys, time; from codecssl.tokenize import run; from codecssl.tokenize.cli import main\n"
+        "run.encode_inputs = lambda *arguments: iter([time.sleep(60)])\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = ["run", str(audio_folder), "-o", str(tmp_path / "out"), "--codec", str(codec_file), "--workers", "0"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command, "--stall-minutes", "0.01"], capture_output=True, text=True
+    )
+    assert done.returncode == STUCK == 76
+    assert "error: stuck for 0.01 minutes while" in done.stderr

@@ -1,0 +1,140 @@
+"""Codes for the machine: what `codecssl-superb compress` made of a pretrained model, as a codec.
+
+A wave becomes the base codec's codes, these the state of a layer, and that the codes of a small residual quantizer,
+below 200 bit/s. They hold what the model's later layers and the task's head need; there is no way back to sound.
+
+Attention sees all that it is given, so that any padding or cut changes codes. The policy is X-codec's: a wave of up to
+`WHOLE_SECONDS` is encoded whole and alone; of a longer one, segments of `SEGMENT_SECONDS` are taken, each for itself,
+while more than `WHOLE_SECONDS` remain.
+
+The model is the later stages' (`superb/compressed.py`): this file asks for it when such a codec is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codecssl.tokenize.codec import Codec, CodecCard, file_sha256, keep_codebooks, load_codec_for
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.precision import full_precision
+
+WHOLE_SECONDS, SEGMENT_SECONDS = 30, 20
+
+
+class MachineCodec:
+    """A base codec and a `superb.compressed.Compressed` as a `Codec`."""
+
+    def __init__(self, base: Codec, compressed: Any, card: CodecCard, device: str = "cpu") -> None:
+        self.base, self.card, self.device = base, card, torch.device(device)
+        self.compressed = compressed.to(device)
+        frames = card.frame_rate  # of codes; bounds are whole frames of theirs
+        self.whole = int(WHOLE_SECONDS * frames) * compressed.pool
+        self.segment = max(1, int(SEGMENT_SECONDS * frames)) * compressed.pool
+
+    def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.cat(list(self._pieces(base)), dim=1) for base in self.base.encode(waves)]
+
+    def _pieces(self, base: Tensor) -> Iterator[Tensor]:
+        """Codes [R, T] of a whole wave to codes [K, t] of its segments."""
+        while base.shape[1] > self.whole:
+            yield self.quantise(base[:, : self.segment])
+            base = base[:, self.segment :]
+        yield self.quantise(base)
+
+    def quantise(self, base: Tensor) -> Tensor:
+        """The base codec's codes [R, T] of one segment to codes [K, ceil(T / pool)]."""
+        if base.shape[1] == 0:
+            return torch.zeros(self.card.num_codebooks, 0, dtype=torch.int64, device=self.device)
+        with full_precision():
+            codes: Tensor = self.compressed.codes(base.to(self.device))
+        return codes[: self.card.num_codebooks]
+
+    def stream(self) -> MachineStream:
+        return MachineStream(self)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        raise UserError(
+            f"{self.card.weights}: codes for a machine hold a task's answer, not the sound; decode the base codec's"
+        )
+
+    def embeddings(self) -> list[Tensor]:
+        books = list(self.compressed.bottleneck.rvq.books)[: self.card.num_codebooks]
+        return [book.up(book.entries).detach().cpu().clone() for book in books]
+
+    def latents(self, codes: Tensor) -> Tensor:
+        with full_precision():
+            found: Tensor = self.compressed.bottleneck.rvq.dequantise(codes[None].to(self.device))
+        return found[0].T
+
+
+class MachineStream:
+    """Streaming encoder of one wave: holds the base codec's codes of what is not yet encoded."""
+
+    def __init__(self, codec: MachineCodec) -> None:
+        self.codec, self.inner = codec, codec.base.stream()
+        self.pending: list[Tensor] = []
+
+    def push(self, wave: Tensor) -> Tensor:
+        self.pending.append(self.inner.push(wave))
+        if sum(part.shape[1] for part in self.pending) <= self.codec.whole:
+            return self.codec.quantise(self.pending[0][:, :0])
+        base, codes = torch.cat(self.pending, dim=1), []
+        while base.shape[1] > self.codec.whole:
+            codes.append(self.codec.quantise(base[:, : self.codec.segment]))
+            base = base[:, self.codec.segment :]
+        self.pending = [base.clone()]
+        return torch.cat(codes, dim=1)
+
+    def finish(self) -> Tensor:
+        base = torch.cat([*self.pending, self.inner.finish()], dim=1)
+        self.pending = []
+        return torch.cat(list(self.codec._pieces(base)), dim=1)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load(name: str, weights: str | None, num_codebooks: int | None, device: str) -> MachineCodec:
+    """Load `machine` from the folder that `codecssl-superb compress` wrote (`Codec` loader; see `load_codec`)."""
+    if weights is None:
+        raise UserError(f"codec {name}: has no weights of its own; give the folder that codecssl-superb compress wrote")
+    folder = Path(weights)
+    compressed = importlib.import_module("codecssl.superb.compressed").load(folder)
+    base = load_codec_for(compressed.model.card, device=device)
+    available = compressed.bottleneck.rvq.config.num_codebooks
+    kept = keep_codebooks(name, num_codebooks, available, available)
+    return MachineCodec(base, compressed, make_card(name, folder, compressed, kept, device), device)
+
+
+def make_card(name: str, folder: Path, compressed: Any, num_codebooks: int, device: str) -> CodecCard:
+    """The card of a compressed model that keeps `num_codebooks`."""
+    base: CodecCard = compressed.model.card
+    config = compressed.bottleneck.rvq.config
+    kept = {key: base.policies[key] for key in ("channels", "resample", "padding") if key in base.policies}
+    return CodecCard(
+        name=name,
+        weights=str(folder.resolve()),
+        weights_sha256=file_sha256(folder / "model.safetensors"),
+        sample_rate=base.sample_rate,
+        hop_length=base.hop_length * compressed.pool,
+        codebook_sizes=(config.codebook_size,) * num_codebooks,
+        codes_per_frame=(1,) * num_codebooks,
+        latent_dim=compressed.model.config.dim,
+        channels=base.channels,
+        policies=kept
+        | {
+            "base": f"{base.name} {base.weights_sha256[:16]}, {base.num_codebooks} codebooks",
+            "layer": str(compressed.layer),
+            "chunk": f"up to {WHOLE_SECONDS} s whole; of more, segments of {SEGMENT_SECONDS} s, each for itself",
+            "precision": "float32",
+            "device": torch.device(device).type,
+        },
+        versions={"torch": version("torch"), **base.versions},
+    )
