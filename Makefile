@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # The whole chain, each line a command that a user would type; run again, it goes on where it stopped.
 STEPS ?= 120
-TASKS ?= ks,sid,er,ic
+TASKS ?= ks,sid,er,ic,pr
 demo: install
 	$(BIN)/codecssl-superb sample $(DEMO)/sample
 	$(BIN)/codecssl-tokenize run $(or $(AUDIO),$(DEMO)/sample/pretrain.jsonl) --output $(DEMO)/shards --codec tiny_16khz
@@ -40,7 +40,7 @@ test: install
 check: install .typecheck/codecssl
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p codecssl.tokenize -p codecssl.pretrain -p codecssl.superb -p codecssl.configs
+	$(BIN)/mypy -p codecssl.tokenize -p codecssl.pretrain -p codecssl.superb -p codecssl.configs -p codecssl.slurm
 	$(BIN)/python -m pytest
 
 bench: install

@@ -45,7 +45,7 @@ def load_config(kind: type[C], stage: str, name: str, overrides: Sequence[str] =
     check_keys(kind, values, str(path))
     changes = parse_overrides(overrides)
     check_keys(kind, changes, "command line")
-    return from_dict(kind, _merge(values, changes))
+    return from_dict(kind, _merge(values, _listed(kind, changes)))
 
 
 def from_dict(kind: type[C], values: Mapping[str, Any]) -> C:
@@ -99,6 +99,18 @@ def check_keys(kind: Any, values: Mapping[str, Any], source: str, prefix: str = 
             if not isinstance(value, Mapping):
                 raise UserError(f"{source}: '{prefix}{key}' is a section, and was given {value!r}")
             check_keys(hints[key], value, source, f"{prefix}{key}.")
+
+
+def _listed(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with a lone one made a list where the field is a tuple: `--data.labels DIR`."""
+    hints, listed = typing.get_type_hints(kind), {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(hints[key]):
+            value = _listed(hints[key], value)
+        elif typing.get_origin(hints[key]) is tuple and not isinstance(value, list | tuple):
+            value = [value]
+        listed[key] = value
+    return listed
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -82,6 +82,11 @@ def test_unknown_config_name_suggests_one() -> None:
         config_path("pretrain", "codec2vec_tny_codes")
 
 
+def test_a_lone_value_on_the_command_line_is_a_list_of_one(file: str) -> None:
+    assert load_config(Outer, "pretrain", file, ["--inner.tags", "one"]).inner.tags == ("one",)
+    assert load_config(Outer, "pretrain", file, ["--inner.tags=[one, two]"]).inner.tags == ("one", "two")
+
+
 def test_overrides_do_not_overwrite_their_own_section() -> None:
     assert parse_overrides(["--a.b", "1", "--a.c=2"]) == {"a": {"b": 1, "c": 2}}
     with pytest.raises(UserError, match="already given a value"):
