@@ -24,13 +24,15 @@ class Clusters(nn.Module):
 
     @torch.no_grad()
     def fit(self, frames: Tensor, generator: torch.Generator) -> None:
-        """Lloyd's algorithm from k-means++, scikit-learn's."""
+        """Lloyd's algorithm from k-means++, scikit-learn's. Of few frames there are as many centres as frames."""
         from sklearn.cluster import KMeans
 
         picks = torch.randperm(len(frames), generator=generator)[:MOST_FRAMES]
-        kmeans = KMeans(len(self.centres), n_init=1, max_iter=50, random_state=generator.initial_seed() % 2**32)
+        count = min(len(self.centres), len(picks))
+        kmeans = KMeans(count, n_init=1, max_iter=50, random_state=generator.initial_seed() % 2**32)
         kmeans.fit(frames[picks.to(frames.device)].cpu().numpy())
-        self.centres.copy_(torch.from_numpy(kmeans.cluster_centers_))
+        self.centres[:count] = torch.from_numpy(kmeans.cluster_centers_)
+        self.centres[count:] = self.centres[0]  # never chosen: it stands first
 
     def encode(self, x: Tensor) -> Tensor:
         """[B, T, D] -> codes int64 [B, 1, T]."""

@@ -17,11 +17,12 @@ Codes = np.ndarray
 SMOOTHING = (0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 
 
-def rates(train: Sequence[Codes], held_out: Sequence[Codes], card: CodecCard) -> dict[str, float]:
+def rates(train: Sequence[Codes], held_out: Sequence[Codes], card: CodecCard, seconds: float) -> dict[str, float]:
     """Bits per second of held-out codes: `nominal_bps`, `cross_entropy_bps` under a model of the training codes,
     `stored_bps` (the entropy coder's streams and its tables) and `streams_bps` (the streams alone).
+
+    seconds: of held-out audio, without what fills up last frames of codes.
     """
-    seconds = sum(codes.shape[1] for codes in held_out) / float(card.frame_rate)
     stored, streams = stored_bits(held_out, card)
     return {
         "nominal_bps": card.bits_per_second,

@@ -136,10 +136,16 @@ def _compressed(config: CompressConfig, ready: Prepared, say: Callable[[str], No
     for k, error in enumerate(made["test_error_by_codebooks"], 1):
         card = code_card(ready.model.card, model.pool, (made["entries"],) * k)
         shape = f"{k} of {len(made['used_entries'])} x {made['entries']} at {float(card.frame_rate):g} Hz"
-        found = rates([c[:k] for c in train], [c[:k] for c in test], card)
+        found = rates([c[:k] for c in train], [c[:k] for c in test], card, tested_seconds(ready))
         more = {"dead_entries": made["dead_entries"][:k], "asked_bps": config.rate_bps}
         points.append(_point("compress", shape, ready, error, found) | more)
     return points
+
+
+def tested_seconds(ready: Prepared) -> float:
+    """Of the test part, by the base codec's frames."""
+    frames = sum(int(ready.shards.frames[i]) for i in ready.found.parts["test"])
+    return frames / float(ready.model.card.frame_rate)
 
 
 def code_card(base: CodecCard, pool: int, sizes: tuple[int, ...]) -> CodecCard:
@@ -157,7 +163,7 @@ def _base_rates(ready: Prepared, count: int | None) -> dict[str, float]:
     kept = card.num_codebooks if count is None else count
     card = replace(card, codebook_sizes=card.codebook_sizes[:kept], codes_per_frame=card.codes_per_frame[:kept])
     train, test = ([ready.shards.codes(i)[: card.num_rows] for i in parts[part]] for part in ("train", "test"))
-    return rates(train, test, card)
+    return rates(train, test, card, tested_seconds(ready))
 
 
 def _base(config: CompressConfig, ready: Prepared) -> list[Point]:
@@ -190,7 +196,10 @@ def _clusters(config: CompressConfig, ready: Prepared) -> list[Point]:
     train, test = (codes_of(model, ready.shards, found.parts[part], config.device) for part in ("train", "test"))
     card = code_card(base, pool, (1 << bits,))
     shape = f"{1 << bits} at {float(card.frame_rate):g} Hz"
-    return [_point("k-means", shape, ready, error, rates(train, test, card)) | {"asked_bps": config.rate_bps}]
+    return [
+        _point("k-means", shape, ready, error, rates(train, test, card, tested_seconds(ready)))
+        | {"asked_bps": config.rate_bps}
+    ]
 
 
 def _own_head(config: CompressConfig, ready: Prepared, source: Source) -> float:

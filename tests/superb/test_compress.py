@@ -1,0 +1,311 @@
+"""`codecssl-superb compress` on tones: what it refuses, what it draws, and that its codec answers from shards alone."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+
+from codecssl.superb.bottleneck import later_states
+from codecssl.superb.cli import main
+from codecssl.superb.compress import CompressConfig, compress, prepare
+from codecssl.superb.compress_data import examples, refuse_too_slow, repeats
+from codecssl.superb.compress_report import markdown, summary
+from codecssl.superb.compress_settings import TrainConfig
+from codecssl.superb.compress_train import distillation
+from codecssl.superb.compressed import load
+from codecssl.superb.heads import CtcHead, errors
+from codecssl.tokenize.audio import read_wave
+from codecssl.tokenize.codec import load_codec
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.run import RunConfig, run
+from codecssl.tokenize.shards import Shards
+from codecssl.tokenize.writer import write_shards
+
+QUICK = TrainConfig(
+    head_steps=60, a_steps=50, b_steps=60, batch_size=8, revive_steps=10, evaluations=3, learning_rate=1e-2
+)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_codec("tiny_16khz")
+
+
+@pytest.fixture(scope="module")
+def upstream(shipped, tmp_path_factory):
+    """A small untrained model that reads tiny_16khz."""
+    from safetensors.torch import save_file
+
+    from codecssl.pretrain.config import ModelConfig
+    from codecssl.pretrain.export import FORMAT, VERSION
+    from codecssl.pretrain.model import untrained
+
+    config = ModelConfig(dim=32, layers=2, heads=2, ffn_dim=64, conv_kernel=8, conv_groups=4)
+    folder = tmp_path_factory.mktemp("upstream")
+    save_file(untrained(config, shipped.card, shipped.embeddings(), seed=7).state_dict(), folder / "model.safetensors")
+    description = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(config), "training": {}}
+    (folder / "config.json").write_text(json.dumps({**description, "codec": shipped.card.to_dict()}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manifest(corpus, tmp_path_factory):
+    """The corpus's short tones: four pitches are the speakers."""
+    rows = [json.loads(line) for line in (corpus / "manifest.jsonl").read_text().splitlines()]
+    path = tmp_path_factory.mktemp("tones") / "manifest.jsonl"
+    chosen = [row | {"path": str(corpus / row["path"])} for row in rows if "sid" in row["task"]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    return path
+
+
+@pytest.fixture(scope="module")
+def shards(manifest, tmp_path_factory):
+    output = tmp_path_factory.mktemp("shards") / "tokens"
+    run(RunConfig(sources=(str(manifest),), output=output, workers=0))
+    return output
+
+
+def config_of(upstream, data, output, **changes):
+    options = {"task": "sid", "layer": 1, "rate_bps": 100.0, "codebook_dim": 8, "train": QUICK, **changes}
+    return CompressConfig(upstream=upstream, data=data, output=output, **options)
+
+
+@pytest.fixture(scope="module")
+def made(upstream, shards, tmp_path_factory):
+    """A codec for sid of one codebook of 256, its config.json, and what was reported."""
+    folder = tmp_path_factory.mktemp("made") / "codec"
+    rows = []
+    return folder, compress(config_of(upstream, shards, folder), rows.append), rows
+
+
+def test_codec_answers_from_shards_as_from_audio(made, manifest, tmp_path):
+    """Wave -> codec -> head, and wave -> shards -> head; also the model's own states through the bottleneck."""
+    folder, description, _ = made
+    assert description["training"]["rate"] == "100 bit/s (1 x 256 at 12.5 Hz)"
+    run(RunConfig(sources=(str(manifest),), codec=str(folder), output=tmp_path / "s", workers=0))
+    tokens, codec, whole = Shards(tmp_path / "s"), load_codec(str(folder)), load(folder)
+    assert tokens.card.bits_per_second == 100
+    assert float(tokens.card.frame_rate) == 12.5
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    batched = codec.encode([torch.from_numpy(read_wave(Path(row["path"]), 16_000)) for row in rows[:4]])
+    for index, row in enumerate(rows[:4]):
+        stored = torch.from_numpy(tokens.codes(index).astype(np.int64))[None]
+        assert torch.equal(stored[0], batched[index])
+        wave = torch.from_numpy(read_wave(Path(row["path"]), 16_000))
+        from_shards = whole.logits(stored, [stored.shape[2]])
+        state = whole.model.extract(codec.base.encode([wave])[0][None], [-(-len(wave) // 320)])[1]
+        pooled, _ = whole.bottleneck.pooled(state, [state.shape[1]])
+        found = whole.bottleneck.rvq(pooled, torch.ones(pooled.shape[:2], dtype=torch.bool))
+        expanded = whole.bottleneck.expand(found.features)
+        states = later_states(whole.model, expanded, [expanded.shape[1]], 1)
+        from_audio = whole.head(states, [expanded.shape[1]])
+        torch.testing.assert_close(from_shards, from_audio, rtol=0, atol=1e-4)
+    assert main(["answer", "--codec", str(folder), "--data", str(tmp_path / "s"), "--output", str(tmp_path / "a")]) == 0
+    answers = [json.loads(line)["answer"] for line in (tmp_path / "a").read_text().splitlines()]
+    right = [answer == [row["speaker"]] for answer, row in zip(answers, rows, strict=True)]
+    assert np.mean(right[36:]) > 0.7  # the test part: pitches are told apart
+
+
+def test_reports_use_and_errors(made):
+    folder, description, rows = made
+    training = description["training"]
+    assert training["parts"] == {"train": 24, "valid": 12, "test": 12}
+    assert [a + b for a, b in zip(training["used_entries"], training["dead_entries"], strict=True)] == [256]
+    assert training["test_error_by_codebooks"][-1] < 0.5
+    assert training["test_error_unquantised"] < 0.5
+    stages = [json.loads(line)["stage"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(stages)) == ["head", "a", "b"]
+    assert len(rows) == len(stages)
+    assert "12.5 Hz" in (folder / "README.md").read_text()
+
+
+def test_goes_on_bit_for_bit_and_skips_what_is_done(made, upstream, shards, tmp_path, monkeypatch):
+    from codecssl.superb import compress_train
+
+    calls = 0
+    step = compress_train.Training._step_b
+
+    def killed(self, rows):
+        nonlocal calls
+        if calls == 15:
+            raise KeyboardInterrupt
+        calls += 1
+        return step(self, rows)
+
+    plain = compress_train.Training.run
+    monkeypatch.setattr(compress_train.Training, "run", lambda self, log, save: plain(self, log, save, 0.0))
+    monkeypatch.setattr(compress_train.Training, "_step_b", killed)
+    config = config_of(upstream, shards, tmp_path / "codec")
+    with pytest.raises(KeyboardInterrupt):
+        compress(config, lambda text: None)
+    assert not (tmp_path / "codec" / "config.json").exists()
+    monkeypatch.setattr(compress_train.Training, "_step_b", step)
+    told = []
+    compress(config, told.append)
+    assert told[0] == "goes on at stage 2, step 15"
+    whole, resumed = (load(folder).state_dict() for folder in (made[0], tmp_path / "codec"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    compress(config, told.append)
+    assert told[-1].endswith("finished before")
+    with pytest.raises(UserError, match="made with other settings or data; give another --output"):
+        compress(config_of(upstream, shards, tmp_path / "codec", rate_bps=50.0), told.append)
+
+
+def test_without_labels_there_is_no_head(upstream, shards, tmp_path):
+    config = config_of(upstream, shards, tmp_path / "codec", task="none", frame_rate=12.5, rate_bps=150.0)
+    description = compress(config, lambda text: None)
+    assert description["head"] is None
+    assert description["rvq"]["num_codebooks"] == 2
+    rows = [json.loads(line) for line in (tmp_path / "codec" / "metrics.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in rows} == {"a"}
+    assert rows[-1]["distance"] < 0.2  # of layer-normed states, whose own square is 1
+    with pytest.raises(UserError, match="has no head; compress for a task"):
+        load(tmp_path / "codec").logits(torch.zeros(1, 2, 3, dtype=torch.int64), [3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"task": "kz"}, "task kz: give none, pr"), ({"layer": 3}, "layer 3: this model has 0"),
+     ({"rate_bps": 5.0}, "less than one bit"), ({"task": "pr"}, "no utterance of the data has it")],
+)  # fmt: skip
+def test_refuses_in_one_line(upstream, shards, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        prepare(config_of(upstream, shards, tmp_path / "x", **changes))
+
+
+def test_refuses_folders_of_others(upstream, shards, tmp_path, capsys):
+    (tmp_path / "letter.txt").write_text("dear")
+    arguments = ["compress", "--upstream", str(upstream), "--layer", "1", "--data", str(shards)]
+    assert main([*arguments, "--output", str(tmp_path)]) == 1
+    assert "letter.txt, which is none of compress" in capsys.readouterr().err
+
+
+def test_reads_audio_too(upstream, manifest, shards, tmp_path):
+    """A manifest is tokenized first, to the codes that the shards have."""
+    audio = prepare(config_of(upstream, manifest, tmp_path / "a"))
+    given = prepare(config_of(upstream, shards, tmp_path / "b"))
+    assert audio.shards.fingerprint == given.shards.fingerprint
+    assert audio.found == given.found
+
+
+# ---------------------------------------------------------------- parts, and what CTC can use
+
+
+def spoken(card, folder, frames, labels):
+    items = [(f"u{i}", np.zeros((card.num_rows, n), np.uint16), row) for i, (n, row) in enumerate(zip(frames, labels))]
+    return write_shards(folder, card, items)
+
+
+def test_rates_that_ctc_cannot_use_are_refused(shipped, tmp_path):
+    """Ten labels with two repeats want 12 frames of codes: 48 at 50 Hz where four become one."""
+    phones = "A B B C D E E F G H"
+    rows = [{"task": "pr", "phones": phones, "speaker": f"s{i % 5}"} for i in range(20)]
+    found = examples(spoken(shipped.card, tmp_path / "s", [48] * 20, rows), "pr", "probes", 0)
+    assert found.kind == "ctc"
+    assert found.names[0] == "<blank>"
+    assert repeats(found.labels[0]) == 2
+    assert found.apart == "speaker"
+    assert refuse_too_slow(found, [12] * 20, "r") == found
+    with pytest.raises(UserError, match="rate r: 20 of 20 utterances have fewer frames .* higher --frame-rate"):
+        refuse_too_slow(found, [11] * 20, "r")
+
+
+def test_parts_keep_speakers_apart_and_follow_the_seed(shipped, tmp_path):
+    rows = [{"task": "er", "label": "ab"[i % 2], "speaker": f"s{i % 6}"} for i in range(60)]
+    data = spoken(shipped.card, tmp_path / "s", [20] * 60, rows)
+    parts = [examples(data, "emotion", "probes", seed).parts for seed in (0, 0, 1, 2)]
+    assert parts[0] == parts[1]
+    assert len({p["test"] for p in parts}) > 1
+    for each in parts:
+        assert sorted(i for rows in each.values() for i in rows) == list(range(60))
+        assert not {i % 6 for i in each["test"]} & {i % 6 for i in (*each["train"], *each["valid"])}
+
+
+# ---------------------------------------------------------------- losses and errors
+
+
+def test_distillation_is_a_masked_mean_and_passes_gradcheck():
+    torch.manual_seed(0)
+    student, teacher = ([torch.randn(2, 3, 5, dtype=torch.float64) for _ in range(2)] for _ in range(2))
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    expected = 0.0
+    for s, t in zip(student, teacher):
+        for b, frame in ((0, 0), (0, 1), (0, 2), (1, 0)):
+            difference = F.layer_norm(s[b, frame], (5,)) - F.layer_norm(t[b, frame], (5,))
+            expected += float((difference**2).mean()) / 4 / 2
+    assert float(distillation(student, teacher, mask)) == pytest.approx(expected, rel=1e-12)
+    assert gradcheck(lambda *s: distillation(s, teacher, mask), [s.requires_grad_() for s in student])
+
+
+def test_ctc_head_ignores_padding_and_edits_are_counted():
+    torch.manual_seed(0)
+    head, states = CtcHead(6, 2, 4).double(), [torch.randn(2, 9, 6, dtype=torch.float64) for _ in range(2)]
+    lengths, labels = [9, 5], [(1, 2, 2, 3), (3,)]
+    loss = head.loss(head(states, lengths), lengths, labels)
+    changed = [torch.where((torch.arange(9) < torch.tensor([9, 5])[:, None])[..., None], s, s + 7) for s in states]
+    assert float(head.loss(head(changed, lengths), lengths, labels)) == pytest.approx(float(loss))
+    logits = torch.full((1, 6, 3), -5.0)
+    for t, label in enumerate([0, 1, 1, 0, 1, 2]):
+        logits[0, t, label] = 0.0
+    assert head.answers(logits, [6]) == [[1, 1, 2]]
+    assert head.answers(logits, [3]) == [[1]]
+    assert errors([[1, 1, 2], [3]], [(1, 2), (4,)]) == (2, 3)
+
+
+def test_report_table_and_plot(tmp_path):
+    from codecssl.superb.compress_plot import draw
+
+    common = {"layer": 2, "cross_entropy_bps": 90.0, "stored_bps": 120.0, "streams_bps": 99.0}
+    rows = []
+    for seed, (whole, kept) in enumerate([(0.8, 0.8), (0.9, 0.72)]):
+        rows.append({**common, "seed": seed, "method": "model", "shape": "8", "nominal_bps": 4000.0, "accuracy": whole})
+        rows.append(
+            {**common, "seed": seed, "method": "compress", "shape": "c", "nominal_bps": 100.0, "accuracy": kept}
+        )
+    points = summary(rows)
+    assert [p["method"] for p in points] == ["compress", "model"]
+    assert points[0]["relative"] == pytest.approx((1 + 0.8) / 2)
+    assert points[0]["seeds"] == 2
+    line = markdown(points)[2]
+    assert line == "| 2 | compress | c | 100.0 | 90.0 | 120.0 | 99.0 | 76.0 | 4.0 | 90.0 | 2 |"
+    draw(tmp_path / "x.png", points, "sid")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ctc_end_to_end(upstream, corpus, tmp_path):
+    """Sentences of three phones, read as audio, at 25 Hz: trained, written, measured as phone error rate."""
+    rows = [json.loads(line) for line in (corpus / "manifest.jsonl").read_text().splitlines()]
+    chosen = [row | {"path": str(corpus / row["path"])} for row in rows if "pr" in row["task"].split(",")]
+    path = tmp_path / "manifest.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    train = dataclasses.replace(QUICK, head_steps=10, a_steps=10, b_steps=10, batch_size=4)
+    config = config_of(upstream, path, tmp_path / "codec", task="pr", rate_bps=100.0, train=train)
+    description = compress(config, lambda text: None)
+    assert description["training"]["rate"] == "100 bit/s (1 x 16 at 25 Hz)"
+    assert description["head"] == {"kind": "ctc", "labels": ["<blank>", "H", "L", "M"]}
+    assert 0 < description["training"]["test_error_by_codebooks"][0] < 10
+    assert "phone error rate" in (tmp_path / "codec" / "README.md").read_text()
+
+
+def test_report_end_to_end(upstream, shards, tmp_path, capsys):
+    """Every kind of point is there with its rates, and a second call computes nothing."""
+    arguments = ["compress-report", "--upstream", str(upstream), "--task", "sid", "--data", str(shards)]
+    arguments += ["--output", str(tmp_path), "--layers", "1", "--rates-bps", "100", "--seeds", "0"]
+    arguments += ["--head-steps", "10", "--a-steps", "5", "--b-steps", "5"]
+    assert main(arguments) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["model", "compress", "codebooks", "tables", "k-means"]
+    for row in rows:
+        assert 0 <= row["accuracy"] <= 1
+        assert row["nominal_bps"] > 0 and row["cross_entropy_bps"] > 0  # noqa: PT018
+        assert row["stored_bps"] > row["streams_bps"] > 0
+    assert (tmp_path / "report.png").is_file()
+    assert "| 1 | compress | 1 of 1 x 256 at 12.5 Hz | 100.0 |" in (tmp_path / "report.md").read_text()
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "stage" not in capsys.readouterr().out

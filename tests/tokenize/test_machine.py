@@ -1,0 +1,113 @@
+"""A compressed model as a codec: pieces, prefixes, cards; on untrained weights."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from codecssl.pretrain.config import ModelConfig
+from codecssl.pretrain.model import untrained
+from codecssl.superb.bottleneck import Bottleneck, choose_rate
+from codecssl.superb.compressed import Compressed, save
+from codecssl.superb.rvq import RvqConfig
+from codecssl.tokenize import machine
+from codecssl.tokenize.codec import load_codec, load_codec_for
+from codecssl.tokenize.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(codec, tmp_path_factory):
+    """Two codebooks of 64 at 12.5 Hz, after layer 1 of 2."""
+    config = ModelConfig(dim=32, layers=2, heads=2, ffn_dim=64, conv_kernel=8, conv_groups=4)
+    model = untrained(config, codec.card, codec.embeddings(), seed=7)
+    random = torch.Generator().manual_seed(0)
+    bottleneck = Bottleneck(32, 4, RvqConfig(num_codebooks=2, codebook_size=64, codebook_dim=8))
+    codes = codec.encode([waves()[3]])[0][None]
+    bottleneck.fit(model.extract(codes, [codes.shape[2]])[1], [codes.shape[2]], random)
+    path = tmp_path_factory.mktemp("machine") / "codec"
+    save(Compressed(model, 1, bottleneck, None, ()), path, choose_rate(150, codec.card, 12.5), {"training": {}})
+    return path
+
+
+def waves():
+    random = torch.Generator().manual_seed(1)
+    lengths = (1, 1280, 5000, 16_000 * 7 + 123)
+    return [0.3 * torch.randn(n, generator=random) * torch.linspace(0, 1, n) for n in lengths]
+
+
+@pytest.fixture
+def short_segments(monkeypatch):
+    monkeypatch.setattr(machine, "WHOLE_SECONDS", 3)
+    monkeypatch.setattr(machine, "SEGMENT_SECONDS", 2)
+
+
+def test_loads_by_path_and_by_card(folder):
+    codec = load_codec(str(folder))
+    card = codec.card
+    assert (card.name, card.codebook_sizes, float(card.frame_rate)) == ("machine", (64, 64), 12.5)
+    assert card.bits_per_second == 150
+    assert card.hop_length == 1280
+    again = load_codec_for(card)
+    assert again.card == card
+    assert load_codec(f"machine@{folder}", num_codebooks=1).card.bits_per_second == 75
+
+
+def test_encode_is_stream_is_alone(folder, short_segments):
+    codec = load_codec(str(folder))
+    together = codec.encode(waves())
+    for wave, codes in zip(waves(), together, strict=True):
+        assert codes.shape == (2, codec.card.frames_of(len(wave)))
+        assert torch.equal(codec.encode([wave])[0], codes)
+        stream = codec.stream()
+        pieces = [stream.push(piece) for piece in wave.split(7001)]
+        assert torch.equal(torch.cat([*pieces, stream.finish()], dim=1), codes)
+
+
+def test_long_waves_are_cut_into_segments(folder, short_segments):
+    """7 s, 351 frames of the base codec: while more than 148 are left, 100 are taken, each as if it were alone."""
+    codec, wave = load_codec(str(folder)), waves()[3]
+    base = codec.base.encode([wave])[0]
+    assert (base.shape[1], codec.whole, codec.segment) == (351, 148, 100)
+    cuts = ((0, 100), (100, 200), (200, 300), (300, 351))
+    parts = [codec.compressed.codes(base[:, a:b]) for a, b in cuts]
+    assert torch.equal(codec.encode([wave])[0], torch.cat(parts, dim=1))
+    assert not torch.equal(codec.compressed.codes(base), torch.cat(parts, dim=1))
+
+
+def test_latents_are_sums_of_embeddings(folder):
+    codec = load_codec(str(folder))
+    codes = codec.encode([waves()[2]])[0]
+    tables = codec.embeddings()
+    summed = torch.stack([table[row] for table, row in zip(tables, codes)]).sum(dim=0).T
+    torch.testing.assert_close(codec.latents(codes), summed)
+    assert summed.shape == (32, codes.shape[1])
+    one = load_codec(str(folder), num_codebooks=1)
+    assert torch.equal(one.encode([waves()[2]])[0], codes[:1])
+    torch.testing.assert_close(one.latents(codes[:1]), tables[0][codes[0]].T)
+
+
+def test_says_that_there_is_no_sound(folder):
+    codec = load_codec(str(folder))
+    with pytest.raises(UserError, match="hold a task's answer, not the sound"):
+        codec.decode(torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_refuses_what_is_no_codec(folder, tmp_path):
+    with pytest.raises(UserError, match="has no weights of its own; give the folder"):
+        load_codec("machine")
+    description = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match="cannot be read .* compress again"):
+        load_codec(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(description | {"version": 2}))
+    with pytest.raises(UserError, match="version 2, this codecssl reads 1"):
+        load_codec(str(tmp_path))
+    with pytest.raises(UserError, match="1 to 2"):
+        load_codec(str(folder), num_codebooks=3)
+
+
+def test_other_weights_are_another_codec(folder):
+    card = dataclasses.replace(load_codec(str(folder)).card, weights_sha256="0" * 64)
+    with pytest.raises(UserError, match="give the original weights"):
+        load_codec_for(card)
