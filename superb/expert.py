@@ -263,13 +263,12 @@ class Shelf:
         return load(), load
 
     def _baseline(self, kind: str, codec: Codec, config: "ModelConfig") -> nn.Module:
+        from codecssl.pretrain.build import first_tables
         from codecssl.pretrain.model import untrained
 
-        if kind == "codes" or config.embedding_init == "codec":  # some codecs have no tables
-            tables = [table.cpu() for table in codec.embeddings()]
         if kind == "codes":
-            return CodeTables(tables)
-        return untrained(config, codec.card, tables if config.embedding_init == "codec" else None, self.seed)
+            return CodeTables([table.cpu() for table in codec.embeddings()])
+        return untrained(config, codec.card, first_tables(config, codec), self.seed)
 
     def _codec(self, fingerprint: str, load: Callable[[], Codec]) -> tuple[Codec, CodeCache]:
         if fingerprint not in self._codecs:
