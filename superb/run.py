@@ -21,6 +21,7 @@ from codecssl.superb.outcome import outcome
 from codecssl.superb.problems import make_problem
 from codecssl.superb.tasks import TASKS, Budget, Task, official_config
 from codecssl.superb.torn import drop_torn
+from codecssl.tokenize.codec import file_sha256
 
 HUB_NAME = "codecssl_frozen"  # under which a run's upstream stands in s3prl's hub
 
@@ -59,7 +60,7 @@ class Run:
         if self.fold is not None:
             settings["fold"] = self.fold
         if self.language_model is not None:
-            settings["language_model"] = [self.language_model.name, self.language_model.stat().st_size]
+            settings["language_model"] = [self.language_model.name, _sha256(self.language_model)]
         corpus = open_corpus(self.root, self.side).identity(self.task)
         return {"upstream": self.upstream.identity(), "data": self.data, **corpus, **settings}
 
@@ -75,6 +76,12 @@ class Run:
     @property
     def finished(self) -> bool:
         return (self.folder / "result.json").is_file()
+
+
+@functools.cache
+def _sha256(path: Path) -> str:
+    """Of a file of gigabytes that many runs name: read once in a process."""
+    return file_sha256(path)
 
 
 def run_one(run: Run, machine: Machine) -> results.Row:

@@ -7,8 +7,7 @@ Fast on one CPU thread: the widest activations go through in pieces that stay in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 
 from codecssl.tokenize.codec import CodecCard, keep_codebooks
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.precision import full_precision
 from codecssl.tokenize.rowconv import Convolution, Kept, Layer, Residual, Snake
 from codecssl.tokenize.weights import load_pretrained, state_sha256
 
@@ -43,14 +43,6 @@ PACES = {"cpu": Pace(chunk=192, piece=6)}
 """By kind of device."""
 OTHER_PACE = Pace(chunk=2400, piece=2400)
 """On a GPU one wave of some seconds is work enough, and alone its bits cannot depend on its batch."""
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """No gradients, no autocast, no TF32 in cuDNN (matrix products have none unless the program asks for it)."""
-    cudnn = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), cudnn:
-        yield
 
 
 def encoder_layers(encoder: Any) -> tuple[list[Layer], list[Layer]]:
@@ -116,7 +108,7 @@ class DacCodec:
     def encode_plainly(self, wave: Tensor) -> Tensor:
         """The whole wave, filled up to a frame, through `DacModel.encode`."""
         padded = F.pad(wave, (0, -len(wave) % self.card.hop_length)).to(self.device, self.dtype)
-        with full_precision(self.device):
+        with full_precision():
             codes: Tensor = self.model.encode(  # type: ignore[operator]
                 padded[None, None], n_quantizers=self.card.num_codebooks
             ).audio_codes[0]
@@ -137,21 +129,21 @@ class DacCodec:
         for start in range(0, frames, DECODE_FRAMES):
             first, end = max(0, start - DECODE_CONTEXT), min(frames, start + DECODE_FRAMES)
             latents = self.latents(codes[:, first : end + DECODE_CONTEXT])
-            with full_precision(self.device):
+            with full_precision():
                 window = self.model.decoder(latents[None])[0, 0, (start - first) * hop :]  # type: ignore[operator]
             window = window[: (end - start) * hop]
             wave[start * hop : start * hop + len(window)] = window
         return wave
 
     def embeddings(self) -> list[Tensor]:
-        with full_precision(self.device):
+        with full_precision():
             return [codebook.table().cpu() for codebook in self.codebooks]
 
     def entries(self) -> list[Tensor]:
         return [codebook.entries.cpu().clone() for codebook in self.codebooks]
 
     def latents(self, codes: Tensor) -> Tensor:
-        with full_precision(self.device):
+        with full_precision():
             found: Tensor = self.model.quantizer.from_codes(codes[None].to(self.device))[0][0]  # type: ignore[operator, union-attr]
         return found
 
@@ -181,7 +173,7 @@ class DacStream:
         return codes
 
     def _encode(self, samples: Tensor, last: bool) -> Tensor:
-        with full_precision(self.codec.device):
+        with full_precision():
             pieces, fronts = samples[:, None].split(self.piece), []
             for i, rows in enumerate(pieces, start=1):
                 fronts.append(self._through(self.codec.front, rows, last and i == len(pieces)))

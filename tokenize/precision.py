@@ -8,12 +8,17 @@ import torch
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """No gradients; float32 products whole, whatever the process has set."""
+    """No gradients, no autocast; float32 products whole, whatever the process has set."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     cudnn = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
     try:
-        with torch.inference_mode(), cudnn:
+        with (
+            torch.inference_mode(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+            cudnn,
+        ):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
