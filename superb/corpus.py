@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from codecssl.superb.tasks import Row, Task
+from codecssl.tokenize.codec import file_sha256
 from codecssl.tokenize.errors import UserError
 
 LONGEST_SECONDS = 300.0
@@ -79,8 +80,8 @@ class Corpus:
         """
         if not self.official:
             trials = self.root / "trials.txt"
-            listed = {"trials_sha256": _sha256(trials)} if task == "asv" and trials.is_file() else {}
-            return {"manifest_sha256": _sha256(self.manifest), **listed}
+            listed = {"trials_sha256": file_sha256(trials)} if task == "asv" and trials.is_file() else {}
+            return {"manifest_sha256": file_sha256(self.manifest), **listed}
         return {"manifest_sha256": None, "rows_sha256": self._rows_sha256(task)}
 
     @functools.cache  # noqa: B019 - as above
@@ -156,10 +157,6 @@ class Corpus:
                     f"task {task.name}: {split} label {name!r} ({example.path.name}) never occurs in training; "
                     "move some of its utterances to train or take it out"
                 )
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _relative(path: Path, root: Path) -> str:
