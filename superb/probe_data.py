@@ -1,7 +1,6 @@
 """What a probe reads: a manifest of audio files, or token shards whose columns are the labels."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from codecssl.superb.codec16 import SAMPLE_RATE
 from codecssl.superb.expert import Shelf, Upstream
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.manifest import read_rows
 
 SHORTEST = 800  # samples: what s3prl pads its shortest waves to
 
@@ -21,8 +21,7 @@ class AudioRows:
     def __init__(self, manifest: Path) -> None:
         self.manifest = manifest
         self.fingerprint = hashlib.sha256(manifest.read_bytes()).hexdigest()
-        lines = manifest.read_text(encoding="utf-8").splitlines()
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
+        self.rows = read_rows(manifest, "path")
 
     def features(self, upstream: Upstream, shelf: Shelf) -> Callable[[int], list[np.ndarray]]:
         """A function from a row's number to its hidden states [T, D]."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from codecssl.tokenize import encodec, tiny
 from codecssl.tokenize.audio import read_wave
 from codecssl.tokenize.codec import Codec, load_codec
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.manifest import read_rows
 from codecssl.tokenize.stats import entropy
 from codecssl.tokenize.train import is_held_out
 
@@ -65,8 +65,7 @@ def evaluate(manifest: Path, spec: str, clips: int) -> dict[str, Any]:
 def held_out_clips(manifest: Path, count: int) -> list[dict[str, Any]]:
     """Up to `count` held-out rows, taken in turn from each task. Raises UserError when there are none."""
     tasks = defaultdict(list)
-    for line in manifest.read_text().splitlines():
-        row = json.loads(line)
+    for row in read_rows(manifest, "path", "task"):
         if row["task"] != "robust" and is_held_out(row):
             tasks[row["task"]].append(row)
     if not tasks:
@@ -129,7 +128,7 @@ def untrained(manifest: Path, clips: int = 100) -> Codec:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = tiny.build_network(weight_norm=False).eval()
-        rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+        rows = read_rows(manifest, "path", "task")
         rows = [row for row in rows if row["task"] != "robust" and not is_held_out(row)]
         latents: list[Tensor] = []
         for row in rows[:: max(1, len(rows) // clips)][:clips]:

@@ -36,6 +36,18 @@ def read_list(stream: BinaryIO, name: str = "standard input") -> Iterator[Input]
     return _inputs(_listed(stream, name), name, Path())
 
 
+def read_rows(manifest: Path, *columns: str) -> list[dict[str, Any]]:
+    """The rows of a .jsonl manifest as they are. Raises UserError naming the line that is no row, or lacks a column."""
+    if not manifest.is_file():
+        raise UserError(f"manifest {manifest}: no such file; give a .jsonl with the columns {', '.join(columns)}")
+    rows = []
+    for number, row in _json_rows(manifest):
+        if lacking := [column for column in columns if column not in row]:
+            raise UserError(f"{manifest}, line {number}: no column {lacking[0]}; a row needs {', '.join(columns)}")
+        rows.append(row)
+    return rows
+
+
 def spool_stdin(stream: BinaryIO, target: Path) -> str:
     """Copy a list on `stream` to the .jsonl manifest `target`, durably, and return its name: a run reads it again.
 

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from codecssl.tokenize import tiny
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.manifest import read_rows
 
 FIT_BATCHES = 20
 """Of 20 segments each, to which the codebooks are fitted."""
@@ -65,7 +66,7 @@ class AudioPool:
 
     def __init__(self, manifest: Path, cache: Path, read: Callable[[Path], np.ndarray]) -> None:
         """`read` gives a file as float32 mono at 16 kHz. Rows with task `robust` and held-out rows are left out."""
-        rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+        rows = read_rows(manifest, "path", "task")
         self.rows = [row for row in rows if row["task"] != "robust" and not is_held_out(row)]
         if not self.rows:
             raise UserError(f"{manifest}: no audio to train on; give a manifest with rows outside the held-out tenth")

@@ -24,6 +24,7 @@ def test_the_shipped_probes() -> None:
         "emotion": ("label", "speaker"),
         "speaker": ("speaker", None),
         "language": ("label", None),
+        "intent": ("label", None),
     }
     assert probes["speaker"].takes({"task": "asr,pr,sid", "path": "asr_pr_sid_speechocean/1/2.flac"})
     assert not probes["speaker"].takes({"task": "asr,sid", "path": "asr_cv_en/2.mp3"})

@@ -8,7 +8,7 @@ import pytest
 
 from codecssl.tokenize.cli import main
 from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.manifest import read_list, spool_stdin
+from codecssl.tokenize.manifest import read_list, read_rows, spool_stdin
 from codecssl.tokenize.sources import read_sources
 
 
@@ -162,3 +162,25 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     assert (
         capsys.readouterr().err == f"error: {tmp_path / 'out'}: disk full; make room and run the same command again\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"path": "a.wav", "task": "er"}\n{"path": "b.wav"\n', "list.jsonl, line 2: not JSON"),
+        ('{"path": "a.wav", "task": "er"}\n\n{"path": "b.wav"}\n', "list.jsonl, line 3: no column task"),
+        ("[1]\n", "list.jsonl, line 1: a row must be a JSON object"),
+        (None, "list.jsonl: no such file"),
+    ],
+)
+def test_rows_that_are_none_are_named(tmp_path, text, message):
+    path = tmp_path / "list.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_rows(path, "path", "task")
+
+
+def test_rows_keep_every_column(tmp_path):
+    (tmp_path / "list.jsonl").write_text('{"path": "a.wav", "label": 3}\n\n{"path": "b.wav"}\n')
+    assert read_rows(tmp_path / "list.jsonl", "path") == [{"path": "a.wav", "label": 3}, {"path": "b.wav"}]
