@@ -152,7 +152,9 @@ def _torch_step(
 ) -> Callable[[], None]:
     """One step of torch's own loop: bf16 by autocast, as is usual without DeepSpeed."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps)
+    optimizer = torch.optim.AdamW(
+        trained, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps, fused=True
+    )
     half = config.engine.precision == "bf16"
 
     def step() -> None:

@@ -36,7 +36,7 @@ def start_engine(
         engine, *_ = deepspeed.initialize(
             model=objective,
             optimizer=torch.optim.AdamW(
-                trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+                trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
             ),
             lr_scheduler=lambda basic: schedule(optim, basic),
             config=deepspeed_config(config),

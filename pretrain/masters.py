@@ -69,7 +69,8 @@ def restore(engine: Any, exact: Mapping[str, Tensor], moments: Mapping[str, Mapp
             continue
         part.of(part.flat).copy_(part.cut(exact[name]))
         if step and part.flat not in state:
-            state[part.flat] = {"step": torch.tensor(float(step))}
+            # AdamW's fused kernel wants the count where the weights are
+            state[part.flat] = {"step": torch.tensor(float(step), device=part.flat.device)}
             state[part.flat] |= {key: torch.zeros_like(part.flat, requires_grad=False) for key in MOMENTS}
         for key in MOMENTS if step else ():
             part.of(state[part.flat][key]).copy_(part.cut(moments[key][name]))
