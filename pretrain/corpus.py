@@ -28,7 +28,9 @@ class Corpus:
         self._shards = [Shards(path) for path in dirs]
         self.card = _common_card(self._shards, num_codebooks)
         self._labels = _matching(self._shards, [Shards(path) for path in labels]) if labels else []
-        self.frames: npt.NDArray[Any] = np.concatenate([np.asarray(shards.frames) for shards in self._shards])
+        frames = [shards.frames for shards in self._shards]
+        self.frames: npt.NDArray[Any] = frames[0] if len(frames) == 1 else np.concatenate(frames)
+        """[N] frames of each utterance; of one folder mapped, so that the ranks of a node share it."""
         self.fingerprints = [shards.fingerprint for shards in (*self._shards, *self._labels)]
         self.first = np.cumsum([0, *(len(shards) for shards in self._shards)])
         """[F + 1] first utterance of each folder."""

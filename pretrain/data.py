@@ -13,7 +13,7 @@ from codecssl.slurm.job import Ranks
 from codecssl.tokenize.errors import UserError
 
 _VALID = 201  # a stream of random numbers
-_CHUNK = 1 << 20
+_CHUNK = 1 << 17
 
 
 def open_data(config: RunConfig, ranks: Ranks) -> tuple[Loader, Loader | None, Corpus]:

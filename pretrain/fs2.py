@@ -8,6 +8,9 @@ is needed.
 import ctypes
 import importlib.util
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 def _preload_libsndfile() -> None:
@@ -24,6 +27,7 @@ _preload_libsndfile()
 
 import fairseq2n  # noqa: E402  (after the preload, which is the point of this file)
 from fairseq2.data.data_pipeline import DataPipeline, DataPipelineError, read_sequence  # noqa: E402
+from fairseq2.gang import create_fake_gangs  # noqa: E402
 from fairseq2.models.transformer import (  # noqa: E402
     AttentionBiasCache,
     IdentityBias,
@@ -65,4 +69,15 @@ __all__ = [
     "Wav2Vec2PositionEncoder",
     "init_bert_projection",
     "read_sequence",
+    "unsharded",
 ]
+
+
+def unsharded() -> dict[str, Any]:
+    """What tells a module of fairseq2 that this process has all of it.
+
+    A module that is not told asks fairseq2's registry, which imports every model that fairseq2 has, with transformers,
+    pandas and s3fs: half of the time that a run needs to start.
+    """
+    device = torch.get_default_device()
+    return {"gangs": create_fake_gangs(device), "device": device}

@@ -18,6 +18,7 @@ from codecssl.pretrain.fs2 import (
     TransformerEncoder,
     TransformerNormOrder,
     init_bert_projection,
+    unsharded,
 )
 
 
@@ -136,6 +137,7 @@ def _attention(config: ModelConfig, rotary: RotaryEncoder | None) -> StandardMul
         qkv_proj_init_fn=init_bert_projection,
         pos_encoder=rotary,
         output_proj_init_fn=init_bert_projection,
+        **unsharded(),
     )
 
 
@@ -147,4 +149,5 @@ def _feed_forward(config: ModelConfig) -> StandardFeedForwardNetwork:
         inner_activation=nn.GELU() if config.activation == "gelu" else nn.ReLU(),
         inner_dropout_p=config.activation_dropout,
         proj_init_fn=init_bert_projection,
+        **unsharded(),
     )

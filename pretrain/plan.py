@@ -23,7 +23,7 @@ Bools = npt.NDArray[np.bool_]
 
 CHAPTER = 1 << 17
 """Utterances of a chapter."""
-_CHUNK = 1 << 20
+_CHUNK = 1 << 17
 
 _ORDER, _OFFSET, _BATCHES, _COPIES, _SHUFFLE, _HOLD = range(100, 106)  # streams of random numbers; masking has its own
 

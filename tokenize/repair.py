@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from codecssl.tokenize.codec import BACKENDS, CodecCard, load_codec_for
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.inputs import Input
-from codecssl.tokenize.layout import load_json, read_columns, sealed, shard_path
+from codecssl.tokenize.layout import load_json, sealed, shard_path
 from codecssl.tokenize.shardcheck import check_shard, read_document
 from codecssl.tokenize.sources import is_stream, read_sources
+from codecssl.tokenize.unchanged import source_hashes
 from codecssl.tokenize.verify import STDIN, Report, examine, read_statements, version_of
 from codecssl.tokenize.writer import finish_dataset, sync_folder, to_json, write_atomic
 
@@ -52,7 +53,7 @@ def repair(
         aside.take(state)
         from codecssl.tokenize.run import run
 
-        run(config, progress)
+        run(config, progress, compare=False)  # what is whole needs no source
     elif state.files:
         if "plan.json" in state.files:
             write_atomic(root / "plan.json", to_json(sealed(state.plan)))
@@ -252,7 +253,7 @@ class Aside:
             self.folder.rmdir()
 
     def _why(self, shard: int, card: CodecCard, here: CodecCard) -> str:
-        old, new = _sources_of(self.tar(shard)), _sources_of(shard_path(self.root, shard))
+        old, new = (_sources_of(tar) for tar in (self.tar(shard), shard_path(self.root, shard)))
         changed = sorted(id for id in old.keys() & new.keys() if old[id] != new[id])
         gone = sorted(old.keys() - new.keys())
         if changed or gone:
@@ -280,12 +281,4 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _sources_of(tar: Path) -> dict[str, bytes]:
     """The sources' sha256 by id, of the blocks that can be read."""
-    found: dict[str, bytes] = {}
-    for place in (_read(tar.with_suffix(".json")) or {}).get("blocks", []):
-        try:
-            with tar.open("rb") as file:
-                text, numbers = read_columns(file, place["offset"])
-                found |= dict(zip(text["id"], map(bytes, numbers["sha256"])))
-        except Exception:  # any layer of it may be damaged
-            continue
-    return found
+    return source_hashes((tar, place["offset"]) for place in (_read(tar.with_suffix(".json")) or {}).get("blocks", []))

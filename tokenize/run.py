@@ -8,11 +8,8 @@ dataset.json.
 from __future__ import annotations
 
 import errno
-import hashlib
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,8 @@ from codecssl.tokenize.encode import Device, default_workers, encode_inputs
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.layout import COMPRESSION, sealed
 from codecssl.tokenize.shards import load_json, shard_path
-from codecssl.tokenize.sources import Input, is_stream, read_sources
+from codecssl.tokenize.sources import is_stream, read_sources
+from codecssl.tokenize.todo import Todo
 from codecssl.tokenize.writer import Encoded, Failure, ShardWriter, finish_dataset, tidy, to_json, write_atomic
 
 
@@ -141,15 +139,20 @@ class Stopped(Exception):  # noqa: N818  (it is no error)
 
 
 def run(
-    config: RunConfig, report: Callable[[Progress], None] = lambda _: None, stop: Callable[[], bool] = lambda: False
+    config: RunConfig,
+    report: Callable[[Progress], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+    *,
+    compare: bool = True,
 ) -> dict[str, Any] | None:
     """Encode this task's shards. Return the dataset's totals, or None while other tasks' shards are missing.
 
-    stop: asked after each block. Raises Stopped where it says so, and UserError for sources that changed since a shard
-    was written, and for a folder of another dataset.
+    stop: asked after each block. compare: whether audio that this task encoded before must be what it was; that the
+    names, labels and places are the same is always asked. Raises Stopped where `stop` says so, and UserError for
+    sources that changed since they were encoded, and for a folder of another dataset.
     """
     try:
-        return _run(config, report, stop)
+        return _run(config, report, stop, compare)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -158,12 +161,14 @@ def run(
         raise
 
 
-def _run(config: RunConfig, report: Callable[[Progress], None], stop: Callable[[], bool]) -> dict[str, Any] | None:
+def _run(
+    config: RunConfig, report: Callable[[Progress], None], stop: Callable[[], bool], compare: bool
+) -> dict[str, Any] | None:
     torch.set_num_threads(1 if config.device == "cpu" else torch.get_num_threads())
     device = Device(codec=config.codec, num_codebooks=config.num_codebooks, device=config.device)
     codec = device.load()
     plan = open_plan(config, codec.card, inputs := count_inputs(config))
-    todo = _Todo(config)
+    todo = Todo(config, compare)
     workers = default_workers(config.device) if config.workers is None else config.workers
     progress = _Watch(codec.card, todo.left(inputs), report)
     _consume(config, codec.card, todo, progress.watch(encode_inputs(device, codec, todo, workers)), stop)
@@ -174,76 +179,8 @@ def _run(config: RunConfig, report: Callable[[Progress], None], stop: Callable[[
     return totals
 
 
-class _Todo:
-    """The inputs that this task has still to encode, in one walk over the sources, and where each one goes."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
-        self.shards = 0
-        """Of the whole dataset; known after the walk."""
-        self.places: deque[tuple[int, str]] = deque()
-        """The shard of each input handed out whose result has not come back, and the sha256 over its inputs so far."""
-        self.digests: dict[int, str] = {}
-        """sha256 over the inputs of each unfinished shard of ours, known once all of them are handed out."""
-
-    def __iter__(self) -> Iterator[Input]:
-        first = self._first_unfinished() if any(map(is_stream, self.config.sources)) else 0
-        self.shards = first  # of a stream, what is finished is not fetched again, nor its inputs compared
-        skip = first * self.config.shard_inputs
-        numbered = enumerate(read_sources(list(self.config.sources), skip), skip)
-        for shard, group in groupby(numbered, key=lambda pair: pair[0] // self.config.shard_inputs):
-            self.shards = shard + 1
-            if shard % self.config.tasks == self.config.task:
-                yield from self._of_shard(shard, (item for _, item in group))
-
-    def _first_unfinished(self) -> int:
-        shard = 0
-        while shard_path(self.config.output, shard).with_suffix(".json").exists():
-            shard += 1
-        return shard
-
-    def _of_shard(self, shard: int, inputs: Iterator[Input]) -> Iterator[Input]:
-        mark = shard_path(self.config.output, shard).with_suffix(".json")
-        finished, digest = mark.exists(), hashlib.sha256()
-        done, so_far = _done(self.config.output, shard)
-        for number, item in enumerate(inputs, 1):
-            digest.update(item.digest())
-            if not finished and number == done and so_far not in (None, digest.hexdigest()):
-                what = f"the sources changed since shard {shard:05d} was begun"
-                raise UserError(f"{self.config.output}: {what}; give another --output")
-            if not finished and number > done:
-                self.places.append((shard, digest.hexdigest()))
-                yield item
-        if not finished:
-            self.digests[shard] = digest.hexdigest()
-        elif load_json(mark)["inputs_sha256"] != digest.hexdigest():
-            raise UserError(
-                f"{self.config.output}: the sources changed since shard {shard:05d} was written; give another --output"
-            )
-
-    def left(self, inputs: int | None) -> int | None:
-        """How many inputs the walk will hand out, of `inputs` in the whole dataset."""
-        if inputs is None:
-            return None
-        size, left = self.config.shard_inputs, 0
-        for shard in range(self.config.task, -(-inputs // size), self.config.tasks):
-            if not shard_path(self.config.output, shard).with_suffix(".json").exists():
-                left += min(size, inputs - shard * size) - _done(self.config.output, shard)[0]
-        return left
-
-
-def _done(root: Path, shard: int) -> tuple[int, str | None]:
-    """Inputs of a shard in blocks that are whole, and the sha256 over them."""
-    folder, done, so_far, block = root / "work" / f"{shard:05d}", 0, None, 0
-    while (path := folder / f"{block:05d}.json").exists():
-        part = load_json(path)
-        done, so_far = done + part["inputs"], part.get("inputs_sha256")
-        block += 1
-    return done, so_far
-
-
 def _consume(
-    config: RunConfig, card: CodecCard, todo: _Todo, results: Iterator[Encoded | Failure], stop: Callable[[], bool]
+    config: RunConfig, card: CodecCard, todo: Todo, results: Iterator[Encoded | Failure], stop: Callable[[], bool]
 ) -> None:
     """Put the results, which come in the order of `todo`, into blocks and shards; stop between two blocks only."""
     writer: _BlockWriter | None = None

@@ -14,20 +14,18 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 
 Job = dict[str, Any]
 Rows = list[dict[str, Any]]
 
-SIZES = (16, 12, 8)
 SMALL: dict[str, dict[str, Any]] = {
     "model": {"dim": 32, "layers": 2, "heads": 2, "ffn_dim": 48, "positions": "rotary", "embedding_init": "random"},
     "data": {"batch_frames": 400, "crop_frames": 60, "valid_fraction": 0.2, "valid_frames": 2_000},
@@ -220,10 +218,10 @@ class Sessions:
 
 
 @pytest.fixture(scope="module")
-def sessions(tmp_path_factory: pytest.TempPathFactory) -> Sessions:
+def sessions(tmp_path_factory: pytest.TempPathFactory, write_learnable: Callable[[Path, int], None]) -> Sessions:
     folder = tmp_path_factory.mktemp("ranks")
     made, shards, half = Sessions(folder), folder / "shards", STEPS // 2
-    write(shards)
+    write_learnable(shards, 60)
     made.session(2)
     for stage in (0, 1):
         made.add(f"two-{stage}", same(shards, stage))
@@ -255,24 +253,6 @@ def _add_exact(made: Sessions, shards: Path, world: int) -> None:
         name = f"exact-{world}-{stage}-{precision}"
         made.add(name, exact(shards, stage, precision))
         made.add(f"{name}-resumed", exact(shards, stage, precision), begin=(name, 4))
-
-
-def write(shards: Path) -> None:
-    """Codes that stay for some frames and depend on one another, so that masked ones can be guessed."""
-    from codecssl.tokenize.codec import CodecCard
-    from codecssl.tokenize.writer import write_shards
-
-    card = CodecCard(
-        name="synthetic", weights="none", weights_sha256="0" * 64, sample_rate=16_000, hop_length=320,
-        codebook_sizes=SIZES, codes_per_frame=(1,) * len(SIZES), latent_dim=12,
-    )  # fmt: skip
-    random, items = np.random.default_rng(0), []
-    for number in range(60):
-        frames = int(random.integers(20, 130))
-        state = np.repeat(random.integers(0, 8, frames // 4 + 1), 4)[:frames]
-        codes = np.stack([(state * (k + 1) + random.integers(0, 2, frames)) % size for k, size in enumerate(SIZES)])
-        items.append((f"u{number}", codes.astype(np.uint16), {}))
-    write_shards(shards, card, items)
 
 
 def assert_close(left: dict[str, Any], right: dict[str, Any], tolerance: float) -> None:

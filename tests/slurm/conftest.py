@@ -9,10 +9,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+
+from codecssl.superb.sample import unpack
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = ROOT / "slurm"
@@ -93,14 +95,12 @@ class Cluster:
         subprocess.run(["scancel", "--full", "-u", "root"], env=self.environment, capture_output=True)
         for name in ("n1", "n2", "slurmctld", "munged"):
             self._kill(self.root / "run" / f"{name}.pid", signal.SIGTERM)
-        for process in _processes(str(self.root)):  # slurmstepd of what had not ended
-            os.kill(process, signal.SIGKILL)
+        self._kill_all()  # slurmstepd of what had not ended
 
     def fail_node(self, node: str) -> None:
         """As a power cut: its daemon and all that runs there are gone, and Slurm is told."""
         self._kill(self.root / "run" / f"{node}.pid", signal.SIGKILL)
-        for process in _processes(str(self.root), f"SLURMD_NODENAME={node}"):
-            os.kill(process, signal.SIGKILL)
+        self._kill_all(f"SLURMD_NODENAME={node}")
         self.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
     def kill(self, number: signal.Signals, *marks: str, program: str = "python") -> int:
@@ -116,8 +116,9 @@ class Cluster:
         return self.kill(signal.SIGUSR2, *marks, program="bash")
 
     def mend_node(self, node: str) -> None:
+        """It comes back by itself, as ReturnToService says, when its daemon is there."""
         self.start_node(node)
-        self.call("scontrol", "update", f"nodename={node}", "state=resume")
+        self.until(lambda: self.call("sinfo", "-h", "-n", node, "-t", "idle,alloc,mix") != "", 60, f"{node} to be back")
 
     def call(self, *command: str, cwd: Path | None = None, **environment: str) -> str:
         """What the command says; its failure fails the test with what it said."""
@@ -126,6 +127,10 @@ class Cluster:
         )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout
+
+    def arrays(self) -> set[str]:
+        """The numbers of the arrays that Slurm remembers."""
+        return {job.partition("_")[0] for job in self.jobs() if "_" in job}
 
     def script(self, name: str, *arguments: object, cwd: Path, **environment: str) -> str:
         """Run a script of slurm/ from the login node; the numbers of the last job that it submitted."""
@@ -160,6 +165,11 @@ class Cluster:
         files = [*sorted(self.root.glob("work*/**/*.out")), self.root / "log" / "slurmctld.log"]
         return "\n".join(f"--- {file}\n" + "\n".join(file.read_text(errors="replace").splitlines()[-15:])
                          for file in files if file.exists())  # fmt: skip
+
+    def _kill_all(self, *marks: str) -> None:
+        for process in _processes(str(self.root), *marks):
+            with suppress(ProcessLookupError):  # it ended by itself
+                os.kill(process, signal.SIGKILL)
 
     def _kill(self, pid_file: Path, number: int) -> None:
         if pid_file.exists() and (text := pid_file.read_text().strip()).isdigit():
@@ -219,6 +229,12 @@ def folder(cluster: Cluster, request: pytest.FixtureRequest) -> Path:
     path = cluster.root / f"work-{request.node.name[:40]}"
     path.mkdir()
     return path
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample corpus; who needs other files puts them elsewhere."""
+    return unpack(tmp_path_factory.mktemp("sample") / "sample")
 
 
 @pytest.fixture

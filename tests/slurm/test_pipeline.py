@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import yaml
 
-from codecssl.superb.sample import unpack
-
 TINY = {
     "model": {"dim": 32, "layers": 2, "heads": 2, "ffn_dim": 48, "positions": "rotary"},
     "data": {"batch_frames": 1500, "crop_frames": 100, "valid_fraction": 0.1, "valid_frames": 500},
@@ -20,42 +18,42 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample corpus; a short list of it for pretraining, and few short words for three tasks (gender as style)."""
-    root = unpack(tmp_path_factory.mktemp("sample") / "sample")
-    some = (root / "pretrain.jsonl").read_text().splitlines()[:60]
-    (root / "some.jsonl").write_text("\n".join(some) + "\n")
-    few = root.parent / "few"
+@pytest.fixture
+def few(sample: Path, folder: Path) -> Path:
+    """A folder with a short list for pretraining, and few short words for three tasks (gender as style)."""
+    few = folder / "few"
     few.mkdir()
+    some = [json.loads(line) for line in (sample / "pretrain.jsonl").read_text().splitlines()[:60]]
+    some = [row | {"path": str(sample / row["path"])} for row in some]
+    (folder / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     kept: list[dict[str, Any]] = []
-    rows = [json.loads(line) for line in (root / "manifest.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (sample / "manifest.jsonl").read_text().splitlines()]
     seen: Counter[str] = Counter()
     for row in rows:
         if row.get("keyword") in ("yes", "no", "up") and row["speaker"] <= "spk05" and seen[row["keyword"]] < 24:
             split = ("train", "train", "valid", "test")[seen[row["keyword"]] % 4]
             seen[row["keyword"]] += 1
-            row |= {"path": str(root / row["path"]), "style": row["gender"], "task": "ks,sid,er"}
+            row |= {"path": str(sample / row["path"]), "style": row["gender"], "task": "ks,sid,er"}
             row["splits"] = dict.fromkeys(("ks", "sid", "er"), split)
             kept.append(row)
     known = {row["speaker"] for row in kept if row["splits"]["sid"] == "train"}
     (few / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept if r["speaker"] in known))
-    return root
+    return few
 
 
-def test_audio_to_report_by_dependent_jobs_and_a_second_call_submits_nothing(cluster, folder, sample):
+def test_audio_to_report_by_dependent_jobs_and_a_second_call_submits_nothing(cluster, folder, few):
     work = folder / "pipeline"
     (folder / "first.yaml").write_text(yaml.safe_dump(TINY))
     (folder / "second.yaml").write_text(yaml.safe_dump({**TINY, "objective": {"target": "labels"}}))
     settings = {
         "WORK": str(work),
-        "SOURCES": str(sample / "some.jsonl"),
+        "SOURCES": str(folder / "some.jsonl"),
         "TOKENIZE": "--tasks 2 --shard-inputs 30",
-        "PRETRAIN": f"--nodes 2 --gpus 0 {folder / 'first.yaml'}",
+        "PRETRAIN": f"--nodes 1 --gpus 0 {folder / 'first.yaml'}",
         "ROUNDS": "1",
         "LABEL": "--layer 1 --clusters 8 --sample-frames 1000",
         "PRETRAIN_LABELS": f"{folder / 'second.yaml'}",
-        "SUPERB": f"--tasks ks,sid,er --lr 1e-2,1e-3 --data {sample.parent / 'few'} --budget smoke",
+        "SUPERB": f"--tasks ks,sid,er --lr 1e-2,1e-3 --data {few} --budget smoke",
     }
     (folder / "settings.sh").write_text("".join(f"{key}={shlex.quote(value)}\n" for key, value in settings.items()))
     first = pipeline(cluster, folder)

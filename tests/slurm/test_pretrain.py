@@ -11,18 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
 from codecssl.pretrain.status import status
-from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.writer import write_shards
 
-STEPS, EVERY = 400, 20
+STEPS, EVERY = 300, 20
 LONG = 300.0
 """Seconds that a start may take on a machine with other work."""
-SIZES = (16, 12, 8)
 CONFIG: dict[str, Any] = {
     "model": {"dim": 64, "layers": 3, "heads": 2, "ffn_dim": 128, "positions": "rotary", "embedding_init": "random",
               "dropout": 0.0, "input_dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0},
@@ -36,22 +32,12 @@ CLOCKS |= {"memory_gib"}
 
 
 @pytest.fixture(scope="module")
-def config(cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(config file, shards): codes that depend on one another, so that there is something to learn."""
+def config(cluster, write_learnable) -> tuple[Path, Path]:
+    """(config file, shards)."""
     root = cluster.root / "work-config"
     root.mkdir()
     (root / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
-    card = CodecCard(
-        name="synthetic", weights="none", weights_sha256="0" * 64, sample_rate=16_000, hop_length=320,
-        codebook_sizes=SIZES, codes_per_frame=(1,) * len(SIZES), latent_dim=12,
-    )  # fmt: skip
-    random, items = np.random.default_rng(0), []
-    for number in range(120):
-        frames = int(random.integers(20, 130))
-        state = np.repeat(random.integers(0, 8, frames // 4 + 1), 4)[:frames]
-        codes = np.stack([(state * (k + 1) + random.integers(0, 2, frames)) % size for k, size in enumerate(SIZES)])
-        items.append((f"u{number}", codes.astype(np.uint16), {}))
-    write_shards(root / "shards", card, items)
+    write_learnable(root / "shards", 120)
     return root / "tiny.yaml", root / "shards"
 
 

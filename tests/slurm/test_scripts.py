@@ -71,8 +71,10 @@ def test_pretrain_asks_for_a_process_per_gpu_on_each_node(tmp_path):
 
 def test_an_array_beyond_the_clusters_limit_folds_several_tasks_into_an_element(tmp_path):
     """1,001 is Slurm's own MaxArraySize, taken where no cluster tells another."""
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")  # the real one looks for a cluster for a minute
+    (tmp_path / "scontrol").chmod(0o755)
     array, finish = dry("tokenize.sbatch", "audio", "-o", "shards", "--tasks", "2500", "--throttle", "50",
-                        cwd=tmp_path, SLURM_CONF="/nowhere")  # fmt: skip
+                        cwd=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")  # fmt: skip
     assert "--array=0-1000%50" in array
     assert array[array.index("--elements") + 1] == "1001"
     covered = sorted(task for element in range(1001) for task in range(element, 2500, 1001))
@@ -125,6 +127,7 @@ def test_the_pipeline_is_a_chain_in_which_each_job_waits_for_the_one_before(tmp_
     assert stages == ["shards", "shards-finish", "run-0", "labels-1", "run-1", "labels-2", "run-2", "model", "superb",
                       "superb-report"]  # fmt: skip
     waits = [next((w.partition("=")[2] for w in line if w.startswith("--dependency=")), "") for line in words]
+    assert ["--nodes=2" in line for line in words] == [stage == "run-0" for stage in stages], "as PRETRAIN says"
     jobs = [f"JOB-OF-{name}" for name in names]
     assert waits[:2] == ["", f"afterany:{jobs[0]}"]
     assert waits[2:9] == [f"afterok:{job}" for job in jobs[1:8]]

@@ -1,9 +1,17 @@
 """A folder of small audio files, and a codec that needs no training."""
 
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import soundfile
 
+from codecssl.tokenize import codec as codec_module
 from codecssl.tokenize import encodec, tiny
 
 
@@ -48,3 +56,35 @@ def codec_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def codec(codec_file):
     return encodec.load("tiny_16khz", str(codec_file), None, "cpu")
+
+
+@pytest.fixture
+def hashcodec(monkeypatch):
+    """The module beside this file, known as the codec hash_16khz; and a disk that nobody pulls the plug of."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    backend = codec_module.Backend(module="hashcodec", summary="", weights="")
+    monkeypatch.setitem(codec_module.BACKENDS, "hash_16khz", backend)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    return importlib.import_module("hashcodec")
+
+
+READ = """
+import hashlib, pickle, sys
+for item in pickle.load(open(sys.argv[1], "rb")):
+    print(hashlib.sha256(item.open().read()).hexdigest())
+assert not set(sys.argv[2:]) & set(sys.modules)
+"""
+
+
+@pytest.fixture
+def read_elsewhere(tmp_path):
+    """read_elsewhere(items, *modules): sha256 of each, opened by a new process that imports none of these modules."""
+
+    def read(items, *modules):
+        (tmp_path / "inputs.pickle").write_bytes(pickle.dumps(items))
+        command = [sys.executable, "-c", READ, str(tmp_path / "inputs.pickle"), *modules]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    return read

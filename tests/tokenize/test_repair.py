@@ -1,7 +1,6 @@
 """After a repair a dataset has the bytes that it had before the damage, whatever was damaged or interrupted."""
 
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -20,15 +19,7 @@ from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.verify import verify
 from codecssl.tokenize.writer import to_json, write_shards
 
-
-@pytest.fixture(autouse=True)
-def hashcodec(monkeypatch):
-    """The module beside this file, known as the codec hash_16khz."""
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    backend = codec_module.Backend(module="hashcodec", summary="", weights="")
-    monkeypatch.setitem(codec_module.BACKENDS, "hash_16khz", backend)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # nobody pulls the plug here
-    return importlib.import_module("hashcodec")
+pytestmark = pytest.mark.usefixtures("hashcodec")
 
 
 @pytest.fixture
@@ -178,6 +169,27 @@ def test_a_file_of_a_manifest_that_is_gone_is_told_before_anything_is_moved(audi
     with pytest.raises(UserError, match=r"1 files that the damaged shards .*, the first is .*/6\.wav; put them back"):
         repair(tmp_path / "out", workers=0)
     assert contents(tmp_path / "out") == before
+
+
+def test_sources_named_from_a_folder_are_looked_for_from_there(audio, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(config("audio", tmp_path / "out"))
+    whole = contents(tmp_path / "out")
+    flip(tmp_path / "out/shards/00001.tar")
+    before = contents(tmp_path / "out")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    asks = "a repair needs the sources, seen from the folder where the run was begun; nothing was changed"
+    with pytest.raises(UserError, match=f"^source 'audio': no such file or folder; {asks}$"):
+        repair(tmp_path / "out", workers=0)
+    (tmp_path / "elsewhere/audio").mkdir()
+    shutil.copy(audio / "0.wav", "audio/0.wav")  # another folder of that name
+    with pytest.raises(UserError, match=f"the sources are not those that shard 00000 was made of; {asks}$"):
+        repair(tmp_path / "out", workers=0)
+    assert contents(tmp_path / "out") == before
+    monkeypatch.chdir(tmp_path)
+    assert repair(Path("out"), workers=0) == ["shard 00001: encoded again, byte for byte as it was"]
+    assert contents(tmp_path / "out") == whole
 
 
 def test_a_source_that_changed_and_a_codec_that_rounds_otherwise_are_told(dataset, audio, hashcodec, monkeypatch):

@@ -8,7 +8,6 @@ import pickle
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 
 import numpy as np
@@ -86,19 +85,11 @@ def test_a_compressed_tar_gives_the_same_with_its_audio_in_hand(tars, suffix):
     assert all(item.data for item in ours)
 
 
-def test_a_fresh_process_reads_by_offset_and_size(tars):
+def test_a_fresh_process_reads_by_offset_and_size(tars, read_elsewhere):
     ours = found(f"wds:{tars}/*.tar")
     assert all(len(pickle.dumps(item)) < 700 for item in ours)
-    (tars / "inputs.pickle").write_bytes(pickle.dumps(ours))
-    code = (
-        "import hashlib, pickle, sys\n"
-        "for item in pickle.load(open(sys.argv[1], 'rb')): print(hashlib.sha256(item.open().read()).hexdigest())\n"
-        "assert 'webdataset' not in sys.modules"
-    )
-    command = [sys.executable, "-c", code, str(tars / "inputs.pickle")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     expected = [hashlib.sha256(flac(i, 600 + i)).hexdigest() for i in (0, 1, 2, 0, 1)]
-    assert done.stdout.split() == expected, done.stderr
+    assert read_elsewhere(ours, "webdataset") == expected
 
 
 def test_a_large_member_is_read_through_a_window(tars, monkeypatch):

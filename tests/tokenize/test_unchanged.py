@@ -1,0 +1,136 @@
+"""A run goes on only from the audio that it encoded: other content is refused, another date is not."""
+
+import os
+import re
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import soundfile
+
+from codecssl.tokenize import unchanged
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.repair import repair
+from codecssl.tokenize.run import RunConfig, Stopped, run
+from codecssl.tokenize.shards import Shards
+
+pytestmark = pytest.mark.usefixtures("hashcodec")
+
+
+def noise(seed):
+    return np.random.default_rng(seed).standard_normal(4000) * 0.1
+
+
+@pytest.fixture
+def audio(tmp_path):
+    """8 short files, one of which cannot be read: two shards of two blocks."""
+    (tmp_path / "audio").mkdir()
+    for i in range(8):
+        soundfile.write(tmp_path / f"audio/{i}.wav", noise(i), 16_000)
+    (tmp_path / "audio/1.wav").write_text("no sound")
+    return tmp_path / "audio"
+
+
+@pytest.fixture
+def config(audio, tmp_path):
+    def config(**changes):
+        defaults = dict(sources=(str(audio),), output=tmp_path / "out", codec="hash_16khz", workers=0)
+        return RunConfig(**defaults | dict(shard_inputs=4, block_inputs=2) | changes)
+
+    return config
+
+
+def contents(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def secretly(path, write):
+    """Change a file's content; its size and date stay."""
+    before = path.stat()
+    write()
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def test_other_content_is_refused_when_its_shard_is_finished_and_the_advice_helps(config, audio, tmp_path):
+    run(config())
+    before = contents(tmp_path / "out")
+    secretly(audio / "6.wav", lambda: soundfile.write(audio / "6.wav", noise(60), 16_000))
+    says = f"6.wav changed since it was encoded; put it back, or remove {tmp_path}/out/shards/00001.json and "
+    with pytest.raises(UserError, match=re.escape(says)) as error:
+        run(config())
+    assert "\n" not in str(error.value)
+    run(config(tasks=2, task=0))  # has nothing to do with that shard
+    assert contents(tmp_path / "out") == before
+    old = Shards(tmp_path / "out").codes(5).copy()
+    (tmp_path / "out/shards/00001.json").unlink()
+    repair(tmp_path / "out", workers=0)
+    assert not np.array_equal(Shards(tmp_path / "out").codes(5), old)
+    run(config())
+
+
+def test_other_content_is_refused_when_its_block_is_finished(config, audio, tmp_path):
+    asked = iter([False, True])
+    with pytest.raises(Stopped):
+        run(config(), stop=lambda: next(asked))
+    assert [path.name for path in (tmp_path / "out/work/00000").glob("*.block")] == ["00000.block"]
+    soundfile.write(audio / "2.wav", noise(20), 16_000)  # of the block that is still to come
+    secretly(audio / "0.wav", lambda: soundfile.write(audio / "0.wav", noise(10), 16_000))
+    with pytest.raises(UserError, match=r"0\.wav changed since .* remove .*/work/00000 and run again"):
+        run(config())
+    shutil.rmtree(tmp_path / "out/work/00000")
+    run(config())
+    run(config(output=tmp_path / "again"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+def test_the_same_content_with_another_date_is_no_change(config, audio, tmp_path):
+    """As when a corpus is copied anew, when somebody takes the right to write away, and when it was deleted since."""
+    run(config())
+    before = contents(tmp_path / "out")
+    for path in audio.iterdir():
+        path.write_bytes(path.read_bytes())
+        path.chmod(0o444)
+    run(config())
+    manifest = audio / "list.jsonl"
+    manifest.write_text("".join(f'{{"path": "{i}.wav"}}\n' for i in range(8)))
+    run(config(sources=(str(manifest),), output=tmp_path / "listed"))
+    (audio / "3.wav").unlink()
+    run(config(sources=(str(manifest),), output=tmp_path / "listed"))
+    assert contents(tmp_path / "out") == before
+
+
+def test_what_nobody_touched_is_not_read_again(config, audio, monkeypatch):
+    monkeypatch.setattr(unchanged, "SKEW_SECONDS", 0.0)
+    run(config())
+    (audio / "4.wav").touch()
+    read = []
+    real = unchanged.sha256_of
+    monkeypatch.setattr(unchanged, "sha256_of", lambda file: read.append(file.name) or real(file))
+    run(config())
+    assert read == ["4.wav"]
+
+
+def test_a_changed_member_of_a_tar_is_refused(config, audio, tmp_path):
+    def pack():
+        with tarfile.open(tmp_path / "some.tar", "w") as tar:
+            for i in range(2, 8):
+                tar.add(audio / f"{i}.wav", f"{i}.wav")
+
+    pack()
+    wanted = config(sources=(f"wds:{tmp_path}/some.tar",))
+    run(wanted)
+    pack()
+    run(wanted)
+    soundfile.write(audio / "7.wav", noise(70), 16_000)
+    pack()
+    with pytest.raises(UserError, match=r"7\.wav changed since it was encoded"):
+        run(wanted)
+
+
+def test_a_repair_needs_no_source_of_what_is_whole(config, audio, tmp_path):
+    run(config())
+    soundfile.write(audio / "0.wav", noise(10), 16_000)
+    (tmp_path / "out/shards/00001.tar").write_bytes(b"")
+    assert repair(tmp_path / "out", workers=0) == ["shard 00001: encoded again, byte for byte as it was"]

@@ -1,0 +1,125 @@
+"""What a task has still to encode: one walk over the sources, in which what it encoded before is compared."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.layout import load_json, shard_path
+from codecssl.tokenize.sources import Input, is_stream, read_sources
+from codecssl.tokenize.unchanged import first_changed, source_hashes
+
+if TYPE_CHECKING:
+    from codecssl.tokenize.run import RunConfig
+
+
+class Todo:
+    """The inputs that this task has still to encode, in one walk over the sources, and where each one goes."""
+
+    def __init__(self, config: RunConfig, compare: bool) -> None:
+        self.config, self.compare = config, compare
+        self.shards = 0
+        """Of the whole dataset; known after the walk."""
+        self.places: deque[tuple[int, str]] = deque()
+        """The shard of each input handed out whose result has not come back, and the sha256 over its inputs so far."""
+        self.digests: dict[int, str] = {}
+        """sha256 over the inputs of each unfinished shard of ours, known once all of them are handed out."""
+
+    def __iter__(self) -> Iterator[Input]:
+        first = self._first_unfinished() if any(map(is_stream, self.config.sources)) else 0
+        self.shards = first  # of a stream, what is finished is not fetched again, nor its inputs compared
+        skip = first * self.config.shard_inputs
+        numbered = enumerate(read_sources(list(self.config.sources), skip), skip)
+        for shard, group in groupby(numbered, key=lambda pair: pair[0] // self.config.shard_inputs):
+            self.shards = shard + 1
+            if shard % self.config.tasks == self.config.task:
+                yield from self._of_shard(shard, (item for _, item in group))
+
+    def _first_unfinished(self) -> int:
+        shard = 0
+        while shard_path(self.config.output, shard).with_suffix(".json").exists():
+            shard += 1
+        return shard
+
+    def _of_shard(self, shard: int, inputs: Iterator[Input]) -> Iterator[Input]:
+        mark = shard_path(self.config.output, shard).with_suffix(".json")
+        finished, digest = mark.exists(), hashlib.sha256()
+        done, so_far = _done(self.config.output, shard)
+        encoded: list[Input] = []
+        for number, item in enumerate(inputs, 1):
+            digest.update(item.digest())
+            if finished or number <= done:
+                encoded.append(item)
+            if not finished and number == done:
+                if so_far not in (None, digest.hexdigest()):
+                    what = f"the sources changed since shard {shard:05d} was begun"
+                    raise UserError(f"{self.config.output}: {what}; give another --output")
+                self._compare(encoded, _work(self.config.output, shard))
+            if not finished and number > done:
+                self.places.append((shard, digest.hexdigest()))
+                yield item
+        if not finished:
+            self.digests[shard] = digest.hexdigest()
+            return
+        if load_json(mark)["inputs_sha256"] != digest.hexdigest():
+            raise UserError(
+                f"{self.config.output}: the sources changed since shard {shard:05d} was written; give another --output"
+            )
+        self._compare(encoded, mark)
+
+    def _compare(self, items: list[Input], written: Path) -> None:
+        """Refuse audio that changed since it was encoded into `written`: a shard's mark, or an unfinished one's folder.
+
+        plan.json is older than all that was encoded, but where a repair wrote it anew.
+        """
+        if not self.compare:
+            return
+        since = min(path.stat().st_mtime for path in (self.config.output / "plan.json", _oldest(written)))
+        if changed := first_changed(items, since, lambda: source_hashes(_blocks(written))):
+            root = self.config.output
+            how = f"`codecssl-tokenize repair {root}`" if (root / "dataset.json").exists() else "run again"
+            raise UserError(
+                f"{root}: {changed} changed since it was encoded; put it back, or remove {written} and {how} to encode "
+                "it anew, or give another --output"
+            )
+
+    def left(self, inputs: int | None) -> int | None:
+        """How many inputs the walk will hand out, of `inputs` in the whole dataset."""
+        if inputs is None:
+            return None
+        size, left = self.config.shard_inputs, 0
+        for shard in range(self.config.task, -(-inputs // size), self.config.tasks):
+            if not shard_path(self.config.output, shard).with_suffix(".json").exists():
+                left += min(size, inputs - shard * size) - _done(self.config.output, shard)[0]
+        return left
+
+
+def _work(root: Path, shard: int) -> Path:
+    """The folder of an unfinished shard's blocks."""
+    return root / "work" / f"{shard:05d}"
+
+
+def _oldest(written: Path) -> Path:
+    return written / "00000.json" if written.is_dir() else written
+
+
+def _blocks(written: Path) -> list[tuple[Path, int]]:
+    """(file, offset) of each block."""
+    if written.is_dir():
+        return [(path, 0) for path in sorted(written.glob("*.block"))]
+    return [(written.with_suffix(".tar"), place["offset"]) for place in load_json(written)["blocks"]]
+
+
+def _done(root: Path, shard: int) -> tuple[int, str | None]:
+    """Inputs of a shard in blocks that are whole, and the sha256 over them."""
+    folder, done, so_far, block = _work(root, shard), 0, None, 0
+    while (path := folder / f"{block:05d}.json").exists():
+        part = load_json(path)
+        done, so_far = done + part["inputs"], part.get("inputs_sha256")
+        block += 1
+    return done, so_far

@@ -1,0 +1,80 @@
+"""Is the audio that was encoded before still the audio that is there? `run` asks before it goes on.
+
+Whatever changes a file, or puts another one in its place, sets its st_ctime to now, and no program can set it back. So
+a file that changed after the run was begun is read again, and its sha256 compared with the one kept beside its codes.
+Any other file costs one stat. No time is written down: shards do not depend on clocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+
+from codecssl.tokenize.audio import sha256_of
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.inputs import Input
+from codecssl.tokenize.layout import read_columns
+
+SKEW_SECONDS = 60.0
+"""By which the clocks of two file systems may differ."""
+THREADS, PER_THREAD = 16, 256
+"""Files asked for at the same time, and one after the other: over a network each answer is a wait."""
+
+
+def first_changed(items: Sequence[Input], since: float, hashes: Callable[[], Mapping[str, bytes]]) -> str | None:
+    """The path of the first of `items` whose audio is not what was encoded; None where there is none.
+
+    since: when the run was begun, seconds since the epoch. hashes: sha256 of what was encoded, by id; called only where
+    a file changed after that. What is no file here, is gone or cannot be read is not compared: nothing needs it again.
+    """
+    touched = _touched({item.file for item in items if item.data is None and item.problem is None}, since)
+    if not touched:
+        return None
+    expected, found = hashes(), dict[object, bytes | None]()
+    for item in items:
+        if item.file in touched and item.id in expected:
+            place = (item.file, item.offset, item.row, item.column)
+            if place not in found:  # several inputs may be segments of one file
+                found[place] = _sha256(item)
+            if found[place] not in (None, expected[item.id]):
+                return item.path
+    return None
+
+
+def _touched(files: set[str], since: float) -> set[str]:
+    """Those that changed after `since`."""
+    names = sorted(files)
+    parts = [names[i : i + PER_THREAD] for i in range(0, len(names), PER_THREAD)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        times = pool.map(lambda part: [_changed_at(name) for name in part], parts)
+        return {name for name, at in zip(names, chain.from_iterable(times)) if at > since - SKEW_SECONDS}
+
+
+def _changed_at(file: str) -> float:
+    try:
+        return Path(file).stat().st_ctime
+    except (OSError, ValueError):  # gone, a URL, or a name that no file can have
+        return 0.0
+
+
+def _sha256(item: Input) -> bytes | None:
+    try:
+        with item.open() as file:
+            return bytes.fromhex(sha256_of(file))
+    except UserError:
+        return None
+
+
+def source_hashes(blocks: Iterable[tuple[Path, int]]) -> dict[str, bytes]:
+    """sha256 of the encoded audio by id, of the blocks at these (files, offsets) that can be read."""
+    found: dict[str, bytes] = {}
+    for path, offset in blocks:
+        try:
+            with path.open("rb") as file:
+                text, numbers = read_columns(file, offset)
+                found |= dict(zip(text["id"], map(bytes, numbers["sha256"])))
+        except Exception:  # any layer of it may be damaged; `verify` tells
+            continue
+    return found
