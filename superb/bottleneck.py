@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from codecssl.pretrain.fs2 import AttentionBiasCache, BatchLayout
 from codecssl.pretrain.layers import ResidualEncoder
 from codecssl.pretrain.model import CodecModel
-from codecssl.superb.rvq import Rvq, RvqConfig
+from codecssl.superb.rvq import Rvq, RvqConfig, least_squares
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
 
@@ -81,16 +81,30 @@ class Bottleneck(nn.Module):
         counts = F.pad(real, (0, rest)).unflatten(1, (-1, self.pool)).sum(dim=2)  # [B, T']
         return normed.sum(dim=2) / counts.clamp(min=1)[..., None], counts > 0
 
+    @torch.no_grad()
+    def encode(self, state: Tensor) -> Tensor:
+        """The state [T, D] of one utterance -> codes int64 [K, ceil(T / pool)]."""
+        pooled, _ = self.pooled(state[None], [len(state)])
+        return self.rvq.encode(pooled)[0]
+
+    def restore(self, codes: Tensor) -> Tensor:
+        """Codes [B, k, T'] of the first k codebooks -> states [B, T' * pool, D]."""
+        return self.expand(self.rvq.dequantise(codes))
+
     def expand(self, features: Tensor) -> Tensor:
         """Dequantised [B, T', D] -> states [B, T' * pool, D]."""
         found: Tensor = self.out(features)
         return found.unflatten(2, (self.pool, self.dim)).flatten(1, 2)
 
     @torch.no_grad()
-    def fit(self, states: Tensor, frames: Sequence[int], generator: torch.Generator) -> None:
-        """Start from a batch of states: the quantizer by k-means, the out-projection by least squares."""
+    def fit(
+        self, states: Tensor, frames: Sequence[int], generator: torch.Generator, wanted: Tensor | None = None
+    ) -> None:
+        """Start from a batch of states: the quantizer by k-means, the out-projection by least squares. `wanted`: linear
+        maps [C, D] of layer-normed states that matter most.
+        """
         pooled, real = self.pooled(states, frames)
-        self.rvq.fit(pooled[real], generator)
+        self.rvq.fit(pooled[real], generator, wanted)
         whole = torch.tensor([n // self.pool for n in frames], device=states.device)
         take = torch.arange(pooled.shape[1], device=states.device) < whole[:, None]  # groups that are not cut
         if not bool(take.any()):
@@ -98,19 +112,9 @@ class Bottleneck(nn.Module):
         features = self.rvq.dequantise(self.rvq.encode(pooled))[take]
         rest = -states.shape[1] % self.pool
         targets = F.pad(states, (0, 0, 0, rest)).unflatten(1, (-1, self.pool)).flatten(2)[take]
-        weight, bias = least_squares(features, targets)
+        weight, bias = least_squares(features, targets, ridge=1e-3)
         self.out.weight.copy_(weight.T)
         self.out.bias.copy_(bias)
-
-
-def least_squares(x: Tensor, y: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """W [D, E] and b [E] of the least (x W + b - y)^2 over rows, with a little ridge for directions that x lacks."""
-    x64, y64 = x.double(), y.double()
-    centre_x, centre_y = x64.mean(dim=0), y64.mean(dim=0)
-    gram = (x64 - centre_x).T @ (x64 - centre_x)
-    gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-9)
-    weight = torch.linalg.solve(gram, (x64 - centre_x).T @ (y64 - centre_y))
-    return weight.to(x.dtype), (centre_y - centre_x @ weight).to(x.dtype)
 
 
 def frame_mask(frames: Sequence[int], length: int, device: torch.device) -> Tensor:

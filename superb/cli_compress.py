@@ -15,6 +15,7 @@ def add_commands(commands: Any, shape: Any) -> None:
     compress.set_defaults(command=_compress)
     _common(compress)
     compress.add_argument("--output", required=True, type=Path, metavar="CODEC", help="the codec's folder")
+    compress.add_argument("--task", default="none", help=TASKS)
     compress.add_argument("--layer", type=int, required=True, help="L, 0 (input of the first layer) to the last")
     compress.add_argument("--rate-bps", type=float, default=200.0, help="bit/s, nominal, at most")
     compress.add_argument("--seed", type=int, default=0, help="of parts, weights and batches")
@@ -31,9 +32,13 @@ def add_commands(commands: Any, shape: Any) -> None:
     report.set_defaults(command=_report)
     _common(report)
     report.add_argument("--output", required=True, type=Path, metavar="DIR", help="may hold earlier points")
+    report.add_argument(
+        "--task", required=True, help="one or more, comma-separated: pr, ks, ic, sid, er, or of --probes"
+    )
     report.add_argument("--layers", type=_integers, required=True, help="comma-separated")
     report.add_argument("--rates-bps", type=_floats, default=(50.0, 100.0, 200.0), help="bit/s, comma-separated")
     report.add_argument("--seeds", type=_integers, default=(0, 1, 2), help="comma-separated")
+    report.add_argument("--folds", type=int, default=4, help="of each seed's four, tested in turn; fewer are quicker")
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -41,17 +46,22 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
     train = TrainConfig()
     parser.add_argument("--upstream", required=True, type=Path, metavar="MODEL", help="an exported model's folder")
-    parser.add_argument("--task", default="none", help=TASKS)
     parser.add_argument("--data", required=True, type=Path, metavar="ROOT|SHARDS", help="manifest.jsonl, or shards")
     parser.add_argument("--frame-rate", type=float, help="Hz, of the codes; default: 12.5, 25 for pr and none")
-    parser.add_argument("--codebook-dim", type=int, default=16, help="width of the lookup, 8 to 64")
+    parser.add_argument("--codebook-dim", type=int, default=32, help="width of the lookup, 8 to 64")
     parser.add_argument("--probes", default="probes", metavar="NAME|YAML", help="of configs/superb, or a file")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--head-steps", type=int, default=train.head_steps, help="of the head on the model as it is")
+    parser.add_argument(
+        "--head-steps", type=int, default=train.head_steps, help="of heads, before what they read changes"
+    )
     parser.add_argument("--a-steps", type=int, default=train.a_steps, help="of stage A, without labels")
-    parser.add_argument("--b-steps", type=int, default=train.b_steps, help="of stage B, with the task's loss")
+    parser.add_argument("--b-steps", type=int, default=train.b_steps, help="of stage B and of every head, with labels")
     parser.add_argument("--batch-size", type=int, default=train.batch_size, help="utterances")
-    parser.add_argument("--learning-rate", type=float, default=train.learning_rate, help="falls to 0 over a stage")
+    for stage in ("head", "a", "b"):
+        name = f"{stage}_learning_rate"
+        parser.add_argument(
+            f"--{stage}-learning-rate", type=float, default=getattr(train, name), help="falls to 0 over the stage"
+        )
     parser.add_argument(
         "--quantizer-dropout", type=float, default=train.quantizer_dropout, help="share of utterances, 0 to 1"
     )
@@ -68,7 +78,8 @@ def _floats(text: str) -> tuple[float, ...]:
 def _settings(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     from codecssl.superb.compress_settings import TrainConfig
 
-    names = ("head_steps", "a_steps", "b_steps", "batch_size", "learning_rate", "quantizer_dropout")
+    of_stages = [f"{stage}_{what}" for stage in ("head", "a", "b") for what in ("steps", "learning_rate")]
+    names = ("batch_size", "quantizer_dropout", *of_stages)
     train = TrainConfig(seed=seed, **{name: getattr(arguments, name) for name in names})
     kept = ("upstream", "data", "output", "task", "frame_rate", "codebook_dim", "probes", "device")
     return {name: getattr(arguments, name) for name in kept} | {"train": train}
@@ -104,6 +115,9 @@ def _report(arguments: argparse.Namespace) -> int:
 
     console = Console(highlight=False, soft_wrap=True)
     grid = {"layers": arguments.layers, "rates_bps": arguments.rates_bps, "seeds": arguments.seeds}
-    for path in report(ReportConfig(**grid, **_settings(arguments, 0)), console.print):
+    grid["folds"] = arguments.folds
+    settings = _settings(arguments, 0)
+    tasks = tuple(settings.pop("task").split(","))
+    for path in report(ReportConfig(tasks=tasks, **grid, **settings), console.print):
         console.print(f"wrote {path}")
     return 0

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from codecssl.superb.bottleneck import Bottleneck
 from codecssl.superb.rvq import RvqConfig
 
-MOST_FRAMES = 50_000
+MOST_FRAMES = 10_000
 """That centres are fitted to."""
 
 
@@ -23,13 +23,15 @@ class Clusters(nn.Module):
         self.register_buffer("centres", torch.zeros(size, dim))
 
     @torch.no_grad()
-    def fit(self, frames: Tensor, generator: torch.Generator) -> None:
-        """Lloyd's algorithm from k-means++, scikit-learn's. Of few frames there are as many centres as frames."""
+    def fit(self, frames: Tensor, generator: torch.Generator, wanted: Tensor | None = None) -> None:
+        """Lloyd's algorithm from k-means++, scikit-learn's. Of few frames there are as many centres as frames;
+        `wanted` is of no use.
+        """
         from sklearn.cluster import KMeans
 
         picks = torch.randperm(len(frames), generator=generator)[:MOST_FRAMES]
         count = min(len(self.centres), len(picks))
-        kmeans = KMeans(count, n_init=1, max_iter=50, random_state=generator.initial_seed() % 2**32)
+        kmeans = KMeans(count, n_init=1, max_iter=30, random_state=generator.initial_seed() % 2**32)
         kmeans.fit(frames[picks.to(frames.device)].cpu().numpy())
         self.centres[:count] = torch.from_numpy(kmeans.cluster_centers_)
         self.centres[count:] = self.centres[0]  # never chosen: it stands first

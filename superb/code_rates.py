@@ -17,19 +17,17 @@ Codes = np.ndarray
 SMOOTHING = (0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 
 
-def rates(train: Sequence[Codes], held_out: Sequence[Codes], card: CodecCard, seconds: float) -> dict[str, float]:
-    """Bits per second of held-out codes: `nominal_bps`, `cross_entropy_bps` under a model of the training codes,
-    `stored_bps` (the entropy coder's streams and its tables) and `streams_bps` (the streams alone).
-
-    seconds: of held-out audio, without what fills up last frames of codes.
+def costs(train: Sequence[Codes], held_out: Sequence[Codes], card: CodecCard) -> dict[str, float]:
+    """Bits of held-out codes: `filled_bits` as they are, `cross_entropy_bits` under a model of the training codes,
+    `streams_bits` of the entropy coder's streams, and `stored_bits` with its tables, which few codes cannot pay for.
     """
     stored, streams = stored_bits(held_out, card)
+    bits = sum(bits * count for bits, count in zip(card.code_bits, card.codes_per_frame))
     return {
-        "nominal_bps": card.bits_per_second,
-        "cross_entropy_bps": cross_entropy_bits(train, held_out, card.row_sizes) / seconds,
-        "stored_bps": stored / seconds,
-        "streams_bps": streams / seconds,
-        "held_out_seconds": seconds,
+        "filled_bits": bits * sum(codes.shape[1] for codes in held_out),
+        "cross_entropy_bits": cross_entropy_bits(train, held_out, card.row_sizes),
+        "streams_bits": streams,
+        "stored_bits": stored,
     }
 
 

@@ -1,7 +1,7 @@
 """What a model is compressed on: token shards with label columns, and their parts for training, choosing, testing."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from codecssl.superb.crossvalidate import assign_folds
+from codecssl.superb.mini_tasks import plain_phones
 from codecssl.superb.probe import Probe, check, load_probes
 from codecssl.superb.tasks import TASKS, Row
 from codecssl.tokenize.codec import CodecCard
@@ -17,7 +18,7 @@ from codecssl.tokenize.shards import Shards
 
 PARTS = ("train", "valid", "test")
 FOLDS = 4
-"""One of these is the test part, where rows name no split."""
+"""Each is the test part once, where rows name no split."""
 VALID = 0.15
 """Of the rest, which chooses among checkpoints."""
 SPOKEN = ("pr",)
@@ -40,6 +41,8 @@ class Examples:
     """Utterances of train, valid and test."""
     apart: str | None = None
     """The column whose values never stand on both sides of train and test."""
+    folds: int = FOLDS
+    """Of which one is the test part; 1 where rows name their parts."""
 
 
 def open_shards(data: Path, card: CodecCard, work: Path, device: str) -> Shards:
@@ -67,10 +70,12 @@ def _tokenised(data: Path, card: CodecCard, output: Path, device: str) -> Path:
     return output
 
 
-def examples(shards: Shards, task: str, probes: str, seed: int) -> Examples:
-    """Utterances of a task: a probe's name, ks, ic, sid, er or pr of SUPERB, or none.
+def examples(shards: Shards, task: str, probes: str, seed: int, fold: int = 0) -> Examples:
+    """Utterances of a task: a probe's name, ks, ic, sid, er or pr of SUPERB, or none. Phones are taken without stress
+    and place in the word (AA0_B is AA).
 
-    Parts are those that the rows name in `splits`; else, by the seed, a quarter is tested and 15 % of the rest chooses.
+    Parts are those that the rows name in `splits`; else the seed draws four folds, of which `fold` is tested, and 15 %
+    of the rest chooses.
     """
     rows: list[Row] = [{"path": u.path, **u.labels} for u in shards.utterances()]
     if task == "none":
@@ -82,8 +87,10 @@ def examples(shards: Shards, task: str, probes: str, seed: int) -> Examples:
     names = ["<blank>", *names] if kind == "ctc" else names
     number = {name: i for i, name in enumerate(names)}
     labels = {i: tuple(number[name] for name in answers[i]) for i in taken}
-    parts = _named_parts(rows, taken, task) or _drawn_parts(rows, taken, answers, probe, kind, seed)
-    return Examples(kind=kind, names=tuple(names), labels=labels, parts=parts, apart=probe.group)
+    named = _named_parts(rows, taken, task)
+    parts = named or _drawn_parts(rows, taken, answers, probe, kind, seed, fold)
+    folds = 1 if named else FOLDS
+    return Examples(kind=kind, names=tuple(names), labels=labels, parts=parts, apart=probe.group, folds=folds)
 
 
 def _unlabelled(count: int, seed: int) -> Examples:
@@ -92,7 +99,7 @@ def _unlabelled(count: int, seed: int) -> Examples:
     if count < 3:
         raise UserError(f"data: {count} utterances, at least 3 are needed")
     parts = {"train": tuple(sorted(order[2 * cut :])), "valid": tuple(order[:cut]), "test": tuple(order[cut : 2 * cut])}
-    return Examples(kind="none", names=(), labels=dict.fromkeys(range(count), ()), parts=parts)
+    return Examples(kind="none", names=(), labels=dict.fromkeys(range(count), ()), parts=parts, folds=1)
 
 
 def _choose(rows: Sequence[Row], task: str, probes: str) -> tuple[Probe, dict[int, tuple[str, ...]]]:
@@ -123,7 +130,7 @@ def _superb_label(row: Row, task: str) -> tuple[str, ...]:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"task {task}: {row['path']} lacks its column ({error})") from error
     label = str(next(iter(found.values())))
-    return tuple(label.split()) if task in SPOKEN else (label,)
+    return tuple(plain_phones(label)) if task in SPOKEN else (label,)
 
 
 def _named_parts(rows: Sequence[Row], taken: Sequence[int], task: str) -> dict[str, tuple[int, ...]] | None:
@@ -135,13 +142,19 @@ def _named_parts(rows: Sequence[Row], taken: Sequence[int], task: str) -> dict[s
 
 
 def _drawn_parts(
-    rows: Sequence[Row], taken: Sequence[int], answers: dict[int, tuple[str, ...]], probe: Probe, kind: str, seed: int
+    rows: Sequence[Row],
+    taken: Sequence[int],
+    answers: dict[int, tuple[str, ...]],
+    probe: Probe,
+    kind: str,
+    seed: int,
+    fold: int,
 ) -> dict[str, tuple[int, ...]]:
     strata = np.array([answers[i][0] if kind == "class" else "" for i in taken])
     groups = np.array([str(rows[i][probe.group]) for i in taken]) if probe.group else None
     if kind == "class":
         check(probe, strata, groups, FOLDS)
-    tested = assign_folds(strata, groups, FOLDS, seed) == 0
+    tested = assign_folds(strata, groups, FOLDS, seed) == fold
     rest = np.random.default_rng(seed).permutation(np.flatnonzero(~tested))
     cut = max(1, round(VALID * len(rest)))
     chosen = {"test": np.flatnonzero(tested), "valid": rest[:cut], "train": rest[cut:]}
@@ -161,7 +174,7 @@ def refuse_too_slow(found: Examples, frames: Sequence[int], rate: Any) -> Exampl
             "repeats, which CTC cannot answer; give a higher --frame-rate"
         )
     parts = {part: tuple(i for i in rows if i not in short) for part, rows in found.parts.items()}
-    return Examples(kind="ctc", names=found.names, labels=found.labels, parts=parts, apart=found.apart)
+    return replace(found, parts=parts)
 
 
 def repeats(row: Sequence[int]) -> int:

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from codecssl.pretrain.model import CodecModel
-from codecssl.superb.bottleneck import later_states
-from codecssl.superb.compressed import Compressed
+from codecssl.superb.bottleneck import Bottleneck, later_states
 from codecssl.tokenize.shards import Shards
 
 States = list[Tensor]
 """Of one utterance, each [T, D]."""
 Source = Callable[[int], States]
 """From an utterance's number to its states."""
+Batched = Callable[[Sequence[int]], tuple[States, list[int]]]
+"""From utterances' numbers to their states [B, T, D], zeros or anything beyond each one's frames, and these frames."""
 CACHE_BYTES = 2 << 30
 """States that are kept in memory, at most."""
 
@@ -49,17 +50,28 @@ def base_codes(shards: Shards, index: int, device: str = "cpu") -> Tensor:
     return torch.from_numpy(shards.codes(index).astype(np.int64)).to(device)
 
 
-def whole_model(model: CodecModel, shards: Shards, layer: int, device: str = "cpu") -> Source:
-    """States L, L + 1, ... of the model as it is."""
+def batched(source: Source) -> Batched:
+    """A source of several utterances at a time."""
+    return lambda indices: batch(source, indices)
 
+
+def after(source: Source, layer: int) -> Source:
+    """The states L, L + 1, ... of a source that gives all of a model's."""
+    return lambda index: source(index)[layer:]
+
+
+def whole_model(model: CodecModel, shards: Shards, device: str = "cpu") -> Source:
+    """All states of the model as it is."""
+
+    @torch.no_grad()
     def states(index: int) -> States:
         codes = base_codes(shards, index, device)
-        return [state[0] for state in model.extract(codes[None], [codes.shape[1]])[layer:]]
+        return [state[0] for state in model.extract(codes[None], [codes.shape[1]])]
 
     return states
 
 
-def first_codebooks(model: CodecModel, shards: Shards, layer: int, count: int, device: str = "cpu") -> Source:
+def first_codebooks(model: CodecModel, shards: Shards, count: int, device: str = "cpu") -> Source:
     """The same, of the first `count` codebooks of the base codec alone; the others are dropped as in pretraining."""
 
     @torch.no_grad()
@@ -68,7 +80,7 @@ def first_codebooks(model: CodecModel, shards: Shards, layer: int, count: int, d
         kept = torch.arange(len(codes), device=device)[None] < count
         frames = [codes.shape[1]]
         first, _ = model.front(codes[None], frames, None, kept, dropout=False)
-        return [state[0] for state in later_states(model, first, frames, 0)[layer:]]
+        return [state[0] for state in later_states(model, first, frames, 0)]
 
     return states
 
@@ -84,11 +96,17 @@ def tables(embeddings: Sequence[Tensor], shards: Shards, count: int, device: str
     return states
 
 
-def quantised(compressed: Compressed, shards: Shards, count: int, device: str = "cpu") -> Source:
-    """States L, L + 1, ... from the codes of the first `count` codebooks."""
+def quantised(
+    model: CodecModel, layer: int, bottleneck: Bottleneck, source: Source, count: int | None = None
+) -> Batched:
+    """States L, L + 1, ... after a bottleneck that keeps its first `count` codebooks. `source` gives state L first."""
 
-    def states(index: int) -> States:
-        codes = compressed.codes(base_codes(shards, index, device))[:count]
-        return [state[0] for state in compressed.extract(codes[None], [codes.shape[1]])]
+    @torch.no_grad()
+    def states(rows: Sequence[int]) -> tuple[States, list[int]]:
+        whole, frames = batch(lambda index: source(index)[:1], rows)
+        pooled, _ = bottleneck.pooled(whole[0], frames)
+        state = bottleneck.restore(bottleneck.rvq.encode(pooled)[:, :count])
+        lengths = [-(-n // bottleneck.pool) * bottleneck.pool for n in frames]
+        return later_states(model, state, lengths, layer), lengths
 
     return states

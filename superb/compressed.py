@@ -43,16 +43,14 @@ class Compressed(nn.Module):
     def codes(self, base: Tensor) -> Tensor:
         """Codes [R, T] of the base codec -> codes int64 [K, ceil(T / pool)]."""
         state = state_at(self.model, base[None].long(), [base.shape[1]], self.layer)
-        pooled, _ = self.bottleneck.pooled(state, [base.shape[1]])
-        return self.bottleneck.rvq.encode(pooled)[0]
+        return self.bottleneck.encode(state[0])
 
     @torch.no_grad()
     def extract(self, codes: Tensor, frames: Sequence[int]) -> list[Tensor]:
         """Codes [B, k, T'] of the first k codebooks, frames of each -> the model's states L, L + 1, ...,
         each [B, T' * pool, D].
         """
-        state = self.bottleneck.expand(self.bottleneck.rvq.dequantise(codes))
-        return later_states(self.model, state, [n * self.pool for n in frames], self.layer)
+        return later_states(self.model, self.bottleneck.restore(codes), [n * self.pool for n in frames], self.layer)
 
     @torch.no_grad()
     def logits(self, codes: Tensor, frames: Sequence[int]) -> Tensor:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 DEFAULT_CODEC = "tiny_16khz"  # of bare `codes` and `random` where no model is named beside them,
 DEFAULT_CONFIG = "codec2vec_tiny_codes"  # and the architecture of that `random`
 NAMES = (
-    "an exported model's folder, fbank, codes, random, codes:MODEL, codes:CODEC, random:MODEL, NAME@s3prl, or "
-    "hf:PATH|NAME for a HuBERT, wav2vec2 or WavLM of transformers"
+    "an exported model's folder, a codec's of compress, fbank, codes, random, codes:MODEL, codes:CODEC, random:MODEL, "
+    "NAME@s3prl, or hf:PATH|NAME for a HuBERT, wav2vec2 or WavLM of transformers"
 )
 
 
@@ -64,7 +64,8 @@ class CodecExpert(nn.Module):
     projected, positions added (of a post-norm model normalised after that). State i is the output of layer i, its
     residuals added: of a post-norm model after the layer's last norm, of a pre-norm one before any, but for state L,
     which is after the encoder's final norm. Of a ResiDual model (EnCodecMAE) states 1 to L - 1 are the normalised
-    stream, and state L is the sum of both streams.
+    stream, and state L is the sum of both streams. Of a codec that `compress` made they are the states L, L + 1, ...
+    after its bottleneck, `pool` frames for each frame of codes.
 
     Frozen by construction: neither is a submodule, so that no parameter reaches an optimiser or a checkpoint,
     `train()` can't switch dropout on, and `to(device)` still moves them. Frames follow s3prl's arithmetic
@@ -79,8 +80,9 @@ class CodecExpert(nn.Module):
         self.card = card
         self.codes = codes
         self._encoder = (encoder.eval().requires_grad_(False),)
-        self._frame = Fraction(SAMPLE_RATE * card.hop_length, card.sample_rate)  # samples at 16 kHz
-        self._rate = frame_shift(card)
+        self._pool = int(getattr(encoder, "pool", 1))  # frames of states in one of codes
+        self._frame = Fraction(SAMPLE_RATE * card.hop_length, card.sample_rate * self._pool)  # samples at 16 kHz
+        self._rate = frame_shift(card) // self._pool
 
     @property
     def encoder(self) -> Any:
@@ -100,7 +102,7 @@ class CodecExpert(nn.Module):
         codes = self.codes(wavs) if codes is None else codes
         batch = nn.utils.rnn.pad_sequence([c.T for c in codes], batch_first=True).transpose(1, 2)  # [B, K, T]
         states = self.encoder.extract(batch.to(device), [c.shape[1] for c in codes])
-        index = [self._index(len(wav), c.shape[1]).to(device) for wav, c in zip(wavs, codes, strict=True)]
+        index = [self._index(len(wav), c.shape[1] * self._pool).to(device) for wav, c in zip(wavs, codes, strict=True)]
         pad = nn.utils.rnn.pad_sequence
         return {"hidden_states": [pad([s[i, at] for i, at in enumerate(index)], batch_first=True) for s in states]}
 
@@ -167,7 +169,7 @@ def parse(name: str) -> Upstream:
         return Upstream(name=name, kind="random", argument=tail or None)
     if checkpoints.is_checkpoint(name):
         raise UserError(f"upstream {name}: a checkpoint of transformers; give hf:{name}")
-    if _is_model(name):
+    if _is_model(name) or _is_compressed(name):
         return Upstream(name=name, kind="model", argument=name)
     raise UserError(f"upstream {name}: not known; give {NAMES} (codecssl-pretrain export makes such a folder)")
 
@@ -177,7 +179,7 @@ def parse_all(names: Sequence[str]) -> list[Upstream]:
     named.
     """
     upstreams = [parse(name) for name in names]
-    model = next((u.argument for u in upstreams if u.kind == "model"), None)
+    model = next((u.argument for u in upstreams if u.kind == "model" and _is_model(u.argument or "")), None)
     bare = [u.kind in ("codes", "random") and u.argument is None for u in upstreams]
     return [
         Upstream(name=u.name, kind=u.kind, argument=model) if is_bare else u
@@ -187,10 +189,20 @@ def parse_all(names: Sequence[str]) -> list[Upstream]:
 
 def _is_model(path: str) -> bool:
     """Whether a folder is an exported model; codecs and other models have a config.json too."""
+    return _description(path).get("format") == "codecssl-model"
+
+
+def _is_compressed(path: str) -> bool:
+    """Whether a folder is a codec that `codecssl-superb compress` wrote."""
+    return _description(path).get("model_type") == "codecssl-machine"
+
+
+def _description(path: str) -> dict[str, Any]:
     try:
-        return bool(json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["format"] == "codecssl-model")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        found = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _files(name: str) -> list[Path]:
@@ -248,6 +260,8 @@ class Shelf:
 
         codec = load_codec(upstream.argument or DEFAULT_CODEC, device=self.device)
         codec, _ = self._codec(codec.card.fingerprint, lambda: codec)
+        if upstream.kind == "model":
+            return codec.card, codec.compressed  # type: ignore[attr-defined]  # of compress
         return codec.card, self._baseline(
             upstream.kind, codec, load_config(RunConfig, "pretrain", DEFAULT_CONFIG).model
         )

@@ -21,7 +21,7 @@ class RvqConfig:
 
     num_codebooks: int = 1
     codebook_size: int = 256
-    codebook_dim: int = 16
+    codebook_dim: int = 32
     """Width of the lookup: 8 to 64 do."""
 
     def __post_init__(self) -> None:
@@ -81,20 +81,26 @@ class VectorQuantizer(nn.Module):
         return found
 
     @torch.no_grad()
-    def fit(self, frames: Tensor, iterations: int, generator: torch.Generator) -> None:
+    def fit(self, frames: Tensor, iterations: int, generator: torch.Generator, wanted: Tensor | None = None) -> None:
         """Start from frames [N, D]: projections are their first principal directions, entries k-means of what these
-        give, by cosine. The up-projection is the down-projection's inverse.
+        give, by cosine; the up-projection is the way back of least squares. `wanted`: linear maps [C, D] whose values
+        count as much as the frames themselves in what is principal.
         """
         mean = frames.mean(dim=0)
-        width = self.down.out_features
-        directions = torch.zeros(width, frames.shape[1], dtype=frames.dtype, device=frames.device)
-        _, _, found = torch.linalg.svd(frames - mean, full_matrices=False)
-        directions[: len(found)] = found[:width]
-        self.down.weight.copy_(directions)
-        self.down.bias.copy_(-directions @ mean)
-        self.up.weight.copy_(directions.T)
-        self.up.bias.copy_(mean)
-        self.entries.copy_(kmeans(self.down(frames), len(self.entries), iterations, generator))
+        centred = (frames - mean).double()
+        seen = torch.eye(frames.shape[1], dtype=torch.float64, device=frames.device)
+        if wanted is not None:
+            values = wanted.double() * (centred.std() / (centred @ wanted.double().T).std().clamp(min=1e-9))
+            seen = torch.cat([seen, values])
+        _, found = torch.linalg.eigh(seen @ (centred.T @ centred) @ seen.T)  # of rising variance
+        kept = found.T.flip(0)[: self.down.out_features] @ seen
+        self.down.weight.zero_()[: len(kept)] = kept.to(frames.dtype)
+        self.down.bias.copy_(-self.down.weight @ mean)
+        projected = self.down(frames)
+        weight, bias = least_squares(projected, frames)
+        self.up.weight.copy_(weight.T)
+        self.up.bias.copy_(bias)
+        self.entries.copy_(kmeans(projected, len(self.entries), iterations, generator))
 
 
 class Rvq(nn.Module):
@@ -145,11 +151,13 @@ class Rvq(nn.Module):
         return torch.stack([self.books[k].dequantise(codes[:, k]) for k in range(codes.shape[1])]).sum(dim=0)
 
     @torch.no_grad()
-    def fit(self, frames: Tensor, generator: torch.Generator, iterations: int = 20) -> None:
+    def fit(
+        self, frames: Tensor, generator: torch.Generator, wanted: Tensor | None = None, iterations: int = 20
+    ) -> None:
         """Start all codebooks from frames [N, D], one after the other."""
         residual = frames
         for book in self.books:
-            book.fit(residual, iterations, generator)
+            book.fit(residual, iterations, generator, wanted)
             residual = residual - book(residual[None])[0][0]
 
     @torch.no_grad()
@@ -193,3 +201,13 @@ def kmeans(frames: Tensor, size: int, iterations: int, generator: torch.Generato
         if len(empty := torch.nonzero(counts == 0)[:, 0]):
             entries[empty] = frames[draw(len(empty)).to(frames.device)]
     return entries
+
+
+def least_squares(x: Tensor, y: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """W [D, E] and b [E] of the least (x W + b - y)^2 over rows, with a little ridge for directions that x lacks."""
+    x64, y64 = x.double(), y.double()
+    centre_x, centre_y = x64.mean(dim=0), y64.mean(dim=0)
+    gram = (x64 - centre_x).T @ (x64 - centre_x)
+    gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-9)
+    weight = torch.linalg.solve(gram, (x64 - centre_x).T @ (y64 - centre_y))
+    return weight.to(x.dtype), (centre_y - centre_x @ weight).to(x.dtype)

@@ -270,7 +270,7 @@ BACKENDS = {
         weights="give the folder with Lyra's model_coeffs/*.tflite as --codec PATH (needs pip install ai-edge-litert)",
     ),
     "machine": Backend(
-        module="codecssl.tokenize.machine",
+        module="codecssl.superb.machine",
         summary="below 200 bit/s for a task: a layer of a pretrained model, quantised (Kuznetsova et al. 2025)",
         weights="codecssl-superb compress, and give the folder that it wrote as --codec PATH",
     ),

@@ -12,13 +12,14 @@ from torch.autograd import gradcheck
 
 from codecssl.superb.bottleneck import later_states
 from codecssl.superb.cli import main
-from codecssl.superb.compress import CompressConfig, compress, prepare
+from codecssl.superb.compress import CompressConfig, compress, prepare, settle
 from codecssl.superb.compress_data import examples, refuse_too_slow, repeats
-from codecssl.superb.compress_report import markdown, summary
+from codecssl.superb.compress_heads import Summaries
 from codecssl.superb.compress_settings import TrainConfig
+from codecssl.superb.compress_table import markdown, summary
 from codecssl.superb.compress_train import distillation
 from codecssl.superb.compressed import load
-from codecssl.superb.heads import CtcHead, errors
+from codecssl.superb.heads import ClassHead, CtcHead, errors
 from codecssl.tokenize.audio import read_wave
 from codecssl.tokenize.codec import load_codec
 from codecssl.tokenize.errors import UserError
@@ -27,7 +28,15 @@ from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.writer import write_shards
 
 QUICK = TrainConfig(
-    head_steps=60, a_steps=50, b_steps=60, batch_size=8, revive_steps=10, evaluations=3, learning_rate=1e-2
+    head_steps=60,
+    a_steps=50,
+    b_steps=60,
+    batch_size=8,
+    revive_steps=10,
+    evaluations=3,
+    head_learning_rate=1e-2,
+    a_learning_rate=1e-2,
+    b_learning_rate=1e-2,
 )
 
 
@@ -119,7 +128,7 @@ def test_reports_use_and_errors(made):
     assert training["test_error_by_codebooks"][-1] < 0.5
     assert training["test_error_unquantised"] < 0.5
     stages = [json.loads(line)["stage"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert list(dict.fromkeys(stages)) == ["head", "a", "b"]
+    assert list(dict.fromkeys(stages)) == ["a", "b"]
     assert len(rows) == len(stages)
     assert "12.5 Hz" in (folder / "README.md").read_text()
 
@@ -128,7 +137,7 @@ def test_goes_on_bit_for_bit_and_skips_what_is_done(made, upstream, shards, tmp_
     from codecssl.superb import compress_train
 
     calls = 0
-    step = compress_train.Training._step_b
+    step = compress_train.Training._losses_b
 
     def killed(self, rows):
         nonlocal calls
@@ -139,12 +148,12 @@ def test_goes_on_bit_for_bit_and_skips_what_is_done(made, upstream, shards, tmp_
 
     plain = compress_train.Training.run
     monkeypatch.setattr(compress_train.Training, "run", lambda self, log, save: plain(self, log, save, 0.0))
-    monkeypatch.setattr(compress_train.Training, "_step_b", killed)
+    monkeypatch.setattr(compress_train.Training, "_losses_b", killed)
     config = config_of(upstream, shards, tmp_path / "codec")
     with pytest.raises(KeyboardInterrupt):
         compress(config, lambda text: None)
     assert not (tmp_path / "codec" / "config.json").exists()
-    monkeypatch.setattr(compress_train.Training, "_step_b", step)
+    monkeypatch.setattr(compress_train.Training, "_losses_b", step)
     told = []
     compress(config, told.append)
     assert told[0] == "goes on at stage 2, step 15"
@@ -175,7 +184,7 @@ def test_without_labels_there_is_no_head(upstream, shards, tmp_path):
 )  # fmt: skip
 def test_refuses_in_one_line(upstream, shards, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        prepare(config_of(upstream, shards, tmp_path / "x", **changes))
+        compress(config_of(upstream, shards, tmp_path / "x", **changes))
 
 
 def test_refuses_folders_of_others(upstream, shards, tmp_path, capsys):
@@ -187,10 +196,11 @@ def test_refuses_folders_of_others(upstream, shards, tmp_path, capsys):
 
 def test_reads_audio_too(upstream, manifest, shards, tmp_path):
     """A manifest is tokenized first, to the codes that the shards have."""
-    audio = prepare(config_of(upstream, manifest, tmp_path / "a"))
-    given = prepare(config_of(upstream, shards, tmp_path / "b"))
+    audio = prepare(upstream, manifest, tmp_path, "cpu")
+    given = prepare(upstream, shards, tmp_path, "cpu")
     assert audio.shards.fingerprint == given.shards.fingerprint
-    assert audio.found == given.found
+    config = config_of(upstream, manifest, tmp_path)
+    assert settle(config, audio) == settle(config, given)
 
 
 # ---------------------------------------------------------------- parts, and what CTC can use
@@ -221,6 +231,8 @@ def test_parts_keep_speakers_apart_and_follow_the_seed(shipped, tmp_path):
     parts = [examples(data, "emotion", "probes", seed).parts for seed in (0, 0, 1, 2)]
     assert parts[0] == parts[1]
     assert len({p["test"] for p in parts}) > 1
+    folds = [examples(data, "emotion", "probes", 0, fold) for fold in range(4)]
+    assert sorted(i for fold in folds for i in fold.parts["test"]) == list(range(60))  # each is tested once
     for each in parts:
         assert sorted(i for rows in each.values() for i in rows) == list(range(60))
         assert not {i % 6 for i in each["test"]} & {i % 6 for i in (*each["train"], *each["valid"])}
@@ -257,24 +269,74 @@ def test_ctc_head_ignores_padding_and_edits_are_counted():
     assert errors([[1, 1, 2], [3]], [(1, 2), (4,)]) == (2, 3)
 
 
+def test_class_head_means_what_each_frame_gives():
+    """The mean over time before the linear maps is the mean after them; padding has no part."""
+    torch.manual_seed(0)
+    head, states = ClassHead(6, 2, 3).double(), [torch.randn(2, 5, 6, dtype=torch.float64) for _ in range(2)]
+    head.scores.data = torch.tensor([0.3, -0.2], dtype=torch.float64)
+    weights, lengths = head.scores.softmax(dim=0), [5, 2]
+    found = head(states, lengths)
+    for item, n in enumerate(lengths):
+        frames = [sum(w * F.layer_norm(s[item, t], (6,)) for w, s in zip(weights, states)) for t in range(n)]
+        expected = head.answer(torch.stack([head.projection(frame) for frame in frames]).mean(dim=0))
+        torch.testing.assert_close(found[item], expected)
+
+
+def test_summaries_do_not_depend_on_batches_or_memory():
+    torch.manual_seed(0)
+    head, lengths = CtcHead(6, 1, 3), [7, 3, 5]
+    rows = [torch.randn(n, 6) for n in lengths]
+    calls = []
+
+    def states(indices):
+        calls.append(list(indices))
+        return [torch.nn.utils.rnn.pad_sequence([rows[i] for i in indices], batch_first=True)], [
+            lengths[i] for i in indices
+        ]
+
+    kept, forgetful = Summaries(head, states), Summaries(head, states, most_bytes=0)
+    for summaries in (kept, forgetful, kept, forgetful):
+        found, frames = summaries([2, 0])
+        assert frames == [5, 7]
+        torch.testing.assert_close(found[1, 0], F.layer_norm(rows[0], (6,)))
+        torch.testing.assert_close(found[0, 0, :5], F.layer_norm(rows[2], (6,)))
+    assert len(calls) == 3  # once for the one that keeps
+
+
+def point(method, seed, fold, wrong, nominal=100.0, **more):
+    bits = {"filled_bits": 110.0, "cross_entropy_bits": 90.0, "streams_bits": 99.0, "stored_bits": 120.0}
+    common = {"task": "sid", "layer": 2, "shape": method, "metric": "accuracy", "apart": None, "labels": 50}
+    where = {"seed": seed, "fold": fold, "method": method}
+    return {**common, **where, "nominal_bps": nominal, "wrong": wrong, "seconds": 1.0, **bits, **more}
+
+
 def test_report_table_and_plot(tmp_path):
+    """Errors are summed over folds (here 10 and 20 of 100), then compared seed by seed."""
     from codecssl.superb.compress_plot import draw
 
-    common = {"layer": 2, "cross_entropy_bps": 90.0, "stored_bps": 120.0, "streams_bps": 99.0}
     rows = []
-    for seed, (whole, kept) in enumerate([(0.8, 0.8), (0.9, 0.72)]):
-        rows.append({**common, "seed": seed, "method": "model", "shape": "8", "nominal_bps": 4000.0, "accuracy": whole})
-        rows.append(
-            {**common, "seed": seed, "method": "compress", "shape": "c", "nominal_bps": 100.0, "accuracy": kept}
-        )
+    for seed, (whole, kept) in enumerate([((5, 5), (8, 2)), ((12, 8), (18, 10))]):
+        for fold in (0, 1):
+            rows.append(point("model", seed, fold, whole[fold], 4000.0))
+            rows.append(point("compress", seed, fold, kept[fold]))
+            rows.append(point("compress", seed, fold, whole[fold], 50.0, shape="small"))
     points = summary(rows)
-    assert [p["method"] for p in points] == ["compress", "model"]
-    assert points[0]["relative"] == pytest.approx((1 + 0.8) / 2)
-    assert points[0]["seeds"] == 2
-    line = markdown(points)[2]
-    assert line == "| 2 | compress | c | 100.0 | 90.0 | 120.0 | 99.0 | 76.0 | 4.0 | 90.0 | 2 |"
-    draw(tmp_path / "x.png", points, "sid")
+    assert [p["method"] for p in points] == ["compress", "compress", "model"]
+    assert points[1]["kept"] == pytest.approx((1 + 0.72 / 0.8) / 2)
+    assert (points[1]["seeds"], points[1]["folds"], points[1]["labels"]) == (2, 2, 100)
+    text = markdown(points)
+    assert "| sid | 2 | compress | compress | 100.0 | 110.0 | 90.0 | 99.0 | 120.0 | 81.0 | 9.0 | 95.0 | 2 |" in text
+    assert "* sid, layer 2: 99 % of the model's accuracy from 50 bit/s on (small)." in text
+    draw(tmp_path / "x.png", points)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_phone_errors_are_compared_in_points():
+    rows = [point("model", 0, 0, 20, 4000.0, metric="per"), point("compress", 0, 0, 25, metric="per")]
+    points = summary(rows)
+    assert points[0]["mean"] == 0.5
+    assert points[0]["kept"] == pytest.approx(0.1)
+    assert "99 % of" not in markdown(points).split("Mean and")[0]
 
 
 def test_ctc_end_to_end(upstream, corpus, tmp_path):
@@ -295,17 +357,43 @@ def test_ctc_end_to_end(upstream, corpus, tmp_path):
 def test_report_end_to_end(upstream, shards, tmp_path, capsys):
     """Every kind of point is there with its rates, and a second call computes nothing."""
     arguments = ["compress-report", "--upstream", str(upstream), "--task", "sid", "--data", str(shards)]
-    arguments += ["--output", str(tmp_path), "--layers", "1", "--rates-bps", "100", "--seeds", "0"]
+    arguments += ["--output", str(tmp_path), "--layers", "1", "--rates-bps", "200", "--seeds", "0"]
     arguments += ["--head-steps", "10", "--a-steps", "5", "--b-steps", "5"]
     assert main(arguments) == 0
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [row["method"] for row in rows] == ["model", "compress", "codebooks", "tables", "k-means"]
+    methods = ["model", "all layers", "compress", "compress", "k-means", "codebooks", "tables"]
+    assert [(row["fold"], row["method"]) for row in rows] == [(0, method) for method in methods]  # the rows name parts
     for row in rows:
-        assert 0 <= row["accuracy"] <= 1
-        assert row["nominal_bps"] > 0 and row["cross_entropy_bps"] > 0  # noqa: PT018
-        assert row["stored_bps"] > row["streams_bps"] > 0
+        assert 0 <= row["wrong"] <= row["labels"] == 12
+        assert row["cross_entropy_bits"] > 0
+        assert row["stored_bits"] > row["streams_bits"] > 0
+        assert row["filled_bits"] >= row["nominal_bps"] * row["seconds"]
+    assert [row["nominal_bps"] for row in rows] == [4000, 4000, 100, 200, 200, 500, 500]
     assert (tmp_path / "report.png").is_file()
-    assert "| 1 | compress | 1 of 1 x 256 at 12.5 Hz | 100.0 |" in (tmp_path / "report.md").read_text()
-    capsys.readouterr()
+    assert "| sid | 1 | compress | 1 of 2 x 256 at 12.5 Hz | 100.0 |" in (tmp_path / "report.md").read_text()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "points").rglob("*.json")}
     assert main(arguments) == 0
-    assert "stage" not in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "points").rglob("*.json")} == before
+
+
+# ---------------------------------------------------------------- as an upstream
+
+
+def test_codec_is_an_upstream(made, manifest):
+    """Waves in, states after the bottleneck out at the base codec's rate; the head answers alike."""
+    from codecssl.superb.expert import Shelf, parse, parse_all
+
+    folder = made[0]
+    assert parse(str(folder)).kind == "model"
+    assert parse_all([str(folder), "codes"])[1].argument is None
+    expert, whole, codec = Shelf().build(parse(str(folder))), load(folder), load_codec(str(folder))
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    waves = [torch.from_numpy(read_wave(Path(row["path"]), 16_000)) for row in (rows[0], rows[5])]
+    assert expert.get_downsample_rates("hidden_states") == 320
+    states = expert(waves)["hidden_states"]
+    assert len(states) == 2
+    for item, codes in enumerate(codec.encode(waves)):
+        expected = whole.extract(codes[None], [codes.shape[1]])
+        frames = -(-len(waves[item]) // 320)
+        for state, other in zip(states, expected, strict=True):
+            torch.testing.assert_close(state[item, :frames], other[0, :frames], rtol=0, atol=1e-4)

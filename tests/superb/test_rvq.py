@@ -207,3 +207,17 @@ def test_equal_cosines_take_the_first_entry():
 def test_refuses_sizes():
     with pytest.raises(UserError, match="codebook_size 1: must be at least 2"):
         RvqConfig(codebook_size=1)
+
+
+def test_start_looks_at_what_is_wanted():
+    """Of three directions, the smallest is lost in a lookup of two, unless it is the wanted one."""
+    x = torch.randn(400, 3, dtype=torch.float64, generator=seeded()) * torch.tensor([3.0, 2.0, 0.1])
+    wanted = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)
+    lost = {}
+    for name, given in (("plain", None), ("wanted", wanted)):
+        book = VectorQuantizer(3, 64, 2).double()
+        book.fit(x, 20, seeded(1), given)
+        back = book.up(book.down(x))
+        lost[name] = float((back - x)[:, 2].square().mean() / x[:, 2].square().mean())
+    assert lost["plain"] > 0.9
+    assert lost["wanted"] < 0.1

@@ -7,20 +7,20 @@ Attention sees all that it is given, so that any padding or cut changes codes. T
 `WHOLE_SECONDS` is encoded whole and alone; of a longer one, segments of `SEGMENT_SECONDS` are taken, each for itself,
 while more than `WHOLE_SECONDS` remain.
 
-The model is the later stages' (`superb/compressed.py`): this file asks for it when such a codec is loaded.
+The registry of codecs (`tokenize/codec.py`) names this file; as any codec's, it is imported when one is loaded.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from codecssl.superb.compressed import Compressed
+from codecssl.superb.compressed import load as load_folder
 from codecssl.tokenize.codec import Codec, CodecCard, file_sha256, keep_codebooks, load_codec_for
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.precision import full_precision
@@ -29,9 +29,9 @@ WHOLE_SECONDS, SEGMENT_SECONDS = 30, 20
 
 
 class MachineCodec:
-    """A base codec and a `superb.compressed.Compressed` as a `Codec`."""
+    """A base codec and a `Compressed` as a `Codec`."""
 
-    def __init__(self, base: Codec, compressed: Any, card: CodecCard, device: str = "cpu") -> None:
+    def __init__(self, base: Codec, compressed: Compressed, card: CodecCard, device: str = "cpu") -> None:
         self.base, self.card, self.device = base, card, torch.device(device)
         self.compressed = compressed.to(device)
         frames = card.frame_rate  # of codes; bounds are whole frames of theirs
@@ -53,7 +53,7 @@ class MachineCodec:
         if base.shape[1] == 0:
             return torch.zeros(self.card.num_codebooks, 0, dtype=torch.int64, device=self.device)
         with full_precision():
-            codes: Tensor = self.compressed.codes(base.to(self.device))
+            codes = self.compressed.codes(base.to(self.device))
         return codes[: self.card.num_codebooks]
 
     def stream(self) -> MachineStream:
@@ -70,8 +70,7 @@ class MachineCodec:
 
     def latents(self, codes: Tensor) -> Tensor:
         with full_precision():
-            found: Tensor = self.compressed.bottleneck.rvq.dequantise(codes[None].to(self.device))
-        return found[0].T
+            return self.compressed.bottleneck.rvq.dequantise(codes[None].to(self.device))[0].T
 
 
 class MachineStream:
@@ -106,14 +105,14 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
     if weights is None:
         raise UserError(f"codec {name}: has no weights of its own; give the folder that codecssl-superb compress wrote")
     folder = Path(weights)
-    compressed = importlib.import_module("codecssl.superb.compressed").load(folder)
+    compressed = load_folder(folder)
     base = load_codec_for(compressed.model.card, device=device)
     available = compressed.bottleneck.rvq.config.num_codebooks
     kept = keep_codebooks(name, num_codebooks, available, available)
     return MachineCodec(base, compressed, make_card(name, folder, compressed, kept, device), device)
 
 
-def make_card(name: str, folder: Path, compressed: Any, num_codebooks: int, device: str) -> CodecCard:
+def make_card(name: str, folder: Path, compressed: Compressed, num_codebooks: int, device: str) -> CodecCard:
     """The card of a compressed model that keeps `num_codebooks`."""
     base: CodecCard = compressed.model.card
     config = compressed.bottleneck.rvq.config

@@ -1,19 +1,28 @@
 """A compressed model as a codec: pieces, prefixes, cards; on untrained weights."""
 
+import ast
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from codecssl.pretrain.config import ModelConfig
 from codecssl.pretrain.model import untrained
+from codecssl.superb import machine
 from codecssl.superb.bottleneck import Bottleneck, choose_rate
 from codecssl.superb.compressed import Compressed, save
 from codecssl.superb.rvq import RvqConfig
-from codecssl.tokenize import machine
-from codecssl.tokenize.codec import load_codec, load_codec_for
+from codecssl.tokenize import errors
+from codecssl.tokenize.codec import BACKENDS, load_codec, load_codec_for
 from codecssl.tokenize.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def codec():
+    """One that is found by its name, as the base codec of a folder must be."""
+    return load_codec("tiny_16khz")
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +120,13 @@ def test_other_weights_are_another_codec(folder):
     card = dataclasses.replace(load_codec(str(folder)).card, weights_sha256="0" * 64)
     with pytest.raises(UserError, match="give the original weights"):
         load_codec_for(card)
+
+
+def test_tokenize_imports_no_later_stage():
+    """The registry alone names this codec's file, and that is imported when such a codec is loaded."""
+    for path in Path(errors.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [n for n in names if n.startswith(("codecssl.superb", "codecssl.pretrain"))], path.name
+    assert BACKENDS["machine"].module == machine.__name__
