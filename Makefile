@@ -28,7 +28,7 @@ TASKS ?= ks,sid,er,ic,pr
 demo: install
 	$(BIN)/codecssl-superb sample $(DEMO)/sample
 	$(BIN)/codecssl-tokenize run $(or $(AUDIO),$(DEMO)/sample/pretrain.jsonl) --output $(DEMO)/shards --codec tiny_16khz
-	$(BIN)/codecssl-pretrain run codec2vec_tiny_codes --data $(DEMO)/shards --output $(DEMO)/run --optim.steps $(STEPS)
+	$(BIN)/codecssl-pretrain run encodecmae_tiny --data $(DEMO)/shards --output $(DEMO)/run --optim.steps $(STEPS)
 	$(BIN)/codecssl-pretrain export $(DEMO)/run --output $(DEMO)/model
 	$(BIN)/codecssl-superb run --upstream $(DEMO)/model --upstream fbank --upstream codes --upstream random \
 		--tasks $(TASKS) --data $(DEMO)/sample --budget smoke --jobs 2 --output $(DEMO)/superb
