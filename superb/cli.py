@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from codecssl.superb import cli_codes, cli_compress, cli_report, cli_run
 from codecssl.superb.tasks import BUDGETS, TASKS
@@ -14,6 +15,13 @@ UPSTREAMS = (
     "codes:MODEL, codes:CODEC, random:MODEL, NAME@s3prl, or hf:PATH|NAME (transformers); bare codes and random follow "
     "the first model named; repeat to compare"
 )
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors are one line, as all others of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="codecssl-superb", description=__doc__)
+    parser = Parser(prog="codecssl-superb", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     shape = argparse.ArgumentDefaultsHelpFormatter
 
@@ -52,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME|YAML",
         help="what to probe: a name in configs/superb, or a file",
     )
-    probe.add_argument("--seeds", type=_integers, default=(0, 1, 2), help="of the folds, comma-separated")
+    probe.add_argument("--seeds", type=cli_run.integers, default=(0, 1, 2), help="of the folds, comma-separated")
     probe.add_argument("--folds", type=int, default=4)
 
     cli_report.add_command(commands)
@@ -83,14 +91,10 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=_positive, default=1, help="at a time")
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
 def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a whole number of at least 1 is meant")
+    return int(text)
 
 
 def _probe(arguments: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ def add_command(commands: Any, shape: Any, common: Any) -> None:
     run.add_argument("--lr", type=_rates, help="learning rates to sweep, 1e-3,1e-4; default: what the budget says")
     run.add_argument("--budget", choices=BUDGETS, default="quick", help="how many of the official steps to run")
     seeds = run.add_mutually_exclusive_group()
-    seeds.add_argument("--seeds", type=_integers, default=(0,), help="of heads, order of data, random upstream: 0,1,2")
+    seeds.add_argument("--seeds", type=integers, default=(0,), help="of heads, order of data, random upstream: 0,1,2")
     seeds.add_argument("--seed", type=int, help="one of them")
     run.add_argument("--folds", action="store_true", help="er: test five folds in turn (full always does)")
     run.add_argument("--lm", type=Path, metavar="FILE", help="asr: 4-gram model (ARPA, may be .gz) for WER with LM")
@@ -41,14 +41,21 @@ def add_command(commands: Any, shape: Any, common: Any) -> None:
 
 
 def _rates(text: str) -> tuple[float, ...]:
-    rates = tuple(float(part) for part in text.split(","))
+    try:
+        rates = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        rates = (0.0,)
     if not all(0 < rate < 10 for rate in rates):
-        raise argparse.ArgumentTypeError(f"{text}: learning rates lie between 0 and 10")
+        raise argparse.ArgumentTypeError(f"{text}: learning rates are numbers between 0 and 10, as in 1e-3,1e-4")
     return rates
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+def integers(text: str) -> tuple[int, ...]:
+    """ "0,1,2" """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: whole numbers are meant, as in 0,1,2") from None
 
 
 def _runs(arguments: argparse.Namespace) -> "list[Run]":

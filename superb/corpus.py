@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from codecssl.superb.tasks import Row, Task
+from codecssl.superb.tasks import TASKS, Row, Task
 from codecssl.tokenize.codec import file_sha256
 from codecssl.tokenize.errors import UserError
 
@@ -150,13 +150,19 @@ class Corpus:
         source = self.root if self.official else self.manifest
         for split, examples in splits.items():
             if not examples:
-                raise UserError(f"task {task.name}: {source} has no {split} utterance for it")
+                raise UserError(f"task {task.name}: {source} has no {split} utterance for it{self._offer()}")
         if task.classes:
             for split, name, example in _never_trained(splits):
                 raise UserError(
                     f"task {task.name}: {split} label {name!r} ({example.path.name}) never occurs in training; "
                     "move some of its utterances to train or take it out"
                 )
+
+    def _offer(self) -> str:
+        """What to ask for instead."""
+        there = {task for row in ([] if self.official else self.rows) for task in str(row.get("task", "")).split(",")}
+        known = [name for name in TASKS if name in there]
+        return f"; it has --tasks {','.join(known)}" if known else ""
 
 
 def _relative(path: Path, root: Path) -> str:

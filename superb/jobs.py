@@ -1,9 +1,12 @@
 """Many runs: finished ones are skipped, several go at a time, one that fails doesn't stop the others."""
 
+import os
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from typing import Any
 
 from codecssl.superb import results
@@ -47,7 +50,8 @@ def _outcomes(
     units: dict[tuple[Upstream, str], list[Run]] = {}
     for run in runs:
         units.setdefault((run.upstream, run.task), []).append(run)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:  # CUDA and threads can't be forked
+    context = get_context("spawn")  # CUDA and threads can't be forked
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with_parent) as pool:
         futures = {pool.submit(_attempt_all, unit, machine): unit for unit in units.values()}
         try:
             for future in as_completed(futures):
@@ -56,6 +60,20 @@ def _outcomes(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone: else, after a kill, it would go on with runs that
+    the next command starts again, in the same folders.
+    """
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _attempt_all(runs: Sequence[Run], machine: Machine) -> list[Any]:

@@ -26,7 +26,7 @@ from codecssl.tokenize.errors import UserError
 
 MARKER = "mini.json"
 """Written last: what the corpus was built from."""
-VERSION = 1
+VERSION = 2
 
 BUILDERS: dict[str, Callable[[Bench], list[Row]]] = {
     "pr": mini_tasks.pr,
@@ -35,7 +35,7 @@ BUILDERS: dict[str, Callable[[Bench], list[Row]]] = {
     "qbe": mini_search.qbe,
     "sid": mini_tasks.sid,
     "sd": mini_mixtures.sd,
-    "ic": mini_tasks.ic,
+    "ic": mini_made.ic,
     "sf": mini_made.sf,
     "er": mini_tasks.er,
 }

@@ -26,7 +26,7 @@ RULES = {
     "sid": "by utterance, every speaker in every split",
     "asv": "by speaker; no valid, as in SUPERB",
     "sd": "by speaker",
-    "ic": "by speaker where known, else by utterance; every value of a slot is in train",
+    "ic": "by speaker where known, else by utterance, made ones as their words; every value of a slot is in train",
     "sf": "as the words' and utterances' own splits",
     "er": "by speaker; fold 1 tests, fold 2 validates, or all five in turn",
 }

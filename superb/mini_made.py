@@ -1,9 +1,10 @@
-"""mini-SUPERB's tasks whose clips are made here from real ones: ks and sf."""
+"""mini-SUPERB's tasks whose clips are made here from real ones: ks, sf, and ic where there are few sentences."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
+from codecssl.superb import mini_tasks
 from codecssl.superb.mini_audio import RATE, Wave, at_level, loudest_part, quiet_part, trimmed
 from codecssl.superb.mini_bench import TRIPLE, Bench, LackingError, require
 from codecssl.superb.mini_manifest import Row, Splits, by_speaker, by_utterance, grouped, keyword_of, pick
@@ -131,6 +132,43 @@ def _silences(
         noise = loudest_part(bench.studio.read(row, band), float(rng.choice(lengths)))
         yield at_level(noise, float(rng.uniform(*NOISE_LEVELS))), row
     yield from found[: count - len(loud)]
+
+
+def ic(bench: Bench) -> list[Row]:
+    """The manifest's own sentences, or commands made of words where those are fewer than the recipe's `ic_least`."""
+    sentences = [row for row in bench.data.of("ic") if isinstance(row.get("slots"), dict) and row["slots"]]
+    made = [] if len(sentences) >= bench.recipe.ic_least else list(_intents(bench))
+    if not made:
+        return mini_tasks.ic(bench)
+    bench.note(
+        "ic",
+        f"{len(sentences)} sentences with slots are too few for a head to learn from. The commands are made, real "
+        f"clips in a row: a keyword (action) and a digit (object); `{mini_tasks.NONE}` is the only location.",
+    )
+    return made
+
+
+def _intents(bench: Bench) -> Iterator[Row]:
+    """KEYWORD DIGIT, every pair as often, of the words that all splits have; nothing without two of each."""
+    splits = {split: by_word(rows) for split, rows in word_splits(bench).items()}
+    common = set.intersection(*(set(clips) for clips in splits.values())) - {SILENCE, UNKNOWN}
+    keywords, digits = (
+        sorted(common & {keyword_of(row) for row in words_of(bench) if task in row["tasks"]})
+        for task in ("kws", "digits")
+    )
+    pairs = [(keyword, digit) for keyword in keywords for digit in digits]
+    if min(len(keywords), len(digits)) < 2:
+        return
+    band = band_of(bench)
+    for split, count in zip(TRIPLE, bench.recipe.ic_commands, strict=True):
+        rng, clips = bench.rng(f"ic {split}"), splits[split]
+        for number in range(count):
+            pair = pairs[number % len(pairs)]
+            chosen = [clips[word][int(rng.integers(len(clips[word])))] for word in pair]
+            wave = in_a_row([at_level(cut(bench.studio.read(row, band)), -25.0) for row in chosen], rng)
+            slots = dict(zip(mini_tasks.INTENT, (*pair, mini_tasks.NONE), strict=True))
+            columns = {"slots": slots, "speaker": chosen[1]["speaker"]}
+            yield bench.written("ic", split, f"{split}-{number:04d}", wave, chosen[0], **columns)
 
 
 def sf(bench: Bench) -> list[Row]:

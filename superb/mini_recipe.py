@@ -30,6 +30,9 @@ class Recipe:
     sd_mixtures: tuple[int, int, int] = (40, 10, 10)
     sd_overlap: float = 0.7
     """Probability that the next speaker starts before the last one ends."""
+    ic_least: int = 0
+    """With fewer sentences, ic is made of words instead."""
+    ic_commands: tuple[int, int, int] = (300, 90, 150)
     sf_commands: tuple[int, int, int] = (120, 40, 40)
     qbe_queries: int = 2
     """Of each term, in each of valid and test."""

@@ -11,15 +11,17 @@ from codecssl.tokenize.errors import UserError
 def make_problem(task: Task, csvs: dict[str, Path]) -> Any:
     """s3prl's own problem, reading our CSVs.
 
-    Two more things differ. s3prl seeds the generators, then builds the upstream, which seeds them again with 0, so
+    Three more things differ. s3prl seeds the generators, then builds the upstream, which seeds them again with 0, so
     that its `train.seed` never reaches the head's weights; here building the upstream leaves the generators as
-    they were. And where s3prl drops every training utterance as too short, it would look for a batch for ever;
-    here that is an error.
+    they were. Where s3prl drops every training utterance as too short, it would look for a batch for ever; here
+    that is an error. And models compute faster (faster.py).
     """
     import random
 
     import s3prl.problem
     import torch
+
+    from codecssl.superb.faster import quicken
 
     repairs.install()
     base: Any = getattr(s3prl.problem, str(task.problem))
@@ -36,6 +38,9 @@ def make_problem(task: Task, csvs: dict[str, Path]) -> Any:
             random.setstate(state)
             torch.set_rng_state(torch_state)
             return upstream
+
+        def build_model(self, *arguments: Any, **options: Any) -> Any:
+            return quicken(super().build_model(*arguments, **options))
 
         def build_dataset(self, *arguments: Any, **options: Any) -> Any:
             dataset = super().build_dataset(*arguments, **options)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from codecssl.superb import results
 from codecssl.superb.comparison import BASELINES, SAMPLE, Cell, Column, Comparison, compare, load
 from codecssl.superb.score import PUBLISHED, missing, score
+from codecssl.superb.tasks import TASKS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["BASELINES", "SAMPLE", "compare", "console_table", "lines", "load", "markdown", "notes", "write"]
 
 MOST_COLUMNS = 7
-"""Of a table on the console."""
+"""Of a table on the console or in Markdown; a wider one is turned."""
 
 
 def percent(value: float | None) -> str:
@@ -104,10 +105,13 @@ def _published(c: Comparison) -> list[list[str]]:
 
 
 def rates_text(c: Comparison, name: str) -> str:
-    """The learning rates that won, in the order of the tasks, once where they agree."""
-    cells = [c.cells[name, task] for task in c.tasks if (name, task) in c.cells]
-    rates = [f"{run['learning_rate']:g}" for cell in cells for run in cell.runs[:1] if run["learning_rate"] is not None]
-    return rates[0] if len(set(rates)) == 1 else " ".join(rates)
+    """The learning rates that won, of all seeds; with their tasks where these differ."""
+    won: dict[str, list[str]] = {}
+    for task in c.tasks:
+        runs = c.cells[name, task].runs if (name, task) in c.cells else ()
+        if rates := sorted({run["learning_rate"] for run in runs if run["learning_rate"] is not None}):
+            won.setdefault("/".join(f"{rate:g}" for rate in rates), []).append(task)
+    return next(iter(won), "") if len(won) < 2 else "; ".join(f"{' '.join(t)}: {rate}" for rate, t in won.items())
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -119,16 +123,39 @@ def notes(comparison: Comparison) -> list[str]:
     steps = "; ".join(f"{t} {run['steps']:,} of {run['official_steps']:,}" for t, run in trained.items())
     tested = ", ".join(f"{t} {run['utterances']['test']}" for t, run in by_task.items())
     seeds, versions = sorted({run["seed"] for run in runs}), runs[0]["versions"]
-    spread = "± is the deviation over seeds" if len(seeds) > 1 else "in brackets the 95 % interval of so few (Wilson)"
     return [
         f"Steps: {steps}. Heads, batch sizes, optimisers: s3prl's own. The upstream is frozen.",
         f"Learning rates tried: {_tried(c)}.",
-        f"Tested utterances: {tested}; {spread}.",
+        "; ".join([f"Tested utterances: {tested}", *_spread(c)]) + ".",
         "A difference with a * is larger than test sets of this size explain (95 %, unpaired).",
+        *_brief(trained),
         *_choices(c, runs),
         *_skipped(runs),
         *_scoring(c),
         f"Seeds: {', '.join(map(str, seeds))}. With s3prl {versions['s3prl']}, torch {versions['torch']}.",
+    ]
+
+
+def _spread(c: Comparison) -> list[str]:
+    """What stands behind a figure."""
+    several = {len(cell.seeds) > 1 for cell in c.cells.values()}
+    alone = any(len(cell.seeds) == 1 and TASKS[task].classes for (_, task), cell in c.cells.items())
+    return [
+        *(["± is the deviation over seeds"] if True in several else []),
+        *(["a figure without it is of one seed"] if len(several) > 1 else []),
+        *(["in brackets the 95 % interval of so few (Wilson)"] if alone else []),
+    ]
+
+
+def _brief(trained: dict[str, results.Row]) -> list[str]:
+    """Heads that did not see their training set once."""
+    seen = {t: (run["steps"] * run["batch"], run["utterances"]["train"]) for t, run in trained.items()}
+    short = [f"{t} {count} of {whole}" for t, (count, whole) in seen.items() if count < whole]
+    if not short:
+        return []
+    return [
+        f"Trained on less than all training utterances once ({', '.join(short)}): figures of heads that have learned "
+        "next to nothing; they do not compare upstreams."
     ]
 
 
@@ -153,7 +180,7 @@ def _choices(c: Comparison, runs: list[results.Row]) -> list[str]:
     if "qbe" in c.tasks:
         layers = {c_name: cell for (c_name, task), cell in c.cells.items() if task == "qbe"}
         chosen = ", ".join(f"{name} {cell.runs[0]['chosen']['layer']}" for name, cell in layers.items())
-        found.append(f"qbe: the layer with the best validation MTWV ({chosen}).")
+        found.append(f"qbe: the layer with the best validation MTWV ({chosen}). A seed changes `random` only.")
     if any(run.get("fold") for run in runs):
         found.append("er: the mean over folds, each tested in turn.")
     return found
@@ -174,14 +201,20 @@ def _scoring(c: Comparison) -> list[str]:
     return [f"{name} has no score: {', '.join(tasks)} missing." for name, tasks in lacking.items() if tasks]
 
 
+def _narrow(comparison: Comparison) -> tuple[list[str], list[list[str]], bool]:
+    """`lines`, turned where they are wide: a line per metric instead of one per upstream."""
+    header, body = lines(comparison)
+    if len(header) <= MOST_COLUMNS:
+        return header, body, False
+    header, *body = (list(line) for line in zip(header, *body, strict=True))
+    return header, body, True
+
+
 def console_table(comparison: Comparison) -> "Table":
     from rich.table import Table
 
-    header, body = lines(comparison)
-    ends = {0, len(comparison.upstreams), len(comparison.upstreams) + len(comparison.pairs)}
-    if len(header) > MOST_COLUMNS:  # a line per metric instead of one per upstream
-        header, *body = (list(line) for line in zip(header, *body, strict=True))
-        ends = set()
+    header, body, turned = _narrow(comparison)
+    ends = set() if turned else {0, len(comparison.upstreams), len(comparison.upstreams) + len(comparison.pairs)}
     table = Table(title=comparison.claim, caption="\n".join(notes(comparison)), caption_justify="left")
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
@@ -193,7 +226,7 @@ def console_table(comparison: Comparison) -> "Table":
 def markdown(comparisons: Sequence[Comparison]) -> str:
     parts = ["# Results"]
     for comparison in comparisons:
-        header, body = lines(comparison)
+        header, body, _ = _narrow(comparison)
         table = [header, ["---"] * len(header), *body]
         parts += [f"## {comparison.claim}", "\n".join(f"| {' | '.join(line)} |" for line in table)]
         parts.append("\n".join(f"- {note}" for note in notes(comparison)))

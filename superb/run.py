@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from codecssl.superb import compat, results
+from codecssl.superb import compat, decoded, results
 from codecssl.superb.codes import counts_of
 from codecssl.superb.corpus import Selection, chance, open_corpus
 from codecssl.superb.csvs import write_csvs
@@ -172,7 +172,7 @@ def configure(run: Run, machine: Machine) -> dict[str, Any]:
     if run.learning_rate is not None:
         config["build_optimizer"]["conf"]["lr"] = run.learning_rate
     if (tested := budget.tested(task.work)) is not None:
-        config["eval_batch"] = tested  # of one utterance each
+        config["eval_batch"] = tested  # of one utterance each: s3prl decodes the padding of larger batches too
     if budget.divisor > 1:
         train["total_steps"] = budget.steps(train["total_steps"], task.work)
         train["save_step"] = max(1, train["total_steps"] // budget.checks(task.work))
@@ -212,6 +212,7 @@ def _shelf(device: str, codes: Path, seed: int) -> Shelf:
 
 def _prepare_process(machine: Machine) -> None:
     compat.install()
+    decoded.install()
     import torch
 
     if machine.threads:

@@ -1,4 +1,4 @@
-"""The list of runs that a comparison needs: upstreams x tasks x learning rates x seeds (x folds), in a fixed order."""
+"""The list of runs that a comparison needs: tasks x upstreams x learning rates x seeds (x folds), in a fixed order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,14 +38,15 @@ class Sweep:
         corpus = open_corpus(self.root, self.side)
         for task in self.tasks:
             corpus.select(task)
-        return [
+        runs = [
             self._run(upstream, task, rate, seed, fold)
+            for task in self.tasks  # outermost: what a stopped sweep leaves compares all upstreams on some tasks
             for upstream in self.upstreams
-            for task in self.tasks
             for fold in self._folds(task)
             for seed in self._seeds(upstream, task)
             for rate in (rates_of(task, self.budget) if self.rates is None or task.problem is None else self.rates)
         ]
+        return list(dict.fromkeys(runs))  # what was named twice runs once
 
     def _run(self, upstream: Upstream, task: Task, rate: float | None, seed: int, fold: int | None) -> Run:
         return Run(

@@ -105,11 +105,27 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, corpus: Path,
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["run"], ["nothing"], ["run", "--lr", "x"], ["probe", "--jobs", "0"]])
-def test_usage_is_exit_2(arguments: list[str], capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["run"], "required: --upstream"),
+        (["nothing"], "invalid choice: 'nothing'"),
+        (["run", "--lr", "x"], "--lr: x: learning rates are numbers between 0 and 10"),
+        (["run", "--lr", "20"], "--lr: 20: learning rates are numbers between 0 and 10"),
+        (["run", "--seeds", "0,b"], "--seeds: 0,b: whole numbers are meant"),
+        (["run", "--budget", "tiny"], "--budget: invalid choice: 'tiny'"),
+        (["probe", "--jobs", "0"], "--jobs: 0: a whole number of at least 1"),
+        (["probe", "--jobs", "two"], "--jobs: two: a whole number of at least 1"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_2(arguments: list[str], message: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_tasks_lists_them(capsys: Any) -> None:

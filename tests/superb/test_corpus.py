@@ -35,7 +35,7 @@ from codecssl.tokenize.errors import UserError
             r"task sf: iob has 1 tags for 2 words; correct it",
         ),
         ({"path": "a.flac", "task": "asv", "splits": {"asv": "valid"}}, r"'valid'; give one of train, test"),
-        ({"path": "a.flac", "task": "asr"}, r"has no train utterance for it"),
+        ({"path": "a.flac", "task": "asr"}, r"has no train utterance for it; it has --tasks asr$"),
         ({"task": "ks"}, r"manifest.jsonl:1: not a JSON object with a path"),
     ],
 )

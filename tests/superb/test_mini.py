@@ -244,6 +244,35 @@ def test_slots_fit_words_and_are_known_in_training(rows: Rows) -> None:
         assert values["valid"] | values["test"] <= values["train"]
 
 
+def test_few_sentences_make_way_for_commands_of_two_words(source: Path, tmp_path: Path) -> None:
+    words = ("kws", "digits,sid", "ic")
+    lines = [json.loads(line) for line in (source / "manifest.jsonl").read_text().splitlines()]
+    given = [{**row, "path": str(source / row["path"])} for row in lines if row["task"] in words]
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    sentences = sum(row["task"] == "ic" for row in given)
+    made = {}
+    for least in (sentences, sentences + 1):
+        recipe = tmp_path / f"{least}.yaml"
+        recipe.write_text(f"{RECIPE}ic_least: {least}\nic_commands: [60, 30, 30]\n")
+        root = build(tmp_path / "words.jsonl", tmp_path / str(least), recipe=str(recipe), report=lambda line: None)
+        made[least] = of([json.loads(line) for line in (root / "manifest.jsonl").read_text().splitlines()], "ic")
+    assert len(made[sentences]) <= sentences
+    assert not any(row["path"].startswith("ic/") for row in made[sentences])
+    commands = made[sentences + 1]
+    for split, count in (("train", 60), ("valid", 30), ("test", 30)):
+        pairs = Counter((row["slots"]["action"], row["slots"]["object"]) for row in of(commands, "ic", split))
+        actions, objects = ({pair[i] for pair in pairs} for i in (0, 1))
+        assert actions == {"yes", "stop", "left"}
+        assert len(objects) >= 2
+        assert objects <= {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
+        assert len(pairs) == len(actions) * len(objects)
+        assert max(pairs.values()) - min(pairs.values()) <= 1
+        assert pairs.total() == count
+    voices = {s: {row["speaker"] for row in of(commands, "ic", s)} for s in ("train", "valid", "test")}
+    assert not voices["test"] & (voices["train"] | voices["valid"])
+    assert all(0.3 < row["seconds"] < 2.9 for row in commands)  # two words of a second at most, three pauses
+
+
 def test_folds_hold_whole_speakers(rows: Rows) -> None:
     folds = defaultdict(set)
     for row in of(rows, "er"):

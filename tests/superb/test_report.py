@@ -40,6 +40,7 @@ def row(name: str, task: str, value: float, **changes: Any) -> dict[str, Any]:
         "utterances": {"train": 60, "valid": 20, "test": 40},
         "learning_rate": 1e-2,
         "steps": 100,
+        "batch": 32,
         "official_steps": 200_000,
         "versions": {"s3prl": "0.4.18", "torch": "2.9.1"},
         "seconds": 3.0,
@@ -69,6 +70,27 @@ def test_the_table() -> None:
         ["tiny − codes", "+20.0", "-5.0", ""],
         ["tiny − random", "+10.0", "-10.0", ""],
     ]
+
+
+def test_heads_that_saw_less_than_their_training_set_are_named() -> None:
+    few = row("fbank", "asr", 0.9, steps=1, batch=32, metric="wer", values={"wer": 0.9},
+              utterances={"train": 400, "valid": 8, "test": 8})  # fmt: skip
+    (comparison,) = report.compare([row("fbank", "ks", 0.2), few])
+    [note] = [note for note in report.notes(comparison) if "next to nothing" in note]
+    assert "(asr 32 of 400)" in note
+    (comparison,) = report.compare([row("fbank", "ks", 0.2), {**few, "steps": 13}])
+    assert not [note for note in report.notes(comparison) if "next to nothing" in note]
+
+
+def test_the_rates_that_won_stand_with_their_tasks() -> None:
+    runs = [row("fbank", "ks", 0.5), row("fbank", "ks", 0.5, seed=1, learning_rate=1e-3), row("fbank", "er", 0.5)]
+    (comparison,) = report.compare([*runs, row("fbank", "sid", 0.5)])
+    assert report.lines(comparison)[1][1][-1] == "ks: 0.001/0.01; sid er: 0.01"
+    text = " ".join(report.notes(comparison))
+    assert "± is the deviation over seeds; a figure without it is of one seed; in brackets the 95 % interval" in text
+    (comparison,) = report.compare([row("fbank", "ks", 0.5), row("fbank", "er", 0.5)])
+    assert report.lines(comparison)[1][1][-1] == "0.01"
+    assert "deviation over seeds" not in " ".join(report.notes(comparison))
 
 
 def test_the_validation_set_chooses_the_learning_rate() -> None:
@@ -263,6 +285,9 @@ def test_all_ten_tasks_in_one_table() -> None:
     text = " ".join(report.notes(comparison))
     assert "asv: SUPERB has no validation set" in text
     assert "the best validation MTWV (fbank 3, tiny 3)" in text
+    turned = report.markdown([comparison]).splitlines()
+    assert turned[4].startswith("| upstream | chance (most frequent class) | fbank | tiny | tiny − fbank |")
+    assert turned[6].startswith("| pr PER % ↓ |")
     assert "(published)" not in report.markdown([comparison])
     assert "score" not in header
     table = report.console_table(comparison)

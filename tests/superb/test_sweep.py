@@ -33,6 +33,12 @@ def test_rates_and_seeds_multiply_except_where_nothing_is_trained(sweep: Any) ->
     assert random == [("random", "qbe", None, seed, None) for seed in (0, 1)]
 
 
+def test_a_stopped_sweep_leaves_whole_comparisons_and_nothing_is_listed_twice(sweep: Any) -> None:
+    upstreams = [parse("fbank"), parse("random"), parse("fbank")]
+    runs = keys(sweep("er,ks", upstreams=upstreams, rates=(0.1, 0.1), seeds=(0, 0)).runs())
+    assert [run[:2] for run in runs] == [("fbank", "er"), ("random", "er"), ("fbank", "ks"), ("random", "ks")]
+
+
 def test_default_rates_are_the_tasks(sweep: Any) -> None:
     assert [run[1:3] for run in keys(sweep("ks,asr").runs())] == [("ks", 1e-2), ("ks", 1e-3), ("asr", 1e-3)]
     assert [run[1:3] for run in keys(sweep("ks", budget=tasks.BUDGETS["full"]).runs())] == [("ks", None)]

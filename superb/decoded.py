@@ -1,0 +1,37 @@
+"""Decoded audio, once per process where memory allows: s3prl decodes and resamples a file at every step."""
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+
+class DecodedOnce:
+    """Stands for librosa in s3prl's loader: `load` remembers what it gave, as much as fits `limit_bytes`.
+
+    What is cut at random or goes through effects is still cut and changed anew: that comes after loading.
+    """
+
+    def __init__(self, librosa: Any, limit_bytes: int) -> None:
+        self.librosa = librosa
+        self._waves: dict[tuple[Any, ...], tuple[NDArray[Any], float]] = {}
+        self._room = limit_bytes
+
+    def load(self, path: str, *, sr: float, offset: float = 0.0, duration: float | None = None) -> Any:
+        """librosa.load: (samples, Hz), the samples a copy: s3prl's tensors share their memory."""
+        key = (path, sr, offset, duration)
+        if key in self._waves:
+            wave, rate = self._waves[key]
+            return wave.copy(), rate
+        wave, rate = self.librosa.load(path, sr=sr, offset=offset, duration=duration)
+        if wave.nbytes <= self._room:
+            self._room -= wave.nbytes
+            self._waves[key] = wave.copy(), rate
+        return wave, rate
+
+
+def install(limit_bytes: int = 1 << 30) -> None:
+    """Make s3prl's loader keep what it decodes; idempotent."""
+    import s3prl.dataio.dataset.load_audio as loader
+
+    if not isinstance(loader.librosa, DecodedOnce):
+        loader.librosa = DecodedOnce(loader.librosa, limit_bytes)

@@ -1,0 +1,62 @@
+"""Decoded audio: the same samples as from the file, read once while there is room."""
+
+from pathlib import Path
+from typing import Any
+
+import librosa
+import numpy as np
+import pytest
+import soundfile
+
+from codecssl.superb.decoded import DecodedOnce
+
+
+class Counting:
+    """librosa, with a list of what was loaded."""
+
+    def __init__(self) -> None:
+        self.loaded: list[tuple[Any, ...]] = []
+
+    def load(self, path: str, **options: Any) -> Any:
+        self.loaded.append((path, *options.values()))
+        return librosa.load(path, **options)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 16_000), 8_000, subtype="PCM_16")
+    return str(tmp_path / "a.wav")
+
+
+def test_each_part_at_each_rate_is_decoded_once_and_is_what_librosa_gives(path: str) -> None:
+    genuine = Counting()
+    once = DecodedOnce(genuine, limit_bytes=1 << 20)
+    for options in ({"sr": 16_000}, {"sr": 16_000, "offset": 0.5, "duration": 0.25}, {"sr": 8_000}) * 2:
+        wave, rate = once.load(path, **options)
+        assert np.array_equal(wave, librosa.load(path, **options)[0])
+        assert rate == options["sr"]
+        wave[:] = 0.0  # what a caller does to it changes nothing
+    assert len(genuine.loaded) == 3
+
+
+def test_no_more_is_kept_than_fits(path: str) -> None:
+    genuine = Counting()
+    once = DecodedOnce(genuine, limit_bytes=16_000 * 4)  # two seconds at 8 kHz, float32
+    for rate in (16_000, 8_000, 16_000, 8_000):
+        once.load(path, sr=rate)
+    assert [rate for _, rate, *_ in genuine.loaded] == [16_000, 8_000, 16_000]
+
+
+def test_s3prls_loader_reads_a_file_once(path: str) -> None:
+    from codecssl.superb import compat, decoded
+
+    compat.install()
+    import s3prl.dataio.dataset.load_audio as loader
+
+    decoded.install()
+    audio = loader.LoadAudio([path])
+    first = audio[0]["wav"]
+    Path(path).unlink()
+    assert np.array_equal(audio[0]["wav"], first)
+    first.zero_()
+    assert audio[0]["wav"].abs().max() > 0.4
