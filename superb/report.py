@@ -62,14 +62,14 @@ def lines(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """
     c = comparison
     scored = ["score"] if c.is_superb else []
-    header = ["upstream", *(heading(column) for column in c.columns), *scored, "learning rate"]
+    header = ["upstream", *(heading(column) for column in c.columns), *scored]
     body = [_chance(c, len(header))]
     for name in c.upstreams:
         cells = [cell_text(c.cells.get((name, task)), metric.key) for task, metric in c.columns]
-        body.append([name, *cells, *([_score(c, name)] if scored else []), rates_text(c, name)])
+        body.append([name, *cells, *([_score(c, name)] if scored else [])])
     for name, base in c.pairs:
         deltas = [_delta(c, name, base, column) for column in c.columns]
-        body.append([f"{name} − {base}", *deltas, *[""] * (len(scored) + 1)])
+        body.append([f"{name} − {base}", *deltas, *[""] * len(scored)])
     return header, body + (_published(c) if scored else [])
 
 
@@ -100,7 +100,7 @@ def _published(c: Comparison) -> list[list[str]]:
     for name, row in PUBLISHED.items():
         cells = [f"{row[t, m.key]:.2f}" if (t, m.key) in row else "" for t, m in c.columns]
         total = score(row)
-        found.append([name, *cells, "" if total is None else f"{total:.0f}", ""])
+        found.append([name, *cells, "" if total is None else f"{total:.0f}"])
     return found
 
 
@@ -125,7 +125,7 @@ def notes(comparison: Comparison) -> list[str]:
     seeds, versions = sorted({run["seed"] for run in runs}), runs[0]["versions"]
     return [
         f"Steps: {steps}. Heads, batch sizes, optimisers: s3prl's own. The upstream is frozen.",
-        f"Learning rates tried: {_tried(c)}.",
+        f"Learning rates tried: {_tried(c)}; that won: {_won(c)}.",
         "; ".join([f"Tested utterances: {tested}", *_spread(c)]) + ".",
         "A difference with a * is larger than test sets of this size explain (95 %, unpaired).",
         *_brief(trained),
@@ -157,6 +157,11 @@ def _brief(trained: dict[str, results.Row]) -> list[str]:
         f"Trained on less than all training utterances once ({', '.join(short)}): figures of heads that have learned "
         "next to nothing; they do not compare upstreams."
     ]
+
+
+def _won(c: Comparison) -> str:
+    won = {name: rates_text(c, name) for name in c.upstreams}
+    return " | ".join(f"{name} {text}" for name, text in won.items() if text) or "none"
 
 
 def _tried(c: Comparison) -> str:
