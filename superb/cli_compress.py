@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from codecssl.superb.cli_run import integers
+
 TASKS = "none (no labels), pr, ks, ic, sid, er, or a name in --probes"
 
 
@@ -35,9 +37,9 @@ def add_commands(commands: Any, shape: Any) -> None:
     report.add_argument(
         "--task", required=True, help="one or more, comma-separated: pr, ks, ic, sid, er, or of --probes"
     )
-    report.add_argument("--layers", type=_integers, required=True, help="comma-separated")
+    report.add_argument("--layers", type=integers, required=True, help="comma-separated")
     report.add_argument("--rates-bps", type=_floats, default=(50.0, 100.0, 200.0), help="bit/s, comma-separated")
-    report.add_argument("--seeds", type=_integers, default=(0, 1, 2), help="comma-separated")
+    report.add_argument("--seeds", type=integers, default=(0, 1, 2), help="comma-separated")
     report.add_argument("--folds", type=int, default=4, help="of each seed's four, tested in turn; fewer are quicker")
 
 
@@ -67,12 +69,11 @@ def _common(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
 def _floats(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: numbers are meant, as in 50,100,200") from None
 
 
 def _settings(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def _rates(text: str) -> tuple[float, ...]:
 
 
 def integers(text: str) -> tuple[int, ...]:
-    """ "0,1,2" """
+    """Whole numbers, comma-separated."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:

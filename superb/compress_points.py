@@ -11,6 +11,7 @@ Every point has a head of its own, trained alike (`compress_heads`); those of co
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -188,6 +189,7 @@ def _point(
     bits: dict[str, float],
 ) -> Point:  # fmt: skip
     shards, test = ready.shards, found.parts["test"]
+    commonest = Counter(found.labels[i] for i in test).most_common(1)[0][1]
     return {
         "method": method,
         "shape": shape,
@@ -197,6 +199,7 @@ def _point(
         "nominal_bps": card.bits_per_second,
         "seconds": sum(shards.utterance(i).samples for i in test) / shards.card.sample_rate,
         "test_utterances": len(test),
+        "commonest": commonest,
         "apart": found.apart,
         **bits,
     }

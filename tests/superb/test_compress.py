@@ -306,6 +306,7 @@ def test_summaries_do_not_depend_on_batches_or_memory():
 def point(method, seed, fold, wrong, nominal=100.0, **more):
     bits = {"filled_bits": 110.0, "cross_entropy_bits": 90.0, "streams_bits": 99.0, "stored_bits": 120.0}
     common = {"task": "sid", "layer": 2, "shape": method, "metric": "accuracy", "apart": None, "labels": 50}
+    common["commonest"] = 10
     where = {"seed": seed, "fold": fold, "method": method}
     return {**common, **where, "nominal_bps": nominal, "wrong": wrong, "seconds": 1.0, **bits, **more}
 
@@ -326,9 +327,14 @@ def test_report_table_and_plot(tmp_path):
     assert (points[1]["seeds"], points[1]["folds"], points[1]["labels"]) == (2, 2, 100)
     text = markdown(points)
     assert "| sid | 2 | compress | compress | 100.0 | 110.0 | 90.0 | 99.0 | 120.0 | 81.0 | 9.0 | 95.0 | 2 |" in text
-    assert "* sid, layer 2: 99 % of the model's accuracy from 50 bit/s on (small)." in text
+    assert "* sid, layer 2: 99 % of the model's accuracy at 50 bit/s (small), the lowest such rate here." in text
     draw(tmp_path / "x.png", points)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_kept_of_a_guess_means_nothing():
+    rows = [point("model", 0, 0, 40, 4000.0), point("compress", 0, 0, 30)]  # 20 %, as the commonest answer
+    assert "means nothing: the commonest answer alone has 20.0 %" in markdown(summary(rows))
 
 
 def test_phone_errors_are_compared_in_points():
