@@ -82,7 +82,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         if not key.startswith("--"):
             raise UserError(f"argument {key!r}: not understood; overrides are --section.key value")
         if not equals:
-            if not rest:
+            if not rest or rest[0].startswith("--"):
                 raise UserError(f"override {key}: has no value; give {key} VALUE")
             text = rest.pop(0)
         _put(nested, key[2:].split("."), _yaml_value(key, text))

@@ -16,7 +16,7 @@ from codecssl.pretrain.build import build_objective
 from codecssl.pretrain.chance import hashed
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.data import open_data
-from codecssl.pretrain.engine import backward, start_engine, take_step
+from codecssl.pretrain.engine import after_update, backward, start_engine, take_step
 from codecssl.pretrain.loader import Batch
 from codecssl.pretrain.masking import kept_codebooks, span_mask
 from codecssl.pretrain.model import untrained
@@ -137,14 +137,21 @@ def _deepspeed(config: RunConfig, card: CodecCard, batch: Batch) -> Callable[[],
     def step() -> None:
         backward(engine, engine(batch).total)
         take_step(engine, want_norm=False)
+        after_update(engine, 1)
 
     return step
 
 
-def _plain(objective: nn.Module, batch: Batch, config: RunConfig, device: torch.device) -> Callable[[], None]:
+def _plain(objective: Objective, batch: Batch, config: RunConfig, device: torch.device) -> Callable[[], None]:
     objective = objective.to(device)
-    objective.place(device)  # type: ignore[operator]
-    return _torch_step(objective, lambda: objective(batch).total, config, device)
+    objective.place(device)
+    update = _torch_step(objective, lambda: objective(batch).total, config, device)
+
+    def step() -> None:
+        update()
+        objective.after_update(1)
+
+    return step
 
 
 def _torch_step(

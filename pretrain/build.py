@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from codecssl.configs.load import differences
 from codecssl.pretrain.config import ModelConfig, RunConfig
 from codecssl.pretrain.corpus import Corpus
+from codecssl.pretrain.export import load_pretrained
 from codecssl.pretrain.mae import EncodecMae
 from codecssl.pretrain.masked import MaskedPrediction
 from codecssl.pretrain.model import CodecModel, untrained
@@ -12,17 +14,38 @@ from codecssl.pretrain.objective import Objective
 from codecssl.pretrain.online import OnlineClusters
 from codecssl.pretrain.targets import make_target
 from codecssl.tokenize.codec import Codec, load_codec_for, stored_tables
+from codecssl.tokenize.errors import UserError
+
+_NO_SHAPE = {"dropout", "input_dropout", "attention_dropout", "activation_dropout", "layerdrop",
+             "embedding_init", "freeze_embedding", "rotary_max_frames"}  # fmt: skip
+"""Settings of a model in which two may differ that have the same weights."""
 
 
-def build(config: RunConfig, corpus: Corpus, *, from_codec: bool) -> Objective:
-    """Model and heads. from_codec: fill the embeddings as the config says; a resumed run has them already."""
-    tables = None
-    if from_codec and config.model.embedding_init != "random":
+def build(config: RunConfig, corpus: Corpus, *, fresh: bool) -> Objective:
+    """Model and heads. fresh: fill the weights as the config says; a resumed run has them already."""
+    tables, start_from = None, config.optim.start_from if fresh else None
+    if fresh and not start_from and config.model.embedding_init != "random":
         tables = first_tables(config.model, load_codec_for(corpus.card, weights=config.data.codec_weights))
     model = untrained(config.model, corpus.card, tables, config.seed)
+    if start_from:
+        _take_weights(model, start_from)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
         return build_objective(config, model, corpus.label_sizes)
+
+
+def _take_weights(model: CodecModel, start_from: str) -> None:
+    """Those of an exported model of the same codec and the same shape."""
+    other = load_pretrained(start_from)
+    if other.card.fingerprint != model.card.fingerprint:
+        raise UserError(
+            f"optim.start_from: {start_from} was trained on codec {other.card.name}, the data is of {model.card.name}"
+            f" ({other.card.difference(model.card)}); give a model of the same codec"
+        )
+    for key, (own, theirs) in differences(model.config, other.config).items():
+        if key not in _NO_SHAPE:
+            raise UserError(f"optim.start_from: {start_from} has model.{key} {theirs}, this run {own}; make them equal")
+    model.load_state_dict(other.state_dict())
 
 
 def first_tables(config: ModelConfig, codec: Codec) -> list[Tensor] | None:

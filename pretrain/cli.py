@@ -1,6 +1,7 @@
 """codecssl-pretrain: train on token shards, export the model, look at a run."""
 
 import argparse
+import difflib
 import errno
 import sys
 from collections.abc import Sequence
@@ -13,25 +14,51 @@ from codecssl.tokenize.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns 0 done, 1 an error told on one line, 2 wrong usage (argparse exits with it)."""
-    arguments, overrides = _parser().parse_known_args(argv)
+    arguments, overrides = _parser().parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
     if overrides and arguments.command not in ("run", "bench"):
         _parser().error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
+        _no_misspelt_option(overrides)
         arguments.action(arguments, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and error.filename is None:
             raise
         where = error.filename or getattr(arguments, "output", None) or "the output"
-        print(f"error: {where}: disk full; make room and run the same command again, the newest checkpoint is whole",
-              file=sys.stderr)  # fmt: skip
+        how = "disk full; make room and run the same command again, the newest checkpoint is whole"
+        print(f"error: {where}: {how if full else error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        how = "; the same command goes on from the newest checkpoint" if arguments.command == "run" else ""
+        print(f"error: interrupted{how}", file=sys.stderr)
         return 1
     return 0
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """`--section.key VALUE` as one word, which may stand anywhere: argparse would take VALUE for an argument."""
+    words: list[str] = []
+    for word in argv:
+        last = words[-1] if words else ""
+        valueless = last.startswith("--") and "." in last and "=" not in last
+        if valueless and not word.startswith("--"):
+            words[-1] = f"{last}={word}"
+        else:
+            words.append(word)
+    return words
+
+
+def _no_misspelt_option(overrides: Sequence[str]) -> None:
+    """UserError for `--otput`, before it is looked for among the sections of the config."""
+    options = ("--data", "--output", "--profile", "--print_config", "--seed")
+    for word in overrides:
+        name = word.partition("=")[0]
+        near = difflib.get_close_matches(name, options, n=1, cutoff=0.7)
+        if name.startswith("--") and "." not in name and near and name not in options:
+            raise UserError(f"option {name}: unknown; did you mean {near[0]}?")
 
 
 def _config(arguments: argparse.Namespace, overrides: list[str]) -> RunConfig:
@@ -89,6 +116,7 @@ def _label(arguments: argparse.Namespace, overrides: list[str]) -> None:
             layer=arguments.layer,
             clusters=arguments.clusters,
             sample_frames=arguments.sample_frames,
+            utterance_frames=arguments.utterance_frames,
             clustering=arguments.clustering,
             codec_weights=arguments.codec_weights,
             device=arguments.device,
@@ -128,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--data", metavar="DIR", nargs="+", help="folders of token shards, all of one codec")
     run.add_argument("--output", metavar="RUN", type=Path, help="the run's folder")
     run.add_argument("--profile", action="store_true", help="write a torch trace of some steps into RUN/profile")
-    run.add_argument("--print_config", action="store_true", help="print the whole config and stop")
+    run.add_argument("--print_config", "--print-config", action="store_true", help="print the whole config and stop")
     label = commands.add_parser(
         "label",
         allow_abbrev=False,
@@ -142,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     label.add_argument("--layer", type=int, default=-1, metavar="L", help="0: before the first; -1: the last")
     label.add_argument("--clusters", type=int, default=500, metavar="C", help="how many")
     label.add_argument("--sample-frames", type=int, default=300_000, metavar="N", help="frames to fit k-means to")
+    label.add_argument("--utterance-frames", type=int, metavar="N", help="most of them from one utterance")
     label.add_argument("--clustering", type=Path, metavar="FILE", help="use an earlier clustering.safetensors")
     label.add_argument(
         "--codec-weights", metavar="PATH", help="the codec's weights, for latents, where they have moved"

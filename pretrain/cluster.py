@@ -60,18 +60,21 @@ def fit(batches: Iterable[Features], clusters: int, *, frames: int, seed: int) -
     """
     from sklearn.cluster import MiniBatchKMeans
 
-    taken, count = [], 0
+    taken, count = np.zeros((0, 0), dtype=np.float32), 0
     for batch in batches:
-        taken.append(batch[: frames - count])
-        count += len(taken[-1])
-        if count >= frames:
+        if not count:
+            taken = np.empty((frames, batch.shape[1]), dtype=np.float32)  # pages that are not filled cost no memory
+        part = batch[: frames - count]
+        taken[count : count + len(part)] = part
+        count += len(part)
+        if count == frames:
             break
     if count < clusters:
         raise UserError(f"--clusters {clusters}: only {count} frames to cluster; ask for fewer, or give more data")
     means = MiniBatchKMeans(
         clusters, batch_size=BATCH, n_init=20, max_no_improvement=100, reassignment_ratio=0.0, random_state=seed
     )
-    means.fit(np.concatenate(taken))
+    means.fit(taken[:count])
     return np.asarray(means.cluster_centers_, dtype=np.float32)
 
 

@@ -29,6 +29,11 @@ def _at_least(key: str, value: float, bound: float) -> None:
         raise UserError(f"{key}: {value}, must be at least {bound}")
 
 
+def _above_zero(key: str, value: float) -> None:
+    if value <= 0.0:
+        raise UserError(f"{key}: {value}, must be above 0")
+
+
 def _probability(key: str, value: float) -> None:
     if not 0.0 <= value < 1.0:
         raise UserError(f"{key}: {value}, must be at least 0 and below 1")
@@ -148,6 +153,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         for key in ("crop_frames", "min_frames", "workers", "prefetch", "valid_frames"):
             _at_least(f"data.{key}", getattr(self, key), 1)
+        for weight in self.weights:
+            _at_least("data.weights", weight, 0.0)
         _probability("data.valid_fraction", self.valid_fraction)
         if self.num_codebooks is not None:
             _at_least("data.num_codebooks", self.num_codebooks, 1)
@@ -175,6 +182,13 @@ class ObjectiveConfig:
     average of the model itself (DinoSR)."""
     gamma: Literal["uniform", "encodecmae"] = "uniform"
     """Weights of the codebooks in the loss, made to sum to 1."""
+    head: Literal["linear", "cosine"] = "linear"
+    """Logits of a class. linear: a matrix. cosine: HuBERT's and MERT's, the cosine of a projection with the class's
+    embedding, divided by `temperature` (arXiv 2106.07447, equation 3)."""
+    head_dim: int = 256
+    """Width of the projection and of the classes' embeddings, for each stream (cosine; HuBERT 256, MERT 64)."""
+    temperature: float = 0.1
+    """Of the cosines."""
     visible_weight: float = 0.0
     """Weight of the same loss over the frames that are not masked (HuBERT's pred_nomask_weight)."""
     quantizer_dropout: float = 0.5
@@ -184,6 +198,8 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         _at_least("objective.visible_weight", self.visible_weight, 0.0)
+        _at_least("objective.head_dim", self.head_dim, 1)
+        _above_zero("objective.temperature", self.temperature)
         if not 0.0 <= self.quantizer_dropout <= 1.0:
             raise UserError(f"objective.quantizer_dropout: {self.quantizer_dropout}, must be between 0 and 1")
 
@@ -210,6 +226,14 @@ class OnlineConfig:
     spidr_timescale: float = 20_000.0
     """Steps: the teacher's decay is 1 - (1 - ema_start) exp(-step / timescale) (spidr)."""
 
+    def __post_init__(self) -> None:
+        _at_least("online.top_layers", self.top_layers, 1)
+        _at_least("online.clusters", self.clusters, 2)
+        for key in ("codebook_decay", "ema_start", "ema_end", "ema_fraction"):
+            _probability(f"online.{key}", getattr(self, key))
+        _at_least("online.freeze_fraction", self.freeze_fraction, 0.0)
+        _above_zero("online.spidr_timescale", self.spidr_timescale)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MaeConfig:
@@ -221,11 +245,19 @@ class MaeConfig:
     mask_token: Literal["learned", "zeros"] = "learned"
     """What the decoder sees at masked frames: a learned vector, or zeros as in the released code."""
 
+    def __post_init__(self) -> None:
+        _at_least("mae.decoder_layers", self.decoder_layers, 1)
+        if not 0.0 <= self.masked_weight <= 1.0:
+            raise UserError(f"mae.masked_weight: {self.masked_weight}, must be between 0 and 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW and its schedule: HuBERT's polynomial decay, DinoSR's tri-stage, or constant."""
 
+    start_from: str | None = None
+    """An exported model whose encoder this run starts from, as EnCodecMAE's self-training does; heads and decoders
+    are always new. null is a fresh model."""
     steps: int = 400_000
     lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.98)
@@ -244,13 +276,14 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _at_least("optim.steps", self.steps, 1)
         for key in ("lr", "eps", "final_scale"):
-            if getattr(self, key) <= 0.0:
-                raise UserError(f"optim.{key}: {getattr(self, key)}, must be above 0")
+            _above_zero(f"optim.{key}", getattr(self, key))
         for key in ("weight_decay", "clip_norm"):
             _at_least(f"optim.{key}", getattr(self, key), 0.0)
-        for value in (*self.betas, self.warmup_fraction, self.hold_fraction):
-            _probability("optim.betas, warmup_fraction, hold_fraction", value)
-        if self.warmup_fraction + self.hold_fraction > 1.0:
+        for beta in self.betas:
+            _probability("optim.betas", beta)
+        for key in ("warmup_fraction", "hold_fraction"):
+            _probability(f"optim.{key}", getattr(self, key))
+        if self.schedule == "tri_stage" and self.warmup_fraction + self.hold_fraction > 1.0:
             raise UserError(
                 f"optim.hold_fraction: {self.hold_fraction}, with the warm-up"
                 f" ({self.warmup_fraction}) must not be above 1"
@@ -320,11 +353,39 @@ class RunConfig:
                 f"data.min_frames: {self.data.min_frames}, must be at least two spans"
                 f" (mask.span_frames: {self.mask.span_frames}), or whole utterances are masked"
             )
-        self._check_objective()
+        if self.model.positions == "rotary" and self.data.crop_frames > self.model.rotary_max_frames:
+            raise UserError(
+                f"data.crop_frames: {self.data.crop_frames}, must be at most model.rotary_max_frames"
+                f" ({self.model.rotary_max_frames}) with rotary positions"
+            )
+        self._check_target()
+        if self.objective.name == "encodecmae":
+            self._check_encodecmae()
+        if self.objective.target == "online":
+            self._check_online()
 
-    def _check_objective(self) -> None:
-        if self.objective.name != "encodecmae":
-            return
+    def _check_target(self) -> None:
+        target = self.objective.target
+        if target != "labels" and (self.data.labels or self.data.valid_labels):
+            raise UserError(f"data.labels: given, but objective.target is {target}; add --objective.target labels")
+        if (self.objective.name == "encodecmae" or target == "online") and self.objective.visible_weight:
+            raise UserError(
+                f"objective.visible_weight: {self.objective.visible_weight}, is of codec2vec with codes or labels;"
+                " encodecmae has mae.masked_weight"
+            )
+
+    def _check_online(self) -> None:
+        model, online = self.model, self.online
+        if online.top_layers > model.layers:
+            raise UserError(f"online.top_layers: {online.top_layers}, the model has {model.layers} layers; lower it")
+        if online.variant == "spidr" and model.layerdrop > 0.0:
+            raise UserError(f"model.layerdrop: {model.layerdrop}, spidr looks at every layer; set it to 0")
+        if self.objective.gamma != "uniform":
+            raise UserError(f"objective.gamma: {self.objective.gamma}, but online clusters all weigh the same")
+        if self.objective.head != "linear":
+            raise UserError(f"objective.head: {self.objective.head}, but online clusters have linear heads")
+
+    def _check_encodecmae(self) -> None:
         if self.objective.target == "online":
             raise UserError("objective.target: online, but encodecmae predicts codes or labels")
         if self.model.positions != "sinusoidal":

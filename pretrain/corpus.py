@@ -40,6 +40,11 @@ class Corpus:
         """Classes of each stream of the label folders; () without such."""
         return self._labels[0].card.codebook_sizes if self._labels else ()
 
+    @property
+    def clustering(self) -> str:
+        """sha256 of the centroids, or of the file, that the label folders are from; "" without such."""
+        return self._labels[0].card.weights_sha256 if self._labels else ""
+
     def __len__(self) -> int:
         return int(self.first[-1])
 
@@ -88,4 +93,9 @@ def _common_card(shards: Sequence[Shards], num_codebooks: int | None) -> CodecCa
     kept = card.num_codebooks if num_codebooks is None else num_codebooks
     if kept > card.num_codebooks:
         raise UserError(f"data.num_codebooks: {kept}, but {shards[0].path} has {card.num_codebooks}; lower it")
-    return replace(card, codebook_sizes=card.codebook_sizes[:kept], codes_per_frame=card.codes_per_frame[:kept])
+    return with_codebooks(card, kept)
+
+
+def with_codebooks(card: CodecCard, count: int) -> CodecCard:
+    """The card of the first `count` codebooks of a codec."""
+    return replace(card, codebook_sizes=card.codebook_sizes[:count], codes_per_frame=card.codes_per_frame[:count])

@@ -91,9 +91,10 @@ def _validation(config: RunConfig, corpus: Corpus) -> tuple[Corpus, Ints]:
             f"{data.valid_dirs[0]}: codec {other.card.name}, training data {corpus.card.name}"
             f" ({other.card.difference(corpus.card)}); validate on shards of the same codec"
         )
-    if other.label_sizes != corpus.label_sizes:
+    if other.clustering != corpus.clustering:
         raise UserError(
-            f"data.valid_labels: {other.label_sizes} classes, data.labels have {corpus.label_sizes}; match them"
+            f"data.valid_labels: of clustering {other.clustering[:8] or 'none'}, data.labels of {corpus.clustering[:8]}"
+            "; label both with one (codecssl-pretrain label --clustering)"
         )
     return other, limited(other, np.arange(len(other)), data)
 

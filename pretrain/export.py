@@ -62,12 +62,17 @@ def export(run_dir: str | Path, output_dir: str | Path) -> None:
 
 def load_pretrained(path: str | Path) -> CodecModel:
     """The exported model, fp32 on the CPU, in evaluation mode; its codec's card is `model.card`."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(path)
     description = _read_description(folder)
     model = CodecModel(from_dict(ModelConfig, description["model"]), CodecCard.from_dict(description["codec"]))
-    load_weights(model, load_file(folder / "model.safetensors"), folder)
+    try:
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: model.safetensors is missing or damaged ({error}); export it again") from None
+    load_weights(model, weights, folder)
     return model.eval()
 
 

@@ -17,14 +17,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from codecssl.pretrain.chance import permuted
+from codecssl.pretrain.chance import permuted, smallest, uniform
 from codecssl.pretrain.cluster import Clustering, Features, Quality, fit
-from codecssl.tokenize.codec import CodecCard
+from codecssl.pretrain.corpus import with_codebooks
+from codecssl.tokenize.codec import CodecCard, check_device, file_sha256, load_codec_for
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.shards import Shards
+from codecssl.tokenize.weights import state_sha256
 from codecssl.tokenize.writer import write_shards
 
-_SAMPLE = 210  # a stream of random numbers
+_SAMPLE, _FRAMES = 210, 211  # streams of random numbers
 _BATCH_FRAMES = 8_000
 CENTROIDS = "clustering.safetensors"
 
@@ -42,6 +44,8 @@ class LabelConfig:
     clusters: int = 500
     sample_frames: int = 300_000
     """Frames that the clustering is fitted to."""
+    utterance_frames: int | None = None
+    """Most of them from one utterance, at random places (EnCodecMAE's self-training: one from each of 10,000)."""
     clustering: Path | None = None
     """Use these centroids instead of fitting any."""
     codec_weights: str | None = None
@@ -53,6 +57,9 @@ class LabelConfig:
             raise UserError(f"--clusters {self.clusters}: must be from 2 to 65536")
         if self.sample_frames < self.clusters:
             raise UserError(f"--sample-frames {self.sample_frames}: must be at least --clusters ({self.clusters})")
+        if self.utterance_frames is not None and self.utterance_frames < 1:
+            raise UserError(f"--utterance-frames {self.utterance_frames}: must be at least 1")
+        check_device(self.device)
         if not self.data:
             raise UserError("--data: no shard folder given")
 
@@ -62,11 +69,11 @@ class Extractor:
 
     def __init__(self, config: LabelConfig, card: CodecCard) -> None:
         self.device = torch.device(config.device)
+        self.num_codebooks = card.num_codebooks
+        """How many of the data's codebooks it reads: a model may have been trained on the first few."""
         self.tables: list[torch.Tensor] = []
         self.made_of = {"source": config.source, "layer": str(config.layer), "codec": card.name}
         if config.source == "latents":
-            from codecssl.tokenize.codec import load_codec_for
-
             self.tables = [t.to(self.device) for t in load_codec_for(card, weights=config.codec_weights).embeddings()]
             self.made_of |= {"layer": "latents", "weights_sha256": card.weights_sha256}
             return
@@ -76,13 +83,15 @@ class Extractor:
         states = self.model.config.layers + 1
         if not -states <= config.layer < states:
             raise UserError(f"--layer {config.layer}: {config.source} has 0 to {states - 1}, or -1 to -{states}")
+        card = with_codebooks(card, min(card.num_codebooks, self.model.card.num_codebooks))
         if self.model.card.fingerprint != card.fingerprint:
             raise UserError(
                 f"{config.source}: trained on codec {self.model.card.name}, the data is of {card.name}"
                 f" ({self.model.card.difference(card)})"
             )
+        self.num_codebooks = card.num_codebooks
         self.layer = config.layer % states
-        self.made_of |= {"layer": str(self.layer), "weights_sha256": _state_sha256(self.model)}
+        self.made_of |= {"layer": str(self.layer), "weights_sha256": state_sha256(self.model)}
 
     @torch.no_grad()
     def __call__(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[Features]:
@@ -113,7 +122,7 @@ def label(config: LabelConfig, say: Callable[[str], None] = print) -> dict[str, 
         if other.card.fingerprint != data[0].card.fingerprint:
             raise UserError(f"{other.path}: codec {other.card.name}, {data[0].path} has {data[0].card.name}")
     if config.output.exists() and any(config.output.iterdir()):
-        raise UserError(f"{config.output}: is not empty; give another --output")
+        raise UserError(f"{config.output}: is not empty; remove it, or give another --output")
     if config.source.endswith(".jsonl"):
         return _import(config, data, say)
     extract = Extractor(config, data[0].card)
@@ -153,7 +162,7 @@ def _clustering(
 ) -> Clustering:
     if config.clustering is None:
         say(f"fitting {config.clusters} clusters to {config.sample_frames} frames")
-        batches = _sampled(data, extract, config.seed)
+        batches = _sampled(config, data, extract)
         return Clustering(fit(batches, config.clusters, frames=config.sample_frames, seed=config.seed), extract.made_of)
     given = Clustering.load(config.clustering)
     for key in ("layer", "weights_sha256"):
@@ -165,15 +174,18 @@ def _clustering(
     return given
 
 
-def _sampled(data: Sequence[Shards], extract: Extractor, seed: int) -> Iterator[Features]:
+def _sampled(config: LabelConfig, data: Sequence[Shards], extract: Extractor) -> Iterator[Features]:
     """Features of utterances in random order, each once."""
     first = np.cumsum([0, *(len(shards) for shards in data)])
     total = int(first[-1])
     for begin in range(0, total, 1 << 16):
-        for index in permuted(np.arange(begin, min(begin + (1 << 16), total)), total, seed, _SAMPLE).tolist():
+        for index in permuted(np.arange(begin, min(begin + (1 << 16), total)), total, config.seed, _SAMPLE).tolist():
             folder = int(np.searchsorted(first, index, side="right")) - 1
-            if (codes := data[folder].codes(index - int(first[folder]))).shape[1]:
-                yield extract([codes])[0]
+            codes = data[folder].codes(index - int(first[folder]), num_codebooks=extract.num_codebooks)
+            if not (frames := codes.shape[1]):
+                continue
+            most = np.array([config.utterance_frames or frames])
+            yield extract([codes])[0][smallest(uniform(config.seed, _FRAMES, index, np.arange(frames))[None], most)[0]]
 
 
 def _labelled(
@@ -184,7 +196,7 @@ def _labelled(
 
     with tqdm(total=len(shards), unit=" utterances", disable=None) as bar:
         for batch in _batches(shards):
-            features = extract([shards.codes(i) for i in batch])
+            features = extract([shards.codes(i, num_codebooks=extract.num_codebooks) for i in batch])
             for index, own in zip(batch, features, strict=True):
                 utterance = shards.utterance(index)
                 labels, distance = clustering.assign(own)
@@ -237,12 +249,6 @@ def _label_card(card: CodecCard, classes: int, digest: str, source: str) -> Code
     )
 
 
-def _state_sha256(model: torch.nn.Module) -> str:
-    from codecssl.tokenize.weights import state_sha256
-
-    return state_sha256(model)
-
-
 # ---------------------------------------------------------------- labels from a file
 
 
@@ -250,9 +256,9 @@ def _import(config: LabelConfig, data: Sequence[Shards], say: Callable[[str], No
     """Labels from rows {"id": ..., "labels": [one per frame]}, in any order."""
     rows = _read_rows(Path(config.source))
     classes = max(int(row.max(initial=0)) for row in rows.values()) + 1
-    if classes < 2:
+    if all((row == classes - 1).all() for row in rows.values()):
         raise UserError(f"{config.source}: all labels are {classes - 1}; nothing can be learnt from them")
-    card = _label_card(data[0].card, classes, _file_sha256(Path(config.source)), config.source)
+    card = _label_card(data[0].card, classes, file_sha256(Path(config.source)), config.source)
     quality = Quality(classes)
     config.output.mkdir(parents=True, exist_ok=True)
     for folder, shards in zip(_folders(config), data, strict=True):
@@ -298,9 +304,3 @@ def _given(
         quality.add(wide, np.zeros(len(wide), dtype=np.float32))
         quality.add_phones(wide, _phones(utterance.labels, float(shards.card.frame_rate), len(wide)))
         yield utterance.id, wide[None, :], {}
-
-
-def _file_sha256(path: Path) -> str:
-    from codecssl.tokenize.codec import file_sha256
-
-    return file_sha256(path)

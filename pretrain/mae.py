@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from codecssl.pretrain.config import MaeConfig, ObjectiveConfig
-from codecssl.pretrain.fs2 import BatchLayout, Linear, init_bert_projection
+from codecssl.pretrain.fs2 import BatchLayout
 from codecssl.pretrain.layers import SinusoidalPositions, make_encoder
 from codecssl.pretrain.loader import Batch
 from codecssl.pretrain.model import CodecModel
@@ -21,6 +21,7 @@ from codecssl.pretrain.objective import (
     Scores,
     codebook_weights,
     encoder_flops,
+    make_heads,
     not_padding,
     parameters,
     score,
@@ -40,7 +41,7 @@ class EncodecMae(Objective):
             nn.init.zeros_(self.mask_token)
         self.positions = SinusoidalPositions(dim)
         self.decoder = make_encoder(replace(model.config, layers=config.decoder_layers, layerdrop=0.0))
-        self.heads = Linear(dim, sum(self.sizes), bias=True, init_fn=init_bert_projection)
+        self.heads = make_heads(objective, dim, self.sizes)
         self.gamma = codebook_weights(objective.gamma, len(self.sizes))
 
     def forward(self, batch: Batch, *, detailed: bool = False, score_visible: bool = False) -> Loss:

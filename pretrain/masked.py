@@ -3,10 +3,18 @@
 from torch import Tensor
 
 from codecssl.pretrain.config import ObjectiveConfig
-from codecssl.pretrain.fs2 import Linear, init_bert_projection
 from codecssl.pretrain.loader import Batch
 from codecssl.pretrain.model import CodecModel
-from codecssl.pretrain.objective import Loss, Objective, Scores, codebook_weights, not_padding, parameters, score
+from codecssl.pretrain.objective import (
+    Loss,
+    Objective,
+    Scores,
+    codebook_weights,
+    make_heads,
+    not_padding,
+    parameters,
+    score,
+)
 from codecssl.pretrain.targets import Target
 
 
@@ -15,15 +23,14 @@ class MaskedPrediction(Objective):
 
     loss = mean over masked frames of sum_s gamma_s CE_s + visible_weight * the same over visible frames
 
-    The means are over the global batch. Padding is in neither. Heads are one matrix, applied only where
-    needed.
+    The means are over the global batch. Padding is in neither. Heads are applied only where needed.
     """
 
     def __init__(self, model: CodecModel, target: Target, config: ObjectiveConfig) -> None:
         super().__init__()
         self.model, self.target, self.sizes = model, target, target.sizes
         self.visible_weight = config.visible_weight
-        self.heads = Linear(model.config.dim, sum(target.sizes), bias=True, init_fn=init_bert_projection)
+        self.heads = make_heads(config, model.config.dim, target.sizes)
         self.gamma = codebook_weights(config.gamma, len(target.sizes))  # not a buffer: a bf16 engine would round it
 
     def forward(self, batch: Batch, *, detailed: bool = False, score_visible: bool = False) -> Loss:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codecssl.pretrain.config import ENCODECMAE_GAMMA
+from codecssl.pretrain.config import ENCODECMAE_GAMMA, ObjectiveConfig
+from codecssl.pretrain.fs2 import Linear, init_bert_projection
 from codecssl.pretrain.loader import Batch
 from codecssl.pretrain.model import CodecModel
 from codecssl.tokenize.errors import UserError
@@ -92,6 +93,30 @@ class Objective(nn.Module):
             front += parameters(self.model.positions)
         heads = 6.0 * self.head_parameters() * int(batch.mask.sum())
         return 6.0 * front * sum(batch.frames) + encoder_flops(self.model.encoder, batch.frames) + heads
+
+
+class CosineHeads(nn.Module):
+    """Hidden states [N, D] -> logits [N, sum of sizes]: for each stream s the cosines of a projection A_s h with the
+    embeddings of the stream's classes, divided by the temperature (HuBERT, arXiv 2106.07447, equation 3)."""
+
+    def __init__(self, dim: int, sizes: Sequence[int], width: int, temperature: float) -> None:
+        super().__init__()
+        self.sizes, self.temperature = list(sizes), temperature
+        self.projection = Linear(dim, len(sizes) * width, bias=True)
+        self.classes = nn.Parameter(torch.empty(sum(sizes), width).uniform_())  # as HuBERT's label_embs_concat
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        projected = F.normalize(self.projection(hidden).float().unflatten(1, (len(self.sizes), -1)), dim=2)
+        classes = F.normalize(self.classes.float(), dim=1).split(self.sizes)
+        cosines = [projected[:, stream] @ own.t() for stream, own in enumerate(classes)]
+        return torch.cat(cosines, dim=1) / self.temperature
+
+
+def make_heads(config: ObjectiveConfig, dim: int, sizes: Sequence[int]) -> nn.Module:
+    """Hidden states [N, D] -> logits of all streams side by side, [N, sum of sizes]."""
+    if config.head == "cosine":
+        return CosineHeads(dim, sizes, config.head_dim, config.temperature)
+    return Linear(dim, sum(sizes), bias=True, init_fn=init_bert_projection)
 
 
 def parameters(module: nn.Module) -> int:

@@ -18,7 +18,6 @@ from codecssl.pretrain.layers import make_encoder
 from codecssl.pretrain.loader import Batch
 from codecssl.pretrain.model import CodecModel
 from codecssl.pretrain.objective import Loss, Objective, Scores, codebook_weights, not_padding, parameters, score
-from codecssl.tokenize.errors import UserError
 
 _EPSILON = 1e-5
 
@@ -26,16 +25,12 @@ _EPSILON = 1e-5
 class OnlineClusters(Objective):
     """Codec2Vec's online target; streams are the clustered layers, from the lowest to the last.
 
-    steps: of the whole run, for the teacher's schedule. Raises UserError for more layers than the model has.
+    steps: of the whole run, for the teacher's schedule.
     """
 
     def __init__(self, model: CodecModel, config: OnlineConfig, steps: int) -> None:
         super().__init__()
-        layers, dim = model.config.layers, model.config.dim
-        if config.top_layers > layers:
-            raise UserError(f"online.top_layers: {config.top_layers}, the model has {layers} layers; lower it")
-        if config.variant == "spidr" and model.config.layerdrop > 0.0:
-            raise UserError(f"model.layerdrop: {model.config.layerdrop}, spidr looks at every layer; set it to 0")
+        dim = model.config.dim
         self.model, self.config, self.steps = model, config, steps
         self.sizes = (config.clusters,) * config.top_layers
         self.gamma = codebook_weights("uniform", config.top_layers)
@@ -92,7 +87,10 @@ class OnlineClusters(Objective):
 
     @torch.no_grad()
     def teacher_features(self, batch: Batch) -> list[Tensor]:
-        """Per stream float32 [B, T, D]: the teacher's feed-forward outputs, instance-normed over each item's frames."""
+        """Per stream float32 [B, T, D]: the teacher's feed-forward outputs, instance-normed over each item's frames.
+
+        What comes before the layers (tables, positions, a post-norm model's first norm) is the student's own.
+        """
         teacher = self._made_teacher()
         x, layout = self.model.front(batch.codes, batch.frames, dropout=False)
         with _outputs_of([layer.ffn for layer in teacher.layers][-len(self.sizes) :]) as outputs:

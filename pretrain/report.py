@@ -1,9 +1,11 @@
 """Said and checked about a run: the model, the data, whether the targets can teach anything, whether it learns."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.loader import Batch, Loader
@@ -17,9 +19,9 @@ _LEARNING = 200  # steps in which every model gives one answer to everything: th
 _DEGENERATE = 1.5  # perplexity of the targets or guesses below which nearly every frame has the same one
 
 
-def check_targets(train: Loader, target: Target | None) -> list[float]:
-    """Perplexity of each stream's targets over the first batches; UserError when one is (nearly) constant; none
-    where targets are made while training.
+def check_targets(train: Loader, target: Target | None) -> list[Tensor]:
+    """Histogram of each stream's targets over the first batches, int64 [V_s]; UserError when one is (nearly) constant;
+    none where targets are made while training.
 
     Labels that all fell on one id have cost people a month: the loss goes to zero and looks like success.
     """
@@ -38,9 +40,9 @@ def check_targets(train: Loader, target: Target | None) -> list[float]:
             raise UserError(
                 f"targets: stream {stream} is (nearly) constant: class {int(count.argmax())} has"
                 f" {100.0 * float(count.max()) / float(count.sum()):.1f} % of {int(count.sum())} frames"
-                f" (perplexity {perplexity:.2f} of {len(count)}); check the data that was tokenized"
+                f" (perplexity {perplexity:.2f} of {len(count)}); check the data that was tokenized, or data.labels"
             )
-    return perplexities
+    return counts
 
 
 def collapse(
@@ -75,8 +77,8 @@ def model_report(objective: Objective, card: CodecCard, device: Any) -> str:
     )
 
 
-def data_report(train: Loader, valid: Loader | None, config: RunConfig, perplexities: list[float]) -> str:
-    """Lines on what it is trained on, and for how long."""
+def data_report(train: Loader, valid: Loader | None, config: RunConfig, targets: list[Tensor]) -> str:
+    """Lines on what it is trained on, and for how long. targets: histograms of `check_targets`."""
     plan, card, steps = train.plan, train.corpus.card, config.optim.steps
     hours = plan.frames_per_epoch / float(card.frame_rate) / 3600
     lines = [
@@ -85,9 +87,22 @@ def data_report(train: Loader, valid: Loader | None, config: RunConfig, perplexi
         f" {plan.frames_per_epoch // plan.steps_per_epoch} frames an epoch; {steps} steps ="
         f" {steps / plan.steps_per_epoch:.1f} epochs",
         f"validation: {valid.plan.frames_per_epoch} frames held out" if valid else "validation: none",
-        "targets: perplexity per codebook " + " ".join(f"{value:.0f}" for value in perplexities),
+        targets_report(targets),
     ]
     return "\n".join(lines)
+
+
+def targets_report(targets: list[Tensor]) -> str:
+    """One line on the histograms of the targets."""
+    if not targets:
+        return "targets: made while training"
+    perplexities = histogram_perplexity(targets)
+    columns = (
+        ("entropy in bits", [f"{math.log2(value):.2f}" for value in perplexities]),
+        ("perplexity", [f"{value:.0f} of {len(count)}" for value, count in zip(perplexities, targets, strict=True)]),
+        ("% in the commonest class", [f"{100.0 * float(count.max() / count.sum()):.1f}" for count in targets]),
+    )
+    return "targets: " + "; ".join(f"{name} {', '.join(values)}" for name, values in columns)
 
 
 def training_flops(objective: Objective, batches: list[Batch]) -> float:

@@ -3,6 +3,8 @@
 from contextlib import ExitStack
 from pathlib import Path
 
+from torch import Tensor
+
 from codecssl.pretrain import checkpoint, rundir
 from codecssl.pretrain.build import build
 from codecssl.pretrain.checkpoint import Saved
@@ -33,7 +35,7 @@ def run(config: RunConfig, output: Path, *, profile: bool = False) -> None:
     """
     peers = join_ranks()
     train, valid, held_out = peers.together(lambda: open_data(config, peers.ranks))
-    perplexities = peers.once(lambda: _check(config, train))
+    targets = peers.once(lambda: _check(config, train))
     found, warnings = peers.once(lambda: _claim(config, output, train, held_out))
     objective, saved = peers.together(lambda: _objective(config, train.corpus, found))
     state = saved.state
@@ -43,7 +45,7 @@ def run(config: RunConfig, output: Path, *, profile: bool = False) -> None:
         for warning in warnings:
             telemetry.warn(warning)
         telemetry.say(model_report(objective, train.corpus.card, peers.device))
-        telemetry.say(data_report(train, valid, config, perplexities))
+        telemetry.say(data_report(train, valid, config, targets))
         telemetry.say(_engine_report(config, peers, found))
         curve = find(curve_key(config, train.corpus.card.weights_sha256, train.plan.frames_per_epoch))
         telemetry.expected = curve.losses if curve else {}
@@ -53,6 +55,8 @@ def run(config: RunConfig, output: Path, *, profile: bool = False) -> None:
         beat = output / "ranks" / f"{peers.rank:05d}.json"
         watch = stack.enter_context(Watchdog(config.log.stall_minutes, rank=peers.rank, hint=_STUCK, beat=beat))
         tracer = stack.enter_context(Tracer(output / "profile")) if profile and peers.first else None
+        if tracer and config.optim.steps - int(state["step"]) < Tracer.STEPS:
+            telemetry.warn(f"--profile: no trace, it wants {Tracer.STEPS} steps and fewer are left; raise optim.steps")
         Training(config, output, engine, train, valid, telemetry, peers, stop, watch, tracer).to_the_end(state)
         rows = [(row["step"], row["loss"]) for row in telemetry.rows if row["split"] == "valid"]
         if curve and (line := verdict(curve, rows)):
@@ -79,8 +83,8 @@ class Mute(Telemetry):
     close = draw
 
 
-def _check(config: RunConfig, train: Loader) -> list[float]:
-    """Perplexities of the targets, over whole global batches."""
+def _check(config: RunConfig, train: Loader) -> list[Tensor]:
+    """Histograms of the targets, over whole global batches."""
     whole = Loader(train.corpus, train.plan, config.mask, config.objective, seed=config.seed)
     return check_targets(whole, make_target(config.objective, train.corpus.card, train.corpus.label_sizes))
 
@@ -100,7 +104,7 @@ def _claim(config: RunConfig, output: Path, train: Loader, held_out: Corpus) -> 
 
 def _objective(config: RunConfig, corpus: Corpus, found: Path | None) -> tuple[Objective, Saved]:
     """What is trained, as the checkpoint has it, or new."""
-    objective = build(config, corpus, from_codec=found is None)
+    objective = build(config, corpus, fresh=found is None)
     if found is None:
         return objective, Saved({"step": 0, "losses": []})
     saved = checkpoint.load(found)

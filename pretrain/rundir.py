@@ -28,13 +28,15 @@ _PACKAGES = ("codecssl", "torch", "fairseq2", "fairseq2n", "deepspeed", "numpy")
 
 
 def claim(run: Path, config: RunConfig, data: dict[str, Any]) -> None:
-    """Make `run` the folder of this config and this data, or check that it already is.
+    """Make `run` the folder of this config and this data, or check that it already is; until a step has been told or
+    saved there, both may still change.
 
     data: {"codec": card as a dict, "train": fingerprints, "valid": fingerprints}.
     """
     if (run / "config.yaml").exists():
-        _check_config(run, config)
-        _check_data(run, data)
+        if _has_begun(run):
+            _check_config(run, config)
+            _check_data(run, data)
     elif run.exists() and any(run.iterdir()):
         raise UserError(f"{run}: has files in it but is not a run folder; give another --output")
     run.mkdir(parents=True, exist_ok=True)
@@ -48,19 +50,20 @@ def read_config(run: Path) -> RunConfig:
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run}: is not a run folder (no config.yaml); give the --output of codecssl-pretrain run")
-    return from_dict(RunConfig, yaml.safe_load(path.read_text()))
+    try:
+        return from_dict(RunConfig, yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())}); bring it back from a backup") from None
 
 
 def read_data(run: Path) -> dict[str, Any]:
     """What `claim` was told of the data."""
-    data: dict[str, Any] = json.loads((run / "data.json").read_text())
-    return data
+    return _read_json(run / "data.json")
 
 
 def read_versions(run: Path) -> dict[str, str]:
     """The versions under which a run was last started."""
-    found: dict[str, str] = json.loads((run / "versions.json").read_text())
-    return found
+    return _read_json(run / "versions.json")
 
 
 def versions() -> dict[str, str]:
@@ -71,6 +74,20 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
+    return found
+
+
+def _has_begun(run: Path) -> bool:
+    """Whether there is anything that another config or other data would spoil."""
+    rows, checkpoints = run / "metrics.jsonl", run / "checkpoints"
+    return (rows.exists() and rows.stat().st_size > 0) or any(checkpoints.glob("*step-*"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}); bring it back from a backup") from None
     return found
 
 

@@ -12,6 +12,9 @@ class Tracer:
     """Traces _TRACED steps after the first few; writes FOLDER/trace.json (for ui.perfetto.dev or chrome://tracing) and
     FOLDER/table.txt. Used around the steps, with `step` after each."""
 
+    STEPS = _SKIPPED + _WARMED + _TRACED
+    """Steps after which the trace is written."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         activities = [torch.profiler.ProfilerActivity.CPU]

@@ -17,12 +17,13 @@ from codecssl.pretrain.loader import Batch, Loader
 from codecssl.pretrain.objective import Scores, merged, summary
 from codecssl.pretrain.peers import PREEMPTED, Peers
 from codecssl.pretrain.report import collapse, training_flops
-from codecssl.pretrain.telemetry import Row, Telemetry, machine_row
+from codecssl.pretrain.telemetry import Row, Telemetry, clock, machine_row
 from codecssl.pretrain.tracer import Tracer
 from codecssl.pretrain.watch import StopSignal, Watchdog
 from codecssl.tokenize.errors import UserError
 
 _DROPOUT = 200  # a stream of random numbers
+_ESTIMATED = 5  # steps from which the time that a run takes is estimated, before its first row
 
 
 class Window:
@@ -68,9 +69,15 @@ class Training:
             self.telemetry.say(f"{self.output}: all {last} steps are done")
             return
         self.window = Window(state["losses"])
+        began, warm = self.saved, 0.0
         for done, (waited, parts) in enumerate(self._batches(self.saved, last), start=self.saved + 1):
+            if done == began + 2:  # the first step of a start is a slow one
+                warm = time.perf_counter()
             self._step(done, parts, waited, due=done % log.log_every == 0 or done == last)
             paused = time.perf_counter()
+            if done == began + _ESTIMATED and log.log_every > _ESTIMATED:
+                left = (last - done) * (paused - warm) / (_ESTIMATED - 1)
+                self.telemetry.say(f"step {done:>6} | estimated time for the other {last - done} steps: {clock(left)}")
             if self.valid and (done % log.valid_every == 0 or done == last):
                 self._log(self.validate(done))
                 self.peers.once(self.telemetry.draw)
@@ -81,24 +88,29 @@ class Training:
                 self.tracer.step()
         self.peers.once(self.telemetry.draw)
 
-    def update(self, step: int, parts: list[Batch], *, detailed: bool) -> tuple[Tensor, list[Scores], float | None]:
+    def update(
+        self, step: int, parts: list[Batch], *, detailed: bool
+    ) -> tuple[Tensor, list[Scores], list[Scores], float | None]:
         """One optimizer step on this rank's micro-batches of step (0, 1, ...).
 
-        Returns its part of the loss, its scores at masked frames (counted in detail, if asked) and the norm of the
-        whole gradient.
+        Returns its part of the loss, its scores at masked frames and, where they are in the loss, at visible ones
+        (counted in detail, if asked), and the norm of the whole gradient.
         """
         # Dropout and layerdrop start afresh every step, so that a resumed run needs no generator's state.
         torch.manual_seed(int(hashed(self.config.seed, _DROPOUT, step, self.peers.rank)[0] >> np.uint64(1)))
-        total, scores, norm = torch.zeros((), device=self.engine.device), [], None
+        total, norm = torch.zeros((), device=self.engine.device), None
+        masked: list[Scores] = []
+        visible: list[Scores] = []
         with self.peers.hearing():
             for batch in parts:
                 loss = self.engine(batch.to(self.engine.device), detailed=detailed)
                 backward(self.engine, loss.total)
                 total = total + loss.total.detach()
-                scores.append(loss.masked)
+                masked.append(loss.masked)
+                visible += [loss.visible] if loss.visible else []
                 norm = take_step(self.engine, want_norm=detailed)
             after_update(self.engine, step + 1)
-        return total, scores, norm
+        return total, masked, visible, norm
 
     @torch.no_grad()
     def validate(self, step: int) -> Row:
@@ -124,8 +136,7 @@ class Training:
             "step": step,
             "loss": module.weighted(means, others),
             **means,
-            "visible_cross_entropy": others["cross_entropy"],
-            "visible_accuracy": others["accuracy"],
+            **_of_visible(others),
         }
 
     def _batches(self, first: int, last: int) -> Iterator[tuple[float, list[Batch]]]:
@@ -152,7 +163,7 @@ class Training:
     def _step(self, done: int, parts: list[Batch], waited: float, *, due: bool) -> None:
         self._report(f"in step {done}")
         lr = self.engine.get_lr()[0]
-        loss, scores, norm = self.update(done - 1, parts, detailed=due)
+        loss, masked, visible, norm = self.update(done - 1, parts, detailed=due)
         self.window.add(loss, parts, waited, training_flops(self.engine.module, parts))
         bad_norm = norm is not None and not np.isfinite(norm)
         if due or bad_norm:
@@ -160,10 +171,13 @@ class Training:
         if bad_norm:
             self._not_finite(done, f"the gradient's norm is {norm}")
         if due:
-            self._row(done, parts, scores, lr=lr, grad_norm=norm)
+            self._row(done, parts, masked, visible, lr=lr, grad_norm=norm)
             self.window = Window()
 
-    def _row(self, done: int, parts: list[Batch], scores: list[Scores], *, lr: float, grad_norm: float | None) -> None:
+    def _row(
+        self, done: int, parts: list[Batch], masked_scores: list[Scores], visible_scores: list[Scores],
+        *, lr: float, grad_norm: float | None,
+    ) -> None:  # fmt: skip
         window, peers = self.window, self.peers
         seconds = max(time.perf_counter() - window.started, 1e-9)
         counts = [(sum(part.frames), int(part.mask.sum()), part.mask.numel()) for part in parts]
@@ -172,7 +186,9 @@ class Training:
         ).tolist()
         machine = machine_row(flops / seconds / peers.world_size, self.config.engine.precision)
         waited, machine["memory_gib"] = peers.largest(window.waited, machine["memory_gib"])
-        means = summary(unpacked(peers.total(packed(merged(scores))), self.engine.module.sizes))
+        means = self._means(masked_scores)
+        if visible_scores:
+            means |= _of_visible(self._means(visible_scores))
         row: Row = {
             "split": "train",
             "step": done,
@@ -195,6 +211,10 @@ class Training:
         self._log(row)
         if warning := collapse(done, self.config.optim.steps, row["predicted_perplexity"], row["target_perplexity"]):
             self.telemetry.warn(warning)
+
+    def _means(self, scores: list[Scores]) -> dict[str, list[float]]:
+        """Metrics of the whole global batch, from every rank's scores."""
+        return summary(unpacked(self.peers.total(packed(merged(scores))), self.engine.module.sizes))
 
     def _save(self, done: int) -> None:
         self._report(f"saving step {done}")
@@ -231,6 +251,11 @@ class Training:
             f"step {step}: {what}; lower optim.lr (now {optim.lr}) or optim.clip_norm (now {optim.clip_norm}), and"
             " start again: the last checkpoint is from before"
         )
+
+
+def _of_visible(means: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The part of a summary at visible frames that a row has."""
+    return {f"visible_{key}": means[key] for key in ("cross_entropy", "accuracy")}
 
 
 def packed(scores: Scores) -> Tensor:

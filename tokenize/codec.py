@@ -5,6 +5,7 @@ A new codec is one file beside this one with a loader, and one line in `BACKENDS
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import json
@@ -190,6 +191,14 @@ def stored_tables(codec: Codec) -> list[Tensor]:
     return codec.entries() if isinstance(codec, Narrow) else codec.embeddings()
 
 
+def encode_each(codec: Codec, waves: Sequence[Tensor]) -> list[Tensor]:
+    """`Codec.encode`, one wave after another: alone, a wave's bits cannot depend on its batch."""
+    import torch
+
+    streams = ((codec.stream(), wave) for wave in waves)
+    return [torch.cat([stream.push(wave), stream.finish()], dim=1) for stream, wave in streams]
+
+
 @runtime_checkable
 class Reference(Protocol):
     """What a codec may offer beside: the plain way, as users of the reference package encode a file."""
@@ -295,10 +304,11 @@ def load_codec(name_or_path: str, *, num_codebooks: int | None = None, device: s
     """Load a codec by NAME, by the PATH or URL of its weights, or by NAME@PATH where a path alone is ambiguous.
 
     num_codebooks keeps the first (coarsest) codebooks; the default is the backend's own.
-    Raises UserError for an unknown name, missing weights, or a count out of range.
+    Raises UserError for an unknown name, missing weights, a count out of range, or a device that is not there.
     """
     from codecssl.tokenize.weights import download, is_url, local
 
+    check_device(device)
     name, _, path = name_or_path.partition("@")
     if name in BACKENDS:
         path = str(download(path)) if is_url(path) else local(path) if path else ""
@@ -309,7 +319,21 @@ def load_codec(name_or_path: str, *, num_codebooks: int | None = None, device: s
         return _loader(found := identify(Path(name_or_path)))(found, local(name_or_path), num_codebooks, device)
     if "/" in name_or_path or name_or_path.startswith("."):
         raise UserError(f"codec {name_or_path!r}: no such file or folder; give a path that exists or a codec's name")
-    raise UserError(f"unknown codec {name_or_path!r}: give a path or one of {', '.join(sorted(BACKENDS))}")
+    near = difflib.get_close_matches(name, BACKENDS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"unknown codec {name_or_path!r}: give a path or one of {', '.join(sorted(BACKENDS))}{hint}")
+
+
+def check_device(device: str) -> None:
+    """Raises UserError for what is neither cpu nor a GPU of this machine."""
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise UserError(f"device {device!r}: give cpu, cuda, or cuda:1 for the second GPU")
+    import torch
+
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(number or 0) >= there:
+        raise UserError(f"device {device!r}: torch finds {there} CUDA devices on this machine; give cpu")
 
 
 def load_codec_for(card: CodecCard, *, device: str = "cpu", weights: str | None = None) -> Codec:
@@ -332,7 +356,10 @@ def identify(path: Path) -> str:
     """The name of the codec whose weights lie at `path`. Raises UserError when none is recognised."""
     config = path / "config.json"
     if config.exists():
-        values = json.loads(config.read_text())
+        try:
+            values = dict(json.loads(config.read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{config}: not a model's configuration ({error})") from error
         kind, rate = values.get("model_type"), values.get("sampling_rate") or values.get("sample_rate")
         kind = kind or ("snac" if "vq_strides" in values else None)
         if name := MODEL_TYPES.get((str(kind), rate or 0)):

@@ -10,15 +10,16 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from codecssl.tokenize.codec import BACKENDS
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.errors import UserError, one_line
 
 
-def missing(name: str, source: str) -> UserError:
-    """The error for weights that are not there: it says how to get them."""
-    return UserError(f"codec {name}: no weights at {source}; get them by {BACKENDS[name].weights}")
+def missing(name: str, source: str, why: str = "") -> UserError:
+    """The error for weights that are not there, or why they are none: it says how to get them."""
+    return UserError(f"codec {name}: no weights at {source}{why}; get them by {BACKENDS[name].weights}")
 
 
 def local(source: str) -> str:
@@ -32,13 +33,48 @@ def load_pretrained(name: str, kind: Any, source: str) -> Any:
     Returned in float32, in eval mode, without gradients. Raises UserError when there are no such weights.
     """
     try:
-        model, found = kind.from_pretrained(source, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:  # of what is not there, no model, and weights of another shape
-        raise missing(name, source) from error
+        model, found = _from_disk_or_hub(kind, source)
+    except Exception as error:  # of what is not there, no model, weights of another shape, and a torn config.json
+        raise missing(name, source, f" ({one_line(error)})" if Path(source).exists() else "") from error
     # transformers would go on with random values in their place, and a warning; a mask for training decides no code
     if lacking := sorted(key for key in found["missing_keys"] if not key.endswith("masked_spec_embed")):
         raise UserError(f"codec {name}: {source} lacks {lacking[0]}; give the whole checkpoint")
     return model.float().eval().requires_grad_(False)
+
+
+def _from_disk_or_hub(kind: Any, source: str) -> Any:
+    try:
+        return kind.from_pretrained(source, output_loading_info=True, local_files_only=True)
+    except OSError:
+        if Path(source).exists():
+            raise
+        ask_hub(source)
+        return kind.from_pretrained(source, output_loading_info=True)
+
+
+def ask_hub(repository: str) -> None:
+    """Raises OSError or ValueError when the hub does not answer or has no such repository: downloads would ask it
+    again and again, for most of a minute."""
+    from huggingface_hub import model_info
+
+    model_info(repository, timeout=10)
+
+
+def th_file(weights: str | None, cached: str) -> Path | None:
+    """The encodec package's .th file: `weights`, or, where none are named, the one that lies in torch hub's cache."""
+    if weights is None:
+        path = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache/torch")) / "hub/checkpoints" / cached
+    else:
+        path = Path(weights)
+    return path if path.is_file() else None
+
+
+def fill(model: nn.Module, path: Path, name: str) -> None:
+    """Put the tensors of a file of `torch.save` into `model`. Raises UserError when they are others, or none."""
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # a pickle of something else may raise anything
+        raise UserError(f"{path}: not the weights of {name} ({one_line(error)})") from error
 
 
 def state_sha256(model: nn.Module) -> str:

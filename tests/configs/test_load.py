@@ -57,6 +57,7 @@ def test_yaml_round_trip(file: str) -> None:
         (["--inner=3"], "'inner' is a section"),
         (["--inner.width=wide"], "inner.width"),
         (["--inner.width"], "has no value"),
+        (["--inner.width", "--seed=3"], "override --inner.width: has no value"),
         (["width=3"], "overrides are --section.key value"),
     ],
 )

@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from codecssl.pretrain import checkpoint
+from codecssl.pretrain import run as run_module
+from codecssl.pretrain import status as status_module
 from codecssl.pretrain.cli import main
 from codecssl.pretrain.telemetry import Row, Telemetry, read_rows
 
@@ -52,6 +54,18 @@ def test_mistakes_are_one_line_and_exit_1(
     data = ["--data", str(make_shards())]
     assert main([*tiny, *data, *out, "--optim.lrr", "1"]) == 1
     assert "unknown key 'optim.lrr'; did you mean 'optim.lr'?" in error_line(capsys)
+    assert main(["run", "--optim.steps", "x", "codec2vec_tiny_codes", *data, *out]) == 1, "in any order"
+    assert "key \"optim.steps\": Expected a <class 'int'>" in error_line(capsys)
+    assert main([*tiny, *data, "--otput", "here"]) == 1
+    assert "option --otput: unknown; did you mean --output?" in error_line(capsys)
+    assert main([*tiny, *data, *out, "--data.weights", "[-1]"]) == 1
+    assert "data.weights: -1.0, must be at least 0" in error_line(capsys)
+    assert main([*tiny, *data, *out, "--optim.betas", "[0.9, 1.2]"]) == 1
+    assert "optim.betas: 1.2, must be at least 0 and below 1" in error_line(capsys)
+    assert main([*tiny, *data, *out, "--model.positions", "rotary", "--model.rotary_max_frames", "99"]) == 1
+    assert "data.crop_frames: 250, must be at most model.rotary_max_frames (99)" in error_line(capsys)
+    assert main([*tiny, *data, *out, "--data.labels", str(tmp_path)]) == 1
+    assert "data.labels: given, but objective.target is codes" in error_line(capsys)
     assert main([*tiny, *data, str(make_shards("other", codec="another")), *out, *SMALL]) == 1
     assert "train on shards of one codec" in error_line(capsys)
     assert main([*tiny, *out]) == 1
@@ -73,6 +87,7 @@ def test_a_full_disk_is_one_line_wherever_it_strikes(
 
     monkeypatch.setattr(Telemetry, "log", full)
     run = ["run", "codec2vec_tiny_codes", "--data", str(make_shards()), "--output", str(tmp_path / "run"), *SMALL]
+    run.append("--optim.steps=2")
     assert main(run) == 1
     assert "No space left on device; make it readable, or make room" in error_line(capsys)
     monkeypatch.undo()
@@ -81,6 +96,27 @@ def test_a_full_disk_is_one_line_wherever_it_strikes(
     monkeypatch.setattr(shutil, "copyfile", lambda source, target: Path("/dev/full").write_text("weights"))
     assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "model")]) == 1
     assert f"{tmp_path / 'model'}: disk full; make room" in error_line(capsys)
+
+
+def test_a_file_system_that_refuses_and_an_interrupt_are_one_line(
+    make_shards: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ["run", "codec2vec_tiny_codes", "--data", str(make_shards()), "--output", str(tmp_path / "run"), *SMALL]
+    assert main([*run, "--optim.steps=1"]) == 0
+    capsys.readouterr()
+    (tmp_path / "file").touch()
+    assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "file")]) == 1
+    assert f"error: {tmp_path / 'file'}: Not a directory" in error_line(capsys)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "run", interrupted)
+    assert main(run) == 1
+    assert "interrupted; the same command goes on" in error_line(capsys)
+    monkeypatch.setattr(status_module, "status", interrupted)
+    assert main(["status", str(tmp_path / "run")]) == 1
+    assert error_line(capsys) == "error: interrupted\n", "only a training run goes on"
 
 
 def test_wrong_usage_exits_2() -> None:

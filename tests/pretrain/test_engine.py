@@ -6,7 +6,10 @@ from typing import Literal
 import pytest
 import torch
 
+from codecssl.pretrain import engine
+from codecssl.pretrain.build import build
 from codecssl.pretrain.config import DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig
+from codecssl.pretrain.corpus import Corpus
 from codecssl.pretrain.data import open_data
 from codecssl.pretrain.engine import deepspeed_config, schedule
 from codecssl.pretrain.peers import join_ranks
@@ -87,3 +90,15 @@ def test_data_that_cannot_fill_all_ranks_are_refused(make_shards: Callable[..., 
     )
     with pytest.raises(UserError, match=r"do not fill 64 part\(s\).*use fewer parts \(ranks x engine.accumulation\)"):
         open_data(config, Ranks(rank=0, world_size=64, local_rank=0))
+
+
+def test_compile_compiles_every_layer_for_any_length(
+    make_shards: Callable[..., Path], small_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the compiler makes of them is torch's business, and costs a minute."""
+    config = small_config(make_shards(), engine={"compile": True}, model={"norm": "pre"})
+    objective = build(config, Corpus(config.data.dirs), fresh=True)
+    compiled: list[tuple[object, dict[str, object]]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
+    engine._prepare_layers(objective, config)
+    assert compiled == [(layer, {"dynamic": True}) for layer in objective.model.encoder.layers]

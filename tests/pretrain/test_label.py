@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from scipy.spatial.distance import cdist
 from sklearn.metrics import mutual_info_score
 
+from codecssl.pretrain import label as label_module
 from codecssl.pretrain.cli import main
 from codecssl.pretrain.cluster import Clustering, Quality, fit, phone_measures
 from codecssl.pretrain.config import RunConfig
@@ -119,6 +121,45 @@ def test_labels_are_the_nearest_centroids_of_the_layer_and_can_be_trained_on(
     assert len(Shards(again / "1-other")) == len(Shards(other))
 
 
+def test_a_model_of_the_first_codebooks_labels_shards_with_more(
+    make_shards: Callable[..., Path], small_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """EnCodecMAE reads 8 of 32 codebooks; what lies in the others must not matter, nor stop its self-training."""
+    run(small_config(make_shards("data"), data={"num_codebooks": 2}, optim={"steps": 1}), tmp_path / "run")
+    data, first = Shards(tmp_path / "data"), np.array([[1], [1], [0]])
+    found = label(LabelConfig(source=str(tmp_path / "run"), data=(data.path,), output=tmp_path / "a", clusters=9))
+    assert found["frames"] == int(data.frames.sum())
+    write_shards(tmp_path / "fewer", data.card, [(u.id, data.codes(u.index) * first, {}) for u in data.utterances()])
+    same = LabelConfig(source=str(tmp_path / "a.model"), data=(tmp_path / "fewer",), output=tmp_path / "b", clusters=9)
+    label(same)
+    for index in range(len(data)):
+        assert np.array_equal(Shards(tmp_path / "a").codes(index), Shards(tmp_path / "b").codes(index))
+    one = replace(data.card, codebook_sizes=(16,), codes_per_frame=(1,))
+    write_shards(tmp_path / "one", one, [("u", data.codes(0)[:1], {})])
+    with pytest.raises(UserError, match=r"trained on codec synthetic.*codebook_sizes \[16, 12\] against \[16\]"):
+        label(replace(same, data=(tmp_path / "one",), output=tmp_path / "c"))
+
+
+def test_a_sample_may_be_spread_over_many_utterances(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EnCodecMAE's self-training clusters 10,000 frames of as many crops, not all frames of a few."""
+    seen: list[np.ndarray] = []
+
+    def fitted(batches: Iterator[np.ndarray], clusters: int, *, frames: int, seed: int) -> np.ndarray:
+        seen.extend(batches)
+        return seen[0][:clusters]
+
+    monkeypatch.setattr(label_module, "fit", fitted)
+    made = LabelConfig(source=str(trained), data=(tmp_path / "data",), output=tmp_path / "labels", clusters=2,
+                       sample_frames=30, utterance_frames=2)  # fmt: skip
+    label(made)
+    assert {len(part) for part in seen} == {2}
+    assert len(seen) == len(Shards(tmp_path / "data"))
+    with pytest.raises(UserError, match="--utterance-frames 0: must be at least 1"):
+        replace(made, utterance_frames=0)
+
+
 def test_labels_from_a_file(make_shards: Callable[..., Path], tmp_path: Path) -> None:
     data = Shards(make_shards("data", count=5))
     rows = [
@@ -131,6 +172,9 @@ def test_labels_from_a_file(make_shards: Callable[..., Path], tmp_path: Path) ->
     assert labels.card.codebook_sizes == (4,)
     for index in range(5):
         assert labels.codes(index)[0].tolist() == [(index + t) % 4 for t in range(int(data.frames[index]))]
+    path.write_text("".join(json.dumps({**row, "labels": [3] * len(row["labels"])}) + "\n" for row in rows))
+    with pytest.raises(UserError, match="all labels are 3; nothing can be learnt"):
+        label(LabelConfig(source=str(path), data=(data.path,), output=tmp_path / "same"))
     rows[2]["labels"] = rows[2]["labels"][:-1]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=r"labels for .* which has .* frames"):
@@ -161,6 +205,8 @@ def test_phones_with_times_are_scored(tmp_path: Path) -> None:
         (["nowhere", "--clusters", "1"], "must be from 2"),
         (["nowhere.jsonl"], "nowhere.jsonl: rows must be"),
         (["nowhere", "--sample-frames", "10"], "must be at least --clusters"),
+        (["nowhere", "--utterance-frames", "0"], "--utterance-frames 0: must be at least 1"),
+        (["nowhere", "--device", "tpu"], "device 'tpu': give cpu"),
     ],
 )
 def test_what_cannot_be_labelled_is_told_on_one_line(

@@ -11,7 +11,9 @@ from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.corpus import Corpus
 from codecssl.pretrain.data import held_out_utterances, open_data
 from codecssl.pretrain.loader import Batch, Loader
+from codecssl.pretrain.model import untrained
 from codecssl.slurm.job import Ranks
+from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.writer import write_shards
@@ -192,3 +194,49 @@ def test_labels_that_do_not_fit_are_refused(
     config = small_config(data, data={"labels": [made] if changes else [made, made]}, objective={"target": "labels"})
     with pytest.raises(UserError, match=message):
         open_data(config, Ranks(rank=0, world_size=1, local_rank=0))
+
+
+def test_validation_labels_of_another_clustering_are_refused(
+    make_shards: Callable[..., Path], small_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Two k-means of the same size would train and show a rising validation loss."""
+    dirs = [make_shards(name, count=25, seed=seed) for seed, name in enumerate("ab")]
+    labels = [label(path, tmp_path / f"labels-{path.name}") for path in dirs]
+    card = Shards(labels[1]).card
+    items = [(u.id, Shards(labels[1]).codes(u.index), {}) for u in Shards(labels[1]).utterances()]
+    write_shards(tmp_path / "other", replace(card, weights_sha256="f" * 64), items)
+    for valid, fits in ((labels[1], True), (tmp_path / "other", False)):
+        config = small_config(
+            dirs[0], objective={"target": "labels"},
+            data={"labels": [str(labels[0])], "valid_dirs": [str(dirs[1])], "valid_labels": [str(valid)]},
+        )  # fmt: skip
+        if fits:
+            open_data(config, Ranks(rank=0, world_size=1, local_rank=0))
+            continue
+        with pytest.raises(UserError, match="of clustering ffffffff, data.labels of 0000000.*label both with one"):
+            open_data(config, Ranks(rank=0, world_size=1, local_rank=0))
+
+
+def test_a_grid_of_codes_is_masked_by_whole_columns_of_time(
+    small_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """SemantiCodec: 8 bands a frame in each of two codebooks. A mask over single cells would leak the target."""
+    card = CodecCard(
+        name="grid", weights="none", weights_sha256="0" * 64, sample_rate=16_000, hop_length=2560,
+        codebook_sizes=(32, 16), codes_per_frame=(8, 8), latent_dim=12,
+    )  # fmt: skip
+    random = np.random.default_rng(0)
+    items = ((f"u{i}", random.integers(0, 16, (16, 64)).astype(np.uint16), {}) for i in range(30))
+    write_shards(tmp_path / "grid", card, items)
+    config = small_config(tmp_path / "grid", objective={"quantizer_dropout": 1.0}, data={"valid_fraction": 0.0})
+    train, _, _ = open_data(config, Ranks(rank=0, world_size=1, local_rank=0))
+    (batch,) = train.step(0)
+    assert batch.codes.shape[1:] == (16, 60)
+    assert batch.mask.shape == (len(batch.frames), 60), "one decision for all cells of a frame"
+    assert torch.equal(batch.kept[:, :8], batch.kept[:, :1].expand(-1, 8)), "a codebook is dropped with all its cells"
+    assert not batch.kept[:, 8:].all()
+    model = untrained(config.model, card, None, seed=0).eval()
+    dirty = torch.where(batch.mask[:, None], (batch.codes + 1) % 16, batch.codes)
+    with torch.no_grad():
+        first, second = (model(codes, batch.frames, batch.mask) for codes in (batch.codes, dirty))
+    assert torch.equal(first, second), "what is masked is seen"

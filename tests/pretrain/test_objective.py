@@ -9,8 +9,10 @@ from codecssl.pretrain.loader import Batch
 from codecssl.pretrain.masked import MaskedPrediction
 from codecssl.pretrain.model import untrained
 from codecssl.pretrain.objective import (
+    CosineHeads,
     codebook_weights,
     histogram_perplexity,
+    make_heads,
     merged,
     summary,
 )
@@ -68,6 +70,32 @@ def test_loss_equals_a_naive_float64_loop(gamma: str, visible_weight: float) -> 
                 first += size
     expected = sums[True] / counts[True] + visible_weight * sums[False] / counts[False]
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_cosine_heads_equal_a_naive_float64_loop() -> None:
+    """HuBERT's logits, for each stream with its own projection: cos(A h, e) / 0.1."""
+    torch.manual_seed(0)
+    heads = make_heads(ObjectiveConfig(head="cosine", head_dim=4), 16, SIZES).double()
+    assert isinstance(heads, CosineHeads)
+    hidden = torch.randn(5, 16, dtype=torch.float64)
+    weight, bias = heads.projection.weight.detach().numpy(), heads.projection.bias.detach().numpy()
+    classes, found = heads.classes.detach().numpy(), heads(hidden).detach().numpy()
+    assert found.shape == (5, sum(SIZES))
+    for frame in range(5):
+        projected, first = weight @ hidden[frame].numpy() + bias, 0
+        for stream, size in enumerate(SIZES):
+            own = projected[4 * stream : 4 * stream + 4]
+            for entry in classes[first : first + size]:
+                cosine = own @ entry / math.sqrt(own @ own) / math.sqrt(entry @ entry)
+                assert found[frame, first] == pytest.approx(cosine / 0.1, rel=1e-5)
+                first += 1
+
+
+def test_uniform_logits_give_the_logarithm_of_the_codebook() -> None:
+    made, given = objective(), batch([40, 31])
+    torch.nn.init.zeros_(made.heads.weight)
+    torch.nn.init.zeros_(made.heads.bias)
+    assert made(given).total.item() == pytest.approx(np.log(SIZES).mean(), rel=1e-6)
 
 
 def test_padding_contributes_nothing() -> None:

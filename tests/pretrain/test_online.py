@@ -170,15 +170,27 @@ def test_extra_state_comes_back() -> None:
         assert left.shape == right.shape
 
 
-def test_impossible_settings_are_refused() -> None:
-    with pytest.raises(UserError, match=r"online.top_layers: 4, the model has 3"):
-        OnlineClusters(untrained(MODEL, CARD, None, seed=0), OnlineConfig(top_layers=4), 10)
-    with pytest.raises(UserError, match=r"model.layerdrop: 0.1, spidr"):
-        OnlineClusters(
-            untrained(replace(MODEL, layerdrop=0.1), CARD, None, seed=0),
-            OnlineConfig(top_layers=2, variant="spidr"),
-            10,
-        )
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"online": {"top_layers": 3}}, "online.top_layers: 3, the model has 2 layers"),
+        ({"online": {"top_layers": 2, "variant": "spidr"}}, "model.layerdrop: 0.05, spidr"),
+        ({"online": {"top_layers": 2, "ema_start": 1.0}}, "online.ema_start: 1.0, must be at least 0 and below 1"),
+        ({"online": {"top_layers": 2, "clusters": 1}}, "online.clusters: 1, must be at least 2"),
+        (
+            {"online": {"top_layers": 2}, "objective": {"gamma": "encodecmae"}},
+            "objective.gamma: encodecmae, but online",
+        ),
+        ({"online": {"top_layers": 2}, "objective": {"head": "cosine"}}, "objective.head: cosine, but online"),
+        ({"online": {"top_layers": 2}, "objective": {"visible_weight": 0.5}}, "objective.visible_weight: 0.5, is of"),
+    ],
+)
+def test_impossible_settings_are_refused(
+    small_config: Callable[..., RunConfig], tmp_path: Path, sections: dict[str, dict[str, object]], message: str
+) -> None:
+    objective = {"target": "online", **sections.get("objective", {})}
+    with pytest.raises(UserError, match=message):
+        small_config(tmp_path, **{**sections, "objective": objective})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -7,7 +7,7 @@ from codecssl.pretrain.config import ModelConfig, ObjectiveConfig
 from codecssl.pretrain.loader import Batch
 from codecssl.pretrain.masked import MaskedPrediction
 from codecssl.pretrain.model import untrained
-from codecssl.pretrain.report import collapse, training_flops
+from codecssl.pretrain.report import collapse, targets_report, training_flops
 from codecssl.pretrain.targets import make_target
 from codecssl.tokenize.codec import CodecCard
 
@@ -19,6 +19,12 @@ def test_collapse_is_told_after_the_start_and_only_then() -> None:
     assert collapse(200, 400, [1.0, 1.0], many) is None, "every model starts with the commonest code"
     assert collapse(2400, 10_000, [1.0, 1.0], many) is None
     assert "stream 1 are (nearly) one class (perplexity 1.20)" in str(collapse(5000, 10_000, [30.0, 9.0], [90.0, 1.2]))
+
+
+def test_the_histogram_of_the_targets_in_one_line() -> None:
+    said = targets_report([torch.tensor([5, 5, 5, 5]), torch.tensor([9, 0, 0, 1])])
+    assert said == "targets: entropy in bits 2.00, 0.47; perplexity 4 of 4, 1 of 4; % in the commonest class 25.0, 90.0"
+    assert targets_report([]) == "targets: made while training"
 
 
 def test_operations_agree_with_torchs_own_count() -> None:

@@ -1,6 +1,7 @@
 """Whole runs: they learn, repeat bit for bit, resume bit for bit, and refuse what would be wrong."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -124,7 +125,7 @@ def test_the_engine_does_what_a_plain_torch_loop_does(make_shards: Make, small_c
     )  # fmt: skip
     run(config, tmp_path / "run")
     train = open_data(config, Ranks(rank=0, world_size=1, local_rank=0))[0]
-    whole = build(config, train.corpus, from_codec=True).train()
+    whole = build(config, train.corpus, fresh=True).train()
     optimizer = torch.optim.AdamW(whole.parameters(), lr=3e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
     scheduler = schedule(config.optim, optimizer)
     for step in range(6):
@@ -175,6 +176,32 @@ def test_export_loads_without_deepspeed_and_is_the_checkpoint(
         export(tmp_path / "run", tmp_path / "model")
     with pytest.raises(UserError, match="not an exported model"):
         load_pretrained(tmp_path / "run" / "checkpoints")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="model.safetensors is missing or damaged.*export it again"):
+        load_pretrained(tmp_path / "model")
+
+
+WITHOUT = """
+import sys, types
+sys.modules["deepspeed"] = None
+sys.modules["fairseq2n"] = types.ModuleType("fairseq2n")  # as where its native part does not fit the installed torch
+sys.modules["fairseq2n"].__dict__.update(DOC_MODE=True, IS_STUB=True, __version__="0.8.1")
+import torch
+from codecssl.pretrain.pretrained import from_pretrained
+torch.save(from_pretrained(sys.argv[1])(torch.arange(24).view(1, 3, 8) % 8).last_hidden_state, sys.argv[2])
+"""
+
+
+def test_a_model_needs_neither_deepspeed_nor_fairseq2s_native_part(
+    make_shards: Make, small_config: Config, tmp_path: Path
+) -> None:
+    run(small_config(make_shards(), optim={"steps": 1}), tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "model")
+    state = tmp_path / "state.pt"
+    subprocess.run([sys.executable, "-c", WITHOUT, str(tmp_path / "model"), str(state)], check=True, cwd="/")
+    expected = from_pretrained(tmp_path / "model")(torch.arange(24).view(1, 3, 8) % 8).last_hidden_state
+    assert torch.equal(torch.load(state), expected)
 
 
 def test_from_pretrained_gives_what_the_model_gives(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
@@ -230,12 +257,33 @@ def test_raw_embeddings_are_the_codebooks_as_stored(
     monkeypatch.setattr(build_module, "load_codec_for", lambda card, weights: codec)
     write_shards(tmp_path / "shards", codec.card, [("u", np.zeros((8, 400), np.uint16), {})])
     corpus = Corpus([tmp_path / "shards"])
-    raw = build(small_config(tmp_path, model={"embedding_init": "raw", "embedding_dim": 8}), corpus, from_codec=True)
+    raw = build(small_config(tmp_path, model={"embedding_init": "raw", "embedding_dim": 8}), corpus, fresh=True)
     assert torch.equal(raw.model.embedding.weight[:-1], torch.cat(entries))
     with pytest.raises(UserError, match=r"codec embeddings: \(8192, 8\), the model has \(8192, 4\)"):
-        build(small_config(tmp_path, model={"embedding_init": "raw", "embedding_dim": 4}), corpus, from_codec=True)
+        build(small_config(tmp_path, model={"embedding_init": "raw", "embedding_dim": 4}), corpus, fresh=True)
     with pytest.raises(UserError, match="embedding_dim: null, must be given"):
         small_config(tmp_path, model={"embedding_init": "raw"})
+
+
+def test_a_run_starts_from_an_exported_model(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
+    dirs = make_shards()
+    run(small_config(dirs, optim={"steps": 2}), tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "model")
+    start = {"steps": 2, "start_from": str(tmp_path / "model")}
+    config = small_config(dirs, model={"dropout": 0.0}, optim=start)  # what changes no weight's meaning may differ
+    first = build(config, Corpus([dirs]), fresh=True).model.state_dict()
+    assert_same(first, dict(load_pretrained(tmp_path / "model").state_dict()))
+    run(config, tmp_path / "more")
+    shutil.rmtree(tmp_path / "model")
+    run(config, tmp_path / "more")  # a run that is under way needs it no more
+    export(tmp_path / "run", tmp_path / "model")
+    with pytest.raises(UserError, match=r"has model.heads 2, this run 4; make them equal"):
+        build(small_config(dirs, model={"heads": 4}, optim=start), Corpus([dirs]), fresh=True)
+    other = Corpus([make_shards("other", codec="another")])
+    with pytest.raises(UserError, match="was trained on codec synthetic, the data is of another"):
+        build(small_config(tmp_path / "other", optim=start), other, fresh=True)
+    with pytest.raises(UserError, match="is not an exported model"):
+        build(small_config(dirs, optim={"start_from": str(tmp_path / "run")}), Corpus([dirs]), fresh=True)
 
 
 def test_another_config_or_other_data_is_refused(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
@@ -252,6 +300,43 @@ def test_another_config_or_other_data_is_refused(make_shards: Make, small_config
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(UserError, match="not a run folder"):
         run(small_config(dirs), tmp_path / "mine")
+
+
+def test_a_start_that_failed_does_not_keep_its_folder(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
+    """Nothing was trained: the config that was wrong may be mended, with the same --output."""
+    wrong = small_config(make_shards(), model={"embedding_init": "codec"}, optim={"steps": 2})
+    with pytest.raises(UserError, match="synthetic"):  # no such codec
+        run(wrong, tmp_path / "run")
+    assert (tmp_path / "run" / "config.yaml").exists()
+    right = small_config(make_shards("other"), optim={"steps": 2}, log={"log_every": 1, "checkpoint_every": 2})
+    run(right, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # what was told of steps counts too
+    with pytest.raises(UserError, match="was made with optim.lr 0.003"):
+        run(small_config(tmp_path / "other", optim={"steps": 2, "lr": 0.1}), tmp_path / "run")
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "data.json", "versions.json"])
+def test_damaged_papers_of_a_run_are_one_line(
+    make_shards: Make, small_config: Config, tmp_path: Path, file: str
+) -> None:
+    run(small_config(make_shards(), optim={"steps": 1}), tmp_path / "run")
+    text = (tmp_path / "run" / file).read_text()
+    (tmp_path / "run" / file).write_text(text[: len(text) // 2] + ": [")
+    with pytest.raises(UserError, match=f"{file}: .*damaged") as told:
+        export(tmp_path / "run", tmp_path / "model")
+    assert "\n" not in str(told.value)
+
+
+def test_frozen_embeddings_stay(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
+    dirs = make_shards()
+    ends = {}
+    for frozen in (True, False):
+        config = small_config(dirs, model={"freeze_embedding": frozen}, optim={"steps": 2})
+        run(config, tmp_path / str(frozen))
+        first = build(config, Corpus([dirs]), fresh=True).model.embedding.weight
+        end = tensors(checkpoint.newest(tmp_path / str(frozen) / "checkpoints"))
+        ends[frozen] = torch.equal(end["embedding.weight"], first)
+    assert ends == {True: True, False: False}
 
 
 def test_constant_targets_are_refused_before_anything_is_written(
@@ -359,11 +444,19 @@ def test_layers_may_be_computed_twice(make_shards: Make, small_config: Config, t
         assert torch.allclose(value, tensors(ends[1])[name], atol=1e-4), name
 
 
-def test_a_profile_shows_some_steps(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
-    run(small_config(make_shards(), optim={"steps": 10}), tmp_path / "run", profile=True)
+def test_a_profile_shows_some_steps(
+    make_shards: Make, small_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(make_shards(), optim={"steps": 10}, log={"log_every": 10})
+    run(config, tmp_path / "run", profile=True)
+    said = capsys.readouterr().out
+    assert re.search(r"step      5 \| estimated time for the other 5 steps: 0:0\d:\d\d", said)
+    assert "no trace" not in said
     trace = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())
     steps = {event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep")}
     assert len(steps) == 4
+    run(small_config(tmp_path / "shards", optim={"steps": 3}), tmp_path / "short", profile=True)
+    assert "--profile: no trace, it wants 9 steps" in capsys.readouterr().out
     assert "addmm" in (tmp_path / "run" / "profile" / "table.txt").read_text()
 
 
