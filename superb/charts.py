@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from html import escape
+from math import isfinite
 
 PALETTE = (
     "#0072b2",
@@ -16,7 +17,8 @@ Series = tuple[str, str, Sequence[tuple[float, float]]]  # label, colour, points
 
 
 def line_chart(title: str, series: Sequence[Series], width: int = 430, height: int = 250) -> str:
-    """Lines over a common x axis of steps."""
+    """Lines over a common x axis of steps; points that are no numbers (a loss that ran away) are left out."""
+    series = [(label, colour, [point for point in line if isfinite(point[1])]) for label, colour, line in series]
     points = [point for _, _, line in series for point in line]
     if not points:
         return ""

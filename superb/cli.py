@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from codecssl.superb import cli_codes, cli_compress, cli_report, cli_run
 from codecssl.superb.tasks import BUDGETS, TASKS
+from codecssl.tokenize.cli import Parser
 from codecssl.tokenize.errors import UserError
 
 UPSTREAMS = (
@@ -17,13 +17,6 @@ UPSTREAMS = (
 )
 
 
-class Parser(argparse.ArgumentParser):
-    """One whose errors are one line, as all others of ours."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 1 an error on one line, 2 usage."""
     arguments = _parser().parse_args(argv)
@@ -31,6 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.command(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on where this one stopped", file=sys.stderr)

@@ -57,6 +57,14 @@ class Cell:
         return stdev(values) if len(values) > 1 else None
 
     @property
+    def untested_folds(self) -> list[int]:
+        """Of emotion recognition taken in turns: those that some seed lacks."""
+        from codecssl.superb.corpus import FOLDS
+
+        tested = {(run["seed"], run["fold"]) for run in self.runs if run.get("fold")}
+        return [fold for fold in FOLDS if tested and any((seed, fold) not in tested for seed in self.seeds)]
+
+    @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval for a share of so many test utterances (the sampling of the test set)."""
         n, z, value = self.utterances, 1.96, self.value("accuracy") or 0.0
@@ -167,7 +175,7 @@ def _order(kind: str) -> int:
 def _cell(task: str, rows: list[results.Row]) -> Cell:
     sign = 1 if TASKS[task].higher_better else -1
     winners = {}
-    for row in sorted(rows, key=lambda row: sign * (row["value"] if row["valid"] is None else row["valid"])):
+    for row in sorted(rows, key=lambda row: _merit(row, sign)):
         winners[row["seed"], row.get("fold") or 0] = row
     rates = {row["learning_rate"] for row in rows}
     return Cell(
@@ -175,6 +183,12 @@ def _cell(task: str, rows: list[results.Row]) -> Cell:
         runs=tuple(winners[key] for key in sorted(winners)),
         rates=tuple(sorted(rates, key=lambda rate: rate or 0.0)),
     )
+
+
+def _merit(row: results.Row, sign: int) -> float:
+    """Of a learning rate: the validation figure, or the test's where there is none; what is no number never wins."""
+    value = sign * float(row["value"] if row["valid"] is None else row["valid"])
+    return -math.inf if math.isnan(value) else value
 
 
 def load(folders: Sequence[Path]) -> list[Comparison]:

@@ -86,9 +86,7 @@ def _torchaudio_load() -> None:
     torchaudio.load = load
 
 
-def _load(
-    path: Any, frame_offset: int = 0, num_frames: int = -1, channels_first: bool = True, **options: Any
-) -> tuple[Any, int]:
+def _load(path: Any, frame_offset: int = 0, num_frames: int = -1, channels_first: bool = True) -> tuple[Any, int]:
     """torchaudio.load by soundfile: float32 [C, samples], Hz."""
     import soundfile
     import torch

@@ -52,8 +52,11 @@ class Corpus:
     @functools.cached_property
     def rows(self) -> list[Row]:
         """The manifest's rows, with absolute paths."""
-        lines = enumerate(self.manifest.read_text(encoding="utf-8").splitlines(), start=1)
-        return [self._row(number, line) for number, line in lines if line.strip()]
+        try:
+            lines = self.manifest.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.manifest}: not UTF-8 ({error}); convert it") from error
+        return [self._row(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
     def _row(self, number: int, line: str) -> Row:
         try:
@@ -121,7 +124,10 @@ class Corpus:
         return f"{self.manifest}:{row['_line']}" if "_line" in row else str(row["path"])
 
     def _split(self, task: Task, row: Row) -> str:
-        split = (row.get("splits") or {}).get(task.name)
+        splits = row.get("splits") or {}
+        if not isinstance(splits, dict):
+            raise UserError(f'{self.where(row)}: splits is {splits!r}; give an object, {{"{task.name}": "train"}}')
+        split = splits.get(task.name)
         if split not in task.splits:
             wanted = ", ".join(task.splits)
             raise UserError(f'{self.where(row)}: splits has "{task.name}": {split!r}; give one of {wanted}')

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from codecssl.superb import results
+from codecssl.superb.predictions import ANSWERS_LM
 from codecssl.tokenize.errors import UserError
 
 BLANK, SPACE = "#", "|"  # in s3prl's decoder
@@ -28,7 +30,7 @@ def check_decoder() -> None:
 def word_errors(problem: Any, folder: Path, language_model: Path, device: str, most: int | None = None) -> float:
     """Word error rate of the run in `folder` on its test set (the first `most` utterances), with the language model.
 
-    What was heard goes to evaluate/valid_best/test/hyp_lm, a line an utterance.
+    What was heard goes to evaluate/valid_best/test: hyp_lm, a line an utterance, and answers_lm.json.
     """
     from s3prl.metric import wer
 
@@ -41,7 +43,11 @@ def word_errors(problem: Any, folder: Path, language_model: Path, device: str, m
     items = [dataset[i] for i in range(min(len(dataset), most or len(dataset)))]
     heard = [decode(decoder, task.model.to(device).eval(), item["x"].to(device)) for item in items]
     lines = [f"{item['unique_name']} {text}\n" for item, text in zip(items, heard, strict=True)]
-    (folder / "evaluate" / "valid_best" / "test" / "hyp_lm").write_text("".join(lines), encoding="utf-8")
+    tested = folder / "evaluate" / "valid_best" / "test"
+    (tested / "hyp_lm").write_text("".join(lines), encoding="utf-8")
+    results.write_json(
+        tested / ANSWERS_LM, {item["unique_name"]: text for item, text in zip(items, heard, strict=True)}
+    )
     return float(wer(heard, [item["labels"] for item in items]))
 
 

@@ -4,6 +4,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from codecssl.tokenize.errors import UserError
+
 
 class DecodedOnce:
     """Stands for librosa in s3prl's loader: `load` remembers what it gave, as much as fits `limit_bytes`.
@@ -17,12 +19,20 @@ class DecodedOnce:
         self._room = limit_bytes
 
     def load(self, path: str, *, sr: float, offset: float = 0.0, duration: float | None = None) -> Any:
-        """librosa.load: (samples, Hz), the samples a copy: s3prl's tensors share their memory."""
+        """librosa.load: (samples, Hz), the samples a copy: s3prl's tensors share their memory. UserError names a file
+        that is no audio, or has samples that are no numbers.
+        """
         key = (path, sr, offset, duration)
         if key in self._waves:
             wave, rate = self._waves[key]
             return wave.copy(), rate
-        wave, rate = self.librosa.load(path, sr=sr, offset=offset, duration=duration)
+        try:
+            wave, rate = self.librosa.load(path, sr=sr, offset=offset, duration=duration)
+        except MemoryError:
+            raise
+        except Exception as error:  # of librosa, soundfile or audioread, each with classes of its own
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{path}: cannot be used ({said}); replace it or take its row out") from error
         if wave.nbytes <= self._room:
             self._room -= wave.nbytes
             self._waves[key] = wave.copy(), rate

@@ -21,7 +21,7 @@ Samples = NDArray[np.float64]
 """[C, n], whole numbers in the range of sox's 32-bit samples."""
 
 
-def apply_effects(wav: Any, sample_rate: int, effects: Sequence[Sequence[str]], **options: Any) -> tuple[Any, int]:
+def apply_effects(wav: Any, sample_rate: int, effects: Sequence[Sequence[str]]) -> tuple[Any, int]:
     """sox effects on a float tensor [C, samples] -> (float32 tensor [C', samples'], Hz).
 
     Raises UserError for an effect that is not among `KNOWN`: one that is silently skipped would change the benchmark.
@@ -33,7 +33,7 @@ def apply_effects(wav: Any, sample_rate: int, effects: Sequence[Sequence[str]], 
     return torch.from_numpy((samples / FULL_SCALE).astype(np.float32)), sample_rate
 
 
-def apply_effects_file(path: str | Path, effects: Sequence[Sequence[str]], **options: Any) -> tuple[Any, int]:
+def apply_effects_file(path: str | Path, effects: Sequence[Sequence[str]]) -> tuple[Any, int]:
     """The same on an audio file, at its own rate and channels to begin with."""
     import soundfile
     import torch

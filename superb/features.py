@@ -28,9 +28,9 @@ class CachedUpstream(nn.Module):
     def upstream(self) -> nn.Module:
         return self._upstream[0]
 
-    def get_downsample_rates(self, key: str) -> int:
-        """Samples at 16 kHz per frame, as the upstream says."""
-        return int(self.upstream.get_downsample_rates(key))  # type: ignore[operator]
+    def get_downsample_rates(self, key: str) -> Any:
+        """Samples at 16 kHz per frame, as the upstream says: a number, or one for each hidden state."""
+        return self.upstream.get_downsample_rates(key)  # type: ignore[operator]
 
     @torch.no_grad()
     def forward(self, wavs: Sequence[Tensor]) -> dict[str, list[Tensor]]:

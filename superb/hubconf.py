@@ -5,17 +5,26 @@ runner with the upstream registered: `python -m codecssl.superb.hubconf -m train
 speech_commands ...`.
 """
 
+import sys
 from typing import Any
 
 from codecssl.superb import compat
+from codecssl.tokenize.errors import UserError
 
 
-def codecssl(ckpt: str, *arguments: Any, **options: Any) -> Any:
-    """The upstream of an exported model's folder, or of any name that codecssl-superb takes."""
+def codecssl(ckpt: str | None = None, model_config: str | None = None, refresh: bool = False) -> Any:
+    """The upstream of an exported model's folder, or of any name that codecssl-superb takes.
+
+    `refresh` is s3prl's: nothing is downloaded here. UserError without `ckpt`, and for a `model_config`.
+    """
     import torch
 
     from codecssl.superb.expert import Shelf, parse
 
+    if not ckpt:
+        raise UserError("upstream codecssl: which one? give -k MODEL, an exported model's folder or a name")
+    if model_config is not None:
+        raise UserError(f"upstream codecssl: -g {model_config}: a model has its configuration inside; leave -g out")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Shelf(device=device).build(parse(ckpt))
 
@@ -33,7 +42,10 @@ def main() -> None:
     register()
     from s3prl.run_downstream import main as run_downstream
 
-    run_downstream()
+    try:
+        run_downstream()
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

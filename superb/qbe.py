@@ -44,7 +44,7 @@ class Search:
 
 def searches(splits: dict[str, list[Example]], pairs: int | None = None, seed: int = 0) -> dict[str, Search]:
     """A search per split; with `pairs`, a sample of queries (and of documents, at least ten queries' worth) so that
-    there are no more pairs. Queries that no document holds are left out: they can't be scored.
+    there are no more pairs. Such a sample leaves out queries that no document holds: they can't be scored.
     """
     return {split: _search(split, examples, pairs, seed) for split, examples in splits.items()}
 
@@ -52,10 +52,12 @@ def searches(splits: dict[str, list[Example]], pairs: int | None = None, seed: i
 def _search(split: str, examples: list[Example], pairs: int | None, seed: int) -> Search:
     documents = [e for e in examples if e.columns["role"] == "document"]
     named = {name for document in documents for name in document.columns["queries"]}
-    queries = [e for e in examples if e.columns["role"] == "query" and e.columns["query"] in named]
-    if not queries:
+    queries = [e for e in examples if e.columns["role"] == "query"]
+    scored = [e for e in queries if e.columns["query"] in named]
+    if not scored:
         raise UserError(f"task qbe: no {split} document holds a {split} query; give documents with queries")
     if pairs is not None and len(queries) * len(documents) > pairs:
+        queries = scored
         draw = random.Random(seed)
         documents = _some(documents, pairs // min(10, len(queries)), draw)
         queries = _some(queries, max(1, pairs // len(documents)), draw)

@@ -86,8 +86,15 @@ def _delta(c: Comparison, name: str, base: str, column: Column) -> str:
 
 
 def _row_values(c: Comparison, name: str) -> dict[tuple[str, str], float]:
-    values = {(task, metric.key): c.value(name, (task, metric)) for task, metric in c.columns}
+    """What counts for a score, in tables' units; emotion recognition with all its folds only."""
+    whole = [(task, metric) for task, metric in c.columns if not _untested_folds(c, name, task)]
+    values = {(task, metric.key): c.value(name, (task, metric)) for task, metric in whole}
     return {key: 100 * value for key, value in values.items() if value is not None}
+
+
+def _untested_folds(c: Comparison, name: str, task: str) -> list[int]:
+    cell = c.cells.get((name, task))
+    return cell.untested_folds if cell else []
 
 
 def _score(c: Comparison, name: str) -> str:
@@ -188,6 +195,9 @@ def _choices(c: Comparison, runs: list[results.Row]) -> list[str]:
         found.append(f"qbe: the layer with the best validation MTWV ({chosen}). A seed changes `random` only.")
     if any(run.get("fold") for run in runs):
         found.append("er: the mean over folds, each tested in turn.")
+        for name in c.upstreams:
+            if lacking := _untested_folds(c, name, "er"):
+                found.append(f"er of {name}: without fold {', '.join(map(str, lacking))}.")
     return found
 
 

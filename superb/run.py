@@ -12,12 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from codecssl.superb import compat, decoded, results
 from codecssl.superb.codes import counts_of
 from codecssl.superb.corpus import Selection, chance, open_corpus
 from codecssl.superb.csvs import write_csvs
 from codecssl.superb.expert import Shelf, Upstream
 from codecssl.superb.outcome import outcome
+from codecssl.superb.predictions import write_detections, write_predictions
 from codecssl.superb.problems import make_problem
 from codecssl.superb.tasks import TASKS, Budget, Task, official_config
 from codecssl.superb.torn import drop_torn
@@ -97,11 +100,15 @@ def run_one(run: Run, machine: Machine) -> results.Row:
         upstream = _stand_in_hub(run, machine)
         before = counts_of(upstream) or {}
         found = _trained(run, machine, task, selection) if task.problem else _searched(run, machine, selection)
+        if task.problem:
+            rate = upstream.get_downsample_rates("hidden_states")
+            write_predictions(run.folder, task.name, selection.splits["test"], found, fold=run.fold, rate=rate)
     utterances = {split: len(examples) for split, examples in selection.splits.items()}
     broken = upstream.count(run.upstream.name, sum(utterances.values()))
     row = {
         **run.identity(),
         **found,
+        "folder": run.folder.relative_to(run.output).as_posix(),
         "metric": task.metric,
         "utterances": {**utterances, "test": min(utterances["test"], run.budget.tested(task.work) or 10**9)},
         "skipped": {**selection.skipped, **({"features not finite, set to 0": broken} if broken else {})},
@@ -151,11 +158,15 @@ def _searched(run: Run, machine: Machine, selection: Selection) -> results.Row:
     """Query by example: nothing is trained."""
     import s3prl.hub
 
-    from codecssl.superb.qbe import evaluate
+    from codecssl.superb.qbe import evaluate, searches
 
     upstream = getattr(s3prl.hub, HUB_NAME)()
     options: dict[str, Any] = {"pairs": run.budget.pairs, "workers": machine.num_workers, "device": machine.device}
     found = evaluate(selection.splits, upstream, run.folder / "layers", **options)
+    tested, layer = searches(selection.splits, run.budget.pairs)["test"], found["chosen"]["layer"]
+    scores = np.load(run.folder / "layers" / f"test-{layer:02d}.npy")
+    queries, documents = ([e.path for e in examples] for examples in (tested.queries, tested.documents))
+    write_detections(run.folder, queries, documents, scores)
     return {**found, "chance": None, "learning_rate": None, "steps": 0, "official_steps": 0, "batch": 0}
 
 
@@ -243,7 +254,7 @@ def _codec_card(upstream: Any) -> dict[str, Any] | None:
 def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {package: version(package) for package in ("s3prl", "torch", "torchaudio", "dtw-python")}
+    found = {package: version(package) for package in ("codecssl", "s3prl", "torch", "torchaudio", "dtw-python")}
     with contextlib.suppress(PackageNotFoundError):
         found["pyannote.metrics"] = version("pyannote.metrics")
     return found

@@ -108,7 +108,7 @@ def _ways(
     config: BenchConfig, device: Device, codec: Codec, heard: Sequence[Heard]
 ) -> Iterator[tuple[str, Callable[[], float]]]:
     """Name and function of each way to encode `heard`; the function returns the seconds that it took."""
-    cores = default_workers(config.device)
+    cores = default_workers()
     waves = [torch.from_numpy(h.wave) for h in heard]
     if isinstance(codec, Reference):
         for threads in sorted({1, cores}):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codecssl.tokenize.codec import CodecCard, keep_codebooks
+from codecssl.tokenize.codec import CodecCard, encode_each, keep_codebooks
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.precision import full_precision
-from codecssl.tokenize.rowconv import Convolution, Kept, Layer, Residual, Snake
+from codecssl.tokenize.rowconv import Convolution, Layer, Pace, Residual, RowStream, Snake
 from codecssl.tokenize.weights import load_pretrained, state_sha256
 
 NETWORKS = {"dac_16khz": (16_000, 320), "dac_24khz": (24_000, 320), "dac_44khz": (44_100, 512)}
@@ -27,16 +26,6 @@ NETWORKS = {"dac_16khz": (16_000, 320), "dac_24khz": (24_000, 320), "dac_44khz":
 
 DECODE_FRAMES, DECODE_CONTEXT = 256, 12
 """The decoder takes so many frames at a time; it sees less than 11 frames to either side."""
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How much goes through the network at once."""
-
-    chunk: int
-    """Frames through the deep layers, where weights are large and activations small."""
-    piece: int
-    """Frames through the first layers, where it is the other way round."""
 
 
 PACES = {"cpu": Pace(chunk=192, piece=6)}
@@ -95,15 +84,11 @@ class DacCodec:
         self.dtype: torch.dtype = model.dtype
         self.pace = PACES.get(self.device.type, OTHER_PACE)
 
-    def stream(self) -> DacStream:
-        return DacStream(self)
+    def stream(self) -> RowStream:
+        return RowStream(self)
 
     def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
-        codes = []
-        for wave in waves:
-            stream = self.stream()
-            codes.append(torch.cat([stream.push(wave), stream.finish()], dim=1))
-        return codes
+        return encode_each(self, waves)
 
     def encode_plainly(self, wave: Tensor) -> Tensor:
         """The whole wave, filled up to a frame, through `DacModel.encode`."""
@@ -146,46 +131,6 @@ class DacCodec:
         with full_precision():
             found: Tensor = self.model.quantizer.from_codes(codes[None].to(self.device))[0][0]  # type: ignore[operator, union-attr]
         return found
-
-
-class DacStream:
-    """Streaming encoder of one wave; what goes through at once does not depend on how the wave is pushed."""
-
-    def __init__(self, codec: DacCodec) -> None:
-        self.codec = codec
-        self.chunk = codec.pace.chunk * codec.card.hop_length
-        self.piece = codec.pace.piece * codec.card.hop_length
-        self.kept: Kept = {}
-        self.rest = torch.zeros(0, device=codec.device, dtype=codec.dtype)
-
-    def push(self, wave: Tensor) -> Tensor:
-        samples = torch.cat([self.rest, wave.to(self.rest)])
-        whole = max(0, len(samples) - 1) // self.chunk * self.chunk  # the last chunk, whole or not, is for finish()
-        codes = [self._encode(samples[at : at + self.chunk], last=False) for at in range(0, whole, self.chunk)]
-        self.rest = samples[whole:].clone()
-        return torch.cat([self._none(), *codes], dim=1)
-
-    def finish(self) -> Tensor:
-        if len(self.rest) == 0:
-            return self._none()
-        codes = self._encode(F.pad(self.rest, (0, -len(self.rest) % self.codec.card.hop_length)), last=True)
-        self.kept, self.rest = {}, self.rest[:0].clone()
-        return codes
-
-    def _encode(self, samples: Tensor, last: bool) -> Tensor:
-        with full_precision():
-            pieces, fronts = samples[:, None].split(self.piece), []
-            for i, rows in enumerate(pieces, start=1):
-                fronts.append(self._through(self.codec.front, rows, last and i == len(pieces)))
-            return self.codec.quantize(self._through(self.codec.back, torch.cat(fronts), last))
-
-    def _through(self, layers: Sequence[Any], rows: Tensor, last: bool) -> Tensor:
-        for layer in layers:
-            rows = layer.push(rows, self.kept, last)
-        return rows
-
-    def _none(self) -> Tensor:
-        return torch.zeros(self.codec.card.num_codebooks, 0, dtype=torch.int64, device=self.codec.device)
 
 
 # ---------------------------------------------------------------- loading

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from codecssl.tokenize.audio import AudioReader, sha256_of
 from codecssl.tokenize.codec import Codec, CodecCard, load_codec
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.errors import UserError, one_line
 from codecssl.tokenize.layout import to_planes
 from codecssl.tokenize.sources import Input
 from codecssl.tokenize.writer import Encoded, Failure
@@ -81,8 +81,7 @@ def failure(item: Input, error: Exception) -> Failure:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
         raise error
     # a decoder's surprise costs its file, not the run
-    first = (str(error).splitlines() or [""])[0][:200]
-    return Failure(id=item.id, path=item.path, reason=f"{type(error).__name__}: {first}")
+    return Failure(id=item.id, path=item.path, reason=one_line(error))
 
 
 def _read(item: Input, card: CodecCard) -> Heard:
@@ -267,6 +266,6 @@ def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield group
 
 
-def default_workers(device: str) -> int:
+def default_workers() -> int:
     """One per core: on a CPU they encode, for a GPU they read."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

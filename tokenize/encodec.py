@@ -6,7 +6,6 @@ the same short pieces, each layer carrying what it needs of the piece before (se
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,7 +22,7 @@ from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.precision import full_precision
 from codecssl.tokenize.seanet import Decoder, Encoder
 from codecssl.tokenize.seanet_layers import Lane
-from codecssl.tokenize.weights import load_pretrained, state_sha256
+from codecssl.tokenize.weights import fill, load_pretrained, state_sha256, th_file
 
 FINE_FRAMES = {"cpu": 16, "cuda": 128}
 """Frames that the first layers, at the high rates, take at once: what a CPU's cache holds; a GPU wants more."""
@@ -266,13 +265,8 @@ def from_transformers(model: Any) -> Seanet:
 
 def _load_24khz(weights: str | None) -> tuple[Seanet, str]:
     """EnCodec 24 kHz from a folder in the hub's format, from the package's .th file, or from their caches."""
-    if weights and Path(weights).is_file():
-        return _load_th(Path(weights))
-    cached = (
-        Path(os.environ.get("TORCH_HOME", Path.home() / ".cache/torch")) / "hub/checkpoints/encodec_24khz-d7cc33bc.th"
-    )
-    if weights is None and cached.exists():
-        return _load_th(cached)
+    if path := th_file(weights, "encodec_24khz-d7cc33bc.th"):
+        return _load_th(path)
     import transformers
 
     source = weights or "facebook/encodec_24khz"
@@ -286,8 +280,5 @@ def _load_th(path: Path) -> tuple[Seanet, str]:
     from encodec.model import EncodecModel
 
     model = EncodecModel.encodec_model_24khz(pretrained=False)
-    try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, OSError, EOFError) as error:
-        raise UserError(f"{path}: not the weights of encodec_24khz ({str(error).splitlines()[0][:120]})") from error
+    fill(model, path, "encodec_24khz")
     return from_encodec(model), file_sha256(path)

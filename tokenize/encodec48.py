@@ -10,7 +10,6 @@ once.
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from codecssl.tokenize.codec import CodecCard, file_sha256, keep_codebooks
 from codecssl.tokenize.encodec48_layers import Layers, layers_of
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.precision import full_precision
-from codecssl.tokenize.weights import load_pretrained, state_sha256
+from codecssl.tokenize.weights import fill, load_pretrained, state_sha256, th_file
 
 DEFAULT_CODEBOOKS = 8
 """12 kbps."""
@@ -324,12 +323,8 @@ def from_transformers(model: Any) -> Net48:
 
 def _load(name: str, weights: str | None) -> tuple[Net48, str]:
     """From a folder in the hub's format, from the package's .th file, or from their caches."""
-    if weights and Path(weights).is_file():
-        return _load_th(Path(weights))
-    cache = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache/torch"))
-    cached = cache / "hub/checkpoints/encodec_48khz-7e698e3e.th"
-    if weights is None and cached.exists():
-        return _load_th(cached)
+    if path := th_file(weights, "encodec_48khz-7e698e3e.th"):
+        return _load_th(path)
     import transformers
 
     source = weights or "facebook/encodec_48khz"
@@ -345,8 +340,5 @@ def _load(name: str, weights: str | None) -> tuple[Net48, str]:
 
 def _load_th(path: Path) -> tuple[Net48, str]:
     model = EncodecModel.encodec_model_48khz(pretrained=False)
-    try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, OSError, EOFError) as error:
-        raise UserError(f"{path}: not the weights of encodec_48khz ({str(error).splitlines()[0][:120]})") from error
+    fill(model, path, "encodec_48khz")
     return from_encodec(model.requires_grad_(False)), file_sha256(path)

@@ -3,3 +3,10 @@
 
 class UserError(ValueError):
     """Bad input of the user's. The text names what, which value, which bound, and what to do."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what went wrong; where `datasets` only says that generating failed, of its cause."""
+    while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codecssl.tokenize.codec import BACKENDS, CodecCard, file_sha256, keep_codebooks
+from codecssl.tokenize.codec import BACKENDS, CodecCard, encode_each, file_sha256, keep_codebooks
 from codecssl.tokenize.errors import UserError
 
 SAMPLE_RATE, HOP, MAX_CODEBOOKS, CODEBOOK_SIZE = 16_000, 320, 46, 16
@@ -36,11 +36,7 @@ class LyraCodec:
         return LyraStream(self)
 
     def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
-        codes = []
-        for wave in waves:
-            stream = self.stream()
-            codes.append(torch.cat([stream.push(wave), stream.finish()], dim=1))
-        return codes
+        return encode_each(self, waves)
 
     def quantize(self, feature: NDArray[np.float32]) -> NDArray[np.int64]:
         """One latent [1, 1, 64] to codes [K]."""

@@ -42,7 +42,7 @@ def repair(
     have moved. Raises UserError when it cannot be done: sources or codec missing or others. Then nothing is changed.
     """
     aside = Aside(root)
-    state = find_damage(root, aside, report)
+    state = find_damage(root, report)
     if state.finished and not (state.damaged or state.files or aside.begun):
         return []
     card = state.card
@@ -85,7 +85,7 @@ class State:
         return CodecCard.from_dict(self.plan["codec"])
 
 
-def find_damage(root: Path, aside: Aside, report: Report) -> State:
+def find_damage(root: Path, report: Report) -> State:
     """Check a dataset, also one whose run or repair did not end. Raises UserError where nobody can tell what it is."""
     if not (root / "dataset.json").exists():
         return _unfinished(root, report)
@@ -108,7 +108,7 @@ def find_damage(root: Path, aside: Aside, report: Report) -> State:
 def _unfinished(root: Path, report: Report) -> State:
     try:
         plan = read_document(root / "plan.json")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{root}: no dataset.json and no plan.json; this is not a folder of token shards") from None
     card, version = CodecCard.from_dict(plan["codec"]), version_of(plan)
     shards = sorted(int(path.stem) for path in (root / "shards").glob("[0-9]*.json"))

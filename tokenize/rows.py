@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.errors import UserError, one_line
 from codecssl.tokenize.inputs import Held, open_file
 
 
@@ -135,10 +135,3 @@ def _part(audio: Any, name: str) -> Any:
     if not pa.types.is_struct(audio.type) or audio.type.get_field_index(name) < 0:
         return None
     return pc.struct_field(audio, name)
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of what went wrong; where `datasets` only says that generating failed, of its cause."""
-    while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"

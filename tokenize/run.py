@@ -99,7 +99,7 @@ def open_plan(config: RunConfig, card: CodecCard, inputs: int | None) -> dict[st
     if theirs.fingerprint != card.fingerprint:
         raise UserError(
             f"{config.output}: begun with codec {theirs.name}, this run has {card.name} ({theirs.difference(card)}); "
-            "give the same --codec or another --output"
+            "give the same --codec and --num-codebooks, or another --output"
         )
     for key in ("sources", "compression", *SIZES):
         if begun.get(key) != plan.get(key):
@@ -116,7 +116,9 @@ def open_plan(config: RunConfig, card: CodecCard, inputs: int | None) -> dict[st
 
 
 def refuse_foreign(output: Path) -> None:
-    """Raises UserError for a folder with files in it that no run of ours began."""
+    """Raises UserError for a file, and for a folder with files in it that no run of ours began."""
+    if output.is_file():
+        raise UserError(f"{output}: a file; give a folder as --output")
     found = {path.name for path in output.iterdir()} if output.is_dir() else set()
     foreign = {name for name in found if not (name.startswith(".") and name.endswith(".tmp"))}  # of a killed run
     if foreign and not any((output / name).exists() for name in (STDIN, "plan.json")):  # now: a sibling may be faster
@@ -169,7 +171,7 @@ def _run(
     codec = device.load()
     plan = open_plan(config, codec.card, inputs := count_inputs(config))
     todo = Todo(config, compare)
-    workers = default_workers(config.device) if config.workers is None else config.workers
+    workers = default_workers() if config.workers is None else config.workers
     progress = _Watch(codec.card, todo.left(inputs), report)
     _consume(config, codec.card, todo, progress.watch(encode_inputs(device, codec, todo, workers)), stop)
     if any(not shard_path(config.output, s).with_suffix(".json").exists() for s in range(todo.shards)):

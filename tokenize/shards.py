@@ -96,9 +96,9 @@ class Shards:
         self.header = read_header(self.path)
         self.card = CodecCard.from_dict(self.header["codec"])
         self.compressed = bool(self.header.get("compression"))
-        self.frames: NDArray[np.integer] = np.load(self.path / "index.npy", mmap_mode="r").view(np.ndarray)
+        self.frames: NDArray[np.integer] = self._load("index.npy", mmap_mode="r").view(np.ndarray)
         """[N], of each utterance; mapped, not read."""
-        self.blocks = np.load(self.path / "blocks.npy")
+        self.blocks = self._load("blocks.npy")
         if len(self.frames) != self.header["totals"]["utterances"]:
             raise UserError(
                 f"{self.path}: index.npy has {len(self.frames)} utterances, dataset.json says otherwise; verify it"
@@ -108,6 +108,13 @@ class Shards:
         self._places: list[tuple[int, int]] = self.blocks[["shard", "codes_offset"]].tolist()
         self._runs = _runs(self.card)
         self._open_caches()
+
+    def _load(self, name: str, **options: Any) -> Any:
+        try:
+            return np.load(self.path / name, **options)
+        except (OSError, ValueError, EOFError) as error:
+            remedy = f"`codecssl-tokenize repair {self.path}` writes it again"
+            raise UserError(f"{self.path / name}: cannot be read ({error}); {remedy}") from error
 
     def _open_caches(self) -> None:
         # per instance, so that a closed dataset frees its maps
@@ -283,12 +290,13 @@ class Shards:
         return _starts(words.astype(np.int64) * 4), _starts(segments_of(self._frames_of(block)))
 
     def _map_shard(self, shard: int) -> NDArray[np.uint8]:
-        path = shard_path(self.path, shard)
-        try:
-            with path.open("rb") as file:
-                return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); run `codecssl-tokenize verify {self.path}`") from error
+        rows = self.blocks[self.blocks["shard"] == shard]
+        size = int((rows["codes_offset"] + rows["codes_bytes"]).max())
+        with self._readable(shard) as path, path.open("rb") as file:
+            content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            if len(content) < size:
+                raise ValueError(f"{len(content)} bytes of at least {size}")
+            return content
 
     def _read_coder(self, shard: int) -> Coder:
         return read_coder(shard_path(self.path, shard), self.card)
@@ -304,8 +312,17 @@ class Shards:
     @contextmanager
     def _open(self, block: int) -> Iterator[tuple[BinaryIO, int]]:
         row = self.blocks[block]
-        with shard_path(self.path, int(row["shard"])).open("rb") as file:
+        with self._readable(int(row["shard"])) as path, path.open("rb") as file:
             yield file, int(row["offset"])
+
+    @contextmanager
+    def _readable(self, shard: int) -> Iterator[Path]:
+        """A shard's tar, and one line for whatever comes of it: a flipped bit can break tar, gzip, zip or JSON."""
+        path = shard_path(self.path, shard)
+        try:
+            yield path
+        except Exception as error:
+            raise UserError(f"{path}: cannot be read ({error}); run `codecssl-tokenize verify {self.path}`") from error
 
 
 @dataclass(frozen=True)

@@ -9,31 +9,19 @@ The decoder adds noise, as it was trained; here it comes from a fixed seed.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from codecssl.tokenize.codec import CodecCard, keep_codebooks
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.codec import CodecCard, encode_each, keep_codebooks
+from codecssl.tokenize.errors import UserError, one_line
 from codecssl.tokenize.precision import full_precision
-from codecssl.tokenize.rowconv import Convolution, Kept, Layer, Residual, Snake
-from codecssl.tokenize.weights import missing, state_sha256
-
-
-class Pace(NamedTuple):
-    """Frames that go through the network at once."""
-
-    piece: int
-    """Through the first layers, where activations are large."""
-    chunk: int
-    """Through the last ones, where weights are."""
-
+from codecssl.tokenize.rowconv import Convolution, Layer, Pace, Residual, RowStream, Snake
+from codecssl.tokenize.weights import ask_hub, fill, missing, state_sha256
 
 CPU_PACE, GPU_PACE = Pace(2, 48), Pace(480, 480)
 FRONT_BLOCKS = 3
@@ -73,12 +61,7 @@ class SnacCodec:
         return SnacStream(self)
 
     def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
-        """One wave after another: alone, its bits cannot depend on its batch."""
-        codes = []
-        for wave in waves:
-            stream = self.stream()
-            codes.append(torch.cat([stream.push(wave), stream.finish()], dim=1))
-        return codes
+        return encode_each(self, waves)
 
     def quantize(self, latents: Tensor) -> Tensor:
         """Latents [D, steps * T] to codes [R, T], by the package's own layers."""
@@ -139,50 +122,16 @@ class SnacCodec:
         return summed
 
 
-class SnacStream:
-    """Streaming encoder of one wave; what goes through at once does not depend on how the wave is pushed."""
+class SnacStream(RowStream):
+    """Keeps the latents of a frame that is not whole yet."""
 
-    def __init__(self, codec: SnacCodec) -> None:
-        self.codec = codec
-        self.chunk = codec.pace.chunk * codec.card.hop_length
-        self.piece = codec.pace.piece * codec.card.hop_length
-        self.rest = torch.zeros(0, device=codec.device, dtype=codec.dtype)
-        self.kept: Kept = {}
+    codec: SnacCodec
 
-    def push(self, wave: Tensor) -> Tensor:
-        samples = torch.cat([self.rest, wave.to(self.rest)])
-        whole = max(0, len(samples) - 1) // self.chunk * self.chunk  # the last chunk, whole or not, is for finish()
-        codes = [self._encode(samples[at : at + self.chunk], last=False) for at in range(0, whole, self.chunk)]
-        self.rest = samples[whole:].clone()
-        return torch.cat([self._none(), *codes], dim=1)
-
-    def finish(self) -> Tensor:
-        if len(self.rest) == 0:
-            return self._none()
-        codes = self._encode(F.pad(self.rest, (0, -len(self.rest) % self.codec.card.hop_length)), last=True)
-        self.rest, self.kept = self.rest[:0], {}
-        return codes
-
-    def _encode(self, samples: Tensor, last: bool) -> Tensor:
-        """Whole frames [n] to the codes that are certain with them."""
-        with full_precision():
-            *pieces, end = samples[:, None].split(self.piece)
-            fronts = [self._through(self.codec.front, piece, False) for piece in pieces]
-            fronts.append(self._through(self.codec.front, end, last))
-            latents = self._through(self.codec.back, torch.cat(fronts), last)
-            if self.codec in self.kept:
-                latents = torch.cat([self.kept[self.codec], latents])
-            whole = len(latents) // self.codec.steps * self.codec.steps
-            self.kept[self.codec] = latents[whole:].clone()
-            return self.codec.quantize(latents[:whole].t())
-
-    def _through(self, layers: Sequence[Layer], rows: Tensor, last: bool) -> Tensor:
-        for layer in layers:
-            rows = layer.push(rows, self.kept, last)
-        return rows
-
-    def _none(self) -> Tensor:
-        return torch.zeros(self.codec.card.num_rows, 0, dtype=torch.int64, device=self.codec.device)
+    def quantize(self, latents: Tensor) -> Tensor:
+        latents = torch.cat([self.kept[self], latents]) if self in self.kept else latents
+        whole = len(latents) // self.codec.steps * self.codec.steps
+        self.kept[self] = latents[whole:].clone()
+        return self.codec.quantize(latents[:whole].t())
 
 
 def _pace(device: str) -> Pace:
@@ -202,10 +151,9 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
     config, state = _files(name, source)
     try:
         net = SNAC.from_config(str(config))
-        net.load_state_dict(torch.load(state, map_location="cpu", weights_only=True))
-    except (TypeError, ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        what = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"{source}: not the weights of {name} ({what})") from error
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"{config}: not the configuration of {name} ({one_line(error)})") from error
+    fill(net, state, name)
     if net.sampling_rate != 24_000 or net.attn_window_size is not None:
         attention = "no attention" if net.attn_window_size is None else "attention"
         raise UserError(f"{source}: SNAC at {net.sampling_rate} Hz with {attention}, {name} has none, at 24000 Hz")
@@ -234,6 +182,7 @@ def _from_hub(repository: str, file: str) -> Path:
     try:
         return Path(hf_hub_download(repository, file, local_files_only=True))
     except LocalEntryNotFoundError:
+        ask_hub(repository)
         return Path(hf_hub_download(repository, file))
 
 

@@ -78,6 +78,8 @@ def opened(source: Path | BinaryIO) -> Iterator[SequentialFile]:
         if not isinstance(source, Path):
             source.seek(0)
             yield stack.enter_context(_open_binary(source, stack))
+        elif not source.is_file():
+            raise UserError("cannot read: no such file")
         elif source.suffix.lower() == ".raw":
             raise UserError("cannot decode: .raw files have no header to tell their rate; make it a .wav")
         else:

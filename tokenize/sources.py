@@ -6,11 +6,12 @@ same stream as its siblings and picks its shards. Where users give the ids, 8-by
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 from codecssl.tokenize.audio import EXTENSIONS
@@ -21,6 +22,7 @@ from codecssl.tokenize.manifest import MANIFESTS, read_list, read_manifest
 __all__ = ["Input", "is_stream", "read_source", "read_sources", "walk"]
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+WILDCARDS = "*?["
 HINT_ENTRIES = 10_000
 """Of a folder without audio, to tell what it holds instead."""
 
@@ -59,6 +61,8 @@ def is_stream(source: str) -> bool:
 
 def _read_source(source: str) -> Iterator[Input]:
     path = Path(source)
+    if not source:  # a shell variable that is not set: Path() would be the working folder
+        raise UserError("source '': an empty name; give . for the working folder")
     if source == "-":
         return read_list(sys.stdin.buffer)
     if source.startswith("wds:"):
@@ -69,8 +73,10 @@ def _read_source(source: str) -> Iterator[Input]:
         return _some(_from_paths(walk(path), path), source)
     if path.is_file():
         return _from_file(path)
-    if any(c in source for c in "*?["):
-        matches = sorted({Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file()})  # noqa: PTH207
+    if not _is_plain(source):
+        found = {Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file()}  # noqa: PTH207
+        named, real = len(list(takewhile(_is_plain, Path(source).parts))), functools.cache(os.path.realpath)
+        matches = sorted(p for p in found if not _repeats(real(f) for f in p.parents if len(f.parts) >= named))
         root = Path(os.path.commonpath([p.parent for p in matches])) if matches else Path()
         return _some(_from_paths(matches, root), source)
     raise UserError(f"source {source!r}: no such file or folder")
@@ -99,6 +105,16 @@ def walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Itera
             yield from walk(Path(entry.path), above | {here})
         elif entry.name.lower().endswith(EXTENSIONS):
             yield Path(entry.path)
+
+
+def _is_plain(part: str) -> bool:
+    return not any(c in part for c in WILDCARDS)
+
+
+def _repeats(folders: Iterable[str]) -> bool:
+    """Whether a path goes through one folder twice: "**" follows links in circles, and finds a file forty times."""
+    passed = list(folders)
+    return len(set(passed)) < len(passed)
 
 
 def _some(inputs: Iterator[Input], source: str, otherwise: str = "") -> Iterator[Input]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from codecssl.tokenize.blocks import packed_again
 from codecssl.tokenize.codec import Codec, CodecCard, load_codec_for
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.shardcheck import Damage
-from codecssl.tokenize.shards import Shards, Utterance, shard_path
+from codecssl.tokenize.shards import Shards, Utterance, load_json, read_coder, read_columns, shard_path
 from codecssl.tokenize.sources import Input, is_stream, read_sources
 
 READ = 64
@@ -32,6 +34,26 @@ def read_some(root: Path) -> Iterator[Damage]:
         for k, (plane, size) in enumerate(zip(planes, shards.card.codebook_sizes)):
             if len(plane) and int(plane.max()) >= size:
                 yield _damage(shards, index, f"code {int(plane.max())} in codebook {k}, which has {size} entries")
+
+
+def coder_agrees(root: Path) -> Iterator[Damage]:
+    """Do the codes of a compressed dataset's first block come back? Another version of the coder might give others."""
+    shards = Shards(root)
+    if not shards.compressed or not len(shards):
+        return
+    tar = shard_path(root, int(shards.blocks["shard"][0]))
+    place = load_json(tar.with_suffix(".json"))["blocks"][0]
+    with tar.open("rb") as file:
+        numbers = read_columns(file, place["offset"])[1]
+        file.seek(place["codes_offset"])
+        codes = file.read(place["codes_bytes"])
+    try:
+        found = zlib.crc32(packed_again(codes, numbers, read_coder(tar, shards.card), shards.card))
+    except AssertionError:  # the coder refuses what no codes give
+        found = None
+    if found != place["packed_crc32"]:
+        what = "its first block does not decompress to the codes that were compressed"
+        yield Damage(file=tar.relative_to(root).as_posix(), what=what, shard=int(shards.blocks["shard"][0]))
 
 
 def _spread(count: int, wanted: int) -> list[int]:

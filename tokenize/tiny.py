@@ -16,6 +16,7 @@ import torch
 from encodec.model import EncodecModel
 from encodec.modules.seanet import SEANetDecoder, SEANetEncoder
 from encodec.quantization.vq import ResidualVectorQuantizer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -83,7 +84,10 @@ def save_weights(trained: EncodecModel, path: Path, metadata: dict[str, str]) ->
 def load_network(path: Path = WEIGHTS) -> EncodecModel:
     """Load inference weights (stored float16, computed in float32)."""
     model = build_network(weight_norm=False)
-    state = {key: value.float() for key, value in load_file(path).items()}
+    try:
+        state = {key: value.float() for key, value in load_file(path).items()}
+    except SafetensorError as error:
+        raise UserError(f"{path}: not the weights of tiny_16khz ({error})") from error
     missing, unexpected = model.load_state_dict(state, strict=False)
     counters = (".cluster_size", ".embed_avg", ".inited")
     if unexpected or any(not key.endswith(counters) for key in missing):

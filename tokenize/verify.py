@@ -69,9 +69,9 @@ def examine(
     damages += _check_list(root, said)
     if damages:
         return Findings(damages=damages)
-    from codecssl.tokenize.spotcheck import read_some, spot_check
+    from codecssl.tokenize.spotcheck import coder_agrees, read_some, spot_check
 
-    damages = list(read_some(root))
+    damages = list(read_some(root)) or list(coder_agrees(root))
     if damages or not sample:
         return Findings(damages=damages)
     damages, notes = spot_check(root, said.plan, sample, weights)

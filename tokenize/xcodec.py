@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codecssl.tokenize.codec import CodecCard, keep_codebooks
+from codecssl.tokenize.codec import CodecCard, encode_each, keep_codebooks
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.precision import full_precision
 from codecssl.tokenize.weights import load_pretrained, state_sha256
@@ -49,11 +49,7 @@ class XcodecCodec:
         return XcodecStream(self)
 
     def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
-        codes = []
-        for wave in waves:
-            stream = self.stream()
-            codes.append(torch.cat([stream.push(wave), stream.finish()], dim=1))
-        return codes
+        return encode_each(self, waves)
 
     def encode_segment(self, wave: Tensor) -> Tensor:
         """[n], one segment or a whole wave, to codes [K, T]."""
@@ -166,7 +162,9 @@ class _Model:
 
     @staticmethod
     def from_pretrained(source: str, **options: Any) -> Any:
-        values, _ = transformers.XcodecConfig.get_config_dict(source)
+        values, _ = transformers.XcodecConfig.get_config_dict(
+            source, local_files_only=options.get("local_files_only", False)
+        )
         semantic = values.get("semantic_model_config")
         if isinstance(semantic, dict) and "model_type" in semantic:
             fields = {key: value for key, value in semantic.items() if key not in ("_name_or_path", "model_type")}

@@ -105,6 +105,15 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, corpus: Path,
     assert error.count("\n") == 1
 
 
+def test_an_output_that_is_a_file_is_one_line(corpus: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "out").write_text("")
+    command = ["run", "--upstream", "fbank", "--tasks", "ks", "--data", str(corpus), "--output", str(tmp_path / "out")]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/out/runs/fbank/ks")
+    assert error.endswith(": Not a directory\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -22,6 +22,10 @@ from codecssl.tokenize.errors import UserError
         ),
         ({"path": "a.flac", "task": "ks", "splits": {"ks": "dev"}}, r"'dev'; give one of train, valid, test"),
         (
+            {"path": "a.flac", "task": "ks", "splits": "train"},
+            r"""splits is 'train'; give an object, {"ks": "train"}""",
+        ),
+        (
             {"path": "a.flac", "task": "ks", "splits": {"ks": "test"}},
             r"task ks needs the column 'keyword or label'",
         ),
@@ -44,6 +48,12 @@ def test_a_bad_manifest_is_one_clear_line(row: dict[str, Any], message: str, tmp
     name = row.get("task", "ks") if row.get("task") != "asr" else "ks"
     with pytest.raises(UserError, match=message):
         Corpus(tmp_path).examples(TASKS[name])
+
+
+def test_a_manifest_in_another_encoding_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "manifest.jsonl").write_bytes('{"path": "ü.wav"}'.encode("latin-1"))
+    with pytest.raises(UserError, match="manifest.jsonl: not UTF-8"):
+        Corpus(tmp_path).examples(TASKS["ks"])
 
 
 def test_a_root_that_is_missing_or_is_no_corpus(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import soundfile
 
 from codecssl.superb.decoded import DecodedOnce
+from codecssl.tokenize.errors import UserError
 
 
 class Counting:
@@ -60,3 +61,15 @@ def test_s3prls_loader_reads_a_file_once(path: str) -> None:
     assert np.array_equal(audio[0]["wav"], first)
     first.zero_()
     assert audio[0]["wav"].abs().max() > 0.4
+
+
+@pytest.mark.parametrize("content", ["a letter", None])
+def test_a_file_that_cannot_be_used_is_named(content: str | None, tmp_path: Path) -> None:
+    """No audio, or samples that are no numbers."""
+    path = tmp_path / "a.wav"
+    if content is None:
+        soundfile.write(path, np.array([0.1, np.nan, 0.1], "f4"), 16_000, subtype="FLOAT")
+    else:
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"a\.wav: cannot be used \(.+\); replace it or take its row out$"):
+        DecodedOnce(librosa, 0).load(str(path), sr=16_000)

@@ -212,6 +212,25 @@ def test_s3prl_takes_it(model_folder: Path, loads_codec: Any) -> None:
     assert mixed.shape == (3, 50, 32)
 
 
+def test_s3prls_hub_says_what_is_missing(model_folder: Path) -> None:
+    from codecssl.superb import hubconf
+
+    with pytest.raises(UserError, match="give -k MODEL"):
+        hubconf.codecssl(ckpt=None, model_config=None, refresh=False)
+    with pytest.raises(UserError, match="-g some.yaml: a model has its configuration inside"):
+        hubconf.codecssl(ckpt=str(model_folder), model_config="some.yaml", refresh=False)
+
+
+def test_rates_of_several_states_reach_s3prl() -> None:
+    """s3prl's upstreams may have one for each hidden state."""
+
+    class Two(torch.nn.Module):
+        def get_downsample_rates(self, key: str) -> list[int]:
+            return [320, 640]
+
+    assert CachedUpstream(Two(), 0).get_downsample_rates("hidden_states") == [320, 640]
+
+
 def test_fbank_is_s3prls(waves: list[torch.Tensor]) -> None:
     compat.install()
     import s3prl.hub

@@ -78,12 +78,14 @@ def test_a_sample_has_no_more_pairs_and_is_the_same_each_time() -> None:
         example("lost", role="query", query="none")
     ]
     whole = qbe.searches({"test": documents + queries})["test"]
-    assert (len(whole.queries), len(whole.documents)) == (40, 90)
-    assert whole.truth.shape == (40, 90)
+    assert (len(whole.queries), len(whole.documents)) == (41, 90)
+    assert whole.truth.shape == (41, 90)
+    assert not whole.truth[40].any()
     assert whole.truth[0].tolist() == [i % 3 > 0 for i in range(90)]
     few = [qbe.searches({"test": documents + queries}, pairs=600)["test"] for _ in range(2)]
     assert len(few[0].queries) * len(few[0].documents) <= 600
     assert few[0] == few[1]
+    assert queries[-1] not in few[0].queries
 
 
 def test_queries_that_nothing_holds_are_refused() -> None:

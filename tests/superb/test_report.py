@@ -319,6 +319,18 @@ def test_official_tasks_are_one_table_though_their_rows_differ() -> None:
     assert len(report.compare(rows)) == 1
 
 
+def test_a_run_that_ran_away_neither_wins_nor_spoils_the_page() -> None:
+    """A loss, or a validation figure, that is NaN."""
+    nan = math.nan
+    sweep = [row("fbank", "pr", value, values={"per": value}, metric="per", valid=valid, learning_rate=rate)
+             for value, valid, rate in ((0.9, nan, 1.0), (0.5, 0.4, 2.0), (0.8, nan, 3.0))]  # fmt: skip
+    assert report.compare(sweep)[0].cells["fbank", "pr"].value("per") == 0.5
+    curves = {"train-loss": [[10, 2.0], [20, nan], [30, math.inf]], "valid-accuracy": [[10, nan]]}
+    text = html(report.compare([row("fbank", "ks", 0.5, curves=curves)]))
+    assert text.count("<circle") == 1
+    assert "nan" not in text
+
+
 def test_where_less_is_better_the_least_valid_figure_wins() -> None:
     sweep = [
         row("fbank", "pr", value, values={"per": value}, metric="per", valid=valid, learning_rate=rate)
@@ -342,6 +354,17 @@ def test_folds_are_averaged_within_a_seed() -> None:
     assert cell.by_seed("accuracy") == pytest.approx([0.3, 0.7])
     assert cell.utterances == 80
     assert "er: the mean over folds, each tested in turn." in report.notes(report.compare(folds)[0])
+
+
+def test_emotion_without_a_fold_is_no_score() -> None:
+    """Of five; a seed that lacks one is enough."""
+    others = [found for found in official() if found["task"] != "er"]
+    (er,) = [found for found in official() if found["task"] == "er"]
+    folds = [{**er, "fold": fold, "seed": seed} for fold in range(1, 6) for seed in (0, 1)]
+    (comparison,) = report.compare(others + folds)
+    assert not [note for note in report.notes(comparison) if "no score" in note or "without fold" in note]
+    (comparison,) = report.compare(others + folds[:7] + folds[8:9])
+    assert {"tiny has no score: er missing.", "er of tiny: without fold 4, 5."} <= set(report.notes(comparison))
 
 
 def test_what_was_skipped_is_said() -> None:

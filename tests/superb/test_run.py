@@ -1,16 +1,22 @@
 """Runs: s3prl trains and tests; results appear whole, finished ones are skipped, torn ones dropped."""
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from codecssl.superb import jobs, results, tasks
 from codecssl.superb import run as running
+from codecssl.superb.corpus import Corpus
 from codecssl.superb.expert import parse
 from codecssl.superb.jobs import run_all
+from codecssl.superb.mtwv import mtwv
+from codecssl.superb.qbe import searches
 from codecssl.superb.run import Machine, Run, configure, run_one
 from codecssl.tokenize.errors import UserError
 
@@ -48,9 +54,20 @@ def small_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "official_config", small)
 
 
+def predicted(run: Run, name: str) -> list[str]:
+    return (run.folder / "predict" / name).read_text().splitlines()
+
+
+@pytest.fixture
+def truth(corpus: Path) -> dict[str, Any]:
+    """A file's row of the manifest by its stem."""
+    rows = map(json.loads, (corpus / "manifest.jsonl").read_text().splitlines())
+    return {Path(row["path"]).stem: row for row in rows}
+
+
 @pytest.mark.parametrize("task", POOLED)
 def test_every_pooled_task_runs_and_its_row_is_complete(
-    task: str, make: Any, model_folder: Path, loads_codec: Any
+    task: str, make: Any, model_folder: Path, loads_codec: Any, tmp_path: Path
 ) -> None:
     row = run_one(make(task, str(model_folder)), Machine())
     assert 0 <= row["value"] <= 1
@@ -64,6 +81,7 @@ def test_every_pooled_task_runs_and_its_row_is_complete(
     assert [step for step, _ in row["curves"]["valid-accuracy"]] == [10, 20]
     assert len(row["curves"]["train-loss"]) == 20
     assert row == json.loads(json.dumps(row))
+    assert (tmp_path / row["folder"] / "result.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -76,7 +94,14 @@ def test_every_pooled_task_runs_and_its_row_is_complete(
     ],
 )
 def test_every_sequence_task_runs(
-    task: str, metrics: set[str], counts: Any, make: Any, model_folder: Path, loads_codec: Any, small_heads: None
+    task: str,
+    metrics: set[str],
+    counts: Any,
+    make: Any,
+    model_folder: Path,
+    loads_codec: Any,
+    small_heads: None,
+    truth: dict[str, Any],
 ) -> None:
     if task == "sd":
         pytest.importorskip("pyannote.metrics", reason="pyannote.metrics is not installed")
@@ -91,6 +116,26 @@ def test_every_sequence_task_runs(
     if task == "sd":
         assert row["values"]["der"] <= 3
         assert row["chosen"]["median_filter"] in (1, 11)
+        _check_probabilities(run)
+    if task == "pr":
+        from s3prl.metric import per
+
+        heard = [line.partition(" ") for line in predicted(run, "pr_public/predict.ark")]
+        references = [" ".join(truth[name]["phones"]) for name, _, _ in heard]
+        assert row["value"] == pytest.approx(per([text for _, _, text in heard], references))
+
+
+def _check_probabilities(run: Run) -> None:
+    """Of two speakers, for each 20 ms of the 2.3 s of the one recording that is tested."""
+    import h5py
+
+    (path,) = (run.folder / "predict" / "sd_public" / "scoring" / "predictions").iterdir()
+    assert path.name == "two3.wav.h5"
+    with h5py.File(path) as file:
+        shares = file["T_hat"][:]
+    assert shares.shape == (115, 2)
+    assert 0 <= shares.min() < shares.max() <= 1
+    assert predicted(run, "sd_public/frame_shift") == ["320"]
 
 
 def test_verification_tests_every_checkpoint_and_takes_the_best(
@@ -105,15 +150,30 @@ def test_verification_tests_every_checkpoint_and_takes_the_best(
     assert scanned[str(row["best_step"])] == min(scanned.values())
     assert row["valid"] is None
     assert row["utterances"] == {"train": 6, "test": 6}
+    from s3prl.metric import compute_eer
+
+    trials = list(csv.DictReader((run.folder / "test_trial.csv").open()))
+    told = [line.rsplit(" ", 1) for line in predicted(run, "sv_public/predict.txt")]
+    name = "-".join(Path(trials[0]["wav_path1"]).parts[-3:]).split(".")[0]
+    assert told[0][0].startswith(f"{name}_")
+    eer, _ = compute_eer([int(trial["label"]) for trial in trials], [float(score) for _, score in told])
+    assert eer == pytest.approx(row["value"])
+    assert not list(run.folder.rglob("answers.json"))  # those of the other checkpoints would be megabytes
 
 
-def test_search_trains_nothing_and_chooses_a_layer(make: Any, model_folder: Path, loads_codec: Any) -> None:
+def test_search_trains_nothing_and_chooses_a_layer(
+    make: Any, model_folder: Path, loads_codec: Any, corpus: Path
+) -> None:
     run = make("qbe", str(model_folder), learning_rate=None)
     row = run_one(run, Machine())
     assert row["steps"] == 0
     assert len(row["chosen"]["valid_by_layer"]) == 3
     assert row["chosen"]["valid_by_layer"][row["chosen"]["layer"]] == pytest.approx(row["valid"], abs=1e-5)
     assert not (run.folder / "train").exists()
+    root = ElementTree.fromstring("\n".join(predicted(run, "qbe_public/benchmark.stdlist.xml")))
+    told = np.array([[float(term.get("score", "")) for term in terms] for terms in root])
+    found = searches(Corpus(corpus).examples(tasks.TASKS["qbe"]))["test"].truth
+    assert mtwv(told, found)[0] == pytest.approx(row["value"])
 
 
 def test_recognition_with_a_language_model(
@@ -131,6 +191,7 @@ def test_recognition_with_a_language_model(
     references = (run.folder / "evaluate" / "valid_best" / "test" / "ref").read_text().splitlines()
     words = [line.split()[1:] for line in references]
     assert row["values"]["wer_lm"] == pytest.approx(sum(3 - ("low" in line) for line in words) / 9)
+    assert predicted(run, "asr_lm_public/predict.ark") == [f"{name} low" for name in ("long09", "long10", "long11")]
     assert run.folder != make("asr", budget=TWO).folder
 
 
@@ -157,7 +218,6 @@ def test_a_fold_tests_its_rows(make: Any) -> None:
 
 def test_odd_clips_are_run_or_counted(tmp_path: Path) -> None:
     """30 ms, silence, ten minutes (by its row) and noise beside plain ones: none ends a run."""
-    import numpy as np
     import soundfile
 
     rows, noise = [], np.random.default_rng(0)
@@ -224,14 +284,17 @@ def test_training_lowers_the_loss(make: Any) -> None:
     assert losses[-1][1] < 0.9 * losses[0][1]
 
 
-def test_the_value_is_s3prls_and_agrees_with_its_predictions(make: Any) -> None:
+def test_the_value_is_s3prls_and_agrees_with_its_predictions(make: Any, truth: dict[str, Any]) -> None:
     import yaml
 
     run = make()
     row = run_one(run, Machine())
     said = yaml.safe_load((run.folder / "evaluate" / "valid_best" / "test" / "result.yaml").read_text())
     assert row["value"] == said["accuracy"]
-    assert row["value"] * 12 == pytest.approx(round(row["value"] * 12))
+    told = [line.split("-")[-1].split(" ") for line in predicted(run, "ks_public/predict.txt")]
+    right = [truth[Path(name).stem]["keyword"] == answer for name, answer in told]
+    assert len(right) == 12
+    assert row["value"] == pytest.approx(sum(right) / 12)
 
 
 def test_only_paths_steps_and_the_learning_rate_differ_from_s3prl(make: Any) -> None:

@@ -5,22 +5,18 @@ import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from helpers import HASHCODEC, wave
 
 from codecssl.tokenize import codec as codec_module
-from codecssl.tokenize import encodec, tiny
+from codecssl.tokenize import encodec, tiny, weights
 
 
 def speechlike(seconds, rate, seed):
-    """Float32 bursts of tone and noise at changing levels."""
-    rng = np.random.default_rng(seed)
-    t = np.arange(int(seconds * rate)) / rate
-    level = np.interp(t, np.linspace(0, max(seconds, 1e-3), 8), rng.uniform(0, 0.4, 8))
-    return (level * (np.sin(2 * np.pi * rng.uniform(80, 300) * t) + 0.3 * rng.standard_normal(len(t)))).astype("f4")
+    return wave(int(seconds * rate), seed, rate=rate).numpy()
 
 
 @pytest.fixture
@@ -58,12 +54,20 @@ def codec(codec_file):
     return encodec.load("tiny_16khz", str(codec_file), None, "cpu")
 
 
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    """No test asks a network."""
+
+    def ask(repository):
+        raise OSError("no net")
+
+    monkeypatch.setattr(weights, "ask_hub", ask)
+
+
 @pytest.fixture
 def hashcodec(monkeypatch):
     """The module beside this file, known as the codec hash_16khz; and a disk that nobody pulls the plug of."""
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    backend = codec_module.Backend(module="hashcodec", summary="", weights="")
-    monkeypatch.setitem(codec_module.BACKENDS, "hash_16khz", backend)
+    monkeypatch.setitem(codec_module.BACKENDS, "hash_16khz", HASHCODEC)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     return importlib.import_module("hashcodec")
 

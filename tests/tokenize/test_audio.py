@@ -42,6 +42,11 @@ def test_blocks_equal_the_whole_file_downmixed_and_resampled_at_once(tmp_path, r
     assert (reader.source_rate, reader.source_samples) == (rate, len(mono))
 
 
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.wav: cannot read: no such file"):
+        read_wave(tmp_path / "gone.wav", 16_000)
+
+
 def test_a_segment_is_cut_before_resampling(tmp_path):
     path = tmp_path / "x.flac"
     soundfile.write(path, noise(2, 48_000), 48_000)

@@ -1,7 +1,9 @@
 """Our piecewise time-major encoder against `transformers.DacModel.encode` of the whole wave."""
 
 import itertools
+from functools import partial
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -16,12 +18,7 @@ from codecssl.tokenize.errors import UserError
 RATIOS = {"dac_16khz": [2, 4, 5, 8], "dac_24khz": [2, 4, 5, 8], "dac_44khz": [2, 4, 8, 8]}
 
 
-def wave(samples, seed=0):
-    rng = np.random.default_rng(seed)
-    t = np.arange(samples) / 16_000
-    level = np.interp(t, np.linspace(0, 1 + samples / 16_000, 12), rng.uniform(0, 0.5, 12))
-    tone = np.sin(2 * np.pi * np.cumsum(120 + 60 * np.sin(t)) / 16_000)
-    return torch.from_numpy((level * (tone + 0.3 * rng.standard_normal(samples))).astype(np.float32))
+wave = partial(helpers.wave, rate=16_000)
 
 
 def random_model(name="dac_16khz", num_codebooks=6, seed=0, width=4):

@@ -1,5 +1,6 @@
 """Our piecewise encoder and decoder against the encodec package's and transformers' own on whole files."""
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -16,11 +17,7 @@ from codecssl.tokenize.seanet_layers import Lane
 
 
 def wave(seconds, rate, seed=0):
-    rng = np.random.default_rng(seed)
-    t = np.arange(round(seconds * rate)) / rate
-    level = np.interp(t, np.linspace(0, seconds, 12), rng.uniform(0, 0.5, 12))
-    tone = np.sin(2 * np.pi * np.cumsum(120 + 60 * np.sin(t)) / rate)
-    return torch.from_numpy((level * (tone + 0.3 * rng.standard_normal(len(t)))).astype(np.float32))
+    return helpers.wave(round(seconds * rate), seed, rate=rate)
 
 
 def spread_codebooks(model):
@@ -292,12 +289,23 @@ def test_the_packages_own_file_loads(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("encodec_25khz", "unknown codec 'encodec_25khz': give a path or one of dac_16khz"),
+        ("encodec_25khz", "unknown codec 'encodec_25khz': give a path or one of dac_16khz.* mean encodec_24khz"),
+        ("music", "unknown codec 'music': give a path or one of .*xcodec$"),
         ("./nowhere", "no such file or folder"),
         ("tiny_16khz@/nowhere", "no weights at /nowhere"),
+        ("tiny_16khz@{letter}", "letter.th: not the weights of tiny_16khz"),
+        ("encodec_24khz@{letter}", "letter.th: not the weights of encodec_24khz"),
+        ("encodec_48khz@{letter}", "letter.th: not the weights of encodec_48khz"),
+        ("{folder}", "config.json: not a model's configuration"),
+        ("dac_16khz@{folder}", "no weights at .*codec_of_a_friend \\(.+\\); get them by"),
     ],
 )
-def test_what_cannot_be_loaded_says_what_to_do(spec, says):
+def test_what_cannot_be_loaded_says_what_to_do(spec, says, tmp_path):
+    letter, folder = tmp_path / "letter.th", tmp_path / "codec_of_a_friend"
+    letter.write_text("Dear friend, here is my codec.")
+    folder.mkdir()
+    (folder / "config.json").write_text("[1]")
+    spec = spec.format(letter=letter, folder=folder)
     with pytest.raises(UserError, match=says):
         load_codec(spec)
 

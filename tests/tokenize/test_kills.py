@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from helpers import HASHCODEC
 
 from codecssl.tokenize.shards import Shards
 
@@ -62,7 +63,7 @@ def child(argv, log, fail_at=None, how=None, tmpfs=None, tasks=1):
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
-    codec.BACKENDS["hash_16khz"] = codec.Backend(module="hashcodec", summary="", weights="")
+    codec.BACKENDS["hash_16khz"] = HASHCODEC
     if tmpfs:
         os._exit(fill_up(tmpfs, argv, main))
     if tasks > 1:

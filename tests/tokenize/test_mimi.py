@@ -1,5 +1,8 @@
 """Our chunked Mimi against transformers' own modules over the whole wave."""
 
+from functools import partial
+
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -14,12 +17,7 @@ HOP = 1920
 WINDOW = 30  # positions, 15 frames: chunks of 64 frames cross it many times
 
 
-def wave(samples, seed=0):
-    rng = np.random.default_rng(seed)
-    t = np.arange(samples) / 24_000
-    level = np.interp(t, np.linspace(0, max(samples, 1) / 24_000, 12), rng.uniform(0, 0.5, 12))
-    tone = np.sin(2 * np.pi * np.cumsum(120 + 60 * np.sin(t)) / 24_000)
-    return torch.from_numpy((level * (tone + 0.3 * rng.standard_normal(len(t)))).astype(np.float32))
+wave = partial(helpers.wave, rate=24_000)
 
 
 def parts_of(model):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import webdataset
 from datasets.distributed import split_dataset_by_node
+from helpers import card
 from torch.utils.data import DataLoader
 
-from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.readers import as_hf_dataset, utterances
 from codecssl.tokenize.shards import Shards
@@ -20,19 +20,9 @@ from codecssl.tokenize.writer import Encoded, ShardWriter, finish_dataset
 RATES = {"one rate": (1, 1, 1), "several": (1, 2, 4)}
 
 
-def card(rates, segments=False):
-    return CodecCard(
-        name="made",
-        weights="made",
-        weights_sha256="0" * 64,
-        sample_rate=16_000,
-        hop_length=320,
-        codebook_sizes=(1000, 1024, 65536),
-        codes_per_frame=rates,
-        latent_dim=4,
-        segment_samples=3200 if segments else 0,
-        segment_stride=3200 if segments else 0,
-    )
+def make_card(rates, segments=False):
+    length = 3200 if segments else 0
+    return card((1000, 1024, 65536), rates, segment_samples=length, segment_stride=length)
 
 
 def labels_of(number):
@@ -45,7 +35,7 @@ def labels_of(number):
 
 def make(root, rates, compress, segments=False):
     """24 utterances in two shards of three blocks; one is longer than a compressed segment."""
-    made, rng = card(rates, segments), np.random.default_rng(0)
+    made, rng = make_card(rates, segments), np.random.default_rng(0)
     for shard in range(2):
         writer = ShardWriter(root, shard, made, compress=compress)
         for block in range(3):

@@ -1,12 +1,12 @@
 """Broken and odd files from many projects' tests: each is in a shard or in failed.jsonl, with a reason that is true."""
 
-import importlib
 import json
 import re
 from pathlib import Path
 
 import pytest
 import soundfile
+from helpers import HASHCODEC
 
 from codecssl.tokenize import codec as codec_module
 from codecssl.tokenize.audio import EXTENSIONS
@@ -21,11 +21,7 @@ pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no {FOLDER}: the c
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parent)
-        importlib.import_module("hashcodec")
-        patch.setitem(
-            codec_module.BACKENDS, "hash_16khz", codec_module.Backend(module="hashcodec", summary="", weights="")
-        )
+        patch.setitem(codec_module.BACKENDS, "hash_16khz", HASHCODEC)
         output = tmp_path_factory.mktemp("robust") / "out"
         run(RunConfig(sources=(str(FOLDER),), output=output, codec="hash_16khz", workers=0))
     return output

@@ -226,12 +226,17 @@ def test_a_bad_manifest_is_one_line(audio_folder, tmp_path, codec_file, capsys, 
             ["run", "AUDIO", "-o", "OUT", "--num-codebooks", "9"],
             "error: num_codebooks 9: tiny_16khz has 1 to 8",
         ),
+        (["run", "AUDIO", "-o", "OUT", "--device", "gpu"], "error: device 'gpu': give cpu, cuda"),
+        (["run", "AUDIO", "-o", "OUT", "--device", "cuda:99"], "CUDA devices on this machine"),
+        (["run", "AUDIO", "-o", "AUDIO/a.wav"], "a.wav: a file; give a folder as --output"),
+        (["run", "AUDIO", "-o", "AUDIO/a.wav/out"], "a.wav/out: Not a directory; make it usable"),
         (["verify", "AUDIO"], "no dataset.json; this is not a folder of token shards"),
+        (["repair", "AUDIO/a.wav"], "no dataset.json and no plan.json"),
     ],
 )
 def test_bad_arguments_are_one_line(audio_folder, tmp_path, codec_file, capsys, arguments, says):
-    known = {"AUDIO": str(audio_folder), "OUT": str(tmp_path / "out")}
-    arguments = [known.get(a, a) for a in arguments]
+    out = str(tmp_path / "out")
+    arguments = [a.replace("AUDIO", str(audio_folder)).replace("OUT", out) for a in arguments]
     if "run" in arguments and "encodek" not in arguments:
         arguments += ["--codec", str(codec_file)]
     assert main(arguments) == 1
@@ -239,6 +244,39 @@ def test_bad_arguments_are_one_line(audio_folder, tmp_path, codec_file, capsys, 
     assert says in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "x", "-o", "out", "--tasks", "0"], "argument --tasks: 0: must be at least 1"),
+        (["run", "x", "-o", "out", "--stall-minutes", "-1"], "argument --stall-minutes: -1: must be at least 0"),
+        (["run", "x", "-o", "out", "--stall-minutes", "nan"], "argument --stall-minutes: nan: must be at least 0"),
+        (["run", "x", "-o", "out", "--workers", "two"], "argument --workers: invalid int value: 'two'"),
+        (["run", "x"], "arguments are required: --output"),
+        (["verify", "x", "--sample", "-1"], "argument --sample: -1: must be at least 0"),
+        (["status", "x", "--tasks", "0"], "argument --tasks: 0: must be at least 1"),
+        (["eval-codec", "x", "--codec", "y", "--clips", "0"], "argument --clips: 0: must be at least 1"),
+        (["recode"], "invalid choice: 'recode'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(capsys, arguments, says):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_help_tells_defaults_where_there_are_some(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for option in ("(default: tiny_16khz)", "task I of 0..N-1 (default: 0)", "the codec's own) --device"):
+        assert option in text
+    assert "None" not in text
+    assert "False" not in text
 
 
 def test_strict_and_the_commands_around_a_dataset(audio_folder, tmp_path, codec_file, capsys):

@@ -11,10 +11,10 @@ import zlib
 import numpy as np
 import pytest
 import webdataset
+from helpers import card
 
 from codecssl.tokenize import entropy
 from codecssl.tokenize.blocks import packed_again
-from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.layout import load_json
 from codecssl.tokenize.shards import (
@@ -30,20 +30,6 @@ from codecssl.tokenize.verify import verify
 from codecssl.tokenize.writer import Encoded, Failure, ShardWriter, finish_dataset, write_shards
 
 SEGMENT = entropy.SEGMENT_FRAMES
-
-
-def card(sizes, per_frame=None, **more):
-    return CodecCard(
-        name="made",
-        weights="made",
-        weights_sha256="0" * 64,
-        sample_rate=16_000,
-        hop_length=320,
-        codebook_sizes=tuple(sizes),
-        codes_per_frame=tuple(per_frame or (1,) * len(sizes)),
-        latent_dim=4,
-        **more,
-    )
 
 
 def codes_for(card, frames, rng):
@@ -341,6 +327,25 @@ def test_verify_finds_missing_and_cut_files(dataset, name):
     assert verify(dataset)
     path.write_bytes(whole[: len(whole) // 2] if whole else b"{}\n")
     assert verify(dataset)
+
+
+@pytest.mark.parametrize("part", [None, 0.0, 0.5])
+@pytest.mark.parametrize("name", ["index.npy", "blocks.npy", "shards/00000.tar"])
+def test_a_missing_or_cut_file_is_one_line_to_a_reader(dataset, name, part):
+    path = dataset / name
+    whole = path.read_bytes()
+    path.unlink()
+    if part is not None:
+        path.write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(UserError, match=f"{path.name}: cannot be read .*`codecssl-tokenize (repair|verify) "):
+        Shards(dataset).codes(9)
+
+
+def test_damaged_columns_are_one_line_to_a_reader(dataset):
+    damage(dataset / "shards/00000.tar", 512 + 40)  # in the compressed text
+    for read in (lambda shards: shards.find("u1"), lambda shards: shards.utterance(0)):
+        with pytest.raises(UserError, match=r"00000\.tar: cannot be read .*`codecssl-tokenize verify "):
+            read(Shards(dataset))
 
 
 def test_strangers_are_refused(dataset, tmp_path):

@@ -32,6 +32,24 @@ def test_links_are_followed_but_not_in_circles(tree):
     assert len(ids(tree)) == 8
 
 
+def test_a_glob_follows_links_but_not_in_circles(tree, monkeypatch):
+    (tree / "c" / "up").symlink_to(tree)
+    (tree / "c" / "b").symlink_to(tree / "b")
+    expected = ["a.wav", "b/z.wav", "b.wav", "c/b/z.wav"]
+    assert ids(tree / "**" / "*.wav") == expected
+    monkeypatch.chdir(tree / "c")
+    assert ids("../c/../**/*.wav") == expected, "the way to the first wildcard may pass a folder twice"
+    monkeypatch.chdir(tree)
+    assert ids("**/*.wav") == expected
+
+
+def test_an_empty_name_is_not_the_working_folder(tree, monkeypatch):
+    monkeypatch.chdir(tree)
+    with pytest.raises(UserError, match="an empty name; give . for the working folder"):
+        ids("")
+    assert ids(".")[0] == "a.flac"
+
+
 def test_a_glob_and_a_file(tree):
     assert ids(tree / "**" / "*.wav") == ["a.wav", "b/z.wav", "b.wav"]
     assert ids(tree / "a.wav") == ["a.wav"]

@@ -6,24 +6,11 @@ import json
 import numpy as np
 import pytest
 import soundfile
+from helpers import card
 
-from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.stats import conditional_entropy, corrected_entropy, entropy, lines, stats, take_sample
 from codecssl.tokenize.writer import Encoded, ShardWriter, finish_dataset, write_shards
-
-
-def card(sizes, per_frame=None):
-    return CodecCard(
-        name="made",
-        weights="made",
-        weights_sha256="0" * 64,
-        sample_rate=16_000,
-        hop_length=320,
-        codebook_sizes=tuple(sizes),
-        codes_per_frame=tuple(per_frame or (1,) * len(sizes)),
-        latent_dim=4,
-    )
 
 
 def test_the_order_0_entropy_is_not_that_of_the_sample():

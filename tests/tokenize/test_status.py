@@ -5,9 +5,9 @@ import os
 import time
 
 import pytest
+from helpers import card
 
 from codecssl.tokenize.cli import main
-from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.status import status
 
@@ -17,17 +17,7 @@ RATE = 16_000
 @pytest.fixture
 def folder(tmp_path):
     """A run of 100 inputs, 10 a shard, begun 10,000 s ago."""
-    card = CodecCard(
-        name="made",
-        weights="made",
-        weights_sha256="0" * 64,
-        sample_rate=RATE,
-        hop_length=320,
-        codebook_sizes=(4,),
-        codes_per_frame=(1,),
-        latent_dim=1,
-    )
-    plan = {"codec": card.to_dict(), "sources": ["x"], "inputs": 100, "shard_inputs": 10, "block_inputs": 5}
+    plan = {"codec": card([4]).to_dict(), "sources": ["x"], "inputs": 100, "shard_inputs": 10, "block_inputs": 5}
     write(tmp_path / "plan.json", plan, 10_000)
     return tmp_path
 

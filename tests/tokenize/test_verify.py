@@ -8,8 +8,8 @@ import tracemalloc
 import numpy as np
 import pytest
 import soundfile
+from helpers import card
 
-from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.layout import load_json, sealed
 from codecssl.tokenize.run import RunConfig, run
@@ -17,16 +17,7 @@ from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.verify import examine, verify
 from codecssl.tokenize.writer import Encoded, Failure, ShardWriter, finish_dataset, to_json
 
-CARD = CodecCard(
-    name="made",
-    weights="made",
-    weights_sha256="0" * 64,
-    sample_rate=16_000,
-    hop_length=320,
-    codebook_sizes=(1000, 1024, 16),
-    codes_per_frame=(1, 1, 2),
-    latent_dim=4,
-)
+CARD = card((1000, 1024, 16), (1, 1, 2))
 
 
 def utterance(number, rng):
@@ -77,6 +68,16 @@ def flip(path, bit):
     content = bytearray(path.read_bytes())
     content[bit // 8] ^= 1 << bit % 8
     path.write_bytes(content)
+
+
+def test_a_coder_that_gives_other_codes_is_found(tmp_path):
+    """As another version of the library might: all bytes are as they were, the codes are not."""
+    root = make(tmp_path / "d", compress=True)
+    assert verify(root) == []
+    mark = load_json(root / "shards/00000.json")
+    mark["blocks"][0]["packed_crc32"] ^= 1
+    (root / "shards/00000.json").write_bytes(to_json(sealed(mark), indent=None))
+    assert verify(root) == ["shard 00000: its first block does not decompress to the codes that were compressed"]
 
 
 def blocks_of(dataset, shard):

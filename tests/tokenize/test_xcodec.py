@@ -1,7 +1,9 @@
 """Our segments and our pieces against transformers' own X-codec, on small random networks."""
 
 import json
+from functools import partial
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -22,12 +24,7 @@ def short_segments(monkeypatch):
     monkeypatch.setattr(xcodec, "PIECE_STEPS", 100)
 
 
-def wave(samples, seed=0):
-    rng = np.random.default_rng(seed)
-    t = np.arange(samples) / 16_000
-    level = np.interp(t, np.linspace(0, samples / 16_000, 12), rng.uniform(0.1, 0.9, 12))
-    tone = np.sin(2 * np.pi * np.cumsum(120 + 60 * np.sin(t)) / 16_000)
-    return torch.from_numpy((level * (tone + 0.5 * rng.standard_normal(len(t)))).astype(np.float32))
+wave = partial(helpers.wave, rate=16_000, levels=(0.1, 0.9), noise=0.5)
 
 
 def random_model(seed=0, **changes):

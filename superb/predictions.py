@@ -1,0 +1,149 @@
+"""What a run answered on its test set, in the files that SUPERB's leaderboard takes (submission.py packs them).
+
+The folders are those of s3prl's packer (s3prl/submit/submit.py at 0.4.18, in its repository and not in the package),
+which takes the prediction files of s3prl's classic tasks (s3prl/downstream, `log_records` of each expert; its datasets
+give the utterances their names).
+
+    RUN/predict/ks_public/predict.txt                             a line a file: its name and its class
+    {sid,er_fold1..5}_public/predict.txt  ic_public/predict.csv   the same; of ic three slots, by commas
+    {pr,asr,asr_lm,sf}_public/predict.ark                         name, then what was heard
+    sv_public/predict.txt                                         asv: NAME_NAME and the cosine of the pair
+    qbe_public/benchmark.stdlist.xml                              every query's score of every document
+    sd_public/frame_shift                                         samples at 16 kHz per frame
+    sd_public/scoring/predictions/RECORDING.h5                    T_hat: the probabilities [frames, 2 speakers]
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codecssl.superb import results
+from codecssl.superb.corpus import Example
+
+FOLDER = "predict"
+ANSWERS, ANSWERS_LM = "answers.json", "answers_lm.json"
+DETECTED = 2.0
+"""Deviations above a query's mean score from which s3prl's quesst14_dtw calls a document found."""
+
+
+def keep_answers(task: Any) -> Any:
+    """Make one of s3prl's tasks write what it answers when it is tested: answers.json in the folder of its metrics.
+
+    An object of utterance and answer; of verification, a list with the score of each trial.
+    """
+    genuine = task.reduction
+
+    def reduction(mode: str, cached: list[dict[str, Any]], _dump_dir: Any = None) -> Any:
+        answers = _answers(task, cached) if mode == "test" and _dump_dir is not None else None
+        if answers is not None:
+            results.write_json(Path(_dump_dir) / ANSWERS, answers)
+        return genuine(mode, cached, _dump_dir=_dump_dir)
+
+    task.reduction = reduction
+    return task
+
+
+def _answers(task: Any, cached: list[dict[str, Any]]) -> Any:
+    import torch
+
+    found = task.parse_cached_results(cached)
+    if "spk_embedding" in found:
+        voices = torch.stack(found["spk_embedding"])
+        place = {name: i for i, name in enumerate(found["unique_name"])}
+        pairs = torch.tensor([[place[one], place[other]] for _, one, other in task.trials])
+        return torch.cosine_similarity(voices[pairs[:, 0]], voices[pairs[:, 1]]).tolist()
+    if "prediction" in found and "unique_name" in found:
+        names = [str(name) for names in found["unique_name"] for name in np.atleast_1d(names)]
+        return dict(zip(names, found["prediction"], strict=True))
+    return None  # diarisation, which keeps its probabilities in files
+
+
+def write_predictions(
+    folder: Path, task: str, tested: Sequence[Example], found: results.Row, *, fold: int | None, rate: int
+) -> None:
+    """RUN/predict of a trained run. `found`: its outcome; `fold`: the tested one of er; `rate`: the upstream's samples
+    per frame, which sd labels its frames by.
+    """
+    if task == "sd":
+        _diarised(folder, tested, rate)
+    elif task == "asv":
+        _verified(folder, found["best_step"])
+    else:
+        name = f"er_fold{fold or 1}_public" if task == "er" else f"{task}_public"
+        dump = folder / "evaluate" / "valid_best" / "test"
+        _labelled(folder / FOLDER / name, task, tested, results.read_json(dump / ANSWERS))
+        if task == "asr" and "wer_lm" in found["values"]:
+            _labelled(folder / FOLDER / "asr_lm_public", task, tested, results.read_json(dump / ANSWERS_LM))
+
+
+def _labelled(folder: Path, task: str, tested: Sequence[Example], answers: dict[str, Any]) -> None:
+    suffix = {"ic": "csv", "pr": "ark", "asr": "ark", "sf": "ark"}.get(task, "txt")
+    told = [(name_of(task, e.path), _told(task, answers[e.id])) for e in tested if e.id in answers]
+    between = "," if suffix == "csv" else " "
+    results.write_text(folder / f"predict.{suffix}", "".join(f"{name}{between}{text}\n" for name, text in told))
+
+
+def name_of(task: str, path: Path) -> str:
+    """A test utterance as s3prl's classic dataset of the task names it: id10001-VIDEO-00001, yes-FILE.wav, ..."""
+    if task in ("sid", "asv"):
+        return "-".join(path.parts[-3:]).split(".")[0]
+    if task == "ks":
+        return "-".join(path.parts[-2:])
+    return path.name.split(".")[0]
+
+
+def _told(task: str, answer: Any) -> str:
+    if task == "ic":
+        return ",".join(answer)
+    if task == "sid" and answer.startswith("speaker_"):  # of the official corpus: s3prl's label, the corpus's name
+        return f"id{int(answer.removeprefix('speaker_')) + 10001}"
+    return str(answer)
+
+
+def _verified(folder: Path, step: int) -> None:
+    """The scores of the checkpoint that counts; those of the others go."""
+    tested = folder / "evaluate" / "test_trial"
+    scores = results.read_json(tested / f"step_{step}" / ANSWERS)
+    with (folder / "test_trial.csv").open(encoding="utf-8", newline="") as file:
+        trials = [
+            tuple(name_of("asv", Path(row[key])) for key in ("wav_path1", "wav_path2")) for row in csv.DictReader(file)
+        ]
+    lines = [f"{one}_{other} {score}\n" for (one, other), score in zip(trials, scores, strict=True)]
+    results.write_text(folder / FOLDER / "sv_public" / "predict.txt", "".join(lines))
+    for path in tested.glob(f"step_*/{ANSWERS}"):
+        path.unlink()
+
+
+def _diarised(folder: Path, tested: Sequence[Example], rate: int) -> None:
+    import h5py
+    import torch
+
+    found = folder / "evaluate" / "valid_best" / "test" / "prediction"
+    results.write_text(folder / FOLDER / "sd_public" / "frame_shift", f"{rate}\n")
+    target = folder / FOLDER / "sd_public" / "scoring" / "predictions"
+    target.mkdir(parents=True, exist_ok=True)
+    for number, example in enumerate(tested):
+        if (path := found / f"rec{number:06d}.pt").is_file():
+            name = example.id.removeprefix("utt:").replace("/", "-")
+            with h5py.File(target / f"{name}.h5", "w") as file:
+                file.create_dataset("T_hat", data=torch.load(path).numpy())
+
+
+def write_detections(folder: Path, queries: Sequence[Path], documents: Sequence[Path], scores: Any) -> None:
+    """RUN/predict of a search: scores [queries, documents] as NIST's list of detections, as s3prl writes it."""
+    from lxml import etree
+
+    about = {"indexing_time": "1.00", "language": "english", "index_size": "1", "system_id": "benchmark"}
+    root = etree.Element("stdlist", termlist_filename="benchmark.stdlist.xml", **about)
+    for query, row in zip(queries, scores, strict=True):
+        names = {"termid": name_of("qbe", query), "term_search_time": "1.0", "oov_term_count": "1"}
+        term = etree.SubElement(root, "detected_termlist", names)
+        for document, score in zip(documents, row, strict=True):
+            place = {"file": name_of("qbe", document), "channel": "1", "tbeg": "0.000", "dur": "0.00"}
+            decision = "YES" if score > DETECTED else "NO"
+            etree.SubElement(term, "term", {**place, "score": f"{score:.4f}", "decision": decision})
+    text = etree.tostring(root, encoding="unicode", pretty_print=True)
+    results.write_text(folder / FOLDER / "qbe_public" / "benchmark.stdlist.xml", text)

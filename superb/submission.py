@@ -1,0 +1,81 @@
+"""The zip that SUPERB's leaderboard takes: the predictions of one upstream's `full` runs on the official corpora.
+
+    predict/ks_public/predict.txt ...        as predictions.py describes them
+
+After s3prl's docs ("Leaderboard submission" in s3prl/downstream/docs/superb.md) and its submit.py. Nothing is sent, and
+no submission has been tried: whether superbbenchmark.org takes any today is not known here. Its hidden sets take
+models, not predictions. Any part of the tasks may be submitted; er counts with all five folds only.
+"""
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from codecssl.superb.comparison import Comparison, load
+from codecssl.superb.predictions import FOLDER
+from codecssl.superb.results import Row
+from codecssl.superb.tasks import TASKS
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.writer import atomic_file
+
+EPOCH = (1980, 1, 1, 0, 0, 0)
+"""Of every member: the same predictions are the same bytes."""
+
+
+def write_zip(folders: Sequence[Path], archive: Path, upstream: str | None = None) -> list[str]:
+    """Pack the runs that won, of the lowest seed; returns the tasks that have no finished run.
+
+    UserError where nothing is a full run on the official corpora, the upstream is not clear, er lacks a fold, or a
+    run kept no predictions: then no zip is written.
+    """
+    comparison = _superb(folders)
+    name = _chosen(comparison, upstream)
+    cells = {task: comparison.cells[name, task] for task in comparison.tasks if (name, task) in comparison.cells}
+    members = {}
+    for cell in cells.values():
+        runs = [run for run in cell.runs if run["seed"] == cell.seeds[0]]
+        if lacking := cell.untested_folds:
+            numbers = ", ".join(map(str, lacking))
+            raise UserError(f"--zip: er of {name} lacks the folds {numbers}; run it again, finished ones stay")
+        for run in runs:
+            members.update(_files(folders, run))
+    with atomic_file(archive) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        for member in sorted(members):
+            info = zipfile.ZipInfo(member, EPOCH)
+            info.compress_type, info.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            packed.writestr(info, members[member].read_bytes())
+    return [task for task in TASKS if task not in cells]
+
+
+def _superb(folders: Sequence[Path]) -> Comparison:
+    where = " ".join(map(str, folders))
+    found = [comparison for comparison in load(folders) if comparison.is_superb]
+    if not found:
+        raise UserError(
+            f"--zip: {where} has no run of --budget full on SUPERB's own corpora; no other can be submitted"
+        )
+    if len(found) > 1:
+        data = ", ".join(comparison.data for comparison in found)
+        raise UserError(f"--zip: {where} has full runs on several corpora ({data}); give folders of one")
+    return found[0]
+
+
+def _chosen(comparison: Comparison, upstream: str | None) -> str:
+    if upstream is None and len(comparison.upstreams) == 1:
+        return comparison.upstreams[0]
+    if upstream not in comparison.upstreams:
+        told = f" {upstream}" if upstream else ""
+        raise UserError(f"--of{told}: give one of {', '.join(comparison.upstreams)}; a zip holds one upstream")
+    return upstream
+
+
+def _files(folders: Sequence[Path], run: Row) -> dict[str, Path]:
+    """Name in the zip -> file."""
+    for folder in folders:
+        kept = folder / str(run.get("folder")) / FOLDER
+        if files := [path for path in kept.rglob("*") if path.is_file()]:
+            return {f"{FOLDER}/{path.relative_to(kept).as_posix()}": path for path in files}
+    told = f"{run['task']}, learning rate {run['learning_rate']}, seed {run['seed']},"
+    raise UserError(
+        f"--zip: the run of {told} kept no predictions (older version); remove its result.json and run again"
+    )

@@ -1,0 +1,33 @@
+"""What tests are made of: cards of codecs that there are not, and waves like speech."""
+
+import numpy as np
+import torch
+
+from codecssl.tokenize.codec import Backend, CodecCard
+
+HASHCODEC = Backend(module="hashcodec", summary="", weights="")
+"""The module beside this file, as tests register it under the name hash_16khz."""
+
+
+def card(sizes, per_frame=None, **more):
+    """The card of a codec at 16 kHz and 50 frames a second, with codebooks of these sizes."""
+    return CodecCard(
+        name="made",
+        weights="made",
+        weights_sha256="0" * 64,
+        sample_rate=16_000,
+        hop_length=320,
+        codebook_sizes=tuple(sizes),
+        codes_per_frame=tuple(per_frame or (1,) * len(sizes)),
+        latent_dim=4,
+        **more,
+    )
+
+
+def wave(samples, seed=0, *, rate, levels=(0.0, 0.5), noise=0.3):
+    """Float32 [samples]: a gliding tone and noise, at changing levels."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(samples) / rate
+    level = np.interp(t, np.linspace(0, max(samples, 1) / rate, 12), rng.uniform(*levels, 12))
+    tone = np.sin(2 * np.pi * np.cumsum(120 + 60 * np.sin(t)) / rate)
+    return torch.from_numpy((level * (tone + noise * rng.standard_normal(samples))).astype(np.float32))
