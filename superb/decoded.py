@@ -1,5 +1,6 @@
 """Decoded audio, once per process where memory allows: s3prl decodes and resamples a file at every step."""
 
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -22,11 +23,12 @@ class DecodedOnce:
         """librosa.load: (samples, Hz), the samples a copy: s3prl's tensors share their memory. UserError names a file
         that is no audio, or has samples that are no numbers.
         """
-        key = (path, sr, offset, duration)
-        if key in self._waves:
-            wave, rate = self._waves[key]
-            return wave.copy(), rate
         try:
+            state = Path(path).stat()  # a file that was written anew is read anew
+            key = (path, state.st_mtime_ns, state.st_size, sr, offset, duration)
+            if key in self._waves:
+                wave, rate = self._waves[key]
+                return wave.copy(), rate
             wave, rate = self.librosa.load(path, sr=sr, offset=offset, duration=duration)
         except MemoryError:
             raise

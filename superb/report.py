@@ -128,7 +128,9 @@ def notes(comparison: Comparison) -> list[str]:
     by_task = {t: next(run for run in runs if run["task"] == t) for t in c.tasks}
     trained = {t: run for t, run in by_task.items() if run["steps"]}
     steps = "; ".join(f"{t} {run['steps']:,} of {run['official_steps']:,}" for t, run in trained.items())
-    tested = ", ".join(f"{t} {run['utterances']['test']}" for t, run in by_task.items())
+    tested = ", ".join(
+        f"{t} {max(c.cells[name, t].utterances for name in c.upstreams if (name, t) in c.cells)}" for t in by_task
+    )
     seeds, versions = sorted({run["seed"] for run in runs}), runs[0]["versions"]
     return [
         f"Steps: {steps}. Heads, batch sizes, optimisers: s3prl's own. The upstream is frozen.",

@@ -40,6 +40,13 @@ def test_each_part_at_each_rate_is_decoded_once_and_is_what_librosa_gives(path: 
     assert len(genuine.loaded) == 3
 
 
+def test_a_file_that_was_written_anew_is_read_anew(path: str) -> None:
+    once = DecodedOnce(librosa, limit_bytes=1 << 20)
+    assert once.load(path, sr=8_000)[0].any()
+    soundfile.write(path, np.zeros(8_000), 8_000)
+    assert not once.load(path, sr=8_000)[0].any()
+
+
 def test_no_more_is_kept_than_fits(path: str) -> None:
     genuine = Counting()
     once = DecodedOnce(genuine, limit_bytes=16_000 * 4)  # two seconds at 8 kHz, float32
@@ -48,17 +55,19 @@ def test_no_more_is_kept_than_fits(path: str) -> None:
     assert [rate for _, rate, *_ in genuine.loaded] == [16_000, 8_000, 16_000]
 
 
-def test_s3prls_loader_reads_a_file_once(path: str) -> None:
+def test_s3prls_loader_reads_a_file_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from codecssl.superb import compat, decoded
 
     compat.install()
     import s3prl.dataio.dataset.load_audio as loader
 
     decoded.install()
+    genuine = Counting()
+    monkeypatch.setattr(loader.librosa, "librosa", genuine)
     audio = loader.LoadAudio([path])
     first = audio[0]["wav"]
-    Path(path).unlink()
     assert np.array_equal(audio[0]["wav"], first)
+    assert len(genuine.loaded) == 1
     first.zero_()
     assert audio[0]["wav"].abs().max() > 0.4
 

@@ -353,7 +353,9 @@ def test_folds_are_averaged_within_a_seed() -> None:
     cell = report.compare(folds)[0].cells["fbank", "er"]
     assert cell.by_seed("accuracy") == pytest.approx([0.3, 0.7])
     assert cell.utterances == 80
-    assert "er: the mean over folds, each tested in turn." in report.notes(report.compare(folds)[0])
+    notes = report.notes(report.compare(folds)[0])
+    assert "er: the mean over folds, each tested in turn." in notes
+    assert any(note.startswith("Tested utterances: er 80;") for note in notes)  # of both folds
 
 
 def test_emotion_without_a_fold_is_no_score() -> None:
