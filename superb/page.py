@@ -19,16 +19,16 @@ STYLE = """
 }
 body {
   font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 960px; margin: 2.5rem auto; padding: 0 1.2rem;
+  max-width: 1200px; margin: 2.5rem auto; padding: 0 1.2rem;
 }
 h1 { font-size: 1.6rem; margin-bottom: .2rem }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem }
 .claim { border-left: 4px solid #d55e00; background: var(--tint); padding: .6rem .9rem; font-weight: 600 }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--rule) }
-th:first-child, td:first-child { text-align: left }
+th, td { text-align: right; padding: .35rem .45rem; border-bottom: 1px solid var(--rule) }
+th:first-child, td:first-child { text-align: left; min-width: 7rem; max-width: 15rem; overflow-wrap: anywhere }
 th { color: var(--soft); font-weight: 600; font-size: .85rem }
-td small { color: var(--soft) }
+td small { color: var(--soft); display: block; white-space: nowrap }
 tr.model td { font-weight: 600 }
 tr.model small { font-weight: 400 }
 tr.delta td, tr.chance td { color: var(--soft) }
