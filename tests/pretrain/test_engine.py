@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -102,3 +104,24 @@ def test_compile_compiles_every_layer_for_any_length(
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
     engine._prepare_layers(objective, config)
     assert compiled == [(layer, {"dynamic": True}) for layer in objective.model.encoder.layers]
+
+
+def test_freed_memory_is_kept() -> None:
+    """A large tensor is made of the pages of the one before, and the kernel has none to zero."""
+    script = """
+import platform, resource, torch
+from codecssl.pretrain.engine import keep_freed_memory
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(64 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+usual = min(new_pages() for _ in range(3))
+keep_freed_memory()
+new_pages()
+print(platform.libc_ver()[0], usual, new_pages())
+"""
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    if said[0] != "glibc":
+        pytest.skip("the C library is not glibc")
+    usual, kept = map(int, said[1:])
+    assert kept < usual / 10
