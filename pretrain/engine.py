@@ -66,7 +66,7 @@ def keep_freed_memory() -> None:
     """From here on this process keeps what its tensors free, as CUDA's allocator does.
 
     glibc maps every block above 32 MiB alone and unmaps it when it is freed, so that the kernel hands each step its
-    activations as new pages, zeroed one by one: 7 to 11 % of a small model's step on a CPU (LOG.md, 2026-11-21).
+    activations as new pages, zeroed one by one: 7 % of a small model's step on a CPU (LOG.md, 2026-11-21).
     With another C library nothing happens.
     """
     if platform.libc_ver()[0] == "glibc":

@@ -33,20 +33,51 @@ def loads_codec(codec: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture(scope="session")
-def model_folder(codec: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model in the layout of codecssl-pretrain export."""
-    from safetensors.torch import save_file
+def shipped() -> Any:
+    """tiny_16khz with its trained weights, which is found by its name."""
+    from codecssl.tokenize.codec import load_codec
 
+    return load_codec("tiny_16khz")
+
+
+def small_model(codec: Any) -> Any:
+    """An untrained model of two layers that reads the codec's codes."""
     from codecssl.pretrain.config import ModelConfig
-    from codecssl.pretrain.export import FORMAT, VERSION
     from codecssl.pretrain.model import untrained
 
     config = ModelConfig(dim=32, layers=2, heads=2, ffn_dim=64, conv_kernel=8, conv_groups=4)
-    folder = tmp_path_factory.mktemp("model")
-    save_file(untrained(config, codec.card, codec.embeddings(), seed=7).state_dict(), folder / "model.safetensors")
-    description = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(config), "training": {}}
+    return untrained(config, codec.card, codec.embeddings(), seed=7)
+
+
+def exported(codec: Any, folder: Path) -> Path:
+    """`small_model` in the layout of codecssl-pretrain export."""
+    from safetensors.torch import save_file
+
+    from codecssl.pretrain.export import FORMAT, VERSION
+
+    model = small_model(codec)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    description = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(model.config), "training": {}}
     (folder / "config.json").write_text(json.dumps({**description, "codec": codec.card.to_dict()}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(codec: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the untrained codec."""
+    return exported(codec, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def shipped_model(shipped: Any) -> Any:
+    """Of the shipped codec."""
+    return small_model(shipped)
+
+
+@pytest.fixture(scope="session")
+def upstream(shipped: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, exported, as `--upstream`."""
+    return exported(shipped, tmp_path_factory.mktemp("upstream"))
 
 
 @pytest.fixture(scope="session")

@@ -41,28 +41,6 @@ QUICK = TrainConfig(
 
 
 @pytest.fixture(scope="module")
-def shipped():
-    return load_codec("tiny_16khz")
-
-
-@pytest.fixture(scope="module")
-def upstream(shipped, tmp_path_factory):
-    """A small untrained model that reads tiny_16khz."""
-    from safetensors.torch import save_file
-
-    from codecssl.pretrain.config import ModelConfig
-    from codecssl.pretrain.export import FORMAT, VERSION
-    from codecssl.pretrain.model import untrained
-
-    config = ModelConfig(dim=32, layers=2, heads=2, ffn_dim=64, conv_kernel=8, conv_groups=4)
-    folder = tmp_path_factory.mktemp("upstream")
-    save_file(untrained(config, shipped.card, shipped.embeddings(), seed=7).state_dict(), folder / "model.safetensors")
-    description = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(config), "training": {}}
-    (folder / "config.json").write_text(json.dumps({**description, "codec": shipped.card.to_dict()}))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def manifest(corpus, tmp_path_factory):
     """The corpus's short tones: four pitches are the speakers."""
     rows = [json.loads(line) for line in (corpus / "manifest.jsonl").read_text().splitlines()]

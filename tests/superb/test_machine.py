@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from codecssl.pretrain.config import ModelConfig
-from codecssl.pretrain.model import untrained
 from codecssl.superb import machine
 from codecssl.superb.bottleneck import Bottleneck, choose_rate
 from codecssl.superb.compressed import Compressed, save
@@ -20,22 +18,16 @@ from codecssl.tokenize.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def codec():
-    """One that is found by its name, as the base codec of a folder must be."""
-    return load_codec("tiny_16khz")
-
-
-@pytest.fixture(scope="module")
-def folder(codec, tmp_path_factory):
+def folder(shipped, shipped_model, tmp_path_factory):
     """Two codebooks of 64 at 12.5 Hz, after layer 1 of 2."""
-    config = ModelConfig(dim=32, layers=2, heads=2, ffn_dim=64, conv_kernel=8, conv_groups=4)
-    model = untrained(config, codec.card, codec.embeddings(), seed=7)
     random = torch.Generator().manual_seed(0)
     bottleneck = Bottleneck(32, 4, RvqConfig(num_codebooks=2, codebook_size=64, codebook_dim=8))
-    codes = codec.encode([waves()[3]])[0][None]
-    bottleneck.fit(model.extract(codes, [codes.shape[2]])[1], [codes.shape[2]], random)
+    codes = shipped.encode([waves()[3]])[0][None]
+    bottleneck.fit(shipped_model.extract(codes, [codes.shape[2]])[1], [codes.shape[2]], random)
     path = tmp_path_factory.mktemp("machine") / "codec"
-    save(Compressed(model, 1, bottleneck, None, ()), path, choose_rate(150, codec.card, 12.5), {"training": {}})
+    save(
+        Compressed(shipped_model, 1, bottleneck, None, ()), path, choose_rate(150, shipped.card, 12.5), {"training": {}}
+    )
     return path
 
 
