@@ -7,6 +7,11 @@ from typing import Any
 
 Row = dict[str, Any]
 
+FOLDERS = {"runs": "runs/*/*/*", "probes": "probes/*/*"}
+"""Where rows are: runs/UPSTREAM/TASK/NAME, probes/NAME/DIGEST. Below these, what other processes train with comes and
+goes, so that a search of all folders (**) fails now and then.
+"""
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write by rename: a reader sees the old file or the new one, never a part."""
@@ -18,9 +23,10 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def read_rows(output: Path, kind: str = "*") -> list[Row]:
-    """What finished under `output`, in the order of names; kind: runs, probes, or both."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(output.glob(f"{kind}/**/result.json"))]
+def read_rows(output: Path, *kinds: str) -> list[Row]:
+    """What finished under `output`, in the order of names; kinds: runs, probes, or both."""
+    found = (path for kind in kinds or FOLDERS for path in output.glob(f"{FOLDERS[kind]}/result.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(found)]
 
 
 def publish(output: Path) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,7 +107,8 @@ def _writes(root: Path) -> Iterator[_Write]:
         if write := _read(path, int(path.stem), -1):
             done.add(write.shard)
             yield write
-    for path in (root / "work").glob("*/*.json"):
+    # glob.glob passes over a shard's folder that is finished and tidied away in this moment; Path.glob raises.
+    for path in map(Path, glob.glob(f"{glob.escape(str(root))}/work/*/*.json")):  # noqa: PTH207
         shard = int(path.parent.name)
         if shard not in done and (write := _read(path, shard, int(path.stem))):  # its blocks may not be tidied away yet
             yield write

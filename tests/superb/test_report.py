@@ -237,7 +237,7 @@ def test_ticks_cover_the_range_in_round_steps() -> None:
 
 def test_write_and_load(tmp_path: Path) -> None:
     for number, each in enumerate(rows()):
-        results.write_json(tmp_path / "runs" / str(number) / "result.json", each)
+        results.write_json(tmp_path / "runs" / "tiny" / "ks" / str(number) / "result.json", each)
     paths = report.write(report.load([tmp_path]), tmp_path)
     assert [path.name for path in paths] == ["report.md", "report.html"]
     assert "| tiny − codes | +20.0 | -5.0 |" in paths[0].read_text()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -404,6 +405,23 @@ def test_a_run_killed_while_saving_goes_on(torn: str, make: Any, monkeypatch: py
     if torn in ("", "valid_best/task/state.pt"):  # nothing was lost, or all was and the run started over
         assert (row["value"], row["valid"]) == (whole["value"], whole["valid"])
     assert not list((run.folder / "train").glob("step_*"))
+
+
+def test_results_are_read_while_another_process_trains(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoints come and go, and no one else may look for rows among them."""
+    done, training = make("ks"), make("er")
+    results.write_json(done.folder / "result.json", {"task": "ks"})
+    (training.folder / "train" / "step_100" / "task").mkdir(parents=True)
+    listed = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if "train" in str(path):
+            raise FileNotFoundError(path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert results.publish(done.output) == [{"task": "ks"}]
+    assert results.read_rows(done.output, "probes") == []
 
 
 def test_two_processes_give_what_one_gives(make: Any) -> None:

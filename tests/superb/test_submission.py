@@ -163,8 +163,8 @@ def finished(output: Path, task: str, name: str = "/m/tiny", **changes: Any) -> 
         "versions": {"s3prl": "0.4.18", "torch": "2.9.1"}, **changes,
     }  # fmt: skip
     number = len(list(output.rglob("result.json")))
-    folder = output / "runs" / str(number)
-    results.write_json(folder / "result.json", {**row, "folder": f"runs/{number}"})
+    folder = output / "runs" / "m_tiny" / task / str(number)
+    results.write_json(folder / "result.json", {**row, "folder": folder.relative_to(output).as_posix()})
     name = f"er_fold{changes.get('fold')}_public" if task == "er" else f"{task}_public"
     results.write_text(folder / "predict" / name / "predict.txt", f"{task} {number}\n")
     return folder

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 
 import pytest
@@ -52,6 +53,23 @@ def test_counts_rate_and_time_left(folder):
     assert state["seconds_left"] == pytest.approx(600, rel=1e-3)
     assert state["age_seconds"] == pytest.approx(9600, abs=5)
     assert state["stalled"] == []
+
+
+def test_a_shard_that_is_finished_while_status_reads(folder, monkeypatch):
+    """Its folder of blocks is there when it is listed, gone when it is opened."""
+    shard(folder, 0, 100)
+    block(folder, 1, 0, 50)
+    block(folder, 2, 0, 20)
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("work/00001"):
+            shutil.rmtree(path, ignore_errors=True)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert (status(folder)["shards"], status(folder)["blocks"]) == (1, 1)
+    assert not (folder / "work" / "00001").exists()
 
 
 def test_a_pause_of_hours_between_two_runs_is_not_counted(folder):
