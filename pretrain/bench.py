@@ -97,7 +97,7 @@ def make_batch(config: RunConfig, card: CodecCard, seconds: float, clip_seconds:
     kept = np.repeat(kept_codebooks(config.objective, keys, card.num_codebooks), card.codes_per_frame, axis=1)
     labels = random.integers(0, _LABEL_CLASSES, (clips, 1, frames))
     masked = int(mask.sum())
-    return Batch(
+    return Batch.of(
         torch.from_numpy(codes),
         [frames] * clips,
         torch.from_numpy(mask),

@@ -28,6 +28,12 @@ class Batch:
     """bool [B, T], true where the model must predict; false in the padding."""
     kept: Tensor
     """bool [B, R], the codebooks that the input keeps."""
+    masked: Tensor
+    """int64 [M], where the mask is true: b T + t. Known beforehand, so that no step waits for the device to count."""
+    visible: Tensor
+    """int64 [V], where it is false, without the padding."""
+    visible_frames: list[int]
+    """Of each item."""
     masked_total: int
     """Masked frames of the whole global batch: the denominator of the loss, on every rank."""
     visible_total: int
@@ -35,10 +41,19 @@ class Batch:
     labels: Tensor | None = None
     """int64 [B, S, T] from label folders, zero in the padding."""
 
+    @classmethod
+    def of(
+        cls, codes: Tensor, frames: list[int], mask: Tensor, kept: Tensor, masked_total: int, visible_total: int,
+        labels: Tensor | None = None,
+    ) -> "Batch":  # fmt: skip
+        """The batch with this mask."""
+        seen = (torch.arange(mask.shape[1]) < torch.tensor(frames)[:, None]) & ~mask
+        places = (where.flatten().nonzero().flatten() for where in (mask, seen))
+        return cls(codes, frames, mask, kept, *places, seen.sum(1).tolist(), masked_total, visible_total, labels)
+
     def to(self, device: torch.device) -> "Batch":
-        labels = None if self.labels is None else self.labels.to(device)
-        codes, mask, kept = (part.to(device) for part in (self.codes, self.mask, self.kept))
-        return replace(self, codes=codes, mask=mask, kept=kept, labels=labels)
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 class Loader:
@@ -79,7 +94,7 @@ class Loader:
         corpus, card = self.corpus, self.corpus.card
         streams = len(corpus.label_sizes)
         kept = kept_codebooks(self._objective, self._keys(step, pieces), card.num_codebooks)
-        return Batch(
+        return Batch.of(
             _padded(corpus.codes, card.num_rows, pieces), pieces.frames.tolist(), torch.from_numpy(mask),
             torch.from_numpy(np.repeat(kept, card.codes_per_frame, axis=1)), masked_total, visible_total,
             _padded(corpus.labels, streams, pieces) if streams else None,

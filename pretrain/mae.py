@@ -4,7 +4,7 @@ Masked frames are removed before the encoder, which so computes on the visible o
 encoder's output at its places and a mask token at the others, and predicts every frame's codes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,8 +21,8 @@ from codecssl.pretrain.objective import (
     Scores,
     codebook_weights,
     encoder_flops,
+    frames_at,
     make_heads,
-    not_padding,
     parameters,
     score,
 )
@@ -47,8 +47,8 @@ class EncodecMae(Objective):
     def forward(self, batch: Batch, *, detailed: bool = False, score_visible: bool = False) -> Loss:
         hidden = self.decode(self.encode(batch), batch)
         labels = self.target.labels(batch).transpose(1, 2)  # [B, T, S]
-        masked = self._score(hidden, labels, batch.mask, detailed)
-        visible = self._score(hidden, labels, visible_frames(batch), detailed)
+        masked = self._score(hidden, labels, batch.masked, detailed)
+        visible = self._score(hidden, labels, batch.visible, detailed)
         gamma, weight = self.gamma.to(hidden.device), self.config.masked_weight
         total = weight * (gamma * masked.cross_entropy).sum() / batch.masked_total
         total = total + (1.0 - weight) * (gamma * visible.cross_entropy).sum() / batch.visible_total
@@ -57,21 +57,19 @@ class EncodecMae(Objective):
     def encode(self, batch: Batch) -> Tensor:
         """Hidden states [V, D] of the visible frames of all items, in order."""
         x, _ = self.model.front(batch.codes, batch.frames, None, batch.kept)
-        seen = visible_frames(batch)
-        counts = seen.sum(1)
-        slots = torch.arange(int(counts.max()), device=x.device)[None, :] < counts[:, None]  # [B, T']
-        packed = x.new_zeros(*slots.shape, x.shape[2])
-        packed[slots] = x[seen]
-        layout = BatchLayout(tuple(slots.shape), counts.tolist(), device=x.device)
-        output: Tensor = self.model.encoder(packed, layout)
-        return output[slots]
+        shape = len(batch.frames), max(batch.visible_frames)
+        slots = _packed(batch.visible_frames).to(x.device)
+        packed = x.new_zeros(shape[0] * shape[1], x.shape[2]).index_copy(0, slots, frames_at(x, batch.visible))
+        layout = BatchLayout(shape, batch.visible_frames, device=x.device)
+        output: Tensor = self.model.encoder(packed.unflatten(0, shape), layout)
+        return frames_at(output, slots)
 
     def decode(self, encoded: Tensor, batch: Batch) -> Tensor:
         """[V, D] at the visible frames, the mask token at the others -> [B, T, D]."""
-        seen = visible_frames(batch)
-        full = self.mask_token.to(encoded.dtype).expand(*seen.shape, -1).clone()
-        full[seen] = encoded
-        layout = BatchLayout(tuple(seen.shape), batch.frames, device=full.device)
+        shape = tuple(batch.mask.shape)
+        full = self.mask_token.to(encoded.dtype).expand(batch.mask.numel(), -1)
+        full = full.index_copy(0, batch.visible, encoded).unflatten(0, shape)
+        layout = BatchLayout(shape, batch.frames, device=full.device)
         output: Tensor = self.decoder(self.positions(full), layout)
         return output
 
@@ -81,7 +79,7 @@ class EncodecMae(Objective):
         return weight * means[0] + (1.0 - weight) * means[1]
 
     def flops(self, batch: Batch) -> float:
-        seen = visible_frames(batch).sum(1).tolist()
+        seen = batch.visible_frames
         front = 6.0 * parameters(self.model.projection) * sum(batch.frames)
         heads = 6.0 * parameters(self.heads) * sum(batch.frames)
         return front + heads + encoder_flops(self.model.encoder, seen) + encoder_flops(self.decoder, batch.frames)
@@ -90,9 +88,9 @@ class EncodecMae(Objective):
         return parameters(self.heads) + parameters(self.decoder)
 
     def _score(self, hidden: Tensor, labels: Tensor, where: Tensor, detailed: bool) -> Scores:
-        return score(self.heads(hidden[where]).split(self.sizes, dim=1), labels[where], detailed)
+        return score(self.heads(frames_at(hidden, where)).split(self.sizes, dim=1), frames_at(labels, where), detailed)
 
 
-def visible_frames(batch: Batch) -> Tensor:
-    """bool [B, T]: neither masked nor padding."""
-    return not_padding(batch) & ~batch.mask
+def _packed(counts: Sequence[int]) -> Tensor:
+    """int64 [sum of counts], where frames stand when each item's are moved to its beginning: b max(counts) + t."""
+    return (torch.arange(max(counts)) < torch.tensor(counts)[:, None]).flatten().nonzero().flatten()

@@ -10,8 +10,8 @@ from codecssl.pretrain.objective import (
     Objective,
     Scores,
     codebook_weights,
+    frames_at,
     make_heads,
-    not_padding,
     parameters,
     score,
 )
@@ -37,13 +37,12 @@ class MaskedPrediction(Objective):
         """detailed: count accuracy and usage too; score_visible: score visible frames even at weight 0."""
         hidden = self.model(batch.codes, batch.frames, batch.mask, batch.kept)
         labels = self.target.labels(batch).transpose(1, 2)  # [B, T, S]
-        masked = self._score(hidden[batch.mask], labels[batch.mask], detailed)
+        masked = self._score(hidden, labels, batch.masked, detailed)
         gamma = self.gamma.to(masked.cross_entropy.device)
         total = (gamma * masked.cross_entropy).sum() / batch.masked_total
         visible = None
         if self.visible_weight > 0.0 or score_visible:
-            seen = not_padding(batch) & ~batch.mask
-            visible = self._score(hidden[seen], labels[seen], detailed)
+            visible = self._score(hidden, labels, batch.visible, detailed)
             if self.visible_weight > 0.0:
                 total = total + self.visible_weight * (gamma * visible.cross_entropy).sum() / batch.visible_total
         return Loss(total, masked, visible)
@@ -51,6 +50,6 @@ class MaskedPrediction(Objective):
     def head_parameters(self) -> int:
         return parameters(self.heads)
 
-    def _score(self, hidden: Tensor, labels: Tensor, detailed: bool) -> Scores:
-        """hidden [N, D], labels [N, S]."""
-        return score(self.heads(hidden).split(self.sizes, dim=1), labels, detailed)
+    def _score(self, hidden: Tensor, labels: Tensor, where: Tensor, detailed: bool) -> Scores:
+        """hidden [B, T, D], labels [B, T, S]."""
+        return score(self.heads(frames_at(hidden, where)).split(self.sizes, dim=1), frames_at(labels, where), detailed)

@@ -91,7 +91,7 @@ class Objective(nn.Module):
         front = parameters(self.model.projection)
         if self.model.positions is not None:
             front += parameters(self.model.positions)
-        heads = 6.0 * self.head_parameters() * int(batch.mask.sum())
+        heads = 6.0 * self.head_parameters() * len(batch.masked)
         return 6.0 * front * sum(batch.frames) + encoder_flops(self.model.encoder, batch.frames) + heads
 
 
@@ -198,6 +198,11 @@ def histogram_perplexity(counts: Sequence[Tensor]) -> list[float]:
     """exp(entropy) of each histogram: 1 when one class takes all, V when all V are equally often."""
     shares = [count.double() / count.sum().clamp(min=1) for count in counts]
     return [float(torch.exp(-torch.special.xlogy(share, share).sum())) for share in shares]
+
+
+def frames_at(x: Tensor, where: Tensor) -> Tensor:
+    """[B, T, D] and places b T + t, [N] -> [N, D]; unlike x[mask], it does not wait for the device."""
+    return x.flatten(0, 1).index_select(0, where)
 
 
 def not_padding(batch: Batch) -> Tensor:

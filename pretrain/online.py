@@ -17,7 +17,16 @@ from codecssl.pretrain.fs2 import BatchLayout, Linear, init_bert_projection
 from codecssl.pretrain.layers import make_encoder
 from codecssl.pretrain.loader import Batch
 from codecssl.pretrain.model import CodecModel
-from codecssl.pretrain.objective import Loss, Objective, Scores, codebook_weights, not_padding, parameters, score
+from codecssl.pretrain.objective import (
+    Loss,
+    Objective,
+    Scores,
+    codebook_weights,
+    frames_at,
+    not_padding,
+    parameters,
+    score,
+)
 
 _EPSILON = 1e-5
 
@@ -52,13 +61,13 @@ class OnlineClusters(Objective):
     def forward(self, batch: Batch, *, detailed: bool = False, score_visible: bool = False) -> Loss:
         features = self.teacher_features(batch)
         states = self._student(batch)
-        masked = self._score(states, features, batch.mask, detailed)
+        masked = self._score(states, features, batch.masked, detailed)
         total = (self.gamma.to(masked.cross_entropy.device) * masked.cross_entropy).sum() / batch.masked_total
         visible = None
         if score_visible:
-            visible = self._score(states, features, not_padding(batch) & ~batch.mask, detailed)
+            visible = self._score(states, features, batch.visible, detailed)
         if self.training:
-            self._gather([feature[batch.mask] for feature in features])
+            self._gather([frames_at(feature, batch.masked) for feature in features])
         return Loss(total, masked, visible)
 
     def _student(self, batch: Batch) -> list[Tensor]:
@@ -79,8 +88,8 @@ class OnlineClusters(Objective):
         return states[-len(self.sizes) :]
 
     def _score(self, states: Sequence[Tensor], features: Sequence[Tensor], where: Tensor, detailed: bool) -> Scores:
-        labels = torch.stack([self.assign(k, feature[where]) for k, feature in enumerate(features)], dim=1)
-        logits = [head(state[where]) for head, state in zip(self.heads, states, strict=True)]
+        labels = torch.stack([self.assign(k, frames_at(feature, where)) for k, feature in enumerate(features)], dim=1)
+        logits = [head(frames_at(state, where)) for head, state in zip(self.heads, states, strict=True)]
         return score(logits, labels, detailed)
 
     # ------------------------------------------------------------ targets
@@ -109,7 +118,7 @@ class OnlineClusters(Objective):
         for stream, own in enumerate(features):
             labels = self.assign(stream, own)
             self._seen["sums"][stream].index_add_(0, labels, own)
-            self._seen["counts"][stream] += torch.bincount(labels, minlength=len(self._seen["counts"][stream]))
+            self._seen["counts"][stream].index_add_(0, labels, torch.ones_like(own[:, 0]))
 
     # ------------------------------------------------------------ averages
 

@@ -180,7 +180,7 @@ class Training:
     ) -> None:  # fmt: skip
         window, peers = self.window, self.peers
         seconds = max(time.perf_counter() - window.started, 1e-9)
-        counts = [(sum(part.frames), int(part.mask.sum()), part.mask.numel()) for part in parts]
+        counts = [(sum(part.frames), len(part.masked), part.mask.numel()) for part in parts]
         frames, masked, padded, total_frames, flops = peers.total(
             torch.tensor([*map(sum, zip(*counts, strict=True)), window.frames, window.flops], dtype=torch.float64)
         ).tolist()

@@ -56,7 +56,7 @@ def batch(frames: list[int], seed: int = 0) -> Batch:
         codes[row, :, count:] = 0
     masked = int(mask.sum())
     kept = torch.ones(len(frames), len(SIZES), dtype=torch.bool)
-    return Batch(torch.from_numpy(codes), frames, torch.from_numpy(mask), kept, masked, sum(frames) - masked)
+    return Batch.of(torch.from_numpy(codes), frames, torch.from_numpy(mask), kept, masked, sum(frames) - masked)
 
 
 def test_residual_layers_equal_a_loop_over_torchs_own_attention() -> None:

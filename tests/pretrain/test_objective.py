@@ -46,7 +46,7 @@ def batch(frames: list[int], seed: int = 0) -> Batch:
         mask[row, count:] = False
     masked = int(mask.sum())
     kept = torch.ones(len(frames), 3, dtype=torch.bool)
-    return Batch(torch.from_numpy(codes), frames, torch.from_numpy(mask), kept, masked, sum(frames) - masked)
+    return Batch.of(torch.from_numpy(codes), frames, torch.from_numpy(mask), kept, masked, sum(frames) - masked)
 
 
 @pytest.mark.parametrize("gamma", ["uniform", "encodecmae"])
@@ -100,7 +100,7 @@ def test_uniform_logits_give_the_logarithm_of_the_codebook() -> None:
 
 def test_padding_contributes_nothing() -> None:
     made, given = objective(visible_weight=0.5), batch([30, 17])
-    other = Batch(given.codes.clone(), given.frames, given.mask, given.kept, given.masked_total, given.visible_total)
+    other = Batch.of(given.codes.clone(), given.frames, given.mask, given.kept, given.masked_total, given.visible_total)
     other.codes[1, :, 17:] = 5
     assert torch.equal(made(given).total, made(other).total)
 
@@ -108,7 +108,7 @@ def test_padding_contributes_nothing() -> None:
 def test_parts_of_micro_batches_add_up_to_the_loss_of_the_whole() -> None:
     made, whole = objective(visible_weight=0.5), batch([30, 30, 30])
     parts = [
-        Batch(
+        Batch.of(
             whole.codes[rows],
             [30] * len(rows),
             whole.mask[rows],
@@ -144,7 +144,7 @@ def test_histogram_perplexity_ends() -> None:
 
 def test_targets_keep_the_codebooks_that_the_input_lacks() -> None:
     given = batch([20])
-    dropped = Batch(given.codes, [20], given.mask, torch.tensor([[True, False, False]]), given.masked_total, 1)
+    dropped = Batch.of(given.codes, [20], given.mask, torch.tensor([[True, False, False]]), given.masked_total, 1)
     assert torch.equal(Codes(CARD).labels(dropped), given.codes)
 
 

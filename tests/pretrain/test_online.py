@@ -48,7 +48,7 @@ def batch(frames: list[int], seed: int = 0) -> Batch:
         mask[row, count:] = False
     masked = int(mask.sum())
     kept = torch.ones(len(frames), len(SIZES), dtype=torch.bool)
-    return Batch(torch.from_numpy(codes), frames, torch.from_numpy(mask), kept, masked, sum(frames) - masked)
+    return Batch.of(torch.from_numpy(codes), frames, torch.from_numpy(mask), kept, masked, sum(frames) - masked)
 
 
 def codewords(made: OnlineClusters) -> np.ndarray:

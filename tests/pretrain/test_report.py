@@ -41,7 +41,7 @@ def test_operations_agree_with_torchs_own_count() -> None:
     ).eval()
     mask = torch.zeros(2, 100, dtype=torch.bool)
     mask[:, 10:60] = True
-    batch = Batch(
+    batch = Batch.of(
         torch.zeros(2, 2, 100, dtype=torch.int64), [100, 100], mask, torch.ones(2, 2, dtype=torch.bool), 100, 100
     )
     with FlopCounterMode(display=False) as counted, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
