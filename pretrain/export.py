@@ -19,6 +19,7 @@ from codecssl.pretrain.model import CodecModel
 from codecssl.pretrain.telemetry import read_rows
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.files import names_in, write_atomic
 from codecssl.tokenize.shards import Shards
 
 FORMAT, VERSION = "codecssl-model", 1
@@ -38,7 +39,7 @@ def export(run_dir: str | Path, output_dir: str | Path) -> None:
         print(f"warning: {path}: {checkpoint.damage(path)} is corrupt; an older checkpoint is taken", file=sys.stderr)
     if newest is None:
         raise UserError(f"{run}: has no complete checkpoint yet; let codecssl-pretrain run reach one")
-    if output.exists() and {path.name for path in output.iterdir()} - _FILES:
+    if output.exists() and names_in(output) - _FILES:
         raise UserError(f"{output}: is not empty and no earlier export; give another --output")
     output.mkdir(parents=True, exist_ok=True)
     step = int(checkpoint.read_state(newest)["step"])
@@ -57,7 +58,7 @@ def export(run_dir: str | Path, output_dir: str | Path) -> None:
     if (run / _CURVES).is_file():
         shutil.copyfile(run / _CURVES, output / _CURVES)
     (output / "README.md").write_text(model_card(output.resolve().name, description, _folders(config, data["train"])))
-    (output / "config.json").write_text(json.dumps(description, indent=1))
+    write_atomic(output / "config.json", json.dumps(description, indent=1).encode())
 
 
 def load_pretrained(path: str | Path) -> CodecModel:

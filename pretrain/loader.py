@@ -48,12 +48,15 @@ class Batch:
     ) -> "Batch":  # fmt: skip
         """The batch with this mask."""
         seen = (torch.arange(mask.shape[1]) < torch.tensor(frames)[:, None]) & ~mask
-        places = (where.flatten().nonzero().flatten() for where in (mask, seen))
-        return cls(codes, frames, mask, kept, *places, seen.sum(1).tolist(), masked_total, visible_total, labels)
+        masked, visible = (where.flatten().nonzero().flatten() for where in (mask, seen))
+        counts = seen.sum(1).tolist()
+        return cls(codes, frames, mask, kept, masked, visible, counts, masked_total, visible_total, labels)
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors)
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 class Loader:

@@ -17,6 +17,7 @@ import yaml
 from codecssl.configs.load import differences, from_dict, to_yaml
 from codecssl.pretrain.config import RunConfig
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.files import names_in, write_atomic
 
 # What may change when a run is resumed: where data lies and how it is fetched, how often the run speaks and
 # saves, and how the same global batches are divided and computed.
@@ -37,12 +38,12 @@ def claim(run: Path, config: RunConfig, data: dict[str, Any]) -> None:
         if _has_begun(run):
             _check_config(run, config)
             _check_data(run, data)
-    elif run.exists() and any(run.iterdir()):
+    elif run.exists() and names_in(run) - {"data.json", "versions.json"}:  # those of a start that was killed
         raise UserError(f"{run}: has files in it but is not a run folder; give another --output")
     run.mkdir(parents=True, exist_ok=True)
-    _write(run / "data.json", json.dumps(data, indent=1))
-    _write(run / "versions.json", json.dumps(versions(), indent=1))
-    _write(run / "config.yaml", to_yaml(config))
+    write_atomic(run / "data.json", json.dumps(data, indent=1).encode())
+    write_atomic(run / "versions.json", json.dumps(versions(), indent=1).encode())
+    write_atomic(run / "config.yaml", to_yaml(config).encode())
 
 
 def read_config(run: Path) -> RunConfig:
@@ -109,9 +110,3 @@ def _check_data(run: Path, data: dict[str, Any]) -> None:
 
 def _short(fingerprints: list[str]) -> str:
     return ", ".join(fingerprint[:8] for fingerprint in fingerprints) or "none"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.files import atomic_file
 from codecssl.tokenize.layout import read_numbers, shard_path
 from codecssl.tokenize.shards import Shards
-from codecssl.tokenize.writer import atomic_file
 
 KEY = np.dtype([("key", "u1", (32,)), ("index", "<u4")])
 

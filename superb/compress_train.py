@@ -221,7 +221,7 @@ PLAIN = ("stage", "step", "fitted", "dead", "revived")
 
 def save_state(path: Path, identity: str, state: dict[str, Any]) -> None:
     """Whole or not there."""
-    from codecssl.tokenize.writer import atomic_file
+    from codecssl.tokenize.files import atomic_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:

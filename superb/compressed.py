@@ -87,7 +87,7 @@ def save(compressed: Compressed, folder: Path, rate: Rate, more: dict[str, Any])
     """Write weights, then config.json: a folder without it is no codec. `more` tells how it was made."""
     from safetensors.torch import save as to_bytes
 
-    from codecssl.tokenize.writer import write_atomic
+    from codecssl.tokenize.files import write_atomic
 
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().contiguous() for name, value in compressed.named_parameters()}

@@ -1,9 +1,10 @@
 """Result rows on disk: one file per finished run, appearing whole, and results.jsonl made of them."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from codecssl.tokenize.files import write_atomic
 
 Row = dict[str, Any]
 
@@ -39,9 +40,4 @@ def publish(output: Path) -> list[Row]:
 def write_text(path: Path, text: str) -> None:
     """Write by rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_atomic(path, text.encode())

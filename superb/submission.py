@@ -16,7 +16,7 @@ from codecssl.superb.predictions import FOLDER
 from codecssl.superb.results import Row
 from codecssl.superb.tasks import TASKS
 from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.writer import atomic_file
+from codecssl.tokenize.files import atomic_file
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """Of every member: the same predictions are the same bytes."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.files import temporary_for
 from codecssl.tokenize.inputs import Input, Seen, as_label, in_utf8
 
 MANIFESTS = (".tsv", ".csv", ".jsonl")
@@ -56,7 +57,7 @@ def spool_stdin(stream: BinaryIO, target: Path) -> str:
     """
     if target.exists() and stream.isatty():
         return str(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = temporary_for(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         if _spool(stream, temporary):

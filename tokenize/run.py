@@ -18,11 +18,12 @@ import torch
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.encode import Device, default_workers, encode_inputs
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.files import names_in, write_atomic
 from codecssl.tokenize.layout import COMPRESSION, sealed
 from codecssl.tokenize.shards import load_json, shard_path
 from codecssl.tokenize.sources import is_stream, read_sources
 from codecssl.tokenize.todo import Todo
-from codecssl.tokenize.writer import Encoded, Failure, ShardWriter, finish_dataset, tidy, to_json, write_atomic
+from codecssl.tokenize.writer import Encoded, Failure, ShardWriter, finish_dataset, tidy, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +120,7 @@ def refuse_foreign(output: Path) -> None:
     """Raises UserError for a file, and for a folder with files in it that no run of ours began."""
     if output.is_file():
         raise UserError(f"{output}: a file; give a folder as --output")
-    found = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    foreign = {name for name in found if not (name.startswith(".") and name.endswith(".tmp"))}  # of a killed run
+    foreign = names_in(output) if output.is_dir() else set()
     if foreign and not any((output / name).exists() for name in (STDIN, "plan.json")):  # now: a sibling may be faster
         raise UserError(f"{output}: not empty and not a dataset of ours; give a new folder as --output")
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from codecssl.tokenize.codec import BACKENDS
 from codecssl.tokenize.errors import UserError, one_line
+from codecssl.tokenize.files import temporary_for
 
 
 def missing(name: str, source: str, why: str = "") -> UserError:
@@ -98,7 +99,7 @@ def download(url: str) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{name}.{os.getpid()}.tmp")
+    temporary = temporary_for(target)
     try:
         urllib.request.urlretrieve(url, temporary)  # raises ContentTooShortError for half a file
         temporary.replace(target)

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tarfile
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -34,6 +32,7 @@ from codecssl.tokenize.blocks import (
 )
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.files import atomic_file, temporaries, write_atomic
 from codecssl.tokenize.layout import (
     BLOCK,
     COMPRESSION,
@@ -74,55 +73,11 @@ class Failure:
     reason: str
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
-    with atomic_file(path) as file:
-        file.write(content)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its place, durably, when all is written, and is gone when that fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        _put(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def _put(temporary: Path, path: Path) -> None:
-    try:
-        temporary.replace(path)
-    except FileNotFoundError:
-        if not path.exists():  # else a sibling task completed the dataset, with the same bytes, and tidied up
-            raise
-
-
-def temporaries(folder: Path) -> list[Path]:
-    """Half-written files that a killed process left."""
-    return list(folder.glob(".*.tmp"))
-
-
 def tidy(root: Path) -> None:
     """Remove what killed runs left behind in a dataset whose shards are all finished."""
     shutil.rmtree(root / "work", ignore_errors=True)
     for path in temporaries(root) + temporaries(root / "shards"):
         path.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def to_json(value: object, indent: int | None = 1) -> bytes:

@@ -169,6 +169,7 @@ def test_export_loads_without_deepspeed_and_is_the_checkpoint(
         assert part in card, part
     assert (tmp_path / "model" / "curves.png").read_bytes() == (tmp_path / "run" / "curves.png").read_bytes()
     first = (tmp_path / "model" / "config.json").read_bytes()
+    (tmp_path / "model" / ".config.json.0a1b.tmp").touch()  # of an export that was killed
     export(tmp_path / "run", tmp_path / "model")  # again: replaced by the same
     assert (tmp_path / "model" / "config.json").read_bytes() == first
     (tmp_path / "model" / "mine.txt").touch()
@@ -180,6 +181,21 @@ def test_export_loads_without_deepspeed_and_is_the_checkpoint(
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="model.safetensors is missing or damaged.*export it again"):
         load_pretrained(tmp_path / "model")
+
+
+def test_a_start_that_was_killed_before_its_config_was_written(
+    make_shards: Make, small_config: Config, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    for left in ("data.json", ".versions.json.0a1b.tmp"):
+        (tmp_path / "run" / left).write_text("{}")
+    config = small_config(make_shards(), optim={"steps": 1})
+    run(config, tmp_path / "run")
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints") is not None
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").touch()
+    with pytest.raises(UserError, match="other: has files in it but is not a run folder"):
+        run(config, tmp_path / "other")
 
 
 WITHOUT = """
