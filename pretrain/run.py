@@ -36,10 +36,11 @@ def run(config: RunConfig, output: Path, *, profile: bool = False) -> None:
     peers = join_ranks()
     train, valid, held_out = peers.together(lambda: open_data(config, peers.ranks))
     targets = peers.once(lambda: _check(config, train))
-    found, warnings = peers.once(lambda: _claim(config, output, train, held_out))
-    objective, saved = peers.together(lambda: _objective(config, train.corpus, found))
-    state = saved.state
     with ExitStack() as stack:
+        peers.once(lambda: stack.enter_context(rundir.alone(output)))
+        found, warnings = peers.once(lambda: _claim(config, output, train, held_out))
+        objective, saved = peers.together(lambda: _objective(config, train.corpus, found))
+        state = saved.state
         telemetry = Telemetry(output, step=saved.step) if peers.first else Mute()
         stack.callback(telemetry.close)
         for warning in warnings:

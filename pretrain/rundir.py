@@ -8,6 +8,8 @@ files
 
 import json
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import yaml
 from codecssl.configs.load import differences, from_dict, to_yaml
 from codecssl.pretrain.config import RunConfig
 from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.files import names_in, write_atomic
+from codecssl.tokenize.files import LOCK, alone_in, names_in, write_atomic
 
 # What may change when a run is resumed: where data lies and how it is fetched, how often the run speaks and
 # saves, and how the same global batches are divided and computed.
@@ -28,19 +30,26 @@ FREE = (
 _PACKAGES = ("codecssl", "torch", "fairseq2", "fairseq2n", "deepspeed", "numpy")
 
 
+@contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """No other process trains in this folder while the context is open. UserError where one does, and for a folder
+    that is none of ours."""
+    begun = {"data.json", "versions.json", LOCK}  # of a start that was killed
+    if run.exists() and not (run / "config.yaml").exists() and names_in(run) - begun:
+        raise UserError(f"{run}: has files in it but is not a run folder; give another --output")
+    with alone_in(run):
+        yield
+
+
 def claim(run: Path, config: RunConfig, data: dict[str, Any]) -> None:
     """Make `run` the folder of this config and this data, or check that it already is; until a step has been told or
     saved there, both may still change.
 
     data: {"codec": card as a dict, "train": fingerprints, "valid": fingerprints}.
     """
-    if (run / "config.yaml").exists():
-        if _has_begun(run):
-            _check_config(run, config)
-            _check_data(run, data)
-    elif run.exists() and names_in(run) - {"data.json", "versions.json"}:  # those of a start that was killed
-        raise UserError(f"{run}: has files in it but is not a run folder; give another --output")
-    run.mkdir(parents=True, exist_ok=True)
+    if (run / "config.yaml").exists() and _has_begun(run):
+        _check_config(run, config)
+        _check_data(run, data)
     write_atomic(run / "data.json", json.dumps(data, indent=1).encode())
     write_atomic(run / "versions.json", json.dumps(versions(), indent=1).encode())
     write_atomic(run / "config.yaml", to_yaml(config).encode())

@@ -5,15 +5,13 @@ locked. A shard is written block by block; what a killed process leaves is whole
 """
 
 import errno
-import fcntl
 import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from codecssl.superb.codec16 import SAMPLE_RATE, at_codec_rate, encode_scaled
 from codecssl.superb.waves import Wave
 from codecssl.tokenize.codec import Codec, CodecCard
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.files import locked
 from codecssl.tokenize.layout import shard_path, to_planes
 from codecssl.tokenize.writer import Encoded, Failure, ShardWriter, finish_dataset
 
@@ -87,7 +86,7 @@ def _fill(job: Job, folder: Path, report: Report) -> KeyedShards:
         written = [_fill_shard(job, folder, shard, locks, encoder, report) for shard in left]
         if not any(written):
             time.sleep(POLL_SECONDS)
-    with _locked(locks / "finish", wait=True):
+    with locked(locks / "finish", wait=True):
         if not (folder / "dataset.json").exists():
             finish_dataset(folder, {"codec": job.card.to_dict(), "sources": []}, _count(job))
             shutil.rmtree(folder / "work", ignore_errors=True)
@@ -108,28 +107,9 @@ def _unfinished(job: Job, folder: Path) -> list[int]:
     return [s for s in range(_count(job)) if not shard_path(folder, s).with_suffix(".json").exists()]
 
 
-@contextmanager
-def _locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether the lock was free, or is by now; it ends with the process, however that ends."""
-    with _opened(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def _opened(path: Path) -> IO[str]:
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # another process finished and tidied up just now
-            return path.open("w")
-
-
 def _fill_shard(job: Job, folder: Path, shard: int, locks: Path, encoder: "_Encoder", report: Report) -> bool:
     """Write the rest of a shard; False where another process is at work on it."""
-    with _locked(locks / f"{shard:05d}") as free:
+    with locked(locks / f"{shard:05d}") as free:
         if not free or (folder / "dataset.json").exists():
             return False
         if shard_path(folder, shard).with_suffix(".json").exists():

@@ -25,6 +25,7 @@ from codecssl.superb.problems import make_problem
 from codecssl.superb.tasks import TASKS, Budget, Task, official_config
 from codecssl.superb.torn import drop_torn
 from codecssl.tokenize.codec import file_sha256
+from codecssl.tokenize.files import alone_in
 
 HUB_NAME = "codecssl_frozen"  # under which a run's upstream stands in s3prl's hub
 
@@ -92,9 +93,13 @@ def run_one(run: Run, machine: Machine) -> results.Row:
 
     An unfinished run goes on from s3prl's last whole checkpoint. Everything s3prl prints goes to run.log.
     """
+    with alone_in(run.folder):
+        return results.read_json(run.folder / "result.json") or _run(run, machine)
+
+
+def _run(run: Run, machine: Machine) -> results.Row:
     start = time.monotonic()
     task, selection = TASKS[run.task], open_corpus(run.root, run.side).select(TASKS[run.task], run.fold)
-    run.folder.mkdir(parents=True, exist_ok=True)
     with _into_log(run.folder / "run.log"):
         _prepare_process(machine)
         upstream = _stand_in_hub(run, machine)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import secrets
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
+
+from codecssl.tokenize.errors import UserError
+
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system without locks says."""
+PATIENCE = {"here": 10.0, "elsewhere": 120.0}
+"""Seconds for which the lock of a killed process may outlive it: its children have it, or a file server."""
 
 
 def temporary_for(path: Path) -> Path:
@@ -64,3 +76,55 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether the lock was free, or is by now; it ends with the process, however that ends. OSError without locks."""
+    with _opened(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """This process's alone, for as long as the context is open: what is started twice must not write there twice.
+
+    Raises UserError while another process has it. On a file system without locks there is no such guard.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    began, host = time.monotonic(), socket.gethostname()
+    with (folder / LOCK).open("a") as file:
+        while not _taken(file):
+            holder = (folder / LOCK).read_text() or "another process"
+            patience = PATIENCE["here" if holder.endswith(f" on {host}") else "elsewhere"]
+            if time.monotonic() - began > patience:
+                raise UserError(f"{folder}: {holder} is at work there; wait for it, or give another --output")
+            time.sleep(0.2)
+        with suppress(OSError):  # a full disk has worse to tell
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {host}")
+            file.flush()
+        yield
+
+
+def _taken(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
+
+
+def _opened(path: Path) -> IO[str]:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # another process finished and tidied up just now
+            return path.open("w")

@@ -29,6 +29,7 @@ from codecssl.pretrain.run import run
 from codecssl.pretrain.telemetry import read_rows
 from codecssl.pretrain.training import Training
 from codecssl.slurm.job import Ranks
+from codecssl.tokenize import files
 from codecssl.tokenize.errors import UserError
 from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.tiny import random_codec
@@ -196,6 +197,21 @@ def test_a_start_that_was_killed_before_its_config_was_written(
     (tmp_path / "other" / "mine.txt").touch()
     with pytest.raises(UserError, match="other: has files in it but is not a run folder"):
         run(config, tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["mine.txt"]
+
+
+def test_a_run_that_is_started_twice_trains_once(
+    make_shards: Make, small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PATIENCE", {"here": 0.3, "elsewhere": 0.3})
+    config = small_config(make_shards(), optim={"steps": 1})
+    with (
+        files.alone_in(tmp_path / "run"),
+        pytest.raises(UserError, match=r"run: process \d+ on .* is at work there; wait for it"),
+    ):
+        run(config, tmp_path / "run")
+    run(config, tmp_path / "run")
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints") is not None
 
 
 WITHOUT = """

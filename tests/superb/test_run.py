@@ -19,6 +19,7 @@ from codecssl.superb.jobs import run_all
 from codecssl.superb.mtwv import mtwv
 from codecssl.superb.qbe import searches
 from codecssl.superb.run import Machine, Run, configure, run_one
+from codecssl.tokenize import files
 from codecssl.tokenize.errors import UserError
 
 FEW = tasks.Budget(name="few", divisor=10**6, least=20, evaluations=2)
@@ -422,6 +423,16 @@ def test_results_are_read_while_another_process_trains(make: Any, monkeypatch: p
     monkeypatch.setattr(os, "scandir", scandir)
     assert results.publish(done.output) == [{"task": "ks"}]
     assert results.read_rows(done.output, "probes") == []
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PATIENCE", {"here": 0.3, "elsewhere": 0.3})
+    run = make("ks")
+    with files.alone_in(run.folder):
+        failures = run_all([run], Machine(), report=lambda run, outcome: None)
+        results.write_json(run.folder / "result.json", {"task": "ks"})
+    assert "is at work there" in str(failures[str(run.folder)])
+    assert run_one(run, Machine()) == {"task": "ks"}, "what the other one found"
 
 
 def test_two_processes_give_what_one_gives(make: Any) -> None:

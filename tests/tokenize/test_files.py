@@ -1,8 +1,18 @@
 """Files that are there whole or not at all."""
 
+import errno
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+
 import pytest
 
-from codecssl.tokenize.files import atomic_file, names_in, temporaries, write_atomic
+from codecssl.tokenize import files
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.files import alone_in, atomic_file, names_in, temporaries, write_atomic
 
 
 def test_a_file_is_not_there_until_it_is_whole(tmp_path):
@@ -31,3 +41,48 @@ def test_two_writers_at_a_time_do_not_meet(tmp_path):
         first.write(b" file")
     assert (tmp_path / "x").read_bytes() == b"whole file"
     assert names_in(tmp_path) == {"x"}
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", {"here": 0.3, "elsewhere": 0.3})
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from codecssl.tokenize.files import alone_in
+with alone_in(Path(sys.argv[1])):
+    print("in", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_at_a_time_works_in_a_folder(tmp_path, impatient):
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "new")], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"in\n"
+        told = f"new: process {holder.pid} on {socket.gethostname()} is at work there; wait for it, or give another"
+        with pytest.raises(UserError, match=told), alone_in(tmp_path / "new"):
+            pass
+        holder.send_signal(signal.SIGKILL)
+    with alone_in(tmp_path / "new"):
+        assert (tmp_path / "new" / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+    with alone_in(tmp_path / "new"):
+        pass  # and again
+
+
+def test_a_lock_that_outlives_its_process_for_a_while_is_waited_for(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"in\n"
+        subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {holder.pid}"])
+        with alone_in(tmp_path):
+            assert holder.poll() is not None or holder.wait() != 0
+
+
+def test_a_file_system_without_locks_is_worked_on_all_the_same(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with alone_in(tmp_path), alone_in(tmp_path):
+        pass
