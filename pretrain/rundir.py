@@ -19,7 +19,7 @@ import yaml
 from codecssl.configs.load import differences, from_dict, to_yaml
 from codecssl.pretrain.config import RunConfig
 from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.files import LOCK, alone_in, names_in, write_atomic
+from codecssl.tokenize.files import alone_in, names_in, write_atomic
 
 # What may change when a run is resumed: where data lies and how it is fetched, how often the run speaks and
 # saves, and how the same global batches are divided and computed.
@@ -34,7 +34,7 @@ _PACKAGES = ("codecssl", "torch", "fairseq2", "fairseq2n", "deepspeed", "numpy")
 def alone(run: Path) -> Iterator[None]:
     """No other process trains in this folder while the context is open. UserError where one does, and for a folder
     that is none of ours."""
-    begun = {"data.json", "versions.json", LOCK}  # of a start that was killed
+    begun = {"data.json", "versions.json"}  # of a start that was killed
     if run.exists() and not (run / "config.yaml").exists() and names_in(run) - begun:
         raise UserError(f"{run}: has files in it but is not a run folder; give another --output")
     with alone_in(run):

@@ -15,7 +15,6 @@ from typing import IO, BinaryIO
 
 from codecssl.tokenize.errors import UserError
 
-LOCK = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system without locks says."""
 PATIENCE = {"here": 10.0, "elsewhere": 120.0}
@@ -60,8 +59,12 @@ def _put(temporary: Path, path: Path) -> None:
 
 
 def names_in(folder: Path) -> set[str]:
-    """What a folder holds, but for what killed processes left half-written."""
-    return {path.name for path in folder.iterdir()} - {path.name for path in temporaries(folder)}
+    """What a folder holds, but for half-written files and locks, also of killed processes."""
+    return {
+        path.name
+        for path in folder.iterdir()
+        if not (path.name.startswith(".") and path.name.endswith((".tmp", ".lock")))
+    }
 
 
 def temporaries(folder: Path) -> list[Path]:
@@ -91,25 +94,36 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, name: str = ".lock") -> Iterator[None]:
     """This process's alone, for as long as the context is open: what is started twice must not write there twice.
 
     Raises UserError while another process has it. On a file system without locks there is no such guard.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    began, host = time.monotonic(), socket.gethostname()
-    with (folder / LOCK).open("a") as file:
-        while not _taken(file):
-            holder = (folder / LOCK).read_text() or "another process"
-            patience = PATIENCE["here" if holder.endswith(f" on {host}") else "elsewhere"]
-            if time.monotonic() - began > patience:
-                raise UserError(f"{folder}: {holder} is at work there; wait for it, or give another --output")
-            time.sleep(0.2)
-        with suppress(OSError):  # a full disk has worse to tell
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {host}")
-            file.flush()
-        yield
+    path, host, began = folder / name, socket.gethostname(), time.monotonic()
+    while True:
+        with path.open("a") as file:
+            if _taken(file) and _is_still(path, file):
+                with suppress(OSError):  # a full disk has worse to tell
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {host}")
+                    file.flush()
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+        holder = path.read_text() if path.exists() else ""
+        patience = PATIENCE["here" if holder.endswith(f" on {host}") else "elsewhere"]
+        if time.monotonic() - began > patience:
+            holder = holder or "another process"
+            raise UserError(f"{folder}: {holder} is at work there; wait for it, or give another --output")
+        time.sleep(0.2)
+
+
+def _is_still(path: Path, file: IO[str]) -> bool:
+    """Whether the file has that name yet: who had the lock removes it in the end."""
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
 
 
 def _taken(file: IO[str]) -> bool:

@@ -18,7 +18,7 @@ import torch
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.encode import Device, default_workers, encode_inputs
 from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.files import names_in, write_atomic
+from codecssl.tokenize.files import alone_in, names_in, write_atomic
 from codecssl.tokenize.layout import COMPRESSION, sealed
 from codecssl.tokenize.shards import load_json, shard_path
 from codecssl.tokenize.sources import is_stream, read_sources
@@ -160,6 +160,11 @@ def run(
             raise UserError(
                 f"{config.output}: disk full; make room and run the same command again, nothing is lost"
             ) from error
+        if error.errno == errno.ENOENT and Path(error.filename or "").is_relative_to(config.output / "work"):
+            raise UserError(
+                f"{config.output}: another process finished a shard of this task; give all the same --tasks and each "
+                "its own --task, then run the same command again: nothing is lost"
+            ) from error
         raise
 
 
@@ -170,10 +175,11 @@ def _run(
     device = Device(codec=config.codec, num_codebooks=config.num_codebooks, device=config.device)
     codec = device.load()
     plan = open_plan(config, codec.card, inputs := count_inputs(config))
-    todo = Todo(config, compare)
-    workers = default_workers() if config.workers is None else config.workers
-    progress = _Watch(codec.card, todo.left(inputs), report)
-    _consume(config, codec.card, todo, progress.watch(encode_inputs(device, codec, todo, workers)), stop)
+    with alone_in(config.output, f".{config.task}-of-{config.tasks}.lock"):
+        todo = Todo(config, compare)
+        workers = default_workers() if config.workers is None else config.workers
+        progress = _Watch(codec.card, todo.left(inputs), report)
+        _consume(config, codec.card, todo, progress.watch(encode_inputs(device, codec, todo, workers)), stop)
     if any(not shard_path(config.output, s).with_suffix(".json").exists() for s in range(todo.shards)):
         return None
     totals = finish_dataset(config.output, plan, todo.shards)

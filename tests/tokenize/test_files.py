@@ -67,8 +67,7 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path, impatient):
         holder.send_signal(signal.SIGKILL)
     with alone_in(tmp_path / "new"):
         assert (tmp_path / "new" / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
-    with alone_in(tmp_path / "new"):
-        pass  # and again
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_a_lock_that_outlives_its_process_for_a_while_is_waited_for(tmp_path):
@@ -85,4 +84,5 @@ def test_a_file_system_without_locks_is_worked_on_all_the_same(tmp_path, monkeyp
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with alone_in(tmp_path), alone_in(tmp_path):
-        pass
+        (tmp_path / "x").touch()
+    assert names_in(tmp_path) == {"x"}

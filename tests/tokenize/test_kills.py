@@ -319,6 +319,7 @@ def test_what_changed_since_a_kill_is_refused(parent, audio, tmp_path, hashed, h
     assert parent.run(argv, fail_at=30, how="kill") == -signal.SIGKILL
     assert list(output.glob("work/00000/00001.json"))
     assert not list(output.glob("shards/*.json"))
+    (output / ".0-of-1.lock").unlink()  # nobody's any more
     before = contents(output)
     if how == "renamed":
         (folder / "01.wav").rename(folder / "zz.wav")

@@ -13,6 +13,7 @@ import soundfile
 import torch
 
 from codecssl.tokenize import encode as encode_module
+from codecssl.tokenize import files
 from codecssl.tokenize.audio import read_wave
 from codecssl.tokenize.cli import main
 from codecssl.tokenize.errors import UserError
@@ -119,6 +120,37 @@ def test_a_sigkill_in_the_middle_leaves_nothing_half_written(tmp_path, codec_fil
     run(config(folder, tmp_path / "killed", codec_file, **small))
     run(config(folder, tmp_path / "whole", codec_file, **small))
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_task_that_is_started_twice_runs_once(audio_folder, tmp_path, codec_file, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", {"here": 0.3, "elsewhere": 0.3})
+    second = config(audio_folder, tmp_path / "out", codec_file)
+    refused = []
+
+    def start_it_again(progress):
+        if progress.inputs == 3:
+            with pytest.raises(UserError, match=r"out: process \d+ on .* is at work there; wait for it") as told:
+                run(second)
+            refused.append(told.value)
+
+    assert run(second, start_it_again)["inputs"] == 15
+    assert len(refused) == 1
+    assert verify(tmp_path / "out") == []
+
+
+def test_a_shard_that_others_finish_meanwhile_is_one_line(audio_folder, tmp_path, codec_file):
+    """Tasks of two divisions of the work at a time."""
+    mine = config(audio_folder, tmp_path / "out", codec_file)
+
+    def others(progress):
+        if progress.inputs == 3:
+            for task in (0, 1):
+                run(config(audio_folder, tmp_path / "out", codec_file, tasks=2, task=task))
+
+    with pytest.raises(UserError, match="another process finished a shard of this task; give all the same --tasks"):
+        run(mine, others)
+    assert run(mine)["inputs"] == 15
+    assert verify(tmp_path / "out") == []
 
 
 def test_a_finished_run_does_nothing_and_other_codecs_and_sources_are_refused(
