@@ -121,8 +121,13 @@ def _label(arguments: argparse.Namespace, overrides: list[str]) -> None:
             codec_weights=arguments.codec_weights,
             device=arguments.device,
             seed=arguments.seed,
+            tasks=arguments.tasks,
+            task=arguments.task,
         )
     )
+    if found is None:
+        print(f"task {arguments.task} of {arguments.tasks} is done; other tasks' shards are still missing")
+        return
     print(json.dumps(found, indent=1))
     numbered = sorted(arguments.output.glob("[0-9]*-*"), key=lambda path: int(path.name.partition("-")[0]))
     quoted = ", ".join(_quoted(str(path)) for path in numbered or [arguments.output])
@@ -177,6 +182,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     label.add_argument("--device", default="cpu", help="where the model runs")
     label.add_argument("--seed", type=int, default=0, help="of the sample and of k-means")
+    label.add_argument("--tasks", type=int, default=1, metavar="N", help="share the shards among N processes")
+    label.add_argument("--task", type=int, default=0, metavar="I", help="this one's number, from 0 to N - 1")
     bench = commands.add_parser(
         "bench",
         allow_abbrev=False,

@@ -3,6 +3,7 @@
 One clustering labels all data, training and validation alike: two would make the validation loss rise.
 """
 
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.files import write_atomic
 
 Features = npt.NDArray[np.float32]
 
@@ -37,9 +39,9 @@ class Clustering:
         return nearest, np.maximum(distance, 0.0)
 
     def save(self, path: Path) -> None:
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
-        save_file({"centroids": np.ascontiguousarray(self.centroids)}, path, metadata=self.made_of)
+        write_atomic(path, save({"centroids": np.ascontiguousarray(self.centroids)}, metadata=self.made_of))
 
     @classmethod
     def load(cls, path: Path) -> "Clustering":
@@ -96,6 +98,22 @@ class Quality:
         for phone, begin, end in phones:
             row = self.joint.setdefault(phone, np.zeros_like(self.counts))
             row += np.bincount(labels[begin:end], minlength=len(self.counts))
+
+    def save(self, path: Path) -> None:
+        """The sums so far, for `add_saved`."""
+        file = io.BytesIO()
+        rows = np.array(list(self.joint.values()), dtype=np.int64).reshape(-1, len(self.counts))
+        np.savez(file, counts=self.counts, inertia=self.inertia, phones=np.array(list(self.joint), str), joint=rows)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, file.getvalue())
+
+    def add_saved(self, path: Path) -> None:
+        """Add what was saved there."""
+        with np.load(path) as saved:
+            self.counts += saved["counts"]
+            self.inertia += float(saved["inertia"])
+            for phone, row in zip(saved["phones"].tolist(), saved["joint"], strict=True):
+                self.joint.setdefault(phone, np.zeros_like(self.counts))[:] += row
 
     def report(self) -> dict[str, Any]:
         """Numbers of what was added; phone measures only where there were phones with times."""

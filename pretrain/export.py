@@ -4,6 +4,7 @@ Beside them README.md, a card written from the run, and curves.png.
 """
 
 import dataclasses
+import filecmp
 import json
 import shutil
 import sys
@@ -59,6 +60,14 @@ def export(run_dir: str | Path, output_dir: str | Path) -> None:
         shutil.copyfile(run / _CURVES, output / _CURVES)
     (output / "README.md").write_text(model_card(output.resolve().name, description, _folders(config, data["train"])))
     write_atomic(output / "config.json", json.dumps(description, indent=1).encode())
+
+
+def is_export_of(run: Path, folder: Path) -> bool:
+    """Whether the folder holds the run's newest checkpoint, whole."""
+    newest, _ = checkpoint.newest_intact(run / "checkpoints")
+    if newest is None or not (folder / "config.json").is_file():
+        return False
+    return filecmp.cmp(newest / checkpoint.WEIGHTS, folder / "model.safetensors", shallow=False)
 
 
 def load_pretrained(path: str | Path) -> CodecModel:

@@ -3,32 +3,37 @@
     LABELS/               a folder of token shards, one stream of labels for each frame of the data
     LABELS/clustering.safetensors   the centroids; --clustering FILE labels other data with them
     LABELS/report.json    inertia, cluster usage, and phone purity and PNMI where the data has phones with times
+    LABELS/label.json     what was asked for: the same command again goes on, another is refused
 
-With several data folders there are LABELS/0-NAME, LABELS/1-NAME, ...: one label folder for each, in order.
+With several data folders there are LABELS/0-NAME, LABELS/1-NAME, ...: one label folder for each, in order. Several
+tasks (--tasks, --task) share the shards; whoever sees the last one finished writes dataset.json and report.json.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from codecssl.pretrain.chance import permuted, smallest, uniform
 from codecssl.pretrain.cluster import Clustering, Features, Quality, fit
-from codecssl.pretrain.corpus import with_codebooks
-from codecssl.tokenize.codec import CodecCard, check_device, file_sha256, load_codec_for
+from codecssl.pretrain.labellers import ByCentroids, Extractor, FromFile, Labeller
+from codecssl.tokenize.codec import CodecCard, check_device, file_sha256
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.files import alone_in, locked, names_in, write_atomic
+from codecssl.tokenize.layout import shard_path
 from codecssl.tokenize.shards import Shards
-from codecssl.tokenize.weights import state_sha256
-from codecssl.tokenize.writer import write_shards
+from codecssl.tokenize.writer import Item, finish_written, write_shard
 
 _SAMPLE, _FRAMES = 210, 211  # streams of random numbers
-_BATCH_FRAMES = 8_000
-CENTROIDS = "clustering.safetensors"
+_SHARD_UTTERANCES = 8192
+CENTROIDS, PLAN, REPORT = "clustering.safetensors", "label.json", "report.json"
+_COUNTS = "counts"
+"""A folder of what each shard adds to the report, until that is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,9 @@ class LabelConfig:
     codec_weights: str | None = None
     device: str = "cpu"
     seed: int = 0
+    tasks: int = 1
+    task: int = 0
+    """This process labels every tasks-th shard, from the task-th on."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.clusters <= 1 << 16:
@@ -59,96 +67,126 @@ class LabelConfig:
             raise UserError(f"--sample-frames {self.sample_frames}: must be at least --clusters ({self.clusters})")
         if self.utterance_frames is not None and self.utterance_frames < 1:
             raise UserError(f"--utterance-frames {self.utterance_frames}: must be at least 1")
+        if self.tasks < 1 or not 0 <= self.task < self.tasks:
+            raise UserError(f"task {self.task} of {self.tasks}: --task counts from 0 to --tasks - 1")
         check_device(self.device)
         if not self.data:
             raise UserError("--data: no shard folder given")
 
 
-class Extractor:
-    """Codes of some utterances in, the features of each out."""
+@dataclass(frozen=True)
+class _Part:
+    """A label shard, to be made of one folder of data."""
 
-    def __init__(self, config: LabelConfig, card: CodecCard) -> None:
-        self.device = torch.device(config.device)
-        self.num_codebooks = card.num_codebooks
-        """How many of the data's codebooks it reads: a model may have been trained on the first few."""
-        self.tables: list[torch.Tensor] = []
-        self.made_of = {"source": config.source, "layer": str(config.layer), "codec": card.name}
-        if config.source == "latents":
-            self.tables = [t.to(self.device) for t in load_codec_for(card, weights=config.codec_weights).embeddings()]
-            self.made_of |= {"layer": "latents", "weights_sha256": card.weights_sha256}
-            return
-        from codecssl.pretrain.export import load_pretrained
+    shards: Shards
+    """The data."""
+    folder: Path
+    """Of the labels."""
+    shard: int
+    counts: Path
+    """What it adds to the report."""
 
-        self.model = load_pretrained(_model_folder(config)).to(self.device)
-        states = self.model.config.layers + 1
-        if not -states <= config.layer < states:
-            raise UserError(f"--layer {config.layer}: {config.source} has 0 to {states - 1}, or -1 to -{states}")
-        card = with_codebooks(card, min(card.num_codebooks, self.model.card.num_codebooks))
-        if self.model.card.fingerprint != card.fingerprint:
-            raise UserError(
-                f"{config.source}: trained on codec {self.model.card.name}, the data is of {card.name}"
-                f" ({self.model.card.difference(card)})"
-            )
-        self.num_codebooks = card.num_codebooks
-        self.layer = config.layer % states
-        self.made_of |= {"layer": str(self.layer), "weights_sha256": state_sha256(self.model)}
+    @property
+    def utterances(self) -> range:
+        first = self.shard * _SHARD_UTTERANCES
+        return range(first, min(first + _SHARD_UTTERANCES, len(self.shards)))
 
-    @torch.no_grad()
-    def __call__(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[Features]:
-        """[R, T_i] each -> [T_i, D] each."""
-        if self.tables:
-            return [self._latents(torch.from_numpy(c.astype(np.int64)).to(self.device)) for c in codes]
-        frames = [c.shape[1] for c in codes]
-        padded = torch.zeros(len(codes), codes[0].shape[0], max(frames), dtype=torch.int64)
-        for row, item in zip(padded, codes):
-            row[:, : item.shape[1]] = torch.from_numpy(item.astype(np.int64))
-        hidden = self.model.extract(padded.to(self.device), frames)[self.layer].float().cpu().numpy()
-        return [hidden[i, :n] for i, n in enumerate(frames)]
-
-    def _latents(self, codes: torch.Tensor) -> Features:
-        """[R, T] -> [T, D], the codec's dequantised latent."""
-        summed = torch.stack([table[row] for table, row in zip(self.tables, codes)]).sum(0)
-        found: Features = summed.float().cpu().numpy()
-        return found
+    @property
+    def done(self) -> bool:
+        return shard_path(self.folder, self.shard).with_suffix(".json").exists()
 
 
-def label(config: LabelConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Write the label folders; return what report.json says.
+def label(config: LabelConfig, say: Callable[[str], None] = print) -> dict[str, Any] | None:
+    """Write this task's label shards; return what report.json says, or None while other tasks' shards are missing.
 
-    Raises UserError for data of several codecs, an output that is there already, and a source that does not fit.
+    The same command again goes on where it was killed. Raises UserError for data of several codecs, an output that
+    holds anything else or was begun with other settings, and a source that does not fit.
     """
     data = [Shards(path) for path in config.data]
     for other in data[1:]:
         if other.card.fingerprint != data[0].card.fingerprint:
             raise UserError(f"{other.path}: codec {other.card.name}, {data[0].path} has {data[0].card.name}")
-    if config.output.exists() and any(config.output.iterdir()):
-        raise UserError(f"{config.output}: is not empty; remove it, or give another --output")
+    _refuse_foreign(config.output)
     if config.source.endswith(".jsonl"):
-        return _import(config, data, say)
-    extract = Extractor(config, data[0].card)
-    clustering = _clustering(config, data, extract, say)
-    quality = Quality(len(clustering.centroids))
-    card = _card(data[0].card, clustering)
-    config.output.mkdir(parents=True, exist_ok=True)
-    for folder, shards in zip(_folders(config), data, strict=True):
-        named = replace(card, policies={**card.policies, "labels_of": shards.fingerprint})
-        write_shards(folder, named, _labelled(shards, extract, clustering, quality, say))
-    clustering.save(config.output / CENTROIDS)
-    report = {"made_of": clustering.made_of, **quality.report()}
-    (config.output / "report.json").write_text(json.dumps(report, indent=1))
+        source: Extractor | FromFile = FromFile(Path(config.source))
+    else:
+        source = Extractor(_model(config), config.layer, data[0].card, device=config.device,
+                           codec_weights=config.codec_weights)  # fmt: skip
+    _open_plan(config, data, source.made_of)
+    if (config.output / REPORT).exists():
+        say(f"{config.output}: all is labelled")
+    else:
+        with alone_in(config.output, f".{config.task}-of-{config.tasks}.lock"):
+            labeller = source if isinstance(source, FromFile) else ByCentroids(
+                source, _clustering(config, data, source, say))  # fmt: skip
+            parts = _parts(config, data)
+            _label(parts[config.task :: config.tasks], labeller)
+            if not all(part.done for part in parts):
+                return None
+            with _one_task(config, config.output / _COUNTS / "finish.lock"):
+                _finish(config, data, parts, labeller)
+    report: dict[str, Any] = json.loads((config.output / REPORT).read_text())
     return report
 
 
-def _model_folder(config: LabelConfig) -> Path:
-    """The source as an exported model; a run is exported beside the labels first."""
-    path = Path(config.source)
-    if (path / "model.safetensors").exists():
-        return path
-    from codecssl.pretrain.export import export
+def _refuse_foreign(output: Path) -> None:
+    if output.exists() and names_in(output) and not (output / PLAN).exists():
+        raise UserError(f"{output}: is not empty; remove it, or give another --output")
 
+
+def _open_plan(config: LabelConfig, data: Sequence[Shards], made_of: dict[str, str]) -> None:
+    """Read or write label.json: all that every task, and every start, must agree on."""
+    plan: dict[str, Any] = {key: value for key, value in made_of.items() if key != "source"}
+    plan["data"] = [shards.fingerprint for shards in data]
+    if not config.source.endswith(".jsonl"):
+        plan |= {key: getattr(config, key) for key in ("clusters", "sample_frames", "utterance_frames", "seed")}
+        plan["clustering"] = config.clustering and file_sha256(config.clustering)
+    path = config.output / PLAN
+    if not path.exists():
+        config.output.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(plan, indent=1).encode())
+        return
+    begun = json.loads(path.read_text())
+    for key in plan | begun:
+        if begun.get(key) != plan.get(key):
+            raise UserError(
+                f"{config.output}: was begun with {key} {begun.get(key)}, this is {plan.get(key)}; give the same, or"
+                " another --output"
+            )
+
+
+def _one_task(config: LabelConfig, lock: Path) -> AbstractContextManager[object]:
+    """One task at a time does this, the others wait."""
+    return locked(lock, wait=True) if config.tasks > 1 else nullcontext()
+
+
+def _model(config: LabelConfig) -> str:
+    """The source as an exported model, or latents; a run is exported beside the labels first."""
+    path = Path(config.source)
+    if config.source == "latents" or (path / "model.safetensors").exists():
+        return config.source
+    from codecssl.pretrain.export import export, is_export_of
+    from codecssl.pretrain.rundir import read_config
+
+    read_config(path)
     target = config.output.with_name(f"{config.output.name}.model")
-    export(path, target)
-    return target
+    with _one_task(config, target / ".export.lock"):
+        if config.tasks == 1 or not is_export_of(path, target):
+            export(path, target)
+    return str(target)
+
+
+def _parts(config: LabelConfig, data: Sequence[Shards]) -> list[_Part]:
+    """All label shards, in order."""
+    return [
+        _Part(shards, folder, shard, config.output / _COUNTS / f"{number}-{shard:05d}.npz")
+        for number, (folder, shards) in enumerate(zip(_folders(config), data, strict=True))
+        for shard in range(_shard_count(shards))
+    ]
+
+
+def _shard_count(shards: Shards) -> int:
+    return -(-len(shards) // _SHARD_UTTERANCES)
 
 
 def _folders(config: LabelConfig) -> list[Path]:
@@ -157,18 +195,33 @@ def _folders(config: LabelConfig) -> list[Path]:
     return [config.output / f"{i}-{path.name}" for i, path in enumerate(config.data)]
 
 
+# ---------------------------------------------------------------- centroids
+
+
 def _clustering(
     config: LabelConfig, data: Sequence[Shards], extract: Extractor, say: Callable[[str], None]
 ) -> Clustering:
-    if config.clustering is None:
-        say(f"fitting {config.clusters} clusters to {config.sample_frames} frames")
-        batches = _sampled(config, data, extract)
-        return Clustering(fit(batches, config.clusters, frames=config.sample_frames, seed=config.seed), extract.made_of)
-    given = Clustering.load(config.clustering)
+    kept = config.output / CENTROIDS
+    with _one_task(config, config.output / _COUNTS / "clustering.lock"):
+        if kept.exists():
+            return Clustering.load(kept)
+        found = _given(config.clustering, extract) if config.clustering else _fitted(config, data, extract, say)
+        found.save(kept)
+        return found
+
+
+def _fitted(config: LabelConfig, data: Sequence[Shards], extract: Extractor, say: Callable[[str], None]) -> Clustering:
+    say(f"fitting {config.clusters} clusters to {config.sample_frames} frames")
+    batches = _sampled(config, data, extract)
+    return Clustering(fit(batches, config.clusters, frames=config.sample_frames, seed=config.seed), extract.made_of)
+
+
+def _given(path: Path, extract: Extractor) -> Clustering:
+    given = Clustering.load(path)
     for key in ("layer", "weights_sha256"):
         if given.made_of.get(key) != extract.made_of[key]:
             raise UserError(
-                f"{config.clustering}: made of {key} {given.made_of.get(key)}, this is {extract.made_of[key]};"
+                f"{path}: made of {key} {given.made_of.get(key)}, this is {extract.made_of[key]};"
                 " give the source that it was made of"
             )
     return given
@@ -188,36 +241,32 @@ def _sampled(config: LabelConfig, data: Sequence[Shards], extract: Extractor) ->
             yield extract([codes])[0][smallest(uniform(config.seed, _FRAMES, index, np.arange(frames))[None], most)[0]]
 
 
-def _labelled(
-    shards: Shards, extract: Extractor, clustering: Clustering, quality: Quality, say: Callable[[str], None]
-) -> Iterator[tuple[str, npt.NDArray[np.int64], dict[str, Any]]]:
-    """(id, labels [1, T], {}) of every utterance, in order; holds one batch."""
+# ---------------------------------------------------------------- shards
+
+
+def _label(parts: Sequence[_Part], labeller: Labeller) -> None:
     from tqdm import tqdm
 
-    with tqdm(total=len(shards), unit=" utterances", disable=None) as bar:
-        for batch in _batches(shards):
-            features = extract([shards.codes(i, num_codebooks=extract.num_codebooks) for i in batch])
-            for index, own in zip(batch, features, strict=True):
-                utterance = shards.utterance(index)
-                labels, distance = clustering.assign(own)
-                quality.add(labels, distance)
-                quality.add_phones(labels, _phones(utterance.labels, float(shards.card.frame_rate), len(labels)))
-                yield utterance.id, labels[None, :], {}
-            bar.update(len(batch))
+    before = sum(len(part.utterances) for part in parts if part.done)
+    total = sum(len(part.utterances) for part in parts)
+    with tqdm(total=total, initial=before, unit=" utterances", disable=None) as bar:
+        for part in parts:
+            if not part.done:
+                _label_shard(part, labeller, bar.update)
 
 
-def _batches(shards: Shards) -> Iterator[list[int]]:
-    """Consecutive utterances of about `_BATCH_FRAMES` frames, padding included."""
-    batch: list[int] = []
-    longest = 0
-    for index, frames in enumerate(shards.frames):
-        if batch and max(longest, int(frames)) * (len(batch) + 1) > _BATCH_FRAMES:
-            yield batch
-            batch, longest = [], 0
-        batch.append(index)
-        longest = max(longest, int(frames))
-    if batch:
-        yield batch
+def _label_shard(part: _Part, labeller: Labeller, report: Callable[[], object]) -> None:
+    """What it adds to the report is written first: a finished shard has that."""
+    quality, items = Quality(labeller.classes), list[Item]()
+    rate = float(part.shards.card.frame_rate)
+    for index, labels, distance in labeller(part.shards, part.utterances):
+        utterance = part.shards.utterance(index)
+        quality.add(labels, distance)
+        quality.add_phones(labels, _phones(utterance.labels, rate, len(labels)))
+        items.append((utterance.id, labels[None, :], {}))
+        report()
+    quality.save(part.counts)
+    write_shard(part.folder, part.shard, _card(part.shards, labeller), items)
 
 
 def _phones(labels: dict[str, Any], frame_rate: float, frames: int) -> list[tuple[str, int, int]]:
@@ -229,78 +278,31 @@ def _phones(labels: dict[str, Any], frame_rate: float, frames: int) -> list[tupl
     return [(phone, min(a, frames), min(b, frames)) for phone, a, b in bounds]
 
 
-def _card(card: CodecCard, clustering: Clustering) -> CodecCard:
-    import hashlib
-
-    digest = hashlib.sha256(np.ascontiguousarray(clustering.centroids, "<f4").tobytes()).hexdigest()
-    return _label_card(card, len(clustering.centroids), digest, clustering.made_of.get("source", ""))
-
-
-def _label_card(card: CodecCard, classes: int, digest: str, source: str) -> CodecCard:
+def _card(shards: Shards, labeller: Labeller) -> CodecCard:
+    """Of the labels of these shards."""
     return CodecCard(
         name="labels",
-        weights=source,
-        weights_sha256=digest,
-        sample_rate=card.sample_rate,
-        hop_length=card.hop_length,
-        codebook_sizes=(classes,),
+        weights=labeller.made_of["source"],
+        weights_sha256=labeller.digest,
+        sample_rate=shards.card.sample_rate,
+        hop_length=shards.card.hop_length,
+        codebook_sizes=(labeller.classes,),
         codes_per_frame=(1,),
         latent_dim=1,
+        policies={"labels_of": shards.fingerprint},
     )
 
 
-# ---------------------------------------------------------------- labels from a file
-
-
-def _import(config: LabelConfig, data: Sequence[Shards], say: Callable[[str], None]) -> dict[str, Any]:
-    """Labels from rows {"id": ..., "labels": [one per frame]}, in any order."""
-    rows = _read_rows(Path(config.source))
-    classes = max(int(row.max(initial=0)) for row in rows.values()) + 1
-    if all((row == classes - 1).all() for row in rows.values()):
-        raise UserError(f"{config.source}: all labels are {classes - 1}; nothing can be learnt from them")
-    card = _label_card(data[0].card, classes, file_sha256(Path(config.source)), config.source)
-    quality = Quality(classes)
-    config.output.mkdir(parents=True, exist_ok=True)
+def _finish(config: LabelConfig, data: Sequence[Shards], parts: Sequence[_Part], labeller: Labeller) -> None:
+    """dataset.json of every folder, then report.json, which says that all is there."""
+    if (config.output / REPORT).exists():
+        return
+    quality = Quality(labeller.classes)
+    for part in parts:
+        quality.add_saved(part.counts)
     for folder, shards in zip(_folders(config), data, strict=True):
-        named = replace(card, policies={"labels_of": shards.fingerprint})
-        write_shards(folder, named, _given(config.source, shards, rows, quality))
-    report = {"made_of": {"source": config.source}, **quality.report()}
-    (config.output / "report.json").write_text(json.dumps(report, indent=1))
-    return report
-
-
-def _read_rows(path: Path) -> dict[str, npt.NDArray[np.uint16]]:
-    """Labels by id: two bytes a frame are held."""
-    rows = {}
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                row = json.loads(line)
-                values = np.asarray(row["labels"], dtype=np.int64)
-                if values.ndim != 1 or values.min(initial=0) < 0 or values.max(initial=0) >= 1 << 16:
-                    raise UserError(f"{path}, line {number}: labels must be one list of numbers from 0 to 65535")
-                rows[str(row["id"])] = values.astype(np.uint16)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: rows must be {{'id': ..., 'labels': [...]}} ({type(error).__name__}: {error})"
-        ) from error
-    if not rows:
-        raise UserError(f"{path}: no rows")
-    return rows
-
-
-def _given(
-    source: str, shards: Shards, rows: dict[str, npt.NDArray[np.uint16]], quality: Quality
-) -> Iterator[tuple[str, npt.NDArray[np.int64], dict[str, Any]]]:
-    for utterance in shards.utterances():
-        if (labels := rows.get(utterance.id)) is None:
-            raise UserError(f"{source}: no labels for {utterance.id!r} of {shards.path}")
-        if len(labels) != utterance.frames:
-            raise UserError(
-                f"{source}: {len(labels)} labels for {utterance.id!r}, which has {utterance.frames} frames;"
-                f" labels must come at {float(shards.card.frame_rate):g} a second"
-            )
-        wide = labels.astype(np.int64)
-        quality.add(wide, np.zeros(len(wide), dtype=np.float32))
-        quality.add_phones(wide, _phones(utterance.labels, float(shards.card.frame_rate), len(wide)))
-        yield utterance.id, wide[None, :], {}
+        folder.mkdir(exist_ok=True)
+        finish_written(folder, _card(shards, labeller), _shard_count(shards))
+    report = {"made_of": dict(sorted(labeller.made_of.items())), **quality.report()}
+    write_atomic(config.output / REPORT, json.dumps(report, indent=1).encode())
+    shutil.rmtree(config.output / _COUNTS, ignore_errors=True)

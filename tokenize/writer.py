@@ -288,14 +288,25 @@ def write_shards(
         raise UserError(f"{root}: holds a dataset already; give another folder")
     shards = 0
     for shard, group in enumerate(_groups(iter(items), per_shard)):
-        writer = ShardWriter(root, shard, card, compress=compress)
-        writer.add_block(len(group), [_encoded(card, *item) for item in group], [])
-        writer.finish(inputs_sha256="")
+        write_shard(root, shard, card, group, compress=compress)
         shards = shard + 1
+    finish_written(root, card, shards, compress=compress)
+    return Shards(root)
+
+
+def write_shard(root: Path, shard: int, card: CodecCard, items: Sequence[Item], *, compress: bool = False) -> None:
+    """One shard of `write_shards`; what a killed process left of it is written anew."""
+    shutil.rmtree(root / "work" / f"{shard:05d}", ignore_errors=True)
+    writer = ShardWriter(root, shard, card, compress=compress)
+    writer.add_block(len(items), [_encoded(card, *item) for item in items], [])
+    writer.finish(inputs_sha256="")
+
+
+def finish_written(root: Path, card: CodecCard, shards: int, *, compress: bool = False) -> None:
+    """Make a dataset of the shards 0 .. shards - 1 of `write_shard`."""
     header: dict[str, Any] = {"codec": card.to_dict(), "sources": []}
     finish_dataset(root, header | ({"compression": COMPRESSION} if compress else {}), shards)
     shutil.rmtree(root / "work", ignore_errors=True)
-    return Shards(root)
 
 
 def _groups(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

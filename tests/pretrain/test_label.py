@@ -15,7 +15,7 @@ from codecssl.pretrain import label as label_module
 from codecssl.pretrain.cli import main
 from codecssl.pretrain.cluster import Clustering, Quality, fit, phone_measures
 from codecssl.pretrain.config import RunConfig
-from codecssl.pretrain.export import load_pretrained
+from codecssl.pretrain.export import export, load_pretrained
 from codecssl.pretrain.label import LabelConfig, label
 from codecssl.pretrain.run import run
 from codecssl.pretrain.telemetry import read_rows
@@ -158,6 +158,103 @@ def test_a_sample_may_be_spread_over_many_utterances(
     assert len(seen) == len(Shards(tmp_path / "data"))
     with pytest.raises(UserError, match="--utterance-frames 0: must be at least 1"):
         replace(made, utterance_frames=0)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What every file holds; of the centroids' safetensors shuffles the metadata."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.suffix != ".safetensors" else b""
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def sliced(
+    trained: Path, make_shards: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> LabelConfig:
+    """Two folders of data, phones with times in the second, and label shards of few utterances."""
+    monkeypatch.setattr(label_module, "_SHARD_UTTERANCES", 7)
+    export(trained, tmp_path / "model")
+    data = Shards(tmp_path / "data")
+    phones = [["a", 0.0, 0.1], ["b", 0.1, 0.3]]
+    write_shards(tmp_path / "more", data.card, [(f"p{i}", data.codes(i), {"phones": phones}) for i in range(9)])
+    return LabelConfig(
+        source=str(tmp_path / "model"), data=(data.path, tmp_path / "more"), output=tmp_path / "whole", clusters=9
+    )
+
+
+def test_a_killed_label_goes_on_and_tasks_share_the_work(
+    sliced: LabelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = label(sliced)
+    assert report is not None
+    assert report["phone_frames"] == 9 * 15
+    whole = contents(sliced.output)
+    assert set(whole) >= {"label.json", "report.json", "0-data/dataset.json", "1-more/dataset.json"}
+    assert not [name for name in whole if "counts" in name or "work" in name]
+
+    killed = replace(sliced, output=tmp_path / "killed")
+    write, written = label_module.write_shard, []
+
+    def write_two(folder: Path, shard: int, *rest: object) -> None:
+        if len(written) == 2:
+            (folder / "work" / f"{shard:05d}").mkdir(parents=True)
+            (folder / "work" / f"{shard:05d}" / "00000.block").write_bytes(b"half")
+            raise KeyboardInterrupt
+        written.append((folder.name, shard))
+        write(folder, shard, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(label_module, "write_shard", write_two)
+    with pytest.raises(KeyboardInterrupt):
+        label(killed)
+    assert not (killed.output / "report.json").exists()
+    assert not list(killed.output.glob("*/dataset.json"))
+    written.clear()
+    monkeypatch.setattr(label_module, "write_shard", lambda folder, shard, *rest: (
+        written.append((folder.name, shard)), write(folder, shard, *rest)))  # fmt: skip
+    monkeypatch.setattr(label_module, "fit", None)  # the clusters are there
+    assert label(killed) == report
+    assert ("0-data", 1) not in written
+    assert written[0] == ("0-data", 2)
+    assert contents(killed.output) == whole
+    written.clear()
+    assert label(killed) == report, "and again: nothing is done"
+    assert written == []
+    monkeypatch.undo()
+
+
+def test_tasks_share_the_work(
+    sliced: LabelConfig, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = label(sliced)
+    of_run = replace(sliced, source=str(trained), output=tmp_path / "of_run", tasks=2)
+    assert label(of_run) is None
+    monkeypatch.setattr("codecssl.pretrain.export.export", None)  # was done by the first
+    found = label(replace(of_run, task=1))
+    assert {**found, "made_of": None} == {**report, "made_of": None}
+    shared = replace(sliced, output=tmp_path / "shared", tasks=3)
+    assert label(replace(shared, task=2)) is None
+    assert label(replace(shared, task=0)) is None
+    assert label(replace(shared, task=1)) == report
+    assert contents(shared.output) == contents(sliced.output)
+
+
+def test_another_label_is_refused_in_the_folder_of_one(sliced: LabelConfig, tmp_path: Path) -> None:
+    label(sliced)
+    for changes, told in (
+        ({"clusters": 8}, "whole: was begun with clusters 9, this is 8; give the same, or another --output"),
+        ({"layer": 0}, "was begun with layer 2, this is 0"),
+        ({"data": sliced.data[:1]}, "was begun with data"),
+    ):
+        with pytest.raises(UserError, match=told):
+            label(replace(sliced, **changes))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="task 2 of 2: --task counts from 0"):
+        replace(sliced, tasks=2, task=2)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    with pytest.raises(UserError, match="mine: is not empty; remove it, or give another --output"):
+        label(replace(sliced, output=tmp_path / "mine"))
 
 
 def test_labels_from_a_file(make_shards: Callable[..., Path], tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_audio_to_report_by_dependent_jobs_and_a_second_call_submits_nothing(clu
         "TOKENIZE": "--tasks 2 --shard-inputs 30",
         "PRETRAIN": f"--nodes 1 --gpus 0 {folder / 'first.yaml'}",
         "ROUNDS": "1",
-        "LABEL": "--layer 1 --clusters 8 --sample-frames 1000",
+        "LABEL": "--tasks 2 --layer 1 --clusters 8 --sample-frames 1000",
         "PRETRAIN_LABELS": f"{folder / 'second.yaml'}",
         "SUPERB": f"--tasks ks,sid,er --lr 1e-2,1e-3 --data {few} --budget smoke",
     }

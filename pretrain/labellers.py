@@ -1,0 +1,158 @@
+"""What gives each frame its label: the nearest centroid of a model's features or of the codec's latents, or a file."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from codecssl.pretrain.cluster import Clustering, Features
+from codecssl.pretrain.corpus import with_codebooks
+from codecssl.tokenize.codec import CodecCard, file_sha256, load_codec_for
+from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.shards import Shards
+from codecssl.tokenize.weights import state_sha256
+
+_BATCH_FRAMES = 8_000
+
+Labelled = tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float32]]
+"""An utterance's index, its labels [T], and of each frame the squared distance to its centroid [T]."""
+
+
+class Labeller(Protocol):
+    """Labels of whole utterances."""
+
+    made_of: dict[str, str]
+    classes: int
+    digest: str
+    """sha256 of what decides the labels."""
+
+    def __call__(self, shards: Shards, indices: range) -> Iterator[Labelled]:
+        """The labels of these utterances, in order."""
+
+
+class Extractor:
+    """Codes of some utterances in, the features of each out."""
+
+    def __init__(
+        self, source: str, layer: int, card: CodecCard, *, device: str, codec_weights: str | None = None
+    ) -> None:
+        """source: a model folder, or latents. layer: see `LabelConfig`. card: the data's codec."""
+        self.device = torch.device(device)
+        self.num_codebooks = card.num_codebooks
+        """How many of the data's codebooks it reads: a model may have been trained on the first few."""
+        self.tables: list[torch.Tensor] = []
+        self.made_of = {"source": source, "layer": str(layer), "codec": card.name}
+        if source == "latents":
+            self.tables = [t.to(self.device) for t in load_codec_for(card, weights=codec_weights).embeddings()]
+            self.made_of |= {"layer": "latents", "weights_sha256": card.weights_sha256}
+            return
+        from codecssl.pretrain.export import load_pretrained
+
+        self.model = load_pretrained(source).to(self.device)
+        states = self.model.config.layers + 1
+        if not -states <= layer < states:
+            raise UserError(f"--layer {layer}: {source} has 0 to {states - 1}, or -1 to -{states}")
+        card = with_codebooks(card, min(card.num_codebooks, self.model.card.num_codebooks))
+        if self.model.card.fingerprint != card.fingerprint:
+            raise UserError(
+                f"{source}: trained on codec {self.model.card.name}, the data is of {card.name}"
+                f" ({self.model.card.difference(card)})"
+            )
+        self.num_codebooks = card.num_codebooks
+        self.layer = layer % states
+        self.made_of |= {"layer": str(self.layer), "weights_sha256": state_sha256(self.model)}
+
+    @torch.no_grad()
+    def __call__(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[Features]:
+        """[R, T_i] each -> [T_i, D] each."""
+        if self.tables:
+            return [self._latents(torch.from_numpy(c.astype(np.int64)).to(self.device)) for c in codes]
+        frames = [c.shape[1] for c in codes]
+        padded = torch.zeros(len(codes), codes[0].shape[0], max(frames), dtype=torch.int64)
+        for row, item in zip(padded, codes):
+            row[:, : item.shape[1]] = torch.from_numpy(item.astype(np.int64))
+        hidden = self.model.extract(padded.to(self.device), frames)[self.layer].float().cpu().numpy()
+        return [hidden[i, :n] for i, n in enumerate(frames)]
+
+    def _latents(self, codes: torch.Tensor) -> Features:
+        """[R, T] -> [T, D], the codec's dequantised latent."""
+        summed = torch.stack([table[row] for table, row in zip(self.tables, codes)]).sum(0)
+        found: Features = summed.float().cpu().numpy()
+        return found
+
+
+class ByCentroids:
+    """The nearest centroid of each frame's features."""
+
+    def __init__(self, extract: Extractor, clustering: Clustering) -> None:
+        self.extract, self.clustering = extract, clustering
+        self.made_of, self.classes = clustering.made_of, len(clustering.centroids)
+        self.digest = hashlib.sha256(np.ascontiguousarray(clustering.centroids, "<f4").tobytes()).hexdigest()
+
+    def __call__(self, shards: Shards, indices: range) -> Iterator[Labelled]:
+        for batch in _batches(shards, indices):
+            codes = [shards.codes(index, num_codebooks=self.extract.num_codebooks) for index in batch]
+            for index, features in zip(batch, self.extract(codes), strict=True):
+                yield index, *self.clustering.assign(features)
+
+
+def _batches(shards: Shards, indices: range) -> Iterator[list[int]]:
+    """Consecutive utterances of about `_BATCH_FRAMES` frames, padding included."""
+    batch: list[int] = []
+    longest = 0
+    for index in indices:
+        frames = int(shards.frames[index])
+        if batch and max(longest, frames) * (len(batch) + 1) > _BATCH_FRAMES:
+            yield batch
+            batch, longest = [], 0
+        batch.append(index)
+        longest = max(longest, frames)
+    if batch:
+        yield batch
+
+
+class FromFile:
+    """Rows {"id": ..., "labels": [one per frame]}, in any order; two bytes a frame are held."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = path, _read_rows(path)
+        self.digest = file_sha256(path)
+        self.made_of = {"source": str(path), "sha256": self.digest}
+        self.classes = max(int(row.max(initial=0)) for row in self.rows.values()) + 1
+        if all((row == self.classes - 1).all() for row in self.rows.values()):
+            raise UserError(f"{path}: all labels are {self.classes - 1}; nothing can be learnt from them")
+
+    def __call__(self, shards: Shards, indices: range) -> Iterator[Labelled]:
+        for utterance in map(shards.utterance, indices):
+            if (labels := self.rows.get(utterance.id)) is None:
+                raise UserError(f"{self.path}: no labels for {utterance.id!r} of {shards.path}")
+            if len(labels) != utterance.frames:
+                raise UserError(
+                    f"{self.path}: {len(labels)} labels for {utterance.id!r}, which has {utterance.frames} frames;"
+                    f" labels must come at {float(shards.card.frame_rate):g} a second"
+                )
+            yield utterance.index, labels.astype(np.int64), np.zeros(len(labels), dtype=np.float32)
+
+
+def _read_rows(path: Path) -> dict[str, npt.NDArray[np.uint16]]:
+    rows = {}
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                values = np.asarray(row["labels"], dtype=np.int64)
+                if values.ndim != 1 or values.min(initial=0) < 0 or values.max(initial=0) >= 1 << 16:
+                    raise UserError(f"{path}, line {number}: labels must be one list of numbers from 0 to 65535")
+                rows[str(row["id"])] = values.astype(np.uint16)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: rows must be {{'id': ..., 'labels': [...]}} ({type(error).__name__}: {error})"
+        ) from error
+    if not rows:
+        raise UserError(f"{path}: no rows")
+    return rows
