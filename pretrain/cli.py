@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not full and error.filename is None:
             raise
         where = error.filename or getattr(arguments, "output", None) or "the output"
-        how = "disk full; make room and run the same command again, the newest checkpoint is whole"
+        how = "disk full; make room and run the same command again, what was saved before is whole"
         print(f"error: {where}: {how if full else error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -24,7 +24,7 @@ from codecssl.pretrain.cluster import Clustering, Features, Quality, fit
 from codecssl.pretrain.labellers import ByCentroids, Extractor, FromFile, Labeller
 from codecssl.tokenize.codec import CodecCard, check_device, file_sha256
 from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.files import alone_in, locked, names_in, write_atomic
+from codecssl.tokenize.files import alone_in, names_in, write_atomic
 from codecssl.tokenize.layout import shard_path
 from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.writer import Item, finish_written, write_shard
@@ -106,32 +106,42 @@ def label(config: LabelConfig, say: Callable[[str], None] = print) -> dict[str, 
     for other in data[1:]:
         if other.card.fingerprint != data[0].card.fingerprint:
             raise UserError(f"{other.path}: codec {other.card.name}, {data[0].path} has {data[0].card.name}")
-    _refuse_foreign(config.output)
-    if config.source.endswith(".jsonl"):
-        source: Extractor | FromFile = FromFile(Path(config.source))
-    else:
-        source = Extractor(_model(config), config.layer, data[0].card, device=config.device,
-                           codec_weights=config.codec_weights)  # fmt: skip
-    _open_plan(config, data, source.made_of)
-    if (config.output / REPORT).exists():
-        say(f"{config.output}: all is labelled")
-    else:
-        with alone_in(config.output, f".{config.task}-of-{config.tasks}.lock"):
-            labeller = source if isinstance(source, FromFile) else ByCentroids(
-                source, _clustering(config, data, source, say))  # fmt: skip
-            parts = _parts(config, data)
-            _label(parts[config.task :: config.tasks], labeller)
-            if not all(part.done for part in parts):
-                return None
-            with _one_task(config, config.output / _COUNTS / "finish.lock"):
-                _finish(config, data, parts, labeller)
+    if config.output.exists() and names_in(config.output) and not (config.output / PLAN).exists():
+        raise UserError(f"{config.output}: is not empty; remove it, or give another --output")
+    with alone_in(config.output, f".{config.task}-of-{config.tasks}.lock"):
+        with _one_task(config, "start"):
+            source = _source(config, data[0].card)
+            _open_plan(config, data, source.made_of)
+        if not (config.output / REPORT).exists():
+            try:
+                if not _label_all(config, data, source, say):
+                    return None
+            except FileNotFoundError as error:
+                if not Path(error.filename or "").is_relative_to(config.output):
+                    raise
+                raise UserError(
+                    f"{config.output}: another process is at work on the same shards ({error.filename} is gone); give"
+                    " all the same --tasks and each its own --task, then run the same command again"
+                ) from error
+        shutil.rmtree(config.output / _COUNTS, ignore_errors=True)
     report: dict[str, Any] = json.loads((config.output / REPORT).read_text())
     return report
 
 
-def _refuse_foreign(output: Path) -> None:
-    if output.exists() and names_in(output) and not (output / PLAN).exists():
-        raise UserError(f"{output}: is not empty; remove it, or give another --output")
+def _label_all(
+    config: LabelConfig, data: Sequence[Shards], source: Extractor | FromFile, say: Callable[[str], None]
+) -> bool:
+    """Label this task's shards; whether those of all tasks are there, and with them the report."""
+    labeller: Labeller = source if isinstance(source, FromFile) else ByCentroids(
+        source, _clustering(config, data, source, say))  # fmt: skip
+    parts = _parts(config, data)
+    _label(parts[config.task :: config.tasks], labeller)
+    if not all(part.done for part in parts):
+        return False
+    with _one_task(config, "finish"):
+        if not (config.output / REPORT).exists():
+            _finish(config, data, parts, labeller)
+    return True
 
 
 def _open_plan(config: LabelConfig, data: Sequence[Shards], made_of: dict[str, str]) -> None:
@@ -142,8 +152,7 @@ def _open_plan(config: LabelConfig, data: Sequence[Shards], made_of: dict[str, s
         plan |= {key: getattr(config, key) for key in ("clusters", "sample_frames", "utterance_frames", "seed")}
         plan["clustering"] = config.clustering and file_sha256(config.clustering)
     path = config.output / PLAN
-    if not path.exists():
-        config.output.mkdir(parents=True, exist_ok=True)
+    if not _has_begun(config):  # what failed before may be mended
         write_atomic(path, json.dumps(plan, indent=1).encode())
         return
     begun = json.loads(path.read_text())
@@ -155,25 +164,31 @@ def _open_plan(config: LabelConfig, data: Sequence[Shards], made_of: dict[str, s
             )
 
 
-def _one_task(config: LabelConfig, lock: Path) -> AbstractContextManager[object]:
+def _has_begun(config: LabelConfig) -> bool:
+    kept = (config.output / name for name in (CENTROIDS, REPORT))
+    return any(path.exists() for path in kept) or any((config.output / _COUNTS).glob("*.npz"))
+
+
+def _one_task(config: LabelConfig, name: str) -> AbstractContextManager[None]:
     """One task at a time does this, the others wait."""
-    return locked(lock, wait=True) if config.tasks > 1 else nullcontext()
+    return alone_in(config.output, f".{name}.lock", wait=True) if config.tasks > 1 else nullcontext()
 
 
-def _model(config: LabelConfig) -> str:
-    """The source as an exported model, or latents; a run is exported beside the labels first."""
-    path = Path(config.source)
-    if config.source == "latents" or (path / "model.safetensors").exists():
-        return config.source
-    from codecssl.pretrain.export import export, is_export_of
-    from codecssl.pretrain.rundir import read_config
+def _source(config: LabelConfig, card: CodecCard) -> Extractor | FromFile:
+    """A run is exported beside the labels first, once: later checkpoints would give other labels."""
+    path, made = Path(config.source), config.source
+    if config.source.endswith(".jsonl"):
+        return FromFile(path)
+    if config.source != "latents" and not (path / "model.safetensors").exists():
+        from codecssl.pretrain.export import export, is_export_of
+        from codecssl.pretrain.rundir import read_config
 
-    read_config(path)
-    target = config.output.with_name(f"{config.output.name}.model")
-    with _one_task(config, target / ".export.lock"):
-        if config.tasks == 1 or not is_export_of(path, target):
+        read_config(path)
+        target = config.output.with_name(f"{config.output.name}.model")
+        if not (_has_begun(config) and (target / "config.json").exists()) and not is_export_of(path, target):
             export(path, target)
-    return str(target)
+        made = str(target)
+    return Extractor(made, config.layer, card, device=config.device, codec_weights=config.codec_weights)
 
 
 def _parts(config: LabelConfig, data: Sequence[Shards]) -> list[_Part]:
@@ -202,9 +217,9 @@ def _clustering(
     config: LabelConfig, data: Sequence[Shards], extract: Extractor, say: Callable[[str], None]
 ) -> Clustering:
     kept = config.output / CENTROIDS
-    with _one_task(config, config.output / _COUNTS / "clustering.lock"):
+    with _one_task(config, "clustering"):
         if kept.exists():
-            return Clustering.load(kept)
+            return _given(kept, extract)
         found = _given(config.clustering, extract) if config.clustering else _fitted(config, data, extract, say)
         found.save(kept)
         return found
@@ -295,8 +310,6 @@ def _card(shards: Shards, labeller: Labeller) -> CodecCard:
 
 def _finish(config: LabelConfig, data: Sequence[Shards], parts: Sequence[_Part], labeller: Labeller) -> None:
     """dataset.json of every folder, then report.json, which says that all is there."""
-    if (config.output / REPORT).exists():
-        return
     quality = Quality(labeller.classes)
     for part in parts:
         quality.add_saved(part.counts)
@@ -305,4 +318,3 @@ def _finish(config: LabelConfig, data: Sequence[Shards], parts: Sequence[_Part],
         finish_written(folder, _card(shards, labeller), _shard_count(shards))
     report = {"made_of": dict(sorted(labeller.made_of.items())), **quality.report()}
     write_atomic(config.output / REPORT, json.dumps(report, indent=1).encode())
-    shutil.rmtree(config.output / _COUNTS, ignore_errors=True)

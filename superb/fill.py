@@ -23,7 +23,7 @@ from codecssl.superb.codec16 import SAMPLE_RATE, at_codec_rate, encode_scaled
 from codecssl.superb.waves import Wave
 from codecssl.tokenize.codec import Codec, CodecCard
 from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.files import locked
+from codecssl.tokenize.files import NO_LOCKS, locked
 from codecssl.tokenize.layout import shard_path, to_planes
 from codecssl.tokenize.writer import Encoded, Failure, ShardWriter, finish_dataset
 
@@ -70,7 +70,7 @@ def fill(job: Job, report: Report = lambda done: None) -> KeyedShards:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"cache {job.root}: disk full; make room and run the same command again") from error
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EROFS, errno.EACCES):
+        if error.errno in (*NO_LOCKS, errno.EROFS, errno.EACCES):
             raise UserError(
                 f"cache {job.root}: cannot be written or locked ({error.strerror}); give another folder"
             ) from error

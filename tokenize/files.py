@@ -94,39 +94,46 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 @contextmanager
-def alone_in(folder: Path, name: str = ".lock") -> Iterator[None]:
+def alone_in(folder: Path, name: str = ".lock", *, wait: bool = False) -> Iterator[None]:
     """This process's alone, for as long as the context is open: what is started twice must not write there twice.
 
-    Raises UserError while another process has it. On a file system without locks there is no such guard.
+    Raises UserError while another process has it; or waits for that one. On a file system without locks there is no
+    such guard, and an error where one would wait.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, host, began = folder / name, socket.gethostname(), time.monotonic()
     while True:
-        with path.open("a") as file:
-            if _taken(file) and _is_still(path, file):
+        with path.open("ab", buffering=0) as file:
+            if _taken(file, needed=wait) and _is_still(path, file):
                 with suppress(OSError):  # a full disk has worse to tell
                     file.truncate(0)
-                    file.write(f"process {os.getpid()} on {host}")
-                    file.flush()
+                    file.write(f"process {os.getpid()} on {host}".encode())
                 try:
                     yield
                 finally:
                     path.unlink(missing_ok=True)
                 return
-        holder = path.read_text() if path.exists() else ""
+        holder = _holder(path)
         patience = PATIENCE["here" if holder.endswith(f" on {host}") else "elsewhere"]
-        if time.monotonic() - began > patience:
-            holder = holder or "another process"
+        if not wait and time.monotonic() - began > patience:
             raise UserError(f"{folder}: {holder} is at work there; wait for it, or give another --output")
         time.sleep(0.2)
 
 
-def _is_still(path: Path, file: IO[str]) -> bool:
+def _is_still(path: Path, file: IO[bytes]) -> bool:
     """Whether the file has that name yet: who had the lock removes it in the end."""
-    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    with suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    return False
 
 
-def _taken(file: IO[str]) -> bool:
+def _holder(path: Path) -> str:
+    with suppress(FileNotFoundError):
+        return path.read_text() or "another process"
+    return "another process"
+
+
+def _taken(file: IO[bytes], *, needed: bool) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -134,6 +141,9 @@ def _taken(file: IO[str]) -> bool:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
+        if needed:
+            told = f"{Path(file.name).parent}: on a file system without locks ({error.strerror})"
+            raise UserError(f"{told}; work there with one task, or on another one") from error
     return True
 
 

@@ -306,7 +306,7 @@ def finish_written(root: Path, card: CodecCard, shards: int, *, compress: bool =
     """Make a dataset of the shards 0 .. shards - 1 of `write_shard`."""
     header: dict[str, Any] = {"codec": card.to_dict(), "sources": []}
     finish_dataset(root, header | ({"compression": COMPRESSION} if compress else {}), shards)
-    shutil.rmtree(root / "work", ignore_errors=True)
+    tidy(root)
 
 
 def _groups(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

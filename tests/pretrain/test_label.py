@@ -1,6 +1,9 @@
 """Clusters and label folders: against scikit-learn, by hand, and through the trainer."""
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -238,6 +241,44 @@ def test_tasks_share_the_work(
     assert label(replace(shared, task=0)) is None
     assert label(replace(shared, task=1)) == report
     assert contents(shared.output) == contents(sliced.output)
+
+
+def test_tasks_at_the_same_time(sliced: LabelConfig, tmp_path: Path) -> None:
+    label(sliced)
+    script = (
+        "import sys; from codecssl.pretrain import label; label._SHARD_UTTERANCES = 7;"
+        "from codecssl.pretrain.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = ["label", sliced.source, "--data", *map(str, sliced.data), "--clusters", "9", "--output",
+               str(tmp_path / "shared"), "--tasks", "3", "--task"]  # fmt: skip
+    tasks = [subprocess.Popen([sys.executable, "-c", script, *command, str(task)]) for task in range(3)]
+    assert [task.wait() for task in tasks] == [0, 0, 0]
+    assert contents(tmp_path / "shared") == contents(sliced.output)
+
+
+def test_what_failed_as_it_began_may_be_mended(sliced: LabelConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="frames to cluster; ask for fewer"):
+        label(replace(sliced, clusters=5000))
+    assert label(sliced) is not None
+
+
+def test_a_run_that_trains_on_is_labelled_by_the_checkpoint_of_the_beginning(
+    trained: Path,
+    small_config: Callable[..., RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = LabelConfig(source=str(trained), data=(tmp_path / "data",), output=tmp_path / "labels", clusters=9)
+    write = label_module.write_shard
+    monkeypatch.setattr(label_module, "write_shard", None)
+    with pytest.raises(TypeError):
+        label(config)
+    monkeypatch.setattr(label_module, "write_shard", write)
+    step = json.loads((tmp_path / "labels.model" / "config.json").read_text())["training"]["step"]
+    shutil.rmtree(trained)
+    run(small_config(tmp_path / "data", optim={"steps": step + 1}), trained)
+    assert label(config) is not None
+    assert json.loads((tmp_path / "labels.model" / "config.json").read_text())["training"]["step"] == step
 
 
 def test_another_label_is_refused_in_the_folder_of_one(sliced: LabelConfig, tmp_path: Path) -> None:

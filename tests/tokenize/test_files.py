@@ -2,11 +2,14 @@
 
 import errno
 import fcntl
+import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -78,6 +81,36 @@ def test_a_lock_that_outlives_its_process_for_a_while_is_waited_for(tmp_path):
             assert holder.poll() is not None or holder.wait() != 0
 
 
+def test_a_disk_on_which_not_even_the_holder_can_be_named(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with alone_in(tmp_path):
+            empty = (tmp_path / ".lock").read_bytes()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert empty == b""
+
+
+def _come_and_go(folder, times):
+    for _ in range(times):
+        with alone_in(folder, wait=True):
+            (folder / "x").mkdir()
+            (folder / "x").rmdir()
+
+
+def test_many_that_wait_for_one_another(tmp_path, monkeypatch):
+    """Each removes the lock's file in the end, while others look at it."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_come_and_go, args=(tmp_path, 300)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+
+
 def test_a_file_system_without_locks_is_worked_on_all_the_same(tmp_path, monkeypatch):
     def flock(file, how):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -86,3 +119,5 @@ def test_a_file_system_without_locks_is_worked_on_all_the_same(tmp_path, monkeyp
     with alone_in(tmp_path), alone_in(tmp_path):
         (tmp_path / "x").touch()
     assert names_in(tmp_path) == {"x"}
+    with pytest.raises(UserError, match="without locks .*; work there with one task"), alone_in(tmp_path, wait=True):
+        pass
