@@ -152,7 +152,7 @@ def _open_plan(config: LabelConfig, data: Sequence[Shards], made_of: dict[str, s
         plan |= {key: getattr(config, key) for key in ("clusters", "sample_frames", "utterance_frames", "seed")}
         plan["clustering"] = config.clustering and file_sha256(config.clustering)
     path = config.output / PLAN
-    if not _has_begun(config):  # what failed before may be mended
+    if not path.exists() or (config.tasks == 1 and not _has_begun(config)):  # one that failed may be mended
         write_atomic(path, json.dumps(plan, indent=1).encode())
         return
     begun = json.loads(path.read_text())

@@ -260,6 +260,10 @@ def test_what_failed_as_it_began_may_be_mended(sliced: LabelConfig, tmp_path: Pa
     with pytest.raises(UserError, match="frames to cluster; ask for fewer"):
         label(replace(sliced, clusters=5000))
     assert label(sliced) is not None
+    with pytest.raises(UserError, match="frames to cluster; ask for fewer"):
+        label(replace(sliced, clusters=5000, output=tmp_path / "two", tasks=2))
+    with pytest.raises(UserError, match="begun with clusters 5000, this is 9"):  # by a task that may be at work
+        label(replace(sliced, output=tmp_path / "two", tasks=2, task=1))
 
 
 def test_a_run_that_trains_on_is_labelled_by_the_checkpoint_of_the_beginning(
