@@ -171,7 +171,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     label.add_argument("source", metavar="RUN|MODEL|latents|JSONL", help="whose features, or a file of ready labels")
     label.add_argument("--data", metavar="DIR", nargs="+", type=Path, required=True, help="folders of token shards")
-    label.add_argument("--output", metavar="LABELS", type=Path, required=True, help="a new folder")
+    label.add_argument(
+        "--output", metavar="LABELS", type=Path, required=True, help="their folder; the same command goes on there"
+    )
     label.add_argument("--layer", type=int, default=-1, metavar="L", help="0: before the first; -1: the last")
     label.add_argument("--clusters", type=int, default=500, metavar="C", help="how many")
     label.add_argument("--sample-frames", type=int, default=300_000, metavar="N", help="frames to fit k-means to")

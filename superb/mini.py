@@ -6,7 +6,6 @@ had to be made, and a corpus card. It appears by one rename.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from codecssl.superb.mini_card import card
 from codecssl.superb.mini_manifest import Row, read_manifest
 from codecssl.superb.mini_recipe import Recipe
 from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.files import alone_in
 
 MARKER = "mini.json"
 """Written last: what the corpus was built from."""
@@ -93,24 +93,18 @@ def _check_free(output: Path) -> None:
 @contextlib.contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
     """An empty folder beside `output`, this process's alone; what a killed one left there is removed."""
-    folder, lock = (output.parent / f".{output.name}.{end}" for end in ("partial", "lock"))
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
-    except OSError as error:
-        raise UserError(f"{output}: cannot write there ({error.strerror}); give another folder") from error
-    with file:
+    folder = output.parent / f".{output.name}.partial"
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(alone_in(output.parent, f".{output.name}.lock"))
         except OSError as error:
-            raise UserError(f"{output}: another process is building it; wait for that one") from error
+            raise UserError(f"{output}: cannot write there ({error.strerror}); give another folder") from error
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            lock.unlink(missing_ok=True)
 
 
 def _fill(
