@@ -1,0 +1,348 @@
+"""Runs of 1, 2 and 4 real processes over gloo: they compute the same, resume bit for bit, and stop together.
+
+This file is also the launcher: `python test_ranks.py SESSIONS` imports the heavy libraries once and forks the ranks.
+"""
+
+import hashlib
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+Job = dict[str, Any]
+Rows = list[dict[str, Any]]
+
+SMALL: dict[str, dict[str, Any]] = {
+    "model": {"dim": 32, "layers": 2, "heads": 2, "ffn_dim": 48, "positions": "rotary", "embedding_init": "random"},
+    "data": {"batch_frames": 400, "crop_frames": 60, "valid_fraction": 0.2, "valid_frames": 2_000},
+    "optim": {"steps": 8, "lr": 3e-3, "clip_norm": 0.3},
+    "log": {"log_every": 1, "valid_every": 1000, "checkpoint_every": 4},
+}
+NO_DROPOUT = {"dropout": 0.0, "input_dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0}
+STEPS, SHORT = 50, 12
+EXACT = [(stage, precision) for stage in (0, 1, 2) for precision in ("fp32", "bf16")]
+MACHINE = {
+    "frames_per_second",
+    "audio_hours_per_hour",
+    "step_seconds",
+    "data_wait_percent",
+    "seconds_left",
+    "tflops",
+    "memory_gib",
+}
+
+
+def main(sessions: Path) -> None:
+    """Fork the ranks of each session (name, world size, jobs), one session after the other."""
+    import fairseq2
+    import matplotlib.pyplot  # noqa: F401  (imported before the forks, as all of these: it takes seconds)
+    import torch.utils.tensorboard  # noqa: F401
+
+    from codecssl.pretrain import run  # noqa: F401
+    from codecssl.pretrain.peers import quiet_deepspeed
+
+    quiet_deepspeed()
+    fairseq2.init_fairseq2()
+    for name, world, jobs in json.loads(sessions.read_text()):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for child in [_fork(rank, world, jobs, port, sessions.with_name(f"{name}-{rank}")) for rank in range(world)]:
+            os.waitpid(child, 0)
+
+
+def _fork(rank: int, world: int, jobs: list[Job], port: int, outcomes: Path) -> int:
+    if child := os.fork():
+        return child
+    if world > 1:
+        names = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in names.items()})
+    try:
+        outcomes.write_text(json.dumps([_work(job, rank) for job in jobs]))
+    finally:
+        os._exit(0)
+
+
+def _work(job: Job, rank: int) -> dict[str, Any]:
+    """Do a run as the command line would; what it said, how it ended, and which codes it read at each step."""
+    from codecssl.configs.load import from_dict
+    from codecssl.pretrain.config import RunConfig
+    from codecssl.pretrain.run import run
+    from codecssl.tokenize.errors import UserError
+
+    output = Path(job["output"])
+    if rank == 0 and "begin" in job:
+        _copy(Path(job["begin"]["run"]), job["begin"]["step"], output)
+    said: dict[str, Any] = {"out": io.StringIO(), "err": io.StringIO(), "code": 0, "error": None, "read": {}}
+    with redirect_stdout(said["out"]), redirect_stderr(said["err"]), _trouble(rank, said["read"], **job["trouble"]):
+        try:
+            run(from_dict(RunConfig, job["config"]), output)
+        except UserError as error:
+            said["code"], said["error"] = 1, str(error)
+        except SystemExit as end:
+            said["code"] = end.code
+        except BaseException:
+            said["code"], said["error"] = -1, traceback.format_exc()
+    return {**said, "out": said["out"].getvalue(), "err": said["err"].getvalue()}
+
+
+def _copy(run: Path, step: int, output: Path) -> None:
+    """A copy of a run as a crash soon after the checkpoint of `step` leaves it."""
+    shutil.copytree(run, output, symlinks=True)
+    for found in (output / "checkpoints").glob("step-*"):
+        if int(found.name.removeprefix("step-")) > step:
+            shutil.rmtree(found)
+
+
+@contextmanager
+def _trouble(rank: int, read: dict[int, list[str]], kind: str = "", at: int = 0, on: int = 0) -> Iterator[None]:
+    """Note what is read; and before step `at` (0, 1, ...) let something happen on one rank."""
+    from codecssl.pretrain import masked, training
+    from codecssl.pretrain.loader import Loader
+    from codecssl.tokenize.errors import UserError
+
+    step, update, forward = Loader.step, training.Training.update, masked.MaskedPrediction.forward
+    now = {"step": -1}
+
+    def noted(self: Any, number: int) -> Any:
+        if (kind, number, rank) == ("unreadable", at, on):
+            raise UserError("shard 00017: is gone; bring it back")
+        batches = step(self, number)
+        if not self._fixed:  # the training loader
+            read[number] = [hashlib.sha256(b.codes[i, :, :n].numpy().tobytes()).hexdigest()
+                            for b in batches for i, n in enumerate(b.frames)]  # fmt: skip
+        return batches
+
+    def signalled(self: Any, number: int, *args: Any, **kwargs: Any) -> Any:
+        now["step"] = number
+        if (kind, number, rank) == ("signal", at, on):
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return update(self, number, *args, **kwargs)
+
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = forward(self, *args, **kwargs)
+        bad = (kind, now["step"], rank) == ("nan", at, on)
+        return replace(loss, total=loss.total * float("nan")) if bad else loss
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with (
+        patch.object(Loader, "step", noted),
+        patch.object(training.Training, "update", signalled),
+        patch.object(masked.MaskedPrediction, "forward", poisoned),
+        patch("codecssl.pretrain.telemetry.draw_curves"),  # it takes longer than the run
+    ):
+        if (kind, rank) == ("full", on):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def config(shards: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    values = {key: {**SMALL.get(key, {}), **sections.get(key, {})} for key in {*SMALL, *sections}}
+    values["data"]["dirs"] = [str(shards)]
+    return values
+
+
+def same(shards: Path, stage: int, *, steps: int = STEPS, accumulation: int = 1) -> dict[str, Any]:
+    """Runs that must agree however they are divided: no dropout, which every rank draws for itself."""
+    return config(
+        shards, model=NO_DROPOUT, engine={"zero_stage": stage, "accumulation": accumulation},
+        optim={"steps": steps}, log={"valid_every": steps, "checkpoint_every": steps // 2},
+    )  # fmt: skip
+
+
+def exact(shards: Path, stage: int, precision: str) -> dict[str, Any]:
+    """Runs that must repeat bit for bit: dropout, accumulation, and averages beside the weights."""
+    return config(
+        shards, engine={"zero_stage": stage, "precision": precision, "accumulation": 2},
+        objective={"target": "online"}, online={"top_layers": 2, "clusters": 8}, log={"log_every": 3},
+    )  # fmt: skip
+
+
+class Sessions:
+    """Processes that do some jobs (runs) one after the other, and what became of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._sessions: list[tuple[str, int, list[Job]]] = []
+        self._places: dict[str, tuple[str, int, int]] = {}
+
+    def session(self, world: int) -> None:
+        self._sessions.append((f"session{len(self._sessions)}", world, []))
+
+    def add(self, run: str, config: dict[str, Any], **job: Any) -> None:
+        """begin: (run, step of the checkpoint) to start from a copy of; trouble: see `_trouble`."""
+        if "begin" in job:
+            job["begin"] = {"run": str(self.folder / job["begin"][0]), "step": job["begin"][1]}
+        session, world, jobs = self._sessions[-1]
+        self._places[run] = (session, world, len(jobs))
+        jobs.append({"trouble": {}, **job, "config": config, "output": str(self.folder / run)})
+
+    def launch(self) -> None:
+        file = self.folder / "sessions.json"
+        file.write_text(json.dumps(self._sessions))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "DS_ACCELERATOR": "cpu"}
+        subprocess.run([sys.executable, __file__, str(file)], env=environment, check=True, cwd=self.folder, timeout=900)
+
+    def outcomes(self, run: str) -> list[dict[str, Any]]:
+        """Of each rank."""
+        session, world, number = self._places[run]
+        return [json.loads((self.folder / f"{session}-{rank}").read_text())[number] for rank in range(world)]
+
+    def rows(self, name: str) -> Rows:
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k not in MACHINE} for line in lines]
+
+    def tensors(self, name: str) -> dict[str, Any]:
+        """All that the last checkpoint holds, but for the state of the loop."""
+        from safetensors.torch import load_file
+
+        last = self.folder / name / "checkpoints" / "latest"
+        return {**load_file(last / "model.safetensors"), **load_file(last / "training.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def sessions(tmp_path_factory: pytest.TempPathFactory, write_learnable: Callable[[Path, int], None]) -> Sessions:
+    folder = tmp_path_factory.mktemp("ranks")
+    made, shards, half = Sessions(folder), folder / "shards", STEPS // 2
+    write_learnable(shards, 60)
+    made.session(2)
+    for stage in (0, 1):
+        made.add(f"two-{stage}", same(shards, stage))
+    for stage in (2, 3):
+        made.add(f"two-{stage}", same(shards, stage, steps=SHORT, accumulation=stage - 1))
+    _add_exact(made, shards, 2)
+    made.session(1)
+    made.add("one", same(shards, 0))
+    made.add("short", same(shards, 0, steps=SHORT))
+    made.add("one-from-two", same(shards, 0), begin=("two-1", half))
+    _add_exact(made, shards, 1)
+    made.session(4)
+    made.add("four-from-two", same(shards, 2), begin=("two-1", half))
+    made.session(2)
+    made.add("stopped", exact(shards, 1, "fp32"), trouble={"kind": "signal", "at": 5, "on": 1})
+    made.session(2)
+    made.add("stopped-resumed", exact(shards, 1, "fp32"), begin=("stopped", 99))
+    for kind, stage in (("nan", 0), ("nan", 2), ("unreadable", 0), ("full", 1)):
+        made.session(2)
+        trouble = {"kind": kind, "at": 6, "on": 0 if kind == "full" else 1}
+        values = config(shards, engine={"zero_stage": stage}, log={"log_every": 8})
+        made.add(f"{kind}-{stage}", values, trouble=trouble)
+    made.launch()
+    return made
+
+
+def _add_exact(made: Sessions, shards: Path, world: int) -> None:
+    for stage, precision in EXACT:
+        name = f"exact-{world}-{stage}-{precision}"
+        made.add(name, exact(shards, stage, precision))
+        made.add(f"{name}-resumed", exact(shards, stage, precision), begin=(name, 4))
+
+
+def assert_close(left: dict[str, Any], right: dict[str, Any], tolerance: float) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert float((value - right[name]).abs().max()) <= tolerance, name
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("two-0", STEPS), ("two-1", STEPS), ("two-2", SHORT), ("two-3", SHORT), ("one-from-two", STEPS),
+     ("four-from-two", STEPS)],
+)  # fmt: skip
+def test_the_same_global_batches_train_the_same_model(sessions: Sessions, name: str, steps: int) -> None:
+    """However many ranks and micro-batches, whatever the stage, also when they change half-way."""
+    assert {outcome["error"] for outcome in sessions.outcomes(name)} == {None}
+    alone = "one" if steps == STEPS else "short"
+    one, other = sessions.rows(alone), sessions.rows(name)
+    assert len(one) == steps + 1
+    assert [row["split"] for row in one] == [row["split"] for row in other]
+    for left, right in zip(one, other, strict=True):
+        assert right["loss"] == pytest.approx(left["loss"], abs=1e-4)
+        for key in ("grad_norm", "masked_percent", "frames", "cross_entropy", "target_perplexity"):
+            assert right.get(key) == pytest.approx(left.get(key), abs=1e-4), key
+        # a rounding may turn a guess where two classes are level
+        assert right["accuracy"] == pytest.approx(left["accuracy"], abs=0.02)
+    assert one[-2]["loss"] < one[0]["loss"] - 0.1, "nothing was learnt, so that nothing was compared"
+    assert_close(sessions.tensors(alone), sessions.tensors(name), 2e-3)
+
+
+@pytest.mark.parametrize(("name", "first"), [("two-0", 0), ("one-from-two", STEPS // 2), ("four-from-two", STEPS // 2)])
+def test_ranks_read_the_one_order_of_utterances(sessions: Sessions, name: str, first: int) -> None:
+    whole, parts = sessions.outcomes("one")[0]["read"], [outcome["read"] for outcome in sessions.outcomes(name)]
+    for step in map(str, range(first, STEPS)):
+        assert [code for part in parts for code in part[step]] == whole[step]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("stage", "precision"), EXACT)
+def test_resume_is_bit_exact(sessions: Sessions, world: int, stage: int, precision: str) -> None:
+    name = f"exact-{world}-{stage}-{precision}"
+    for part in (name, f"{name}-resumed"):
+        assert {outcome["error"] for outcome in sessions.outcomes(part)} == {None}
+    assert "goes on from step-00000004" in sessions.outcomes(f"{name}-resumed")[0]["out"]
+    assert sessions.rows(name) == sessions.rows(f"{name}-resumed")
+    whole, resumed = sessions.tensors(name), sessions.tensors(f"{name}-resumed")
+    assert any(key.startswith("extra/") for key in whole)
+    assert any(key.startswith("exp_avg_sq/") for key in whole)
+    assert_close(whole, resumed, 0.0)
+    kept = sum(int((value != value.bfloat16()).sum()) for key, value in whole.items() if key.endswith("weight"))
+    assert kept > 1000, "weights are kept in fp32"
+
+
+def test_only_the_first_rank_speaks(sessions: Sessions) -> None:
+    for name in ("two-0", "two-3", "exact-2-1-bf16", "stopped"):
+        first, second = sessions.outcomes(name)
+        assert (second["out"], second["err"]) == ("", "")
+        assert first["err"] == ""
+        assert all(line.startswith(("model:", "data:", "validation:", "targets:", "engine:", "step ", "stopped by"))
+                   for line in first["out"].splitlines()), first["out"]  # fmt: skip
+
+
+def test_a_signal_to_one_rank_saves_and_stops_all(sessions: Sessions) -> None:
+    outcomes = sessions.outcomes("stopped")
+    assert [outcome["code"] for outcome in outcomes] == [75, 75]
+    assert "stopped by a signal to another rank after step 6" in outcomes[0]["out"]
+    assert (sessions.folder / "stopped" / "checkpoints" / "step-00000006").is_dir()
+    assert_close(sessions.tensors("exact-2-1-fp32"), sessions.tensors("stopped-resumed"), 0.0)
+    assert sessions.rows("exact-2-1-fp32") == sessions.rows("stopped-resumed")
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "saved"),
+    [
+        ("nan-0", "step 7: the loss is nan; lower optim.lr (now 0.003)", 4),
+        ("nan-2", "step 7: the loss is nan; lower optim.lr (now 0.003)", 4),
+        ("unreadable-0", "shard 00017: is gone; bring it back (rank 1)", 4),
+        ("full-1", "step-00000004: could not be written", None),
+    ],
+)
+def test_trouble_on_one_rank_stops_all_with_one_line(
+    sessions: Sessions, name: str, says: str, saved: int | None
+) -> None:
+    first, second = sessions.outcomes(name)
+    assert says in first["error"]
+    assert "\n" not in first["error"]
+    assert (first["code"], second["code"], second["error"]) == (1, 1, None)
+    found = sorted(path.name for path in (sessions.folder / name / "checkpoints").iterdir())
+    assert found == (["latest", f"step-{saved:08d}"] if saved else [])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
