@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 C = TypeVar("C")
 

@@ -3,7 +3,7 @@
 import sys
 
 from codecssl.pretrain.cli import main
-from codecssl.slurm.watch import guarded
+from codecssl.tokenize.common.process import guarded
 
 if __name__ == "__main__":
     sys.exit(guarded(main))

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from codecssl.pretrain.build import build_objective
-from codecssl.pretrain.chance import hashed
 from codecssl.pretrain.config import RunConfig
-from codecssl.pretrain.data import open_data
-from codecssl.pretrain.engine import after_update, backward, start_engine, take_step
-from codecssl.pretrain.loader import Batch
-from codecssl.pretrain.masking import kept_codebooks, span_mask
-from codecssl.pretrain.model import untrained
-from codecssl.pretrain.objective import Objective
-from codecssl.pretrain.peers import join_ranks
-from codecssl.pretrain.telemetry import machine_row
-from codecssl.slurm.job import Ranks
+from codecssl.pretrain.data.hashed_random import hashed
+from codecssl.pretrain.data.loader import Batch
+from codecssl.pretrain.data.masking import kept_codebooks, span_mask
+from codecssl.pretrain.data.open_data import open_data
+from codecssl.pretrain.engine.distributed import join_ranks
+from codecssl.pretrain.engine.engine import after_update, backward, start_engine, take_step
+from codecssl.pretrain.model.model import untrained
+from codecssl.pretrain.monitor.telemetry import machine_row
+from codecssl.pretrain.objectives.objective import Objective
+from codecssl.pretrain.ranks import Ranks
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 HUBERT_CLASSES = 504
 HUBERT_RATE, HUBERT_HOP = 16_000, 320
@@ -82,7 +82,7 @@ def _card(config: RunConfig) -> CodecCard:
     if not config.data.dirs:
         kept = config.data.num_codebooks or SYNTHETIC.num_codebooks
         return replace(SYNTHETIC, codebook_sizes=(1024,) * kept, codes_per_frame=(1,) * kept)
-    from codecssl.pretrain.corpus import Corpus
+    from codecssl.pretrain.data.corpus import Corpus
 
     return Corpus(config.data.dirs, num_codebooks=config.data.num_codebooks).card
 

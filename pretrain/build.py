@@ -5,16 +5,16 @@ from torch import Tensor
 
 from codecssl.configs.load import differences
 from codecssl.pretrain.config import ModelConfig, RunConfig
-from codecssl.pretrain.corpus import Corpus
-from codecssl.pretrain.export import load_pretrained
-from codecssl.pretrain.mae import EncodecMae
-from codecssl.pretrain.masked import MaskedPrediction
-from codecssl.pretrain.model import CodecModel, untrained
-from codecssl.pretrain.objective import Objective
-from codecssl.pretrain.online import OnlineClusters
-from codecssl.pretrain.targets import make_target
+from codecssl.pretrain.data.corpus import Corpus
+from codecssl.pretrain.export.export import load_pretrained
+from codecssl.pretrain.model.model import CodecModel, untrained
+from codecssl.pretrain.objectives.codec2vec import MaskedPrediction
+from codecssl.pretrain.objectives.dinosr import OnlineClusters
+from codecssl.pretrain.objectives.encodecmae import EncodecMae
+from codecssl.pretrain.objectives.objective import Objective
+from codecssl.pretrain.objectives.targets import make_target
 from codecssl.tokenize.codec import Codec, load_codec_for, stored_tables
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 _NO_SHAPE = {"dropout", "input_dropout", "attention_dropout", "activation_dropout", "layerdrop",
              "embedding_init", "freeze_embedding", "rotary_max_frames"}  # fmt: skip

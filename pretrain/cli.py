@@ -9,7 +9,7 @@ from pathlib import Path
 
 from codecssl.configs.load import load_config, names, to_yaml
 from codecssl.pretrain.config import RunConfig
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +80,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _export(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from codecssl.pretrain.export import export
+    from codecssl.pretrain.export.export import export
 
     export(arguments.run, arguments.output)
     print(f"{arguments.output}: model.safetensors, config.json and a model card written")
@@ -106,7 +106,7 @@ def _bench(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def _label(arguments: argparse.Namespace, overrides: list[str]) -> None:
     import json
 
-    from codecssl.pretrain.label import LabelConfig, label
+    from codecssl.pretrain.labels.label import LabelConfig, label
 
     found = label(
         LabelConfig(
@@ -137,7 +137,7 @@ def _label(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def _status(arguments: argparse.Namespace, overrides: list[str]) -> None:
     import json
 
-    from codecssl.pretrain.status import lines, status
+    from codecssl.pretrain.monitor.status import lines, status
 
     state = status(arguments.run)
     print(json.dumps(state) if arguments.json else "\n".join(lines(arguments.run, state)))

@@ -9,7 +9,7 @@ remedy.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 ENCODECMAE_GAMMA = (
     0.22407463,

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 _FIRST_PORT, _PORTS = 20_000, 10_000
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")

@@ -5,24 +5,25 @@ from pathlib import Path
 
 from torch import Tensor
 
-from codecssl.pretrain import checkpoint, rundir
+from codecssl.pretrain import run_folder
 from codecssl.pretrain.build import build
-from codecssl.pretrain.checkpoint import Saved
 from codecssl.pretrain.config import RunConfig
-from codecssl.pretrain.corpus import Corpus
-from codecssl.pretrain.data import open_data
-from codecssl.pretrain.engine import start_engine, zero_stage
-from codecssl.pretrain.expected import curve_key, find, verdict
-from codecssl.pretrain.loader import Loader
-from codecssl.pretrain.masters import load_weights
-from codecssl.pretrain.objective import Objective
-from codecssl.pretrain.peers import Peers, join_ranks
-from codecssl.pretrain.report import check_targets, data_report, model_report
-from codecssl.pretrain.targets import make_target
-from codecssl.pretrain.telemetry import Row, Telemetry
-from codecssl.pretrain.tracer import Tracer
+from codecssl.pretrain.data.corpus import Corpus
+from codecssl.pretrain.data.loader import Loader
+from codecssl.pretrain.data.open_data import open_data
+from codecssl.pretrain.engine import checkpoint
+from codecssl.pretrain.engine.checkpoint import Saved
+from codecssl.pretrain.engine.distributed import Peers, join_ranks
+from codecssl.pretrain.engine.engine import start_engine, zero_stage
+from codecssl.pretrain.engine.fp32_state import load_weights
+from codecssl.pretrain.monitor.reference_curves import curve_key, find, verdict
+from codecssl.pretrain.monitor.sanity_checks import check_targets, data_report, model_report
+from codecssl.pretrain.monitor.step_profiler import Tracer
+from codecssl.pretrain.monitor.telemetry import Row, Telemetry
+from codecssl.pretrain.objectives.objective import Objective
+from codecssl.pretrain.objectives.targets import make_target
 from codecssl.pretrain.training import Training
-from codecssl.pretrain.watch import StopSignal, Watchdog
+from codecssl.tokenize.common.process import StopSignal, Watchdog
 
 _STUCK = "the same command goes on from the newest checkpoint (log.stall_minutes says how long to wait)"
 
@@ -37,7 +38,7 @@ def run(config: RunConfig, output: Path, *, profile: bool = False) -> None:
     train, valid, held_out = peers.together(lambda: open_data(config, peers.ranks))
     targets = peers.once(lambda: _check(config, train))
     with ExitStack() as stack:
-        peers.once(lambda: stack.enter_context(rundir.alone(output)))
+        peers.once(lambda: stack.enter_context(run_folder.alone(output)))
         found, warnings = peers.once(lambda: _claim(config, output, train, held_out))
         objective, saved = peers.together(lambda: _objective(config, train.corpus, found))
         state = saved.state
@@ -94,7 +95,7 @@ def _claim(config: RunConfig, output: Path, train: Loader, held_out: Corpus) -> 
     """Make the folder the run's own; the checkpoint to go on from, and what to warn of."""
     valid = held_out.fingerprints if config.data.valid_dirs else []
     data = {"codec": train.corpus.card.to_dict(), "train": train.corpus.fingerprints, "valid": valid}
-    rundir.claim(output, config, data)
+    run_folder.claim(output, config, data)
     found, corrupt = checkpoint.newest_intact(output / "checkpoints")
     return found, [
         f"{path.name}: {checkpoint.damage(path)} is corrupt; the run goes on from {found and found.name}, and it is now"

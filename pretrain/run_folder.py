@@ -18,8 +18,8 @@ import yaml
 
 from codecssl.configs.load import differences, from_dict, to_yaml
 from codecssl.pretrain.config import RunConfig
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.files import alone_in, names_in, write_atomic
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
 
 # What may change when a run is resumed: where data lies and how it is fetched, how often the run speaks and
 # saves, and how the same global batches are divided and computed.

@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codecssl.pretrain import checkpoint
-from codecssl.pretrain.chance import hashed
 from codecssl.pretrain.config import RunConfig
-from codecssl.pretrain.engine import after_update, backward, take_step
-from codecssl.pretrain.loader import Batch, Loader
-from codecssl.pretrain.objective import Scores, merged, summary
-from codecssl.pretrain.peers import PREEMPTED, Peers
-from codecssl.pretrain.report import collapse, training_flops
-from codecssl.pretrain.telemetry import Row, Telemetry, clock, machine_row
-from codecssl.pretrain.tracer import Tracer
-from codecssl.pretrain.watch import StopSignal, Watchdog
-from codecssl.tokenize.errors import UserError
+from codecssl.pretrain.data.hashed_random import hashed
+from codecssl.pretrain.data.loader import Batch, Loader
+from codecssl.pretrain.engine import checkpoint
+from codecssl.pretrain.engine.distributed import PREEMPTED, Peers
+from codecssl.pretrain.engine.engine import after_update, backward, take_step
+from codecssl.pretrain.monitor.sanity_checks import collapse, training_flops
+from codecssl.pretrain.monitor.step_profiler import Tracer
+from codecssl.pretrain.monitor.telemetry import Row, Telemetry, clock, machine_row
+from codecssl.pretrain.objectives.objective import Scores, merged, summary
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.process import StopSignal, Watchdog
 
 _DROPOUT = 200  # a stream of random numbers
 _ESTIMATED = 5  # steps from which the time that a run takes is estimated, before its first row

@@ -2,7 +2,7 @@
 
 import sys
 
-from codecssl.slurm.watch import guarded
 from codecssl.superb.cli import main
+from codecssl.tokenize.common.process import guarded
 
 sys.exit(guarded(main))

@@ -15,20 +15,20 @@ from typing import Any
 
 import torch
 
-from codecssl.superb import compat
-from codecssl.superb.cache import TokenCache
-from codecssl.superb.codec16 import encode
-from codecssl.superb.codes import CodeCache
-from codecssl.superb.corpus import Corpus
-from codecssl.superb.csvs import write_csvs
-from codecssl.superb.expert import CodecExpert, CodeTables
-from codecssl.superb.features import CachedUpstream
-from codecssl.superb.fill import Job, fill
-from codecssl.superb.problems import make_problem
+from codecssl.superb.corpora.corpus import Corpus
+from codecssl.superb.patches import import_patches
+from codecssl.superb.runner.csvs import write_csvs
+from codecssl.superb.runner.problems import make_problem
 from codecssl.superb.tasks import Task, choose, official_config
-from codecssl.superb.waves import waves_of
+from codecssl.superb.tokens.codec_at_16khz import encode
+from codecssl.superb.tokens.codes import CodeCache
+from codecssl.superb.tokens.fill import Job, fill
+from codecssl.superb.tokens.token_cache import TokenCache
+from codecssl.superb.tokens.waves import waves_of
+from codecssl.superb.upstreams.expert import CodecExpert, CodeTables
+from codecssl.superb.upstreams.feature_cache import CachedUpstream
 from codecssl.tokenize.codec import Codec, load_codec
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 HUB_NAME = "codecssl_bench"
 HEADS = ("ks", "sid", "ic", "er")
@@ -57,7 +57,7 @@ class BenchConfig:
 
 def run(config: BenchConfig, corpus: Corpus) -> list[dict[str, Any]]:
     """A row per task: audio, seconds of the fastest epoch each way, and how the caches were used."""
-    compat.install()
+    import_patches.install()
     torch.set_num_threads(config.threads)
     codec = load_codec(config.codec)
     with tempfile.TemporaryDirectory() as folder:

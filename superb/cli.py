@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from codecssl.superb import cli_codes, cli_compress, cli_report, cli_run
+from codecssl.superb.commands import cache, report, run, task_codec
 from codecssl.superb.tasks import BUDGETS, TASKS
 from codecssl.tokenize.cli import Parser
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 UPSTREAMS = (
     "an exported model's folder, fbank, codes (the codec's latents), random (an untrained encoder), "
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     shape = argparse.ArgumentDefaultsHelpFormatter
 
-    cli_run.add_command(commands, shape, _common)
+    run.add_command(commands, shape, _common)
 
     probe = commands.add_parser("probe", help="linear probes of frozen, mean-pooled features", formatter_class=shape)
     probe.set_defaults(command=_probe)
@@ -58,10 +58,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME|YAML",
         help="what to probe: a name in configs/superb, or a file",
     )
-    probe.add_argument("--seeds", type=cli_run.integers, default=(0, 1, 2), help="of the folds, comma-separated")
+    probe.add_argument("--seeds", type=run.integers, default=(0, 1, 2), help="of the folds, comma-separated")
     probe.add_argument("--folds", type=int, default=4)
 
-    cli_report.add_command(commands)
+    report.add_command(commands)
 
     tasks = commands.add_parser("tasks", help="list the tasks and the budgets")
     tasks.set_defaults(command=_tasks)
@@ -70,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.set_defaults(command=_sample)
     sample.add_argument("output", type=Path, metavar="OUTPUT")
 
-    cli_codes.add_commands(commands, shape)
-    cli_compress.add_commands(commands, shape)
+    cache.add_commands(commands, shape)
+    task_codec.add_commands(commands, shape)
 
     mini = commands.add_parser("mini", help="build mini-SUPERB from a labelled manifest", formatter_class=shape)
     mini.set_defaults(command=_mini)
@@ -98,8 +98,8 @@ def _positive(text: str) -> int:
 def _probe(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from codecssl.superb import probe
-    from codecssl.superb.crossvalidate import Settings
+    from codecssl.superb.probe import probe
+    from codecssl.superb.probe.crossvalidate import Settings
 
     settings = Settings(folds=arguments.folds, seeds=arguments.seeds, device=arguments.device, jobs=arguments.jobs)
     probes = probe.load_probes(arguments.probes)
@@ -129,14 +129,14 @@ def _tasks(arguments: argparse.Namespace) -> int:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from codecssl.superb.sample import unpack
+    from codecssl.superb.sample.unpack import unpack
 
     print(unpack(arguments.output))
     return 0
 
 
 def _mini(arguments: argparse.Namespace) -> int:
-    from codecssl.superb.mini import build
+    from codecssl.superb.mini.build import build
 
     print(build(arguments.manifest, arguments.output, seed=arguments.seed, recipe=arguments.recipe))
     return 0

@@ -8,8 +8,8 @@ speech_commands ...`.
 import sys
 from typing import Any
 
-from codecssl.superb import compat
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.patches import import_patches
+from codecssl.tokenize.common.errors import UserError
 
 
 def codecssl(ckpt: str | None = None, model_config: str | None = None, refresh: bool = False) -> Any:
@@ -19,7 +19,7 @@ def codecssl(ckpt: str | None = None, model_config: str | None = None, refresh: 
     """
     import torch
 
-    from codecssl.superb.expert import Shelf, parse
+    from codecssl.superb.upstreams.expert import Shelf, parse
 
     if not ckpt:
         raise UserError("upstream codecssl: which one? give -k MODEL, an exported model's folder or a name")
@@ -31,7 +31,7 @@ def codecssl(ckpt: str | None = None, model_config: str | None = None, refresh: 
 
 def register() -> None:
     """Add `codecssl` to s3prl's hub; idempotent."""
-    compat.install()
+    import_patches.install()
     import s3prl.hub as hub
 
     hub.codecssl = codecssl

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from codecssl.tokenize.files import write_atomic
+from codecssl.tokenize.common.files import write_atomic
 
 Row = dict[str, Any]
 

@@ -2,8 +2,8 @@
 
 import sys
 
-from codecssl.slurm.watch import guarded
 from codecssl.tokenize.cli import main
+from codecssl.tokenize.common.process import guarded
 
 if __name__ == "__main__":
     sys.exit(guarded(main))

@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codecssl.tokenize.bits import packed_size, unpack
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.entropy import SEGMENT_FRAMES, Coder
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.layout import from_planes, read_coder, read_columns, read_header, scales_of, shard_path
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.bits import packed_size, unpack
+from codecssl.tokenize.format.entropy import SEGMENT_FRAMES, Coder
+from codecssl.tokenize.format.layout import from_planes, read_coder, read_columns, read_header, scales_of, shard_path
 from codecssl.tokenize.shards import Shards, Utterance
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from codecssl.slurm.watch import guarded
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.process import guarded
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, *FULL)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -223,63 +223,63 @@ def _hub(repository: str, also: str = "") -> str:
 
 BACKENDS = {
     "tiny_16khz": Backend(
-        module="codecssl.tokenize.encodec",
+        module="codecssl.tokenize.backends.encodec",
         summary="16 kHz, 50 Hz, 8 x 1024, 4 kbps; embedded, runs anywhere",
         weights="shipped with codecssl",
     ),
     "encodec_24khz": Backend(
-        module="codecssl.tokenize.encodec",
+        module="codecssl.tokenize.backends.encodec",
         summary="24 kHz, 75 Hz, up to 32 x 1024, 0.75 kbps a codebook (Defossez et al. 2022)",
         weights=_hub("facebook/encodec_24khz", " or the .th file"),
     ),
     "encodec_48khz": Backend(
-        module="codecssl.tokenize.encodec48",
+        module="codecssl.tokenize.backends.encodec_48khz",
         summary="48 kHz stereo, 150 Hz in segments of 1 s, up to 16 x 1024, 1.5 kbps a codebook (Defossez et al. 2022)",
         weights=_hub("facebook/encodec_48khz", " or the .th file"),
     ),
     "dac_16khz": Backend(
-        module="codecssl.tokenize.dac",
+        module="codecssl.tokenize.backends.dac",
         summary="16 kHz, 50 Hz, up to 12 x 1024, 0.5 kbps a codebook (Kumar et al. 2023)",
         weights=_hub("descript/dac_16khz"),
     ),
     "dac_24khz": Backend(
-        module="codecssl.tokenize.dac",
+        module="codecssl.tokenize.backends.dac",
         summary="24 kHz, 75 Hz, up to 32 x 1024, 0.75 kbps a codebook (Kumar et al. 2023)",
         weights=_hub("descript/dac_24khz"),
     ),
     "dac_44khz": Backend(
-        module="codecssl.tokenize.dac",
+        module="codecssl.tokenize.backends.dac",
         summary="44.1 kHz, 86.1 Hz, up to 9 x 1024, 0.86 kbps a codebook (Kumar et al. 2023)",
         weights=_hub("descript/dac_44khz"),
     ),
     "mimi": Backend(
-        module="codecssl.tokenize.mimi",
+        module="codecssl.tokenize.backends.mimi",
         summary="24 kHz, 12.5 Hz, up to 32 x 2048, 0.14 kbps a codebook, the first one semantic (Defossez et al. 2024)",
         weights=_hub("kyutai/mimi"),
     ),
     "xcodec": Backend(
-        module="codecssl.tokenize.xcodec",
+        module="codecssl.tokenize.backends.xcodec",
         summary="16 kHz, 50 Hz, up to 8 x 1024, 0.5 kbps a codebook, HuBERT inside (Ye et al. 2024)",
         weights=_hub("hf-audio/xcodec-hubert-librispeech"),
     ),
     "snac_24khz": Backend(
-        module="codecssl.tokenize.snac",
+        module="codecssl.tokenize.backends.snac",
         summary="24 kHz, 3 x 4096 at 11.7, 23.4 and 46.9 Hz, 0.98 kbps (Siuzdak et al. 2024; needs pip install snac)",
         weights=_hub("hubertsiuzdak/snac_24khz"),
     ),
     "semanticodec": Backend(
-        module="codecssl.tokenize.semanticodec",
+        module="codecssl.tokenize.backends.semanticodec",
         summary="16 kHz, a semantic and an acoustic code in each cell of a time-frequency grid (Liu et al. 2024)",
         weights="install the semanticodec package from its repository (haoheliu/SemantiCodec-inference); give a folder "
         "with one encoder.ckpt, its decoder.ckpt and one codebook_*.npy as --codec semanticodec@PATH",
     ),
     "lyra_v2": Backend(
-        module="codecssl.tokenize.lyra",
+        module="codecssl.tokenize.backends.lyra",
         summary="16 kHz, 50 Hz, up to 46 x 16, 0.2 kbps a codebook (SoundStream as in Lyra v2)",
         weights="give the folder with Lyra's model_coeffs/*.tflite as --codec PATH (needs pip install ai-edge-litert)",
     ),
     "machine": Backend(
-        module="codecssl.superb.machine",
+        module="codecssl.superb.task_codec.codec",
         summary="below 200 bit/s for a task: a layer of a pretrained model, quantised (Kuznetsova et al. 2025)",
         weights="codecssl-superb compress, and give the folder that it wrote as --codec PATH",
     ),
@@ -306,7 +306,7 @@ def load_codec(name_or_path: str, *, num_codebooks: int | None = None, device: s
     num_codebooks keeps the first (coarsest) codebooks; the default is the backend's own.
     Raises UserError for an unknown name, missing weights, a count out of range, or a device that is not there.
     """
-    from codecssl.tokenize.weights import download, is_url, local
+    from codecssl.tokenize.backends.weights import download, is_url, local
 
     check_device(device)
     name, _, path = name_or_path.partition("@")

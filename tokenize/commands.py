@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 if TYPE_CHECKING:
     from codecssl.tokenize.run import Progress
 
 
 def run(args: Namespace) -> int:
-    from codecssl.slurm.watch import PREEMPTED, StopSignal, Watchdog
+    from codecssl.tokenize.common.process import PREEMPTED, StopSignal, Watchdog
     from codecssl.tokenize.run import RunConfig, Stopped, run
 
     sources = [_listed(args) if source == "-" else source for source in args.sources]
@@ -72,8 +72,8 @@ def run(args: Namespace) -> int:
 
 def _listed(args: Namespace) -> str:
     """The list on standard input as a manifest in the dataset's folder: a run reads it more than once."""
-    from codecssl.tokenize.manifest import spool_stdin
     from codecssl.tokenize.run import STDIN, refuse_foreign
+    from codecssl.tokenize.sources.manifest import spool_stdin
 
     if args.sources.count("-") > 1:
         raise UserError("source '-': there is one standard input; name it once")
@@ -103,7 +103,7 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
 
 
 def verify(args: Namespace) -> int:
-    from codecssl.tokenize.verify import examine
+    from codecssl.tokenize.integrity.verify import examine
 
     with _shards_bar() as report:
         found = examine(args.dataset, sample=args.sample, weights=args.weights, report=report)
@@ -122,7 +122,7 @@ def verify(args: Namespace) -> int:
 
 
 def repair(args: Namespace) -> int:
-    from codecssl.tokenize.repair import repair
+    from codecssl.tokenize.integrity.repair import repair
 
     with _shards_bar() as report, _progress() as progress:
         done = repair(args.dataset, report, workers=args.workers, weights=args.weights, progress=progress)
@@ -184,7 +184,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def stats(args: Namespace) -> int:
-    from codecssl.tokenize.stats import lines, stats
+    from codecssl.tokenize.measure.stats import lines, stats
 
     found = stats(args.dataset, plot=args.plot)
     print(json.dumps(found) if args.json else "\n".join(lines(found)))
@@ -229,8 +229,8 @@ def codecs(args: Namespace) -> int:
 
 
 def check_codec(args: Namespace) -> int:
-    from codecssl.tokenize.check import check_codec, table, waves_of
     from codecssl.tokenize.codec import load_codec
+    from codecssl.tokenize.measure.check_codec import check_codec, table, waves_of
 
     codec = load_codec(args.codec, num_codebooks=args.num_codebooks, device=args.device)
     found = check_codec(codec, waves_of(args.sources, codec.card, args.seconds))
@@ -239,7 +239,7 @@ def check_codec(args: Namespace) -> int:
 
 
 def bench(args: Namespace) -> int:
-    from codecssl.tokenize.bench import BenchConfig, bench, table
+    from codecssl.tokenize.measure.bench import BenchConfig, bench, table
 
     config = BenchConfig(
         sources=tuple(args.sources),
@@ -255,7 +255,7 @@ def bench(args: Namespace) -> int:
 
 
 def train_codec(args: Namespace) -> int:
-    from codecssl.tokenize.train import TrainConfig, train_codec
+    from codecssl.tokenize.codec_training.train import TrainConfig, train_codec
 
     overrides: dict[str, Any] = {} if args.steps is None else {"steps": args.steps}
     print(f"wrote {train_codec(args.manifest, args.output, TrainConfig(**overrides))}")
@@ -263,7 +263,7 @@ def train_codec(args: Namespace) -> int:
 
 
 def eval_codec(args: Namespace) -> int:
-    from codecssl.tokenize.evaluate import evaluate, table
+    from codecssl.tokenize.codec_training.evaluate import evaluate, table
 
     found = [evaluate(args.manifest, codec, args.clips) for codec in args.codec]
     print(json.dumps(found) if args.json else table(found))

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from codecssl.tokenize.audio import AudioReader, sha256_of
 from codecssl.tokenize.codec import Codec, CodecCard, load_codec
-from codecssl.tokenize.errors import UserError, one_line
-from codecssl.tokenize.layout import to_planes
-from codecssl.tokenize.sources import Input
-from codecssl.tokenize.writer import Encoded, Failure
+from codecssl.tokenize.common.errors import UserError, one_line
+from codecssl.tokenize.format.layout import to_planes
+from codecssl.tokenize.format.writer import Encoded, Failure
+from codecssl.tokenize.sources.audio import AudioReader, sha256_of
+from codecssl.tokenize.sources.sources import Input
 
 LONG_SECONDS = 30.0
 """Longer inputs are encoded piece by piece, each alone; shorter ones are held in memory and encoded together."""

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
 from codecssl.tokenize.encode import Device, default_workers, encode_inputs
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.files import alone_in, names_in, write_atomic
-from codecssl.tokenize.layout import COMPRESSION, sealed
+from codecssl.tokenize.format.layout import COMPRESSION, sealed
+from codecssl.tokenize.format.writer import Encoded, Failure, ShardWriter, finish_dataset, tidy, to_json
 from codecssl.tokenize.shards import load_json, shard_path
-from codecssl.tokenize.sources import is_stream, read_sources
-from codecssl.tokenize.todo import Todo
-from codecssl.tokenize.writer import Encoded, Failure, ShardWriter, finish_dataset, tidy, to_json
+from codecssl.tokenize.sources.sources import is_stream, read_sources
+from codecssl.tokenize.worklist import Todo
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from codecssl.tokenize.bits import packed_size, unpack
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.entropy import SEGMENT_FRAMES, Coder
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.layout import (
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.bits import packed_size, unpack
+from codecssl.tokenize.format.entropy import SEGMENT_FRAMES, Coder
+from codecssl.tokenize.format.layout import (
     BLOCK,
     COMPRESSION,
     FORMAT,

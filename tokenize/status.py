@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.shards import load_json
 
 RECENT = 256

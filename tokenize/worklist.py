@@ -9,10 +9,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.layout import load_json, shard_path
-from codecssl.tokenize.sources import Input, is_stream, read_sources
-from codecssl.tokenize.unchanged import first_changed, source_hashes
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.layout import load_json, shard_path
+from codecssl.tokenize.sources.changes import first_changed, source_hashes
+from codecssl.tokenize.sources.sources import Input, is_stream, read_sources
 
 if TYPE_CHECKING:
     from codecssl.tokenize.run import RunConfig

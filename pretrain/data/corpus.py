@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.shards import Shards
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codecssl.pretrain.chance import hashed
 from codecssl.pretrain.config import MaskConfig, ObjectiveConfig
-from codecssl.pretrain.corpus import Corpus
-from codecssl.pretrain.fs2 import NATIVE_DATA, DataPipelineError, read_sequence
-from codecssl.pretrain.masking import kept_codebooks, span_mask
-from codecssl.pretrain.plan import Pieces, Plan, cut
+from codecssl.pretrain.data.corpus import Corpus
+from codecssl.pretrain.data.hashed_random import hashed
+from codecssl.pretrain.data.masking import kept_codebooks, span_mask
+from codecssl.pretrain.data.plan import Pieces, Plan, cut
+from codecssl.pretrain.model.fairseq2_parts import NATIVE_DATA, DataPipelineError, read_sequence
 
 
 @dataclass(frozen=True)

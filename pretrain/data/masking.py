@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from codecssl.pretrain.chance import Keys, smallest, uniform
 from codecssl.pretrain.config import MaskConfig, ObjectiveConfig
+from codecssl.pretrain.data.hashed_random import Keys, smallest, uniform
 
 Bools = npt.NDArray[np.bool_]
 

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from codecssl.pretrain.chance import hashed
 from codecssl.pretrain.config import DataConfig, RunConfig
-from codecssl.pretrain.corpus import Corpus
-from codecssl.pretrain.loader import Loader
-from codecssl.pretrain.plan import Ints, Plan, Pool, is_held_out
-from codecssl.slurm.job import Ranks
-from codecssl.tokenize.errors import UserError
+from codecssl.pretrain.data.corpus import Corpus
+from codecssl.pretrain.data.hashed_random import hashed
+from codecssl.pretrain.data.loader import Loader
+from codecssl.pretrain.data.plan import Ints, Plan, Pool, is_held_out
+from codecssl.pretrain.ranks import Ranks
+from codecssl.tokenize.common.errors import UserError
 
 _VALID = 201  # a stream of random numbers
 _CHUNK = 1 << 17

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from codecssl.pretrain.chance import hashed, permuted, uniform
-from codecssl.tokenize.errors import UserError
+from codecssl.pretrain.data.hashed_random import hashed, permuted, uniform
+from codecssl.tokenize.common.errors import UserError
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]

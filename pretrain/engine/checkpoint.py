@@ -22,8 +22,8 @@ from typing import Any
 
 from torch import Tensor
 
-from codecssl.pretrain.masters import MOMENTS, masters, moments
-from codecssl.tokenize.errors import UserError
+from codecssl.pretrain.engine.fp32_state import MOMENTS, masters, moments
+from codecssl.tokenize.common.errors import UserError
 
 FORMAT = 2
 _WHOLE, _STATE, _TRAINING, WEIGHTS = "whole.json", "state.json", "training.safetensors", "model.safetensors"

@@ -18,9 +18,9 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from codecssl.slurm.job import Ranks, choose_backend, find_meeting, find_ranks
-from codecssl.slurm.watch import PREEMPTED
-from codecssl.tokenize.errors import UserError
+from codecssl.pretrain.ranks import Ranks, choose_backend, find_meeting, find_ranks
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.process import PREEMPTED
 
 __all__ = ["PREEMPTED", "Peers", "join_ranks", "quiet_deepspeed", "silent"]
 

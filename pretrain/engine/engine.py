@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from codecssl.pretrain.config import OptimConfig, RunConfig
-from codecssl.pretrain.fs2 import PolynomialDecayLR, RotaryEncoder, TriStageLR
-from codecssl.pretrain.masters import restore
-from codecssl.pretrain.objective import Objective
-from codecssl.pretrain.peers import quiet_deepspeed, silent
+from codecssl.pretrain.engine.distributed import quiet_deepspeed, silent
+from codecssl.pretrain.engine.fp32_state import restore
+from codecssl.pretrain.model.fairseq2_parts import PolynomialDecayLR, RotaryEncoder, TriStageLR
+from codecssl.pretrain.objectives.objective import Objective
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """Of mallopt(3): how much free memory the heap's end may have (-1: any), and how many blocks may be mapped alone."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of each weight."""

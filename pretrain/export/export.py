@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from codecssl.configs.load import from_dict
-from codecssl.pretrain import checkpoint, rundir
-from codecssl.pretrain.card import model_card
+from codecssl.pretrain import run_folder
 from codecssl.pretrain.config import ModelConfig, RunConfig
-from codecssl.pretrain.masters import load_weights
-from codecssl.pretrain.model import CodecModel
-from codecssl.pretrain.telemetry import read_rows
+from codecssl.pretrain.engine import checkpoint
+from codecssl.pretrain.engine.fp32_state import load_weights
+from codecssl.pretrain.export.model_card import model_card
+from codecssl.pretrain.model.model import CodecModel
+from codecssl.pretrain.monitor.telemetry import read_rows
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.files import names_in, write_atomic
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.files import names_in, write_atomic
 from codecssl.tokenize.shards import Shards
 
 FORMAT, VERSION = "codecssl-model", 1
@@ -34,7 +35,7 @@ def export(run_dir: str | Path, output_dir: str | Path) -> None:
     An earlier export there is replaced; UserError where `output_dir` holds anything else.
     """
     run, output = Path(run_dir), Path(output_dir)
-    config = rundir.read_config(run)
+    config = run_folder.read_config(run)
     newest, corrupt = checkpoint.newest_intact(run / "checkpoints")
     for path in corrupt:
         print(f"warning: {path}: {checkpoint.damage(path)} is corrupt; an older checkpoint is taken", file=sys.stderr)
@@ -44,14 +45,14 @@ def export(run_dir: str | Path, output_dir: str | Path) -> None:
         raise UserError(f"{output}: is not empty and no earlier export; give another --output")
     output.mkdir(parents=True, exist_ok=True)
     step = int(checkpoint.read_state(newest)["step"])
-    data = rundir.read_data(run)
+    data = run_folder.read_data(run)
     description = {
         "format": FORMAT,
         "version": VERSION,
         "model": dataclasses.asdict(config.model),
         "codec": data["codec"],
         "training": {"step": step, "config": dataclasses.asdict(config), "data": data["train"],
-                     "metrics": _last_rows(run, step), "versions": rundir.read_versions(run)},
+                     "metrics": _last_rows(run, step), "versions": run_folder.read_versions(run)},
     }  # fmt: skip
     # Removed first and written last: a folder without it is not taken for a model.
     (output / "config.json").unlink(missing_ok=True)

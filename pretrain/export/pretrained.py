@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from codecssl.pretrain.export import load_pretrained
-from codecssl.pretrain.model import CodecModel
+from codecssl.pretrain.export.export import load_pretrained
+from codecssl.pretrain.model.model import CodecModel
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

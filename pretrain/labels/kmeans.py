@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.files import write_atomic
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.files import write_atomic
 
 Features = npt.NDArray[np.float32]
 

@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from codecssl.pretrain.chance import permuted, smallest, uniform
-from codecssl.pretrain.cluster import Clustering, Features, Quality, fit
-from codecssl.pretrain.labellers import ByCentroids, Extractor, FromFile, Labeller
+from codecssl.pretrain.data.hashed_random import permuted, smallest, uniform
+from codecssl.pretrain.labels.kmeans import Clustering, Features, Quality, fit
+from codecssl.pretrain.labels.labellers import ByCentroids, Extractor, FromFile, Labeller
 from codecssl.tokenize.codec import CodecCard, check_device, file_sha256
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.files import alone_in, names_in, write_atomic
-from codecssl.tokenize.layout import shard_path
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
+from codecssl.tokenize.format.layout import shard_path
+from codecssl.tokenize.format.writer import Item, finish_written, write_shard
 from codecssl.tokenize.shards import Shards
-from codecssl.tokenize.writer import Item, finish_written, write_shard
 
 _SAMPLE, _FRAMES = 210, 211  # streams of random numbers
 _SHARD_UTTERANCES = 8192
@@ -180,8 +180,8 @@ def _source(config: LabelConfig, card: CodecCard) -> Extractor | FromFile:
     if config.source.endswith(".jsonl"):
         return FromFile(path)
     if config.source != "latents" and not (path / "model.safetensors").exists():
-        from codecssl.pretrain.export import export, is_export_of
-        from codecssl.pretrain.rundir import read_config
+        from codecssl.pretrain.export.export import export, is_export_of
+        from codecssl.pretrain.run_folder import read_config
 
         read_config(path)
         target = config.output.with_name(f"{config.output.name}.model")

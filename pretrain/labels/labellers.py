@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from codecssl.pretrain.cluster import Clustering, Features
-from codecssl.pretrain.corpus import with_codebooks
+from codecssl.pretrain.data.corpus import with_codebooks
+from codecssl.pretrain.labels.kmeans import Clustering, Features
+from codecssl.tokenize.backends.weights import state_sha256
 from codecssl.tokenize.codec import CodecCard, file_sha256, load_codec_for
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.shards import Shards
-from codecssl.tokenize.weights import state_sha256
 
 _BATCH_FRAMES = 8_000
 
@@ -51,7 +51,7 @@ class Extractor:
             self.tables = [t.to(self.device) for t in load_codec_for(card, weights=codec_weights).embeddings()]
             self.made_of |= {"layer": "latents", "weights_sha256": card.weights_sha256}
             return
-        from codecssl.pretrain.export import load_pretrained
+        from codecssl.pretrain.export.export import load_pretrained
 
         self.model = load_pretrained(source).to(self.device)
         states = self.model.config.layers + 1

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from codecssl.pretrain.config import ModelConfig
-from codecssl.pretrain.fs2 import (
+from codecssl.pretrain.model.fairseq2_parts import (
     AttentionBiasCache,
     BatchLayout,
     IdentityBias,

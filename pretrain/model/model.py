@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codecssl.pretrain.config import ModelConfig
-from codecssl.pretrain.fs2 import (
+from codecssl.pretrain.model.fairseq2_parts import (
     BatchLayout,
     Linear,
     StandardLayerNorm,
     Wav2Vec2PositionEncoder,
 )
-from codecssl.pretrain.layers import SinusoidalPositions, make_encoder
+from codecssl.pretrain.model.layers import SinusoidalPositions, make_encoder
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 
 class CodeEmbedding(nn.Module):

@@ -2,7 +2,8 @@
 
 They were made on the spoken sample corpus, which every user has: the README's demo, and each objective beside it. A run
 that is one of them draws its reference into curves.png and says at the end how far it came from it.
-`python -m codecssl.pretrain.expected RUN --what TEXT` adds a finished run, or replaces the one it repeats.
+`python -m codecssl.pretrain.monitor.reference_curves RUN --what TEXT` adds a finished run, or replaces the one that
+it repeats.
 """
 
 import argparse
@@ -15,8 +16,8 @@ from pathlib import Path
 
 from codecssl.configs.load import differences
 from codecssl.pretrain.config import RunConfig
-from codecssl.pretrain.rundir import FREE, read_config, read_data
-from codecssl.pretrain.telemetry import read_rows
+from codecssl.pretrain.monitor.telemetry import read_rows
+from codecssl.pretrain.run_folder import FREE, read_config, read_data
 
 STORE = Path(__file__).with_name("expected.jsonl")
 _PLACES = ("data.labels", "data.valid_labels")
@@ -71,12 +72,12 @@ def _read(store: Path) -> list[Curve]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m codecssl.pretrain.expected", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m codecssl.pretrain.monitor.reference_curves", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--what", required=True, metavar="TEXT", help="what it is: config, data and changes")
     arguments = parser.parse_args()
-    from codecssl.pretrain.data import open_data
-    from codecssl.slurm.job import Ranks
+    from codecssl.pretrain.data.open_data import open_data
+    from codecssl.pretrain.ranks import Ranks
 
     train, _, _ = open_data(read_config(arguments.run), Ranks(rank=0, world_size=1, local_rank=0))
     curve = add(arguments.run, arguments.what, train.plan.frames_per_epoch)

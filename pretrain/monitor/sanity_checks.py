@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from codecssl.pretrain.config import RunConfig
-from codecssl.pretrain.loader import Batch, Loader
-from codecssl.pretrain.objective import Objective, histogram_perplexity, parameters
-from codecssl.pretrain.targets import Target
+from codecssl.pretrain.data.loader import Batch, Loader
+from codecssl.pretrain.objectives.objective import Objective, histogram_perplexity, parameters
+from codecssl.pretrain.objectives.targets import Target
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 _SAMPLED_STEPS = 4
 _LEARNING = 200  # steps in which every model gives one answer to everything: the commonest codes come first

@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from codecssl.pretrain import checkpoint, rundir
-from codecssl.pretrain.telemetry import clock, console_line, read_rows
-from codecssl.slurm.watch import BEAT_SECONDS
-from codecssl.tokenize.errors import UserError
+from codecssl.pretrain import run_folder
+from codecssl.pretrain.engine import checkpoint
+from codecssl.pretrain.monitor.telemetry import clock, console_line, read_rows
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.process import BEAT_SECONDS
 
 SILENT_SECONDS = 4 * BEAT_SECONDS
 """A process that has noted nothing for so long is gone: killed, or its node is dead."""
@@ -33,7 +34,7 @@ def status(run: Path) -> dict[str, Any]:
     not started. late: ranks that others wait for; gone: ranks that ended without a word. Rates are None before the
     first row of the metrics.
     """
-    config = rundir.read_config(run)
+    config = run_folder.read_config(run)
     saved = checkpoint.whole(run / "checkpoints")
     rows = read_rows(run / "metrics.jsonl")
     train = [row for row in rows if row["split"] == "train"]

@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from codecssl.pretrain.config import ObjectiveConfig
-from codecssl.pretrain.loader import Batch
-from codecssl.pretrain.model import CodecModel
-from codecssl.pretrain.objective import (
+from codecssl.pretrain.data.loader import Batch
+from codecssl.pretrain.model.model import CodecModel
+from codecssl.pretrain.objectives.objective import (
     Loss,
     Objective,
     Scores,
@@ -15,7 +15,7 @@ from codecssl.pretrain.objective import (
     parameters,
     score,
 )
-from codecssl.pretrain.targets import Target
+from codecssl.pretrain.objectives.targets import Target
 
 
 class MaskedPrediction(Objective):

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from codecssl.pretrain.config import OnlineConfig
-from codecssl.pretrain.fs2 import BatchLayout, Linear, init_bert_projection
-from codecssl.pretrain.layers import make_encoder
-from codecssl.pretrain.loader import Batch
-from codecssl.pretrain.model import CodecModel
-from codecssl.pretrain.objective import (
+from codecssl.pretrain.data.loader import Batch
+from codecssl.pretrain.model.fairseq2_parts import BatchLayout, Linear, init_bert_projection
+from codecssl.pretrain.model.layers import make_encoder
+from codecssl.pretrain.model.model import CodecModel
+from codecssl.pretrain.objectives.objective import (
     Loss,
     Objective,
     Scores,

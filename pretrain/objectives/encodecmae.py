@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from codecssl.pretrain.config import MaeConfig, ObjectiveConfig
-from codecssl.pretrain.fs2 import BatchLayout
-from codecssl.pretrain.layers import SinusoidalPositions, make_encoder
-from codecssl.pretrain.loader import Batch
-from codecssl.pretrain.model import CodecModel
-from codecssl.pretrain.objective import (
+from codecssl.pretrain.data.loader import Batch
+from codecssl.pretrain.model.fairseq2_parts import BatchLayout
+from codecssl.pretrain.model.layers import SinusoidalPositions, make_encoder
+from codecssl.pretrain.model.model import CodecModel
+from codecssl.pretrain.objectives.objective import (
     Loss,
     Objective,
     Scores,
@@ -26,7 +26,7 @@ from codecssl.pretrain.objective import (
     parameters,
     score,
 )
-from codecssl.pretrain.targets import Target
+from codecssl.pretrain.objectives.targets import Target
 
 
 class EncodecMae(Objective):

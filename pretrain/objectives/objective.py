@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codecssl.pretrain.config import ENCODECMAE_GAMMA, ObjectiveConfig
-from codecssl.pretrain.fs2 import Linear, init_bert_projection
-from codecssl.pretrain.loader import Batch
-from codecssl.pretrain.model import CodecModel
-from codecssl.tokenize.errors import UserError
+from codecssl.pretrain.data.loader import Batch
+from codecssl.pretrain.model.fairseq2_parts import Linear, init_bert_projection
+from codecssl.pretrain.model.model import CodecModel
+from codecssl.tokenize.common.errors import UserError
 
 
 @dataclass(frozen=True)

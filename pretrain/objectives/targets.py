@@ -5,7 +5,7 @@ from typing import Protocol
 from torch import Tensor
 
 from codecssl.pretrain.config import ObjectiveConfig
-from codecssl.pretrain.loader import Batch
+from codecssl.pretrain.data.loader import Batch
 from codecssl.tokenize.codec import CodecCard
 
 

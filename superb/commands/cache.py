@@ -40,8 +40,8 @@ def add_commands(commands: Any, shape: Any) -> None:
 
 def open_data(data: str, output: Path, side: Path | None = None) -> Any:
     """The corpus that --data names."""
-    from codecssl.superb.corpus import open_corpus
-    from codecssl.superb.sample import unpack
+    from codecssl.superb.corpora.corpus import open_corpus
+    from codecssl.superb.sample.unpack import unpack
 
     return open_corpus(unpack(output / "sample") if data == "sample" else Path(data), side)
 
@@ -49,10 +49,10 @@ def open_data(data: str, output: Path, side: Path | None = None) -> Any:
 def _cache(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from codecssl.superb.expert import parse_all
-    from codecssl.superb.prepare import fill_all, jobs
+    from codecssl.superb.runner.prefill import fill_all, jobs
     from codecssl.superb.tasks import choose
-    from codecssl.tokenize.errors import UserError
+    from codecssl.superb.upstreams.expert import parse_all
+    from codecssl.tokenize.common.errors import UserError
 
     upstreams = parse_all([_named(name) for name in arguments.upstream])
     if plain := [upstream.name for upstream in upstreams if not upstream.reads_codes]:
@@ -67,8 +67,8 @@ def _cache(arguments: argparse.Namespace) -> int:
 
 def _named(name: str) -> str:
     """An upstream's name; what is none is taken for a codec's."""
-    from codecssl.superb.expert import parse
-    from codecssl.tokenize.errors import UserError
+    from codecssl.superb.upstreams.expert import parse
+    from codecssl.tokenize.common.errors import UserError
 
     try:
         return parse(name).name
@@ -96,9 +96,9 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def fill_before(arguments: argparse.Namespace, console: Any) -> None:
     """What `run` does first: the codes of its tasks, for those of its upstreams that read codes."""
-    from codecssl.superb.expert import parse_all
-    from codecssl.superb.prepare import fill_all, jobs
+    from codecssl.superb.runner.prefill import fill_all, jobs
     from codecssl.superb.tasks import choose
+    from codecssl.superb.upstreams.expert import parse_all
 
     upstreams, tasks = parse_all(arguments.upstream), choose(arguments.tasks)
     if any(upstream.reads_codes for upstream in upstreams):

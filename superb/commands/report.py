@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 
 def add_command(commands: Any) -> None:
@@ -30,7 +30,7 @@ def _report(arguments: argparse.Namespace) -> int:
         raise UserError(f"--of {arguments.of}: is for --zip FILE, which is missing")
     show(arguments.folders)
     if arguments.zip is not None:
-        from codecssl.superb.submission import write_zip
+        from codecssl.superb.reporting.submission import write_zip
 
         lacking = write_zip(arguments.folders, arguments.zip, arguments.of)
         print(f"wrote {arguments.zip}; no finished run of: {', '.join(lacking) or 'none'}")
@@ -41,7 +41,7 @@ def show(folders: Sequence[Path]) -> None:
     """The tables of all finished runs, on the console and as files in the first folder."""
     from rich.console import Console
 
-    from codecssl.superb.report import console_table, load, write
+    from codecssl.superb.reporting.tables import console_table, load, write
 
     comparisons, console = load(folders), Console(highlight=False)
     for comparison in comparisons:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codecssl.superb.tasks import BUDGETS, TASKS, choose
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 if TYPE_CHECKING:
-    from codecssl.superb.run import Run
+    from codecssl.superb.runner.run import Run
 
 
 def add_command(commands: Any, shape: Any, common: Any) -> None:
@@ -59,10 +59,10 @@ def integers(text: str) -> tuple[int, ...]:
 
 
 def _runs(arguments: argparse.Namespace) -> "list[Run]":
-    from codecssl.superb.expert import parse_all
-    from codecssl.superb.report import SAMPLE
-    from codecssl.superb.sample import unpack
-    from codecssl.superb.sweep import Sweep, part
+    from codecssl.superb.reporting.tables import SAMPLE
+    from codecssl.superb.runner.sweep import Sweep, part
+    from codecssl.superb.sample.unpack import unpack
+    from codecssl.superb.upstreams.expert import parse_all
 
     upstreams, tasks = parse_all(arguments.upstream), choose(arguments.tasks)
     root = unpack(arguments.output / "sample") if arguments.data == "sample" else Path(arguments.data)
@@ -85,8 +85,8 @@ def _runs(arguments: argparse.Namespace) -> "list[Run]":
 def _run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from codecssl.superb import cli_codes
-    from codecssl.superb.decode import check_decoder
+    from codecssl.superb.commands import cache
+    from codecssl.superb.runner.lm_decoding import check_decoder
 
     console = Console(highlight=False, soft_wrap=True, file=sys.stdout)  # not where a run sends what s3prl prints
     if arguments.lm is not None:
@@ -99,10 +99,10 @@ def _run(arguments: argparse.Namespace) -> int:
             console.print(f"{'done   ' if run.finished else 'waiting'}  {title(run)}  {run.folder}")
         return 0
     if waiting:
-        cli_codes.fill_before(arguments, console)
+        cache.fill_before(arguments, console)
     failures = _do(arguments, runs, console)
     if any(run.finished for run in runs):
-        from codecssl.superb.cli_report import show
+        from codecssl.superb.commands.report import show
 
         show([arguments.output])
     if failures:
@@ -112,8 +112,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _do(arguments: argparse.Namespace, runs: "list[Run]", console: Any) -> dict[str, Exception]:
-    from codecssl.superb.jobs import run_all
-    from codecssl.superb.run import Machine, Run
+    from codecssl.superb.runner.jobs import run_all
+    from codecssl.superb.runner.run import Machine, Run
 
     machine = Machine(
         device=arguments.device,

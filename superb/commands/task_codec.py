@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from codecssl.superb.cli_run import integers
+from codecssl.superb.commands.run import integers
 
 TASKS = "none (no labels), pr, ks, ic, sid, er, or a name in --probes"
 
@@ -44,7 +44,7 @@ def add_commands(commands: Any, shape: Any) -> None:
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
-    from codecssl.superb.compress_settings import TrainConfig
+    from codecssl.superb.task_codec.config import TrainConfig
 
     train = TrainConfig()
     parser.add_argument("--upstream", required=True, type=Path, metavar="MODEL", help="an exported model's folder")
@@ -77,7 +77,7 @@ def _floats(text: str) -> tuple[float, ...]:
 
 
 def _settings(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
-    from codecssl.superb.compress_settings import TrainConfig
+    from codecssl.superb.task_codec.config import TrainConfig
 
     of_stages = [f"{stage}_{what}" for stage in ("head", "a", "b") for what in ("steps", "learning_rate")]
     names = ("batch_size", "quantizer_dropout", *of_stages)
@@ -89,7 +89,7 @@ def _settings(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
 def _compress(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from codecssl.superb.compress import CompressConfig, compress
+    from codecssl.superb.task_codec.compress import CompressConfig, compress
 
     console = Console(highlight=False, soft_wrap=True)
     settings = _settings(arguments, arguments.seed)
@@ -103,7 +103,7 @@ def _compress(arguments: argparse.Namespace) -> int:
 
 
 def _answer(arguments: argparse.Namespace) -> int:
-    from codecssl.superb.answer import answer
+    from codecssl.superb.task_codec.answer import answer
 
     print(f"wrote {answer(arguments.codec, arguments.data, arguments.output)} answers to {arguments.output}")
     return 0
@@ -112,7 +112,7 @@ def _answer(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from codecssl.superb.compress_report import ReportConfig, report
+    from codecssl.superb.task_codec.rates.report import ReportConfig, report
 
     console = Console(highlight=False, soft_wrap=True)
     grid = {"layers": arguments.layers, "rates_bps": arguments.rates_bps, "seeds": arguments.seeds}

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from codecssl.superb.corpus import Corpus, Example
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.corpora.corpus import Corpus, Example
+from codecssl.tokenize.common.errors import UserError
 
 LISTED = "trials.txt"
 """Beside the manifest, a line `label path path`, label 1 for one speaker."""
@@ -27,7 +27,7 @@ class Trial:
 def trials_of(corpus: Corpus, tested: list[Example]) -> list[Trial]:
     """The official list for an official corpus, ROOT/trials.txt where there is one, else `paired`."""
     if corpus.official:
-        from codecssl.superb.layouts import official_trials
+        from codecssl.superb.corpora.official import official_trials
 
         found = official_trials(corpus.root, corpus.side)
         return [Trial(same=bool(label), enrol=str(one), test=str(two)) for label, one, two in found]

@@ -11,7 +11,7 @@ from typing import Any
 
 from codecssl.superb.tasks import TASKS, Row, Task
 from codecssl.tokenize.codec import file_sha256
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 LONGEST_SECONDS = 300.0
 """Longer clips are skipped and counted: a recurrent head would need gigabytes for one. None of SUPERB's is."""
@@ -70,7 +70,7 @@ class Corpus:
         """One task's rows. UserError where the root has neither a manifest nor the official layout."""
         if not self.official:
             return [row for row in self.rows if task in str(row.get("task", "")).split(",")]
-        from codecssl.superb.layouts import official_rows
+        from codecssl.superb.corpora.official import official_rows
 
         try:
             return official_rows(task, self.root, self.side)

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from codecssl.superb.layouts_place import Place, Row, make_row, read_lines
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.corpora.place import Place, Row, make_row, read_lines
+from codecssl.tokenize.common.errors import UserError
 
 LIBRISPEECH = {"train": "train-clean-100", "valid": "dev-clean", "test": "test-clean"}
 LEXICONS = ("librispeech-lexicon-200k-g2p.txt", "librispeech-lexicon-allothers-g2p.txt")
@@ -93,9 +93,9 @@ def _snips_labels(line: str, listed: Path) -> dict[str, str]:
 
 def _plain(text: str) -> str:
     """The text in the letters that SUPERB's vocabulary for sf has; the table of accents is s3prl's own."""
-    from codecssl.superb import compat
+    from codecssl.superb.patches import import_patches
 
-    compat.install()
+    import_patches.install()
     from s3prl.problem.asr.superb_sf import translator
 
     for old, new in (("楽園追放", "EXPELLED"), ("官方杂志", ""), ("–", "-"), ("&", " AND ")):

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from codecssl.superb.layouts_place import Place, Row, check_files, make_row, read_lines
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.corpora.place import Place, Row, check_files, make_row, read_lines
+from codecssl.tokenize.common.errors import UserError
 
 Trial = tuple[int, str, str]
 

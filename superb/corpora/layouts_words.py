@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from codecssl.superb.layouts_place import Place, Row, check_files, make_row, read_lines
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.corpora.place import Place, Row, check_files, make_row, read_lines
+from codecssl.tokenize.common.errors import UserError
 
 COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 SILENCE, UNKNOWN, NOISE = "_silence_", "_unknown_", "_background_noise_"

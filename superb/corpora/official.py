@@ -20,9 +20,9 @@ for; `side` is a folder with the small lists that come from elsewhere:
 from collections.abc import Callable
 from pathlib import Path
 
-from codecssl.superb import layouts_text, layouts_voices, layouts_words
-from codecssl.superb.layouts_place import Place, Row
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.corpora import layouts_text, layouts_voices, layouts_words
+from codecssl.superb.corpora.place import Place, Row
+from codecssl.tokenize.common.errors import UserError
 
 READERS: dict[str, Callable[[Place], list[Row]]] = {
     "pr": layouts_text.pr_rows,

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from codecssl.superb.mini_manifest import Row
-from codecssl.tokenize.audio import read_wave
+from codecssl.superb.mini.manifest import Row
+from codecssl.tokenize.sources.audio import read_wave
 
 Wave = NDArray[np.float32]
 RATE = 16_000

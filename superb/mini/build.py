@@ -15,29 +15,29 @@ from pathlib import Path
 from typing import Any
 
 from codecssl.configs.load import config_path, load_config
-from codecssl.superb import mini_made, mini_mixtures, mini_search, mini_tasks
-from codecssl.superb.mini_audio import Studio
-from codecssl.superb.mini_bench import Bench, LackingError
-from codecssl.superb.mini_card import card
-from codecssl.superb.mini_manifest import Row, read_manifest
-from codecssl.superb.mini_recipe import Recipe
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.files import alone_in
+from codecssl.superb.mini import mixtures, queries, recorded_tasks, spliced_tasks
+from codecssl.superb.mini.audio import Studio
+from codecssl.superb.mini.builder import Bench, LackingError
+from codecssl.superb.mini.corpus_card import card
+from codecssl.superb.mini.manifest import Row, read_manifest
+from codecssl.superb.mini.recipe import Recipe
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.files import alone_in
 
 MARKER = "mini.json"
 """Written last: what the corpus was built from."""
 VERSION = 2
 
 BUILDERS: dict[str, Callable[[Bench], list[Row]]] = {
-    "pr": mini_tasks.pr,
-    "asr": mini_tasks.asr,
-    "ks": mini_made.ks,
-    "qbe": mini_search.qbe,
-    "sid": mini_tasks.sid,
-    "sd": mini_mixtures.sd,
-    "ic": mini_made.ic,
-    "sf": mini_made.sf,
-    "er": mini_tasks.er,
+    "pr": recorded_tasks.pr,
+    "asr": recorded_tasks.asr,
+    "ks": spliced_tasks.ks,
+    "qbe": queries.qbe,
+    "sid": recorded_tasks.sid,
+    "sd": mixtures.sd,
+    "ic": spliced_tasks.ic,
+    "sf": spliced_tasks.sf,
+    "er": recorded_tasks.er,
 }
 """asv, which makes trials too, is built by itself."""
 TASKS = ("pr", "asr", "ks", "qbe", "sid", "asv", "sd", "ic", "sf", "er")
@@ -146,6 +146,6 @@ def _build_tasks(bench: Bench, folder: Path, report: Callable[[str], None]) -> t
 
 
 def _asv(bench: Bench, folder: Path) -> list[Row]:
-    rows, trials = mini_tasks.asv(bench)
+    rows, trials = recorded_tasks.asv(bench)
     (folder / "trials.txt").write_text("".join(f"{label} {one} {other}\n" for label, one, other in trials))
     return rows

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from codecssl.superb.mini_audio import Studio
-from codecssl.superb.mini_manifest import Labelled, Row, Splits, by_speaker, pick
-from codecssl.superb.mini_recipe import Recipe
+from codecssl.superb.mini.audio import Studio
+from codecssl.superb.mini.manifest import Labelled, Row, Splits, by_speaker, pick
+from codecssl.superb.mini.recipe import Recipe
 
 TRIPLE = ("train", "valid", "test")
 KEPT = ("speaker", "gender", "origin", "licence")

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from codecssl.superb.mini_manifest import Labelled, Row
+from codecssl.superb.mini.manifest import Labelled, Row
 
 SPLITS = ("train", "valid", "test")
 TITLES = {

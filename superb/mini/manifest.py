@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 Row = dict[str, Any]
 Splits = dict[str, list[Row]]

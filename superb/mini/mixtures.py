@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from codecssl.superb.mini_audio import FRAME, RATE, Wave, active, at_level, spans, trimmed
-from codecssl.superb.mini_bench import TRIPLE, Bench, LackingError
-from codecssl.superb.mini_manifest import Row, grouped
+from codecssl.superb.mini.audio import FRAME, RATE, Wave, active, at_level, spans, trimmed
+from codecssl.superb.mini.builder import TRIPLE, Bench, LackingError
+from codecssl.superb.mini.manifest import Row, grouped
 
 TURNS = (4, 5)
 CLIP_SECONDS = (1.5, 6.0)

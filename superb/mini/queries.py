@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from codecssl.superb.mini_audio import Wave, at_level
-from codecssl.superb.mini_bench import Bench, require
-from codecssl.superb.mini_made import band_of, by_word, cut, in_a_row, words_of
-from codecssl.superb.mini_manifest import Row, by_speaker, by_utterance, keyword_of, pick
+from codecssl.superb.mini.audio import Wave, at_level
+from codecssl.superb.mini.builder import Bench, require
+from codecssl.superb.mini.manifest import Row, by_speaker, by_utterance, keyword_of, pick
+from codecssl.superb.mini.spliced_tasks import band_of, by_word, cut, in_a_row, words_of
 
 HALVES = {"valid": 0.5, "test": 0.5}
 FILLERS = 2

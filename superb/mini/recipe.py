@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from itertools import combinations
 
 import numpy as np
 
-from codecssl.superb.mini_bench import TRIPLE, Bench, LackingError, require
-from codecssl.superb.mini_manifest import Row, Splits, by_speaker, by_utterance, grouped, pick
+from codecssl.superb.mini.builder import TRIPLE, Bench, LackingError, require
+from codecssl.superb.mini.manifest import Row, Splits, by_speaker, by_utterance, grouped, pick
 
 Trial = tuple[int, str, str]
 FOLDS = 5

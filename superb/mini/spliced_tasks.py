@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from codecssl.superb import mini_tasks
-from codecssl.superb.mini_audio import RATE, Wave, at_level, loudest_part, quiet_part, trimmed
-from codecssl.superb.mini_bench import TRIPLE, Bench, LackingError, require
-from codecssl.superb.mini_manifest import Row, Splits, by_speaker, by_utterance, grouped, keyword_of, pick
+from codecssl.superb.mini import recorded_tasks
+from codecssl.superb.mini.audio import RATE, Wave, at_level, loudest_part, quiet_part, trimmed
+from codecssl.superb.mini.builder import TRIPLE, Bench, LackingError, require
+from codecssl.superb.mini.manifest import Row, Splits, by_speaker, by_utterance, grouped, keyword_of, pick
 
 SILENCE, UNKNOWN = "_silence_", "_unknown_"
 LONGEST = 1.0
@@ -139,11 +139,11 @@ def ic(bench: Bench) -> list[Row]:
     sentences = [row for row in bench.data.of("ic") if isinstance(row.get("slots"), dict) and row["slots"]]
     made = [] if len(sentences) >= bench.recipe.ic_least else list(_intents(bench))
     if not made:
-        return mini_tasks.ic(bench)
+        return recorded_tasks.ic(bench)
     bench.note(
         "ic",
         f"{len(sentences)} sentences with slots are too few for a head to learn from. The commands are made, real "
-        f"clips in a row: a keyword (action) and a digit (object); `{mini_tasks.NONE}` is the only location.",
+        f"clips in a row: a keyword (action) and a digit (object); `{recorded_tasks.NONE}` is the only location.",
     )
     return made
 
@@ -166,7 +166,7 @@ def _intents(bench: Bench) -> Iterator[Row]:
             pair = pairs[number % len(pairs)]
             chosen = [clips[word][int(rng.integers(len(clips[word])))] for word in pair]
             wave = in_a_row([at_level(cut(bench.studio.read(row, band)), -25.0) for row in chosen], rng)
-            slots = dict(zip(mini_tasks.INTENT, (*pair, mini_tasks.NONE), strict=True))
+            slots = dict(zip(recorded_tasks.INTENT, (*pair, recorded_tasks.NONE), strict=True))
             columns = {"slots": slots, "speaker": chosen[1]["speaker"]}
             yield bench.written("ic", split, f"{split}-{number:04d}", wave, chosen[0], **columns)
 

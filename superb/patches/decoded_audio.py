@@ -5,7 +5,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 
 class DecodedOnce:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 Turn = tuple[str, float, float]  # speaker, start and end in seconds
 

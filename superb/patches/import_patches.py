@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from codecssl.superb import effects
+from codecssl.superb.patches import sox_effects
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,8 @@ def _torchaudio_sox_effects() -> None:
         return
     module: Any = ModuleType("torchaudio.sox_effects")
     module.__spec__ = importlib.util.spec_from_loader(module.__name__, loader=None)
-    module.apply_effects_tensor = effects.apply_effects
-    module.apply_effects_file = effects.apply_effects_file
+    module.apply_effects_tensor = sox_effects.apply_effects
+    module.apply_effects_file = sox_effects.apply_effects_file
     sys.modules[module.__name__] = module
     torchaudio.sox_effects = module
 

@@ -3,7 +3,7 @@
 Each is one patch with its reason; s3prl itself is not edited. `install` is called when a problem is built.
 """
 
-from codecssl.superb.compat import Patch
+from codecssl.superb.patches.import_patches import Patch
 
 
 def _token_errors() -> None:
@@ -44,7 +44,7 @@ def _slot_edits() -> None:
 def _diarisation_score() -> None:
     import s3prl.problem.diarization.util as util
 
-    from codecssl.superb.diarise import score_files
+    from codecssl.superb.patches.der import score_files
 
     util.score_with_dscore = score_files
 

@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 
 from codecssl.superb.results import Row
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from codecssl.superb.codec16 import SAMPLE_RATE
-from codecssl.superb.expert import Shelf, Upstream
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.manifest import read_rows
+from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE
+from codecssl.superb.upstreams.expert import Shelf, Upstream
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.sources.manifest import read_rows
 
 SHORTEST = 800  # samples: what s3prl pads its shortest waves to
 
@@ -27,7 +27,7 @@ class AudioRows:
         """A function from a row's number to its hidden states [T, D]."""
         import torch
 
-        from codecssl.tokenize.audio import read_wave
+        from codecssl.tokenize.sources.audio import read_wave
 
         expert = shelf.build_unnormalised(upstream)
 

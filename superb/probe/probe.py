@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from codecssl.superb import results
-from codecssl.superb.crossvalidate import Settings, evaluate
-from codecssl.superb.expert import Shelf, Upstream, parse_all
-from codecssl.superb.probe_data import open_rows
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.probe.crossvalidate import Settings, evaluate
+from codecssl.superb.probe.features import open_rows
+from codecssl.superb.upstreams.expert import Shelf, Upstream, parse_all
+from codecssl.tokenize.common.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,7 +47,7 @@ def load_probes(name: str) -> list[Probe]:
     """Probes of a YAML file, or of the configuration of that name; UserError on a key that no probe has."""
     import yaml
 
-    shipped = Path(__file__).resolve().parent.parent / "configs" / "superb" / f"{name}.yaml"
+    shipped = Path(__file__).resolve().parents[2] / "configs" / "superb" / f"{name}.yaml"
     path = shipped if shipped.is_file() else Path(name)
     if not path.is_file():
         raise UserError(f"probes {name}: neither a file nor a name in configs/superb")

@@ -13,7 +13,7 @@ from typing import Any
 
 from codecssl.superb import results
 from codecssl.superb.tasks import TASKS, Budget, Metric
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 BASELINES = ("fbank", "codes", "random")
 SAMPLE = "sample corpus (synthetic speech)"
@@ -59,7 +59,7 @@ class Cell:
     @property
     def untested_folds(self) -> list[int]:
         """Of emotion recognition taken in turns: those that some seed lacks."""
-        from codecssl.superb.corpus import FOLDS
+        from codecssl.superb.corpora.corpus import FOLDS
 
         tested = {(run["seed"], run["fold"]) for run in self.runs if run.get("fold")}
         return [fold for fold in FOLDS if tested and any((seed, fold) not in tested for seed in self.seeds)]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from codecssl.superb import results
-from codecssl.superb.corpus import Example
+from codecssl.superb.corpora.corpus import Example
 
 FOLDER = "predict"
 ANSWERS, ANSWERS_LM = "answers.json", "answers_lm.json"

@@ -11,12 +11,12 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from codecssl.superb.comparison import Comparison, load
-from codecssl.superb.predictions import FOLDER
+from codecssl.superb.reporting.comparison import Comparison, load
+from codecssl.superb.reporting.predictions import FOLDER
 from codecssl.superb.results import Row
 from codecssl.superb.tasks import TASKS
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.files import atomic_file
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.files import atomic_file
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """Of every member: the same predictions are the same bytes."""

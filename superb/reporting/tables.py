@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codecssl.superb import results
-from codecssl.superb.comparison import BASELINES, SAMPLE, Cell, Column, Comparison, compare, load
-from codecssl.superb.score import PUBLISHED, missing, score
+from codecssl.superb.reporting.comparison import BASELINES, SAMPLE, Cell, Column, Comparison, compare, load
+from codecssl.superb.reporting.superb_score import PUBLISHED, missing, score
 from codecssl.superb.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
 
 def write(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
     """report.md and report.html in `folder`, each whole or not there."""
-    from codecssl.superb.page import html
+    from codecssl.superb.reporting.web_page import html
 
     texts: dict[str, Any] = {"report.md": markdown(comparisons), "report.html": html(comparisons)}
     for name, text in texts.items():

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from html import escape
 
-from codecssl.superb.charts import PALETTE, heat_chart, legend, line_chart
-from codecssl.superb.comparison import Comparison, values_of
-from codecssl.superb.report import lines, notes, percent
+from codecssl.superb.reporting.comparison import Comparison, values_of
+from codecssl.superb.reporting.svg_charts import PALETTE, heat_chart, legend, line_chart
+from codecssl.superb.reporting.tables import lines, notes, percent
 from codecssl.superb.tasks import TASKS
 
 TITLE = "codecssl: results"

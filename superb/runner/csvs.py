@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from codecssl.superb.corpus import Corpus, Example
+from codecssl.superb.corpora.asv_trials import Trial, trials_of
+from codecssl.superb.corpora.corpus import Corpus, Example
 from codecssl.superb.tasks import Task
-from codecssl.superb.trials import Trial, trials_of
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 SAMPLE_RATE = 16_000
 Table = dict[str, list[Any]]

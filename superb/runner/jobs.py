@@ -10,10 +10,10 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from codecssl.superb import results
-from codecssl.superb import run as one
-from codecssl.superb.expert import Upstream
-from codecssl.superb.run import Machine, Run
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.runner import run as one
+from codecssl.superb.runner.run import Machine, Run
+from codecssl.superb.upstreams.expert import Upstream
+from codecssl.tokenize.common.errors import UserError
 
 
 def run_all(

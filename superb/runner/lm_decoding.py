@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from codecssl.superb import results
-from codecssl.superb.predictions import ANSWERS_LM
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.reporting.predictions import ANSWERS_LM
+from codecssl.tokenize.common.errors import UserError
 
 BLANK, SPACE = "#", "|"  # in s3prl's decoder
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from codecssl.superb.corpus import Corpus, Example
-from codecssl.superb.expert import Shelf, Upstream, frame_shift
-from codecssl.superb.fill import Job, fill
+from codecssl.superb.corpora.corpus import Corpus, Example
 from codecssl.superb.tasks import Task
-from codecssl.superb.waves import Wave, waves_of
+from codecssl.superb.tokens.fill import Job, fill
+from codecssl.superb.tokens.waves import Wave, waves_of
+from codecssl.superb.upstreams.expert import Shelf, Upstream, frame_shift
 from codecssl.tokenize.codec import Codec
 
 FEW_WAVES = 512

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from codecssl.superb import repairs
-from codecssl.superb.predictions import keep_answers
+from codecssl.superb.patches import task_patches
+from codecssl.superb.reporting.predictions import keep_answers
 from codecssl.superb.tasks import Task
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 
 def make_problem(task: Task, csvs: dict[str, Path]) -> Any:
@@ -22,9 +22,9 @@ def make_problem(task: Task, csvs: dict[str, Path]) -> Any:
     import s3prl.problem
     import torch
 
-    from codecssl.superb.faster import quicken
+    from codecssl.superb.patches.faster_modules import quicken
 
-    repairs.install()
+    task_patches.install()
     base: Any = getattr(s3prl.problem, str(task.problem))
     tested = [csvs["test"]]
     prepared = (csvs["train"], csvs["valid"], tested) if "valid" in task.splits else (csvs["train"], tested)

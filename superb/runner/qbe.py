@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from codecssl.superb import results
-from codecssl.superb.corpus import Example
-from codecssl.superb.mtwv import mtwv
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.corpora.corpus import Example
+from codecssl.superb.runner.mtwv import mtwv
+from codecssl.tokenize.common.errors import UserError
 
 EFFECTS = [["channels", "1"], ["rate", "16000"], ["gain", "-3.0"]]  # of s3prl's quesst14_dtw
 LEAST_SAMPLES = 800  # s3prl pads shorter waves with zeros
@@ -106,7 +106,7 @@ def _value(search: Search, upstream: Any, layer: int, path: Path, workers: int, 
 
 def _features(examples: Sequence[Example], upstream: Any, layer: int, device: str) -> tuple[list[np.ndarray], int]:
     """One layer of each clip, float32 [T, D], normalised over all of them; and how many layers there are."""
-    from codecssl.superb.effects import apply_effects_file
+    from codecssl.superb.patches.sox_effects import apply_effects_file
 
     clips = []
     for example in examples:
@@ -157,9 +157,9 @@ def _row(query: np.ndarray, folder: Path) -> np.ndarray:
 
 
 def _match(query: np.ndarray, document: np.ndarray) -> float:
-    from codecssl.superb import compat
+    from codecssl.superb.patches import import_patches
 
-    compat.install()
+    import_patches.install()
     from s3prl.downstream.quesst14_dtw.expert import match
 
     steps = {"step_pattern": "asymmetric", "keep_internals": False, "distance_only": False}

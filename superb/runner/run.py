@@ -14,18 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from codecssl.superb import compat, decoded, results
-from codecssl.superb.codes import counts_of
-from codecssl.superb.corpus import Selection, chance, open_corpus
-from codecssl.superb.csvs import write_csvs
-from codecssl.superb.expert import Shelf, Upstream
-from codecssl.superb.outcome import outcome
-from codecssl.superb.predictions import write_detections, write_predictions
-from codecssl.superb.problems import make_problem
+from codecssl.superb import results
+from codecssl.superb.corpora.corpus import Selection, chance, open_corpus
+from codecssl.superb.patches import decoded_audio, import_patches
+from codecssl.superb.reporting.predictions import write_detections, write_predictions
+from codecssl.superb.runner.csvs import write_csvs
+from codecssl.superb.runner.outcome import outcome
+from codecssl.superb.runner.problems import make_problem
+from codecssl.superb.runner.torn import drop_torn
 from codecssl.superb.tasks import TASKS, Budget, Task, official_config
-from codecssl.superb.torn import drop_torn
+from codecssl.superb.tokens.codes import counts_of
+from codecssl.superb.upstreams.expert import Shelf, Upstream
 from codecssl.tokenize.codec import file_sha256
-from codecssl.tokenize.files import alone_in
+from codecssl.tokenize.common.files import alone_in
 
 HUB_NAME = "codecssl_frozen"  # under which a run's upstream stands in s3prl's hub
 
@@ -144,7 +145,7 @@ def _trained(run: Run, machine: Machine, task: Task, selection: Selection) -> re
     problem.run(**config)
     found = outcome(run.folder, task)
     if run.language_model is not None and task.name == "asr":
-        from codecssl.superb.decode import word_errors
+        from codecssl.superb.runner.lm_decoding import word_errors
 
         most = run.budget.tested(task.work)
         found["values"]["wer_lm"] = word_errors(problem, run.folder, run.language_model, machine.device, most)
@@ -163,7 +164,7 @@ def _searched(run: Run, machine: Machine, selection: Selection) -> results.Row:
     """Query by example: nothing is trained."""
     import s3prl.hub
 
-    from codecssl.superb.qbe import evaluate, searches
+    from codecssl.superb.runner.qbe import evaluate, searches
 
     upstream = getattr(s3prl.hub, HUB_NAME)()
     options: dict[str, Any] = {"pairs": run.budget.pairs, "workers": machine.num_workers, "device": machine.device}
@@ -204,7 +205,7 @@ def _stand_in_hub(run: Run, machine: Machine) -> Any:
     """
     import s3prl.hub
 
-    from codecssl.superb.guard import Guarded
+    from codecssl.superb.upstreams.finite_guard import Guarded
 
     seed = run.seed if run.upstream.kind == "random" else 0  # nothing else in an upstream is drawn
     upstream = Guarded(_build(run.upstream, seed, machine, Path(machine.cache or run.output / "cache"), run.task))
@@ -215,7 +216,7 @@ def _stand_in_hub(run: Run, machine: Machine) -> Any:
 @functools.lru_cache(maxsize=1)
 def _build(upstream: Upstream, seed: int, machine: Machine, codes: Path, task: str) -> Any:
     """Anew for each task, so that the features of one make room for those of the next."""
-    from codecssl.superb.features import CachedUpstream
+    from codecssl.superb.upstreams.feature_cache import CachedUpstream
 
     built = _shelf(machine.device, codes, seed).build(upstream)
     return CachedUpstream(built, int(machine.feature_cache_gib * 2**30))
@@ -227,8 +228,8 @@ def _shelf(device: str, codes: Path, seed: int) -> Shelf:
 
 
 def _prepare_process(machine: Machine) -> None:
-    compat.install()
-    decoded.install()
+    import_patches.install()
+    decoded_audio.install()
     import torch
 
     if machine.threads:

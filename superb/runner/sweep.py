@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from codecssl.superb.corpus import FOLDS, open_corpus
-from codecssl.superb.expert import Upstream
-from codecssl.superb.run import Run
+from codecssl.superb.corpora.corpus import FOLDS, open_corpus
+from codecssl.superb.runner.run import Run
 from codecssl.superb.tasks import Budget, Task, rates_of
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.upstreams.expert import Upstream
+from codecssl.tokenize.common.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

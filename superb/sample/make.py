@@ -1,4 +1,4 @@
-"""Make the spoken sample corpus with espeak-ng: `python -m codecssl.superb.make_sample --output OUTPUT.tar`.
+"""Make the spoken sample corpus with espeak-ng: `python -m codecssl.superb.sample.make --output OUTPUT.tar`.
 
 First a plan of all utterances (text, speaker, labels, splits), which needs no espeak-ng; then each is spoken
 with a random generator of its own (seed, index), so the same versions of espeak-ng, numpy and soxr give the
@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from codecssl.superb import sample_text as said
-from codecssl.superb.sample_voice import (
+from codecssl.superb.sample import text as said
+from codecssl.superb.sample.voice import (
     MANNERS,
     SAMPLE_RATE,
     SPEAKERS,
@@ -39,7 +39,7 @@ from codecssl.superb.sample_voice import (
     recorded,
     speak,
 )
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 SEED = 20
 SPLITS = {"train": SPEAKERS[:12], "valid": SPEAKERS[12:16], "test": SPEAKERS[16:]}
@@ -284,7 +284,7 @@ def _write_tar(output: Path, members: dict[str, bytes]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     about = "Make the spoken sample corpus with espeak-ng."
-    parser = argparse.ArgumentParser(prog="python -m codecssl.superb.make_sample", description=about)
+    parser = argparse.ArgumentParser(prog="python -m codecssl.superb.sample.make", description=about)
     parser.add_argument("--output", type=Path, required=True, help="the archive to write")
     parser.add_argument("--bitrate", type=int, default=13_000, help="of Opus, bit/s (default: %(default)s)")
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""What plain log-mel features reach on the sample corpus: `python -m codecssl.superb.sample_measure FOLDER`.
+"""What plain log-mel features reach on the sample corpus: `python -m codecssl.superb.sample.measure FOLDER`.
 
 A sanity check of the data, not SUPERB: each task must be learnable, and none may be solved by an averaged
 spectrum. Chance is what a constant or random answer gets. `--ctc` adds pr, asr and sf by a small BLSTM
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from codecssl.superb.sample import Row, manifest_rows
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.sample.unpack import Row, manifest_rows
+from codecssl.tokenize.common.errors import UserError
 
 Array = npt.NDArray[Any]
 HOP = 160
@@ -196,7 +196,7 @@ def edit_distance(one: list[str], other: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m codecssl.superb.sample_measure", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m codecssl.superb.sample.measure", description=__doc__)
     parser.add_argument("folder", type=Path, help="the unpacked corpus")
     parser.add_argument("--ctc", type=int, metavar="EPOCHS", default=0, help="also train pr, asr and sf so long")
     arguments = parser.parse_args(argv)

@@ -19,7 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 ARCHIVE = Path(__file__).with_name("sample_corpus.tar")
 SAMPLE_RATE = 16_000

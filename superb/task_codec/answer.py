@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from codecssl.superb import results
-from codecssl.superb.compressed import load
+from codecssl.superb.task_codec.codec_folder import load
 from codecssl.tokenize.codec import file_sha256
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.shards import Shards
 
 

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codecssl.pretrain.fs2 import AttentionBiasCache, BatchLayout
-from codecssl.pretrain.layers import ResidualEncoder
-from codecssl.pretrain.model import CodecModel
-from codecssl.superb.rvq import Rvq, RvqConfig, least_squares
+from codecssl.pretrain.model.fairseq2_parts import AttentionBiasCache, BatchLayout
+from codecssl.pretrain.model.layers import ResidualEncoder
+from codecssl.pretrain.model.model import CodecModel
+from codecssl.superb.task_codec.rvq import Rvq, RvqConfig, least_squares
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 MOST_BITS = 10
 """Of one codebook: 1024 entries."""

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codecssl.superb.compressed import Compressed
-from codecssl.superb.compressed import load as load_folder
+from codecssl.superb.task_codec.codec_folder import Compressed
+from codecssl.superb.task_codec.codec_folder import load as load_folder
+from codecssl.tokenize.backends.precision import full_precision
 from codecssl.tokenize.codec import Codec, CodecCard, file_sha256, keep_codebooks, load_codec_for
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.precision import full_precision
+from codecssl.tokenize.common.errors import UserError
 
 WHOLE_SECONDS, SEGMENT_SECONDS = 30, 20
 

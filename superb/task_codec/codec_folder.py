@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from codecssl.configs.load import from_dict
 from codecssl.pretrain.config import ModelConfig
-from codecssl.pretrain.fs2 import AttentionBiasCache
-from codecssl.pretrain.layers import ResidualEncoder
-from codecssl.pretrain.masters import load_weights
-from codecssl.pretrain.model import CodecModel
-from codecssl.superb.bottleneck import Bottleneck, Rate, check_layer, later_states
-from codecssl.superb.heads import HEADS
-from codecssl.superb.rvq import RvqConfig
+from codecssl.pretrain.engine.fp32_state import load_weights
+from codecssl.pretrain.model.fairseq2_parts import AttentionBiasCache
+from codecssl.pretrain.model.layers import ResidualEncoder
+from codecssl.pretrain.model.model import CodecModel
+from codecssl.superb.task_codec.bottleneck import Bottleneck, Rate, check_layer, later_states
+from codecssl.superb.task_codec.heads import HEADS
+from codecssl.superb.task_codec.rvq import RvqConfig
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 MODEL_TYPE, VERSION = "codecssl-machine", 1
 """Of config.json; `codecssl.tokenize.codec.MODEL_TYPES` knows a codec by it."""
@@ -87,7 +87,7 @@ def save(compressed: Compressed, folder: Path, rate: Rate, more: dict[str, Any])
     """Write weights, then config.json: a folder without it is no codec. `more` tells how it was made."""
     from safetensors.torch import save as to_bytes
 
-    from codecssl.tokenize.files import write_atomic
+    from codecssl.tokenize.common.files import write_atomic
 
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().contiguous() for name, value in compressed.named_parameters()}

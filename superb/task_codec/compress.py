@@ -11,22 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from codecssl.pretrain.export import load_pretrained
-from codecssl.pretrain.model import CodecModel
-from codecssl.superb import compressed as codec_folder
+from codecssl.pretrain.export.export import load_pretrained
+from codecssl.pretrain.model.model import CodecModel
 from codecssl.superb import results
-from codecssl.superb.bottleneck import Bottleneck, Rate, check_layer, choose_rate
-from codecssl.superb.compress_data import SPOKEN, Examples, examples, open_shards, refuse_too_slow
-from codecssl.superb.compress_heads import STAGES, Summaries, error_rate, train_head
-from codecssl.superb.compress_settings import TrainConfig
-from codecssl.superb.compress_source import Kept, Source, after, batched, whole_model
-from codecssl.superb.compress_train import Training, load_state, save_state
-from codecssl.superb.compressed import Compressed
-from codecssl.superb.heads import HEADS
-from codecssl.superb.rvq import RvqConfig
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.task_codec import codec_folder
+from codecssl.superb.task_codec.bottleneck import Bottleneck, Rate, check_layer, choose_rate
+from codecssl.superb.task_codec.codec_folder import Compressed
+from codecssl.superb.task_codec.config import TrainConfig
+from codecssl.superb.task_codec.examples import SPOKEN, Examples, examples, open_shards, refuse_too_slow
+from codecssl.superb.task_codec.head_training import STAGES, Summaries, error_rate, train_head
+from codecssl.superb.task_codec.heads import HEADS
+from codecssl.superb.task_codec.rvq import RvqConfig
+from codecssl.superb.task_codec.states import Kept, Source, after, batched, whole_model
+from codecssl.superb.task_codec.training import Training, load_state, save_state
+from codecssl.tokenize.backends.weights import local
+from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.shards import Shards
-from codecssl.tokenize.weights import local
 
 FRAME_RATE = {True: 25.0, False: 12.5}
 """Hz, of the codes, where none is given: 25 for pr and none, 12.5 for classes."""

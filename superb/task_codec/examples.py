@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from codecssl.superb.crossvalidate import assign_folds
-from codecssl.superb.mini_tasks import plain_phones
-from codecssl.superb.probe import Probe, check, load_probes
+from codecssl.superb.mini.recorded_tasks import plain_phones
+from codecssl.superb.probe.crossvalidate import assign_folds
+from codecssl.superb.probe.probe import Probe, check, load_probes
 from codecssl.superb.tasks import TASKS, Row
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.shards import Shards
 
 PARTS = ("train", "valid", "test")

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from codecssl.superb.compress_data import Examples
-from codecssl.superb.compress_settings import TrainConfig
-from codecssl.superb.compress_source import CACHE_BYTES, Batched
-from codecssl.superb.heads import Head, errors
+from codecssl.superb.task_codec.config import TrainConfig
+from codecssl.superb.task_codec.examples import Examples
+from codecssl.superb.task_codec.heads import Head, errors
+from codecssl.superb.task_codec.states import CACHE_BYTES, Batched
 
 STAGES = ("head", "a", "b")
 BATCH = 32

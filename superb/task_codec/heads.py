@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codecssl.superb.bottleneck import frame_mask
+from codecssl.superb.task_codec.bottleneck import frame_mask
 
 BLANK = 0
 """CTC's label of no label."""

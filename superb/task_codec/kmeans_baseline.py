@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codecssl.superb.bottleneck import Bottleneck
-from codecssl.superb.rvq import RvqConfig
+from codecssl.superb.task_codec.bottleneck import Bottleneck
+from codecssl.superb.task_codec.rvq import RvqConfig
 
 MOST_FRAMES = 10_000
 """That centres are fitted to."""

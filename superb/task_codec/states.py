@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from codecssl.pretrain.model import CodecModel
-from codecssl.superb.bottleneck import Bottleneck, later_states
+from codecssl.pretrain.model.model import CodecModel
+from codecssl.superb.task_codec.bottleneck import Bottleneck, later_states
 from codecssl.tokenize.shards import Shards
 
 States = list[Tensor]

@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codecssl.pretrain.model import CodecModel
-from codecssl.superb.bottleneck import Bottleneck, frame_mask, later_states
-from codecssl.superb.compress_data import Examples
-from codecssl.superb.compress_heads import (
+from codecssl.pretrain.model.model import CodecModel
+from codecssl.superb.task_codec.bottleneck import Bottleneck, frame_mask, later_states
+from codecssl.superb.task_codec.config import TrainConfig
+from codecssl.superb.task_codec.examples import Examples
+from codecssl.superb.task_codec.head_training import (
     STAGES,
     Best,
     Summaries,
@@ -35,10 +36,9 @@ from codecssl.superb.compress_heads import (
     steps_of,
     update,
 )
-from codecssl.superb.compress_settings import TrainConfig
-from codecssl.superb.compress_source import Source, batch, quantised
-from codecssl.superb.rvq import masked_square, quantizer_dropout
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.task_codec.rvq import masked_square, quantizer_dropout
+from codecssl.superb.task_codec.states import Source, batch, quantised
+from codecssl.tokenize.common.errors import UserError
 
 VQ_WEIGHT = {"none": 0.2, "ctc": 0.2, "class": 0.005}
 """Of commitment and codebook loss in stage B, by the head's kind, as published (arXiv 2507.12701)."""
@@ -221,7 +221,7 @@ PLAIN = ("stage", "step", "fitted", "dead", "revived")
 
 def save_state(path: Path, identity: str, state: dict[str, Any]) -> None:
     """Whole or not there."""
-    from codecssl.tokenize.files import atomic_file
+    from codecssl.tokenize.common.files import atomic_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:

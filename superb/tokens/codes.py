@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codecssl.superb.cache import TokenCache, wave_key
+from codecssl.superb.tokens.token_cache import TokenCache, wave_key
 
 __all__ = ["CodeCache", "counts_of", "wave_key"]
 

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from codecssl.superb.cache import KeyedShards, TokenCache, codec_folder, wave_key
-from codecssl.superb.codec16 import SAMPLE_RATE, at_codec_rate, encode_scaled
-from codecssl.superb.waves import Wave
+from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE, at_codec_rate, encode_scaled
+from codecssl.superb.tokens.token_cache import KeyedShards, TokenCache, codec_folder, wave_key
+from codecssl.superb.tokens.waves import Wave
 from codecssl.tokenize.codec import Codec, CodecCard
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.files import NO_LOCKS, locked
-from codecssl.tokenize.layout import shard_path, to_planes
-from codecssl.tokenize.writer import Encoded, Failure, ShardWriter, finish_dataset
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.files import NO_LOCKS, locked
+from codecssl.tokenize.format.layout import shard_path, to_planes
+from codecssl.tokenize.format.writer import Encoded, Failure, ShardWriter, finish_dataset
 
 SHARD_WAVES = 4096
 BLOCK_WAVES = 256

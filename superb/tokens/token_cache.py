@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.files import atomic_file
-from codecssl.tokenize.layout import read_numbers, shard_path
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.files import atomic_file
+from codecssl.tokenize.format.layout import read_numbers, shard_path
 from codecssl.tokenize.shards import Shards
 
 KEY = np.dtype([("key", "u1", (32,)), ("index", "<u4")])

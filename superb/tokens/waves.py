@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from codecssl.superb import compat
+from codecssl.superb.patches import import_patches
 from codecssl.superb.tasks import Task
 
 Effects = tuple[tuple[str, ...], ...]
@@ -24,7 +24,7 @@ class Wave:
     """Seconds; None is the file's start."""
     end: float | None = None
     effects: Effects = ()
-    """sox effects, by `codecssl.superb.effects`."""
+    """sox effects, by `codecssl.superb.patches.sox_effects`."""
     longest: float | None = None
     """Seconds; a longer wave is cut at random each time, so that it is never the same."""
     by_sox: bool = False
@@ -39,7 +39,7 @@ class Wave:
             return _stretch(self.path, *self.samples)
         if self.by_sox:
             return _by_sox(self.path)
-        compat.install()
+        import_patches.install()
         from s3prl.dataio.dataset import LoadAudio
 
         cut = self.start is not None or self.end is not None
@@ -68,18 +68,18 @@ def _stretch(path: str, first: int, last: int) -> Tensor:
 
 
 def _by_sox(path: str) -> Tensor:
-    """As `codecssl.superb.qbe` opens a clip."""
+    """As `codecssl.superb.runner.qbe` opens a clip."""
     from torch.nn.functional import pad
 
-    from codecssl.superb.effects import apply_effects_file
-    from codecssl.superb.qbe import EFFECTS, LEAST_SAMPLES
+    from codecssl.superb.patches.sox_effects import apply_effects_file
+    from codecssl.superb.runner.qbe import EFFECTS, LEAST_SAMPLES
 
     wav, _ = apply_effects_file(path, EFFECTS)
     return pad(wav.flatten(), (0, max(0, LEAST_SAMPLES - wav.numel())))
 
 
 def waves_of(task: Task, splits: Mapping[str, Iterable[Any]], frame_shift: int = 320) -> list[Wave]:
-    """The distinct waves of a task, given its examples by split (of `codecssl.superb.corpus`).
+    """The distinct waves of a task, given its examples by split (of `codecssl.superb.corpora.corpus`).
 
     frame_shift: the upstream's samples per frame, in which diarisation counts where it cuts recordings.
     """
@@ -111,7 +111,7 @@ def _stretches(
 
 def _settings(task: Task, split: str) -> dict[str, Any]:
     """What s3prl does to the waves of a split: effects, and the length from which they are cut at random."""
-    compat.install()
+    import_patches.install()
     if task.problem is None:
         return {"by_sox": True}
     import s3prl.problem

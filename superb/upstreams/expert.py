@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from codecssl.superb import checkpoints, plain
-from codecssl.superb.cache import TokenCache
-from codecssl.superb.codec16 import SAMPLE_RATE, encode
-from codecssl.superb.codes import CodeCache
+from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE, encode
+from codecssl.superb.tokens.codes import CodeCache
+from codecssl.superb.tokens.token_cache import TokenCache
+from codecssl.superb.upstreams import s3prl_upstreams, transformers_upstreams
 from codecssl.tokenize.codec import Codec, CodecCard, load_codec, load_codec_for
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 if TYPE_CHECKING:
     from codecssl.pretrain.config import ModelConfig
@@ -167,7 +167,7 @@ def parse(name: str) -> Upstream:
         return Upstream(name=name, kind="codes", argument=tail or None)
     if head == "random" and (not tail or _is_model(tail)):
         return Upstream(name=name, kind="random", argument=tail or None)
-    if checkpoints.is_checkpoint(name):
+    if transformers_upstreams.is_checkpoint(name):
         raise UserError(f"upstream {name}: a checkpoint of transformers; give hf:{name}")
     if _is_model(name) or _is_compressed(name):
         return Upstream(name=name, kind="model", argument=name)
@@ -229,11 +229,11 @@ class Shelf:
     def build(self, upstream: Upstream) -> nn.Module:
         """The upstream, frozen and on the device."""
         if upstream.kind == "fbank":
-            return plain.fbank("fbank").to(self.device)
+            return s3prl_upstreams.fbank("fbank").to(self.device)
         if upstream.kind == "s3prl":
-            return plain.from_s3prl(upstream.argument or "").to(self.device)
+            return s3prl_upstreams.from_s3prl(upstream.argument or "").to(self.device)
         if upstream.kind == "hf":
-            return checkpoints.load(upstream.argument or "").to(self.device)
+            return transformers_upstreams.load(upstream.argument or "").to(self.device)
         card, encoder = self.encoder(upstream)
         _, codes = self._codec(card.fingerprint, lambda: load_codec_for(card, device=self.device))
         return CodecExpert(card, codes, encoder).to(self.device)
@@ -242,11 +242,13 @@ class Shelf:
         """The same, but fbank without the normalisation that makes the mean over time of every utterance
         zero.
         """
-        return plain.fbank("fbank_no_cmvn").to(self.device) if upstream.kind == "fbank" else self.build(upstream)
+        return (
+            s3prl_upstreams.fbank("fbank_no_cmvn").to(self.device) if upstream.kind == "fbank" else self.build(upstream)
+        )
 
     def encoder(self, upstream: Upstream) -> tuple[CodecCard, nn.Module]:
         """The part from codes to hidden states, for data that is codes already."""
-        from codecssl.pretrain.export import load_pretrained
+        from codecssl.pretrain.export.export import load_pretrained
 
         assert upstream.reads_codes
         if upstream.argument and _is_model(upstream.argument):
@@ -268,7 +270,7 @@ class Shelf:
 
     def codec(self, upstream: Upstream) -> tuple[Codec, Callable[[], Codec]]:
         """The codec of an upstream that reads codes, and how another process loads it."""
-        from codecssl.pretrain.export import load_pretrained
+        from codecssl.pretrain.export.export import load_pretrained
 
         if upstream.argument and _is_model(upstream.argument):
             load = functools.partial(load_codec_for, load_pretrained(upstream.argument).card, device=self.device)
@@ -278,7 +280,7 @@ class Shelf:
 
     def _baseline(self, kind: str, codec: Codec, config: "ModelConfig") -> nn.Module:
         from codecssl.pretrain.build import first_tables
-        from codecssl.pretrain.model import untrained
+        from codecssl.pretrain.model.model import untrained
 
         if kind == "codes":
             return CodeTables([table.cpu() for table in codec.embeddings()])

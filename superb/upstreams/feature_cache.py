@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codecssl.superb.cache import wave_key
-from codecssl.superb.expert import CodecExpert
+from codecssl.superb.tokens.token_cache import wave_key
+from codecssl.superb.upstreams.expert import CodecExpert
 
 
 class CachedUpstream(nn.Module):

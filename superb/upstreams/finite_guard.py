@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codecssl.superb.cache import wave_key
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.tokens.token_cache import wave_key
+from codecssl.tokenize.common.errors import UserError
 
 MOST_BROKEN = 0.05
 FEW_BROKEN = 5

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codecssl.superb import compat
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.patches import import_patches
+from codecssl.tokenize.common.errors import UserError
 
 
 class PlainUpstream(nn.Module):
@@ -51,7 +51,7 @@ def _extended(state: Tensor, frames: int) -> Tensor:
 
 def fbank(name: str) -> nn.Module:
     """s3prl's own log-mel filterbank, imported without the rest of its hub (seconds)."""
-    compat.install()
+    import_patches.install()
     from s3prl.upstream.baseline import hubconf
 
     return PlainUpstream(getattr(hubconf, name)())
@@ -59,7 +59,7 @@ def fbank(name: str) -> nn.Module:
 
 def from_s3prl(name: str) -> nn.Module:
     """Any name of s3prl's hub. UserError for one that it has not."""
-    compat.install()
+    import_patches.install()
     import s3prl.hub as hub
 
     if not callable(getattr(hub, name, None)):

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codecssl.superb.codec16 import SAMPLE_RATE
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE
+from codecssl.tokenize.common.errors import UserError
 
 MODEL_TYPES = {"hubert": "HubertModel", "wav2vec2": "Wav2Vec2Model", "wavlm": "WavLMModel"}
 

@@ -13,7 +13,7 @@ from codecssl.configs.load import (
     parse_overrides,
     to_yaml,
 )
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

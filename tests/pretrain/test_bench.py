@@ -7,7 +7,7 @@ import pytest
 
 from codecssl.pretrain.bench import SYNTHETIC, bench, in_turns, make_batch, table
 from codecssl.pretrain.config import RunConfig
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 
 def test_ways_take_turns_and_the_warm_up_does_not_count() -> None:

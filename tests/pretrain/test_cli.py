@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from codecssl.pretrain import checkpoint
 from codecssl.pretrain import run as run_module
-from codecssl.pretrain import status as status_module
 from codecssl.pretrain.cli import main
-from codecssl.pretrain.telemetry import Row, Telemetry, read_rows
+from codecssl.pretrain.engine import checkpoint
+from codecssl.pretrain.monitor import status as status_module
+from codecssl.pretrain.monitor.telemetry import Row, Telemetry, read_rows
 
 Make = Callable[..., Path]
 SMALL = [

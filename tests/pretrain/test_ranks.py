@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from codecssl.slurm.job import Ranks, choose_backend, find_meeting, find_ranks, first_host
-from codecssl.tokenize.errors import UserError
+from codecssl.pretrain.ranks import Ranks, choose_backend, find_meeting, find_ranks, first_host
+from codecssl.tokenize.common.errors import UserError
 
 SRUN = {
     "SLURM_JOB_ID": "1",

@@ -16,24 +16,24 @@ import torch
 from safetensors.torch import load_file
 
 from codecssl.pretrain import build as build_module
-from codecssl.pretrain import checkpoint
 from codecssl.pretrain.build import build
 from codecssl.pretrain.config import RunConfig
-from codecssl.pretrain.corpus import Corpus
-from codecssl.pretrain.data import open_data
-from codecssl.pretrain.engine import schedule
-from codecssl.pretrain.export import export, load_pretrained
-from codecssl.pretrain.peers import PREEMPTED
-from codecssl.pretrain.pretrained import from_pretrained
+from codecssl.pretrain.data.corpus import Corpus
+from codecssl.pretrain.data.open_data import open_data
+from codecssl.pretrain.engine import checkpoint
+from codecssl.pretrain.engine.distributed import PREEMPTED
+from codecssl.pretrain.engine.engine import schedule
+from codecssl.pretrain.export.export import export, load_pretrained
+from codecssl.pretrain.export.pretrained import from_pretrained
+from codecssl.pretrain.monitor.telemetry import read_rows
+from codecssl.pretrain.ranks import Ranks
 from codecssl.pretrain.run import run
-from codecssl.pretrain.telemetry import read_rows
 from codecssl.pretrain.training import Training
-from codecssl.slurm.job import Ranks
-from codecssl.tokenize import files
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.backends.tiny_16khz import random_codec
+from codecssl.tokenize.common import files
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.writer import write_shards
 from codecssl.tokenize.shards import Shards
-from codecssl.tokenize.tiny import random_codec
-from codecssl.tokenize.writer import write_shards
 
 MACHINE = {
     "frames_per_second",
@@ -494,7 +494,7 @@ def test_a_profile_shows_some_steps(
 
 def test_a_run_that_is_stuck_ends_with_one_line() -> None:
     code = (
-        "import sys, time; from codecssl.pretrain.watch import Watchdog\n"
+        "import sys, time; from codecssl.tokenize.common.process import Watchdog\n"
         "with Watchdog(0.3 / 60, rank=int(sys.argv[1]), hint='go on') as watch:\n"
         "    for _ in range(5): time.sleep(0.1); watch.report('waiting for data')\n"
         "    print('alive', flush=True); time.sleep(20)"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from codecssl.superb.sample import unpack
+from codecssl.superb.sample.unpack import unpack
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = ROOT / "slurm"

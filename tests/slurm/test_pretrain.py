@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from codecssl.pretrain.status import status
+from codecssl.pretrain.monitor.status import status
 
 STEPS, EVERY = 300, 20
 LONG = 300.0

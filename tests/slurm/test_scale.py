@@ -15,13 +15,13 @@ import numpy as np
 
 from codecssl.configs.load import from_dict
 from codecssl.pretrain.config import RunConfig
-from codecssl.pretrain.data import open_data
-from codecssl.pretrain.loader import Loader
-from codecssl.pretrain.plan import Plan, Pool, cut
-from codecssl.slurm.job import Ranks
+from codecssl.pretrain.data.loader import Loader
+from codecssl.pretrain.data.open_data import open_data
+from codecssl.pretrain.data.plan import Plan, Pool, cut
+from codecssl.pretrain.ranks import Ranks
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.layout import BLOCK, load_json, sealed
-from codecssl.tokenize.writer import write_shards
+from codecssl.tokenize.format.layout import BLOCK, load_json, sealed
+from codecssl.tokenize.format.writer import write_shards
 
 BLOCK_UTTERANCES, MEAN_FRAMES = 2048, 450  # 9 s at 50 Hz: 24 million are 60,000 h
 RANKS = 1024

@@ -17,7 +17,7 @@ RATE = 16_000
 
 @pytest.fixture(scope="session")
 def codec() -> Any:
-    from codecssl.tokenize.tiny import random_codec
+    from codecssl.tokenize.backends.tiny_16khz import random_codec
 
     return random_codec(0)
 
@@ -25,7 +25,7 @@ def codec() -> Any:
 @pytest.fixture
 def loads_codec(codec: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Whatever codec is asked for, the untrained one comes; returns it."""
-    from codecssl.superb import expert
+    from codecssl.superb.upstreams import expert
 
     monkeypatch.setattr(expert, "load_codec", lambda *arguments, **options: codec)
     monkeypatch.setattr(expert, "load_codec_for", lambda *arguments, **options: codec)
@@ -43,7 +43,7 @@ def shipped() -> Any:
 def small_model(codec: Any) -> Any:
     """An untrained model of two layers that reads the codec's codes."""
     from codecssl.pretrain.config import ModelConfig
-    from codecssl.pretrain.model import untrained
+    from codecssl.pretrain.model.model import untrained
 
     config = ModelConfig(dim=32, layers=2, heads=2, ffn_dim=64, conv_kernel=8, conv_groups=4)
     return untrained(config, codec.card, codec.embeddings(), seed=7)
@@ -53,7 +53,7 @@ def exported(codec: Any, folder: Path) -> Path:
     """`small_model` in the layout of codecssl-pretrain export."""
     from safetensors.torch import save_file
 
-    from codecssl.pretrain.export import FORMAT, VERSION
+    from codecssl.pretrain.export.export import FORMAT, VERSION
 
     model = small_model(codec)
     save_file(model.state_dict(), folder / "model.safetensors")

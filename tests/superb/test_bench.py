@@ -9,8 +9,8 @@ import pytest
 from codecssl.superb import bench
 from codecssl.superb.bench import BenchConfig
 from codecssl.superb.cli import main
-from codecssl.superb.corpus import open_corpus
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.corpora.corpus import open_corpus
+from codecssl.tokenize.common.errors import UserError
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from codecssl.superb import tasks
 from codecssl.superb.cli import main
-from codecssl.superb.corpus import Corpus
+from codecssl.superb.corpora.corpus import Corpus
 
 
 def test_run_then_report(
@@ -57,7 +57,7 @@ def test_run_then_report(
 
 
 def test_a_failed_run_is_exit_1_and_one_line(corpus: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    from codecssl.superb import jobs
+    from codecssl.superb.runner import jobs
 
     def fails(run: Any, machine: Any) -> None:
         run.folder.mkdir(parents=True)

@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
-from codecssl.superb import compat
+from codecssl.superb.patches import import_patches
 from codecssl.superb.tasks import BUDGETS, TASKS, choose, official_config, rates_of
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 
 def test_the_official_settings_are_superbs() -> None:
     """Steps, batch (with accumulation) and learning rate as the SUPERB paper's table gives them."""
-    compat.install()
+    import_patches.install()
     table = {}
     for name, task in TASKS.items():
         if task.problem is not None:
@@ -33,7 +33,7 @@ def test_the_official_settings_are_superbs() -> None:
 
 
 def test_the_official_heads_are_superbs() -> None:
-    compat.install()
+    import_patches.install()
     recurrent = {"proj_size": 1024, "hidden_size": [1024, 1024], "bidirectional": True, "module": "LSTM"}
     for name in ("asr", "sf"):
         head = official_config(TASKS[name])["build_downstream"]["model_conf"]

@@ -12,7 +12,7 @@ import soundfile
 from helpers import HASHCODEC, wave
 
 from codecssl.tokenize import codec as codec_module
-from codecssl.tokenize import encodec, tiny, weights
+from codecssl.tokenize.backends import encodec, tiny_16khz, weights
 
 
 def speechlike(seconds, rate, seed):
@@ -43,9 +43,9 @@ def audio_folder(tmp_path):
 @pytest.fixture(scope="session")
 def codec_file(tmp_path_factory):
     """Weights of the untrained tiny network, loadable by path as tiny_16khz."""
-    network = tiny.random_network(7)
+    network = tiny_16khz.random_network(7)
     path = tmp_path_factory.mktemp("codec") / "tiny_16khz.safetensors"
-    tiny.save_weights(network, path, {})
+    tiny_16khz.save_weights(network, path, {})
     return path
 
 

@@ -12,10 +12,10 @@ from datasets.distributed import split_dataset_by_node
 from helpers import card
 from torch.utils.data import DataLoader
 
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.readers import as_hf_dataset, utterances
+from codecssl.tokenize.adapters import as_hf_dataset, utterances
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.writer import Encoded, ShardWriter, finish_dataset
 from codecssl.tokenize.shards import Shards
-from codecssl.tokenize.writer import Encoded, ShardWriter, finish_dataset
 
 RATES = {"one rate": (1, 1, 1), "several": (1, 2, 4)}
 

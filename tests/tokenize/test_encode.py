@@ -8,14 +8,14 @@ import soundfile
 import torch
 
 from codecssl.tokenize import encode as module
-from codecssl.tokenize.bench import BenchConfig, bench
-from codecssl.tokenize.check import check_codec, synthetic_waves, table
+from codecssl.tokenize.backends.tiny_16khz import random_codec
 from codecssl.tokenize.cli import main
+from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.encode import Device, encode_heard, encode_inputs, failure, read
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.sources import Input, read_sources
-from codecssl.tokenize.tiny import random_codec
-from codecssl.tokenize.writer import Encoded, Failure
+from codecssl.tokenize.format.writer import Encoded, Failure
+from codecssl.tokenize.measure.bench import BenchConfig, bench
+from codecssl.tokenize.measure.check_codec import check_codec, synthetic_waves, table
+from codecssl.tokenize.sources.sources import Input, read_sources
 
 LENGTHS = (0.3, 2.0, 0.01, 1.1, 0.7, 1.9, 0.3)
 

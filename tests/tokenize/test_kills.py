@@ -40,7 +40,7 @@ def serve():
     import hashcodec  # noqa: F401  # beside this file
     import torch
 
-    from codecssl.tokenize import cli, codec, encodec, run, verify  # noqa: F401
+    from codecssl.tokenize.integrity import verify  # noqa: F401
 
     torch.set_num_threads(1)
     print("ready", flush=True)

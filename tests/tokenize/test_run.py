@@ -13,13 +13,13 @@ import soundfile
 import torch
 
 from codecssl.tokenize import encode as encode_module
-from codecssl.tokenize import files
-from codecssl.tokenize.audio import read_wave
 from codecssl.tokenize.cli import main
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common import files
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.integrity.verify import verify
 from codecssl.tokenize.run import RunConfig, run
 from codecssl.tokenize.shards import Shards
-from codecssl.tokenize.verify import verify
+from codecssl.tokenize.sources.audio import read_wave
 
 BAD = {"empty.wav", "text.wav", "truncated.flac", "nothing.wav"}
 

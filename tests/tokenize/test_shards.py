@@ -13,10 +13,12 @@ import pytest
 import webdataset
 from helpers import card
 
-from codecssl.tokenize import entropy
-from codecssl.tokenize.blocks import packed_again
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.layout import load_json
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format import entropy
+from codecssl.tokenize.format.blocks import packed_again
+from codecssl.tokenize.format.layout import load_json
+from codecssl.tokenize.format.writer import Encoded, Failure, ShardWriter, finish_dataset, write_shards
+from codecssl.tokenize.integrity.verify import verify
 from codecssl.tokenize.shards import (
     Shards,
     from_planes,
@@ -26,8 +28,6 @@ from codecssl.tokenize.shards import (
     to_planes,
     utterance_bytes,
 )
-from codecssl.tokenize.verify import verify
-from codecssl.tokenize.writer import Encoded, Failure, ShardWriter, finish_dataset, write_shards
 
 SEGMENT = entropy.SEGMENT_FRAMES
 

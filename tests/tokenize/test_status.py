@@ -9,7 +9,7 @@ import pytest
 from helpers import card
 
 from codecssl.tokenize.cli import main
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.status import status
 
 RATE = 16_000

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from codecssl.slurm.watch import PREEMPTED, STUCK
 from codecssl.tokenize.cli import main
+from codecssl.tokenize.common.process import PREEMPTED, STUCK
+from codecssl.tokenize.format.writer import ShardWriter
 from codecssl.tokenize.run import RunConfig, Stopped, run
-from codecssl.tokenize.writer import ShardWriter
 
 
 def config(source: Path, output: Path, codec: Path) -> RunConfig:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from codecssl.tokenize.backends.precision import full_precision
+from codecssl.tokenize.backends.streaming_conv import Convolution, Layer, Pace, Residual, RowStream, Snake
+from codecssl.tokenize.backends.weights import load_pretrained, state_sha256
 from codecssl.tokenize.codec import CodecCard, encode_each, keep_codebooks
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.precision import full_precision
-from codecssl.tokenize.rowconv import Convolution, Layer, Pace, Residual, RowStream, Snake
-from codecssl.tokenize.weights import load_pretrained, state_sha256
+from codecssl.tokenize.common.errors import UserError
 
 NETWORKS = {"dac_16khz": (16_000, 320), "dac_24khz": (24_000, 320), "dac_44khz": (44_100, 512)}
 """Sample rate in Hz and samples per frame of each network."""

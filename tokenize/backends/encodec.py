@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from codecssl.tokenize.backends.precision import full_precision
+from codecssl.tokenize.backends.seanet import Decoder, Encoder
+from codecssl.tokenize.backends.seanet_layers import Lane
+from codecssl.tokenize.backends.weights import fill, load_pretrained, state_sha256, th_file
 from codecssl.tokenize.codec import CodecCard, file_sha256, keep_codebooks
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.precision import full_precision
-from codecssl.tokenize.seanet import Decoder, Encoder
-from codecssl.tokenize.seanet_layers import Lane
-from codecssl.tokenize.weights import fill, load_pretrained, state_sha256, th_file
+from codecssl.tokenize.common.errors import UserError
 
 FINE_FRAMES = {"cpu": 16, "cuda": 128}
 """Frames that the first layers, at the high rates, take at once: what a CPU's cache holds; a GPU wants more."""
@@ -194,12 +194,12 @@ class EncodecStream:
 def load(name: str, weights: str | None, num_codebooks: int | None, device: str) -> EncodecCodec:
     """Load `tiny_16khz` or `encodec_24khz` (`Codec` loader; see `load_codec`)."""
     if name == "tiny_16khz":
-        from codecssl.tokenize import tiny
+        from codecssl.tokenize.backends import tiny_16khz
 
-        path = Path(weights) if weights else tiny.WEIGHTS
+        path = Path(weights) if weights else tiny_16khz.WEIGHTS
         if not path.is_file():
             raise UserError(f"codec tiny_16khz: no weights at {path}; reinstall codecssl or give the file")
-        net, digest, default = from_encodec(tiny.load_network(path)), file_sha256(path), tiny.NUM_CODEBOOKS
+        net, digest, default = from_encodec(tiny_16khz.load_network(path)), file_sha256(path), tiny_16khz.NUM_CODEBOOKS
     else:
         net, digest = _load_24khz(weights)
         default = 8

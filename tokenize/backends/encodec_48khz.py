@@ -23,11 +23,11 @@ from encodec.model import EncodecModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from codecssl.tokenize.backends.encodec_48khz_layers import Layers, layers_of
+from codecssl.tokenize.backends.precision import full_precision
+from codecssl.tokenize.backends.weights import fill, load_pretrained, state_sha256, th_file
 from codecssl.tokenize.codec import CodecCard, file_sha256, keep_codebooks
-from codecssl.tokenize.encodec48_layers import Layers, layers_of
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.precision import full_precision
-from codecssl.tokenize.weights import fill, load_pretrained, state_sha256, th_file
+from codecssl.tokenize.common.errors import UserError
 
 DEFAULT_CODEBOOKS = 8
 """12 kbps."""

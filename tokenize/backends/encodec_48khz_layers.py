@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codecssl.tokenize.mimi import Taps, elu
+from codecssl.tokenize.backends.mimi import Taps, elu
 
 BLOCK_FLOATS = 1 << 16
 """Of a layer's input that are read at once: they and the output stay in the second-level cache of a CPU."""

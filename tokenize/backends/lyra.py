@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from codecssl.tokenize.codec import BACKENDS, CodecCard, encode_each, file_sha256, keep_codebooks
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 SAMPLE_RATE, HOP, MAX_CODEBOOKS, CODEBOOK_SIZE = 16_000, 320, 46, 16
 DEFAULT_CODEBOOKS = 16

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.mimi.modeling_mimi import apply_rotary_pos_emb, repeat_kv
 
+from codecssl.tokenize.backends.precision import full_precision
+from codecssl.tokenize.backends.weights import load_pretrained, state_sha256
 from codecssl.tokenize.codec import CodecCard, keep_codebooks
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.precision import full_precision
-from codecssl.tokenize.weights import load_pretrained, state_sha256
+from codecssl.tokenize.common.errors import UserError
 
 DEFAULT_CODEBOOKS = 8
 CHUNK_FRAMES = 64

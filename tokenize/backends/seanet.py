@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.precision import full_precision
-from codecssl.tokenize.seanet_layers import Arena, Convolution, Lane, Recurrence, stages_of
+from codecssl.tokenize.backends.precision import full_precision
+from codecssl.tokenize.backends.seanet_layers import Arena, Convolution, Lane, Recurrence, stages_of
+from codecssl.tokenize.common.errors import UserError
 
 WIDTHS = (2, 4, 8, 12, 16, 24, 32)
 """Numbers of lanes that a CPU may run side by side; for a single one oneDNN sums in another order."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 BLOCK = 8
 """A convolution from or to one channel, too thin for a product of matrices, runs over blocks of this many samples."""

@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from codecssl.tokenize.backends.precision import full_precision
 from codecssl.tokenize.codec import BACKENDS, CodecCard, file_sha256, keep_codebooks
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.precision import full_precision
+from codecssl.tokenize.common.errors import UserError
 
 SAMPLE_RATE, WINDOW, MEL_FRAMES = 16_000, 163_840, 1024
 LOOKAHEAD = 240

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codecssl.tokenize.backends.precision import full_precision
+from codecssl.tokenize.backends.streaming_conv import Convolution, Layer, Pace, Residual, RowStream, Snake
+from codecssl.tokenize.backends.weights import ask_hub, fill, missing, state_sha256
 from codecssl.tokenize.codec import CodecCard, encode_each, keep_codebooks
-from codecssl.tokenize.errors import UserError, one_line
-from codecssl.tokenize.precision import full_precision
-from codecssl.tokenize.rowconv import Convolution, Layer, Pace, Residual, RowStream, Snake
-from codecssl.tokenize.weights import ask_hub, fill, missing, state_sha256
+from codecssl.tokenize.common.errors import UserError, one_line
 
 CPU_PACE, GPU_PACE = Pace(2, 48), Pace(480, 480)
 FRONT_BLOCKS = 3

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from codecssl.tokenize.backends.precision import full_precision
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.precision import full_precision
 
 Kept = dict[Any, Tensor]
 """What each layer keeps of a wave between two pieces."""

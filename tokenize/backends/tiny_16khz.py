@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from codecssl.tokenize.codec import Codec
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 SAMPLE_RATE = 16_000
 NUM_CODEBOOKS = 8
@@ -142,7 +142,7 @@ def random_network(seed: int = 0) -> EncodecModel:
 
 def random_codec(seed: int = 0, num_codebooks: int = NUM_CODEBOOKS) -> Codec:
     """`random_network` as a `Codec`; its card is named `tiny_random`."""
-    from codecssl.tokenize import encodec
+    from codecssl.tokenize.backends import encodec
 
     net = encodec.from_encodec(random_network(seed))
     card = encodec.make_card("tiny_random", f"seed {seed}", f"{seed:064x}", net, num_codebooks, "cpu")

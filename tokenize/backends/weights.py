@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from codecssl.tokenize.codec import BACKENDS
-from codecssl.tokenize.errors import UserError, one_line
-from codecssl.tokenize.files import temporary_for
+from codecssl.tokenize.common.errors import UserError, one_line
+from codecssl.tokenize.common.files import temporary_for
 
 
 def missing(name: str, source: str, why: str = "") -> UserError:

@@ -20,10 +20,10 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from codecssl.tokenize.backends.precision import full_precision
+from codecssl.tokenize.backends.weights import load_pretrained, state_sha256
 from codecssl.tokenize.codec import CodecCard, encode_each, keep_codebooks
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.precision import full_precision
-from codecssl.tokenize.weights import load_pretrained, state_sha256
+from codecssl.tokenize.common.errors import UserError
 
 WHOLE_SECONDS, SEGMENT_SECONDS = 30, 20
 RATIOS = [8, 5, 4, 2]

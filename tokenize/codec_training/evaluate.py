@@ -14,13 +14,13 @@ import torchaudio
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codecssl.tokenize import encodec, tiny
-from codecssl.tokenize.audio import read_wave
+from codecssl.tokenize.backends import encodec, tiny_16khz
 from codecssl.tokenize.codec import Codec, load_codec
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.manifest import read_rows
-from codecssl.tokenize.stats import entropy
-from codecssl.tokenize.train import is_held_out
+from codecssl.tokenize.codec_training.train import is_held_out
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.measure.stats import entropy
+from codecssl.tokenize.sources.audio import read_wave
+from codecssl.tokenize.sources.manifest import read_rows
 
 RATE = 16_000
 MAX_LAG = 800
@@ -127,16 +127,16 @@ def untrained(manifest: Path, clips: int = 100) -> Codec:
     """tiny_16khz's network with fresh weights and codebooks fitted by k-means to `clips` training clips."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = tiny.build_network(weight_norm=False).eval()
+        model = tiny_16khz.build_network(weight_norm=False).eval()
         rows = read_rows(manifest, "path", "task")
         rows = [row for row in rows if row["task"] != "robust" and not is_held_out(row)]
         latents: list[Tensor] = []
         for row in rows[:: max(1, len(rows) // clips)][:clips]:
             wave = read_wave(manifest.parent / row["path"], RATE)[: 5 * RATE]
             latents.append(model.encoder(torch.from_numpy(wave)[None, None])[0].t())
-        tiny.fit_codebooks(model, torch.cat(latents))
+        tiny_16khz.fit_codebooks(model, torch.cat(latents))
     net = encodec.from_encodec(model)
-    card = encodec.make_card("tiny_untrained", "seed 0", "0" * 64, net, tiny.NUM_CODEBOOKS, "cpu")
+    card = encodec.make_card("tiny_untrained", "seed 0", "0" * 64, net, tiny_16khz.NUM_CODEBOOKS, "cpu")
     return encodec.EncodecCodec(net, card)
 
 

@@ -23,9 +23,9 @@ from encodec.model import EncodecModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codecssl.tokenize import tiny
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.manifest import read_rows
+from codecssl.tokenize.backends import tiny_16khz
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.sources.manifest import read_rows
 
 FIT_BATCHES = 20
 """Of 20 segments each, to which the codebooks are fitted."""
@@ -109,7 +109,7 @@ class SpectralLoss(nn.Module):
         self.windows = windows
         for n in windows:
             fbank = torchaudio.functional.melscale_fbanks(
-                n // 2 + 1, 0.0, 8000.0, max(8, n * 80 // 1024), tiny.SAMPLE_RATE
+                n // 2 + 1, 0.0, 8000.0, max(8, n * 80 // 1024), tiny_16khz.SAMPLE_RATE
             )
             self.register_buffer(f"fbank{n}", fbank)
             self.register_buffer(f"window{n}", torch.hann_window(n))
@@ -151,7 +151,7 @@ class Guide(nn.Module):
         """waves: [B, 1, N] of training audio, for the mean and the deviation of each band."""
         super().__init__()
         fbank = torchaudio.functional.melscale_fbanks(
-            self.WINDOW // 2 + 1, 0.0, 8000.0, tiny.LATENT_DIM, tiny.SAMPLE_RATE
+            self.WINDOW // 2 + 1, 0.0, 8000.0, tiny_16khz.LATENT_DIM, tiny_16khz.SAMPLE_RATE
         )
         self.register_buffer("fbank", fbank)
         self.register_buffer("window", torch.hann_window(self.WINDOW))
@@ -176,7 +176,7 @@ class Guide(nn.Module):
 
 def quantize(model: EncodecModel, latents: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Straight-through quantization with a random number of codebooks on half of the steps (EnCodec, section 3.2)."""
-    n_q = tiny.NUM_CODEBOOKS
+    n_q = tiny_16khz.NUM_CODEBOOKS
     if generator.random() < 0.5:
         n_q = int(generator.integers(1, n_q + 1))
     quantized, _, losses = model.quantizer.vq(latents, n_q=n_q)
@@ -192,9 +192,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def train(pool: AudioPool, config: TrainConfig, work: Path, log: Callable[[str], None] = print) -> EncodecModel:
     """Train; `work` keeps `last.pt` (for resuming) and `log.jsonl`. Return the network in eval mode."""
     torch.manual_seed(config.seed)
-    frames = round(config.segment_seconds * tiny.SAMPLE_RATE / 320)
-    mean_count = config.batch_size * frames / tiny.CODEBOOK_SIZE
-    model = tiny.build_network(weight_norm=True, dead_code_threshold=0.1 * mean_count).train()
+    frames = round(config.segment_seconds * tiny_16khz.SAMPLE_RATE / 320)
+    mean_count = config.batch_size * frames / tiny_16khz.CODEBOOK_SIZE
+    model = tiny_16khz.build_network(weight_norm=True, dead_code_threshold=0.1 * mean_count).train()
     spectral = SpectralLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.8, 0.99), weight_decay=1e-4)
     first = pool.batch(np.random.default_rng(config.seed), 20 * config.batch_size, frames * 320)
@@ -277,19 +277,19 @@ def fit_to_data(model: EncodecModel, pool: AudioPool, generator: np.random.Gener
     """Fit the codebooks by k-means on frames of training audio."""
     waves = [pool.batch(generator, 20, length) for _ in range(FIT_BATCHES)]
     latents = torch.cat([model.encoder(wave) for wave in waves])
-    tiny.fit_codebooks(model, latents.transpose(1, 2).reshape(-1, tiny.LATENT_DIM))
+    tiny_16khz.fit_codebooks(model, latents.transpose(1, 2).reshape(-1, tiny_16khz.LATENT_DIM))
 
 
 def train_codec(manifest: Path, output: Path, config: TrainConfig) -> Path:
     """Train on a manifest and write `tiny_16khz.safetensors` into `output`; rerun to resume. Return its path."""
-    from codecssl.tokenize.audio import read_wave
+    from codecssl.tokenize.sources.audio import read_wave
 
     if not manifest.is_file():
         raise UserError(f"manifest {manifest}: no such file")
     output.mkdir(parents=True, exist_ok=True)
-    pool = AudioPool(manifest, output / "pool.int16", lambda path: read_wave(path, tiny.SAMPLE_RATE))
-    print(f"{len(pool.rows)} clips, {len(pool.samples) / tiny.SAMPLE_RATE / 3600:.2f} h", flush=True)
+    pool = AudioPool(manifest, output / "pool.int16", lambda path: read_wave(path, tiny_16khz.SAMPLE_RATE))
+    print(f"{len(pool.rows)} clips, {len(pool.samples) / tiny_16khz.SAMPLE_RATE / 3600:.2f} h", flush=True)
     model = train(pool, config, output, lambda line: print(line, flush=True))
     path = output / "tiny_16khz.safetensors"
-    tiny.save_weights(model, path, {"codec": "tiny_16khz", "config": json.dumps(asdict(config))})
+    tiny_16khz.save_weights(model, path, {"codec": "tiny_16khz", "config": json.dumps(asdict(config))})
     return path

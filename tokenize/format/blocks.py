@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codecssl.tokenize.bits import pack, packed_size, unpack
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.entropy import SEGMENT_FRAMES, Coder
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.layout import read_members
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.bits import pack, packed_size, unpack
+from codecssl.tokenize.format.entropy import SEGMENT_FRAMES, Coder
+from codecssl.tokenize.format.layout import read_members
 
 if TYPE_CHECKING:
-    from codecssl.tokenize.writer import Encoded
+    from codecssl.tokenize.format.writer import Encoded
 
 SAMPLE_CODES = 1 << 25
 """Codes of a shard, at most, from which its tables are made: what bounds the memory of compressing it."""
@@ -156,7 +156,7 @@ def packed_again(codes: bytes, numbers: Mapping[str, NDArray[Any]], coder: Coder
 
 def fit_coder(blocks: Callable[[], Iterable[PackedBlock]], card: CodecCard, frames: int) -> Coder:
     """Make the tables of a shard of so many frames from its own codes, or from every n-th segment of a large one."""
-    from codecssl.tokenize.contexts import fit
+    from codecssl.tokenize.format.entropy_tables import fit
 
     every = max(1, -(-frames * card.num_rows // SAMPLE_CODES))
     segments = (segment for block in blocks() for segment in block.segments())

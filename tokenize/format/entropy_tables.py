@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from codecssl.tokenize.entropy import LEVELS_PER_BIT, PREVIOUS, RAREST, Book, Level, Plane, aligned
+from codecssl.tokenize.format.entropy import LEVELS_PER_BIT, PREVIOUS, RAREST, Book, Level, Plane, aligned
 
 UNITS_PER_BIT = 256
 CLASSES = (16, 32, 64, 128, 256)

@@ -34,8 +34,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.entropy import SEGMENT_FRAMES, Coder
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.entropy import SEGMENT_FRAMES, Coder
 
 FORMAT = "codecssl-shards"
 FORMAT_VERSION = 2

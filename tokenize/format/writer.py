@@ -21,7 +21,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from codecssl.tokenize.blocks import (
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.files import atomic_file, temporaries, write_atomic
+from codecssl.tokenize.format.blocks import (
     PackedBlock,
     Place,
     block_bytes,
@@ -30,10 +33,7 @@ from codecssl.tokenize.blocks import (
     npz_bytes,
     tar_member,
 )
-from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.files import atomic_file, temporaries, write_atomic
-from codecssl.tokenize.layout import (
+from codecssl.tokenize.format.layout import (
     BLOCK,
     COMPRESSION,
     FORMAT,

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codecssl.tokenize.bits import pack, packed_size, unpack
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.entropy import SEGMENT_FRAMES, Coder
-from codecssl.tokenize.layout import stored_bytes
+from codecssl.tokenize.format.bits import pack, packed_size, unpack
+from codecssl.tokenize.format.entropy import SEGMENT_FRAMES, Coder
+from codecssl.tokenize.format.layout import stored_bytes
 
 Numbers = Mapping[str, NDArray[Any]]
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.layout import BLOCK
-from codecssl.tokenize.shardcheck import Checked, Damage
-from codecssl.tokenize.writer import to_json
+from codecssl.tokenize.format.layout import BLOCK
+from codecssl.tokenize.format.writer import to_json
+from codecssl.tokenize.integrity.shard_check import Checked, Damage
 
 SUMS = ("inputs", "utterances", "frames", "samples", "bytes")
 """Totals that are sums over the shards."""

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from codecssl.tokenize.blocks import packed_again
 from codecssl.tokenize.codec import Codec, CodecCard, load_codec_for
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.shardcheck import Damage
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.blocks import packed_again
+from codecssl.tokenize.integrity.shard_check import Damage
 from codecssl.tokenize.shards import Shards, Utterance, load_json, read_coder, read_columns, shard_path
-from codecssl.tokenize.sources import Input, is_stream, read_sources
+from codecssl.tokenize.sources.sources import Input, is_stream, read_sources
 
 READ = 64
 """Utterances that are read."""
@@ -122,7 +122,7 @@ class _SpotCheck:
 
     def compare(self, utterance: Utterance, item: Input) -> None:
         from codecssl.tokenize.encode import encode_heard, read
-        from codecssl.tokenize.writer import Failure
+        from codecssl.tokenize.format.writer import Failure
 
         [result] = encode_heard(self.codec, [read(item, self.codec.card)])
         if isinstance(result, Failure):

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codecssl.tokenize.codec import BACKENDS, CodecCard, load_codec_for
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.files import sync_folder, write_atomic
-from codecssl.tokenize.inputs import Input
-from codecssl.tokenize.layout import load_json, sealed, shard_path
-from codecssl.tokenize.shardcheck import check_shard, read_document
-from codecssl.tokenize.sources import is_stream, read_sources
-from codecssl.tokenize.unchanged import source_hashes
-from codecssl.tokenize.verify import STDIN, Report, examine, read_statements, version_of
-from codecssl.tokenize.writer import finish_dataset, to_json
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.files import sync_folder, write_atomic
+from codecssl.tokenize.format.layout import load_json, sealed, shard_path
+from codecssl.tokenize.format.writer import finish_dataset, to_json
+from codecssl.tokenize.integrity.shard_check import check_shard, read_document
+from codecssl.tokenize.integrity.verify import STDIN, Report, examine, read_statements, version_of
+from codecssl.tokenize.sources.changes import source_hashes
+from codecssl.tokenize.sources.inputs import Input
+from codecssl.tokenize.sources.sources import is_stream, read_sources
 
 if TYPE_CHECKING:
     from codecssl.tokenize.run import Progress, RunConfig

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.layout import load_json, read_coder, read_columns, shard_path, stored_bytes
-from codecssl.tokenize.suspects import suspects
-from codecssl.tokenize.writer import to_json
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.layout import load_json, read_coder, read_columns, shard_path, stored_bytes
+from codecssl.tokenize.format.writer import to_json
+from codecssl.tokenize.integrity.damaged_utterances import suspects
 
 CHUNK = 1 << 20
 MARK: dict[str, type] = {

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.layout import FORMAT, FORMAT_VERSION, load_json, read_header, shard_path
-from codecssl.tokenize.shardcheck import Damage, check_shard, read_document
-from codecssl.tokenize.sidefiles import SUMS, SideFiles
-from codecssl.tokenize.sources import read_source
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.layout import FORMAT, FORMAT_VERSION, load_json, read_header, shard_path
+from codecssl.tokenize.integrity.index_check import SUMS, SideFiles
+from codecssl.tokenize.integrity.shard_check import Damage, check_shard, read_document
+from codecssl.tokenize.sources.sources import read_source
 
 __all__ = ["Damage", "Findings", "examine", "verify"]
 
@@ -69,7 +69,7 @@ def examine(
     damages += _check_list(root, said)
     if damages:
         return Findings(damages=damages)
-    from codecssl.tokenize.spotcheck import coder_agrees, read_some, spot_check
+    from codecssl.tokenize.integrity.reencode import coder_agrees, read_some, spot_check
 
     damages = list(read_some(root)) or list(coder_agrees(root))
     if damages or not sample:

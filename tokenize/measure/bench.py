@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codecssl.tokenize.blocks import block_bytes
 from codecssl.tokenize.codec import Codec, Reference
+from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.encode import GROUP_INPUTS, Device, Heard, default_workers, encode_heard, read
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.sources import read_sources
-from codecssl.tokenize.writer import Encoded
+from codecssl.tokenize.format.blocks import block_bytes
+from codecssl.tokenize.format.writer import Encoded
+from codecssl.tokenize.sources.sources import read_sources
 
 ROUNDS = 3
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from codecssl.tokenize.codec import Codec, CodecCard, Reference
+from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.encode import Heard, read
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.sources import read_sources
+from codecssl.tokenize.sources.sources import read_sources
 
 
 def check_codec(codec: Codec, waves: Sequence[Tensor], seed: int = 0) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codecssl.tokenize.entropy import aligned
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.entropy import aligned
 from codecssl.tokenize.shards import Shards, Utterance
 
 MAX_CODES = 1 << 24
@@ -76,7 +76,7 @@ def stats(root: Path, *, plot: Path | None = None, max_codes: int = MAX_CODES) -
         "codebooks": [codebook(k, sample, size) for k, size in enumerate(card.codebook_sizes)],
     }
     if plot is not None:
-        from codecssl.tokenize.plots import draw
+        from codecssl.tokenize.measure.stats_plot import draw
 
         draw(plot, found, sample, shards)
     return found
@@ -196,7 +196,7 @@ def flac_bits_per_second(shards: Shards, files: int = FLAC_FILES) -> tuple[float
     """
     import soundfile
 
-    from codecssl.tokenize.audio import AudioReader, sha256_of
+    from codecssl.tokenize.sources.audio import AudioReader, sha256_of
 
     card, size, seconds, count = shards.card, 0, 0.0, 0
     wanted = {u.id: u for u in _spaced(shards, files)}
@@ -223,7 +223,7 @@ def _spaced(shards: Shards, count: int) -> Iterator[Utterance]:
 
 
 def _inputs(shards: Shards, ids: set[str]) -> Iterator[Any]:
-    from codecssl.tokenize.sources import is_stream, read_sources
+    from codecssl.tokenize.sources.sources import is_stream, read_sources
 
     sources = shards.header["sources"]
     if not sources or any(is_stream(source) for source in sources):

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 if TYPE_CHECKING:
+    from codecssl.tokenize.measure.stats import Sample
     from codecssl.tokenize.shards import Shards
-    from codecssl.tokenize.stats import Sample
 
 
 def draw(path: Path, found: dict[str, Any], sample: Sample, shards: Shards) -> None:

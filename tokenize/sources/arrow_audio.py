@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from codecssl.tokenize.errors import UserError, one_line
-from codecssl.tokenize.inputs import Held, open_file
+from codecssl.tokenize.common.errors import UserError, one_line
+from codecssl.tokenize.sources.inputs import Held, open_file
 
 
 @lru_cache(maxsize=16)

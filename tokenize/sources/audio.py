@@ -17,8 +17,8 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.sndfile import SequentialFile, frames_of, opened, reason
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.sources.libsndfile import SequentialFile, frames_of, opened, reason
 
 BLOCK_FRAMES = 1 << 17
 

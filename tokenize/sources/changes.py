@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
-from codecssl.tokenize.audio import sha256_of
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.inputs import Input
-from codecssl.tokenize.layout import read_columns
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.layout import read_columns
+from codecssl.tokenize.sources.audio import sha256_of
+from codecssl.tokenize.sources.inputs import Input
 
 SKEW_SECONDS = 60.0
 """By which the clocks of two file systems may differ."""

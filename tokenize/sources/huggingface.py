@@ -15,9 +15,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from codecssl.tokenize.errors import UserError, one_line
-from codecssl.tokenize.inputs import Input, Seen, as_label, in_utf8, split_options
-from codecssl.tokenize.rows import content_of, is_list, mapped, paths_of, sizes_of
+from codecssl.tokenize.common.errors import UserError, one_line
+from codecssl.tokenize.sources.arrow_audio import content_of, is_list, mapped, paths_of, sizes_of
+from codecssl.tokenize.sources.inputs import Input, Seen, as_label, in_utf8, split_options
 
 OPTIONS = ("audio", "id", "labels", "revision")
 AUDIO_COLUMNS = ("audio", "file", "path", "speech", "wav", "flac", "mp3")

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 HELD_BYTES = 1 << 25
 """Files up to this size are read at once: hashing and decoding them asks the disk once."""
@@ -60,11 +60,11 @@ class Input:
         if self.data is not None:
             return Held(self.data, self.path)
         if self.row is not None:
-            from codecssl.tokenize.rows import open_row
+            from codecssl.tokenize.sources.arrow_audio import open_row
 
             return open_row(self.file, str(self.column), self.row, self.path)
         if "://" in self.file:
-            from codecssl.tokenize.rows import open_url
+            from codecssl.tokenize.sources.arrow_audio import open_url
 
             return open_url(self.file, self.path)
         return open_file(self.file, self.path, self.offset, self.size)

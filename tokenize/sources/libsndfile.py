@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import soundfile
 
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 HEADER_SLACK = 1024
 """Bytes: writers that count their own headers into the data promise a little more than there is."""

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.files import temporary_for
-from codecssl.tokenize.inputs import Input, Seen, as_label, in_utf8
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.files import temporary_for
+from codecssl.tokenize.sources.inputs import Input, Seen, as_label, in_utf8
 
 MANIFESTS = (".tsv", ".csv", ".jsonl")
 RESERVED = ("path", "id", "start", "end")

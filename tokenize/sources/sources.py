@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from itertools import islice, takewhile
 from pathlib import Path
 
-from codecssl.tokenize.audio import EXTENSIONS
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.inputs import Input, in_utf8
-from codecssl.tokenize.manifest import MANIFESTS, read_list, read_manifest
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.sources.audio import EXTENSIONS
+from codecssl.tokenize.sources.inputs import Input, in_utf8
+from codecssl.tokenize.sources.manifest import MANIFESTS, read_list, read_manifest
 
 __all__ = ["Input", "is_stream", "read_source", "read_sources", "walk"]
 
@@ -47,7 +47,7 @@ def read_sources(sources: list[str], skip: int = 0) -> Iterator[Input]:
 def read_source(source: str, skip: int = 0) -> Iterator[Input]:
     """Inputs of one source but the first `skip`. See `read_sources`."""
     if source.startswith(("hf:", "hf-stream:")):
-        from codecssl.tokenize.hf import read_hf
+        from codecssl.tokenize.sources.huggingface import read_hf
 
         inputs = read_hf(source, skip if is_stream(source) else 0)
         return inputs if is_stream(source) else islice(inputs, skip, None)
@@ -66,7 +66,7 @@ def _read_source(source: str) -> Iterator[Input]:
     if source == "-":
         return read_list(sys.stdin.buffer)
     if source.startswith("wds:"):
-        from codecssl.tokenize.wds import read_wds
+        from codecssl.tokenize.sources.webdataset_tars import read_wds
 
         return read_wds(source)
     if path.is_dir():

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from codecssl.tokenize.audio import EXTENSIONS
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.inputs import Input, as_label, in_utf8, split_options
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.sources.audio import EXTENSIONS
+from codecssl.tokenize.sources.inputs import Input, as_label, in_utf8, split_options
 
 OPTIONS = ("audio",)
 TEXTS = ("txt", "text", "transcript")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 STYLE = {"model": ("k", "*"), "compress": ("C0", "o"), "codebooks": ("C1", "s"), "tables": ("C3", "v"),
          "k-means": ("C2", "^")}  # fmt: skip

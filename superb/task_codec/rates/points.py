@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from codecssl.superb.bottleneck import MOST_BITS
-from codecssl.superb.clusters import cluster_bottleneck
-from codecssl.superb.code_rates import Codes, costs
-from codecssl.superb.compress import CompressConfig, Prepared, build, new_head, settle
-from codecssl.superb.compress_data import Examples
-from codecssl.superb.compress_heads import STAGES, Summaries, count_errors, train_head
-from codecssl.superb.compress_source import Source, after, batched, first_codebooks, quantised, tables
-from codecssl.superb.compress_train import Training
+from codecssl.superb.task_codec.bottleneck import MOST_BITS
+from codecssl.superb.task_codec.compress import CompressConfig, Prepared, build, new_head, settle
+from codecssl.superb.task_codec.examples import Examples
+from codecssl.superb.task_codec.head_training import STAGES, Summaries, count_errors, train_head
+from codecssl.superb.task_codec.kmeans_baseline import cluster_bottleneck
+from codecssl.superb.task_codec.rates.code_rates import Codes, costs
+from codecssl.superb.task_codec.states import Source, after, batched, first_codebooks, quantised, tables
+from codecssl.superb.task_codec.training import Training
 from codecssl.tokenize.codec import CodecCard, load_codec_for
 
 Point = dict[str, Any]

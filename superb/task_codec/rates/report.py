@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from codecssl.superb import results
-from codecssl.superb.compress import CompressConfig, Prepared, prepare, settle
-from codecssl.superb.compress_data import FOLDS
-from codecssl.superb.compress_plot import draw
-from codecssl.superb.compress_points import Point, Shared, points
-from codecssl.superb.compress_settings import TrainConfig
-from codecssl.superb.compress_table import markdown, summary
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.task_codec.compress import CompressConfig, Prepared, prepare, settle
+from codecssl.superb.task_codec.config import TrainConfig
+from codecssl.superb.task_codec.examples import FOLDS
+from codecssl.superb.task_codec.rates.plot import draw
+from codecssl.superb.task_codec.rates.points import Point, Shared, points
+from codecssl.superb.task_codec.rates.table import markdown, summary
+from codecssl.tokenize.common.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from codecssl.pretrain import loader
 from codecssl.pretrain.config import RunConfig
-from codecssl.pretrain.corpus import Corpus
-from codecssl.pretrain.data import held_out_utterances, open_data
-from codecssl.pretrain.loader import Batch, Loader
-from codecssl.pretrain.model import untrained
-from codecssl.slurm.job import Ranks
+from codecssl.pretrain.data import loader
+from codecssl.pretrain.data.corpus import Corpus
+from codecssl.pretrain.data.loader import Batch, Loader
+from codecssl.pretrain.data.open_data import held_out_utterances, open_data
+from codecssl.pretrain.model.model import untrained
+from codecssl.pretrain.ranks import Ranks
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.writer import write_shards
 from codecssl.tokenize.shards import Shards
-from codecssl.tokenize.writer import write_shards
 
 
 def same(left: Batch, right: Batch) -> bool:

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
-from codecssl.pretrain.chance import hashed, smallest, uniform
 from codecssl.pretrain.config import MaskConfig, ObjectiveConfig
-from codecssl.pretrain.masking import kept_codebooks, span_mask
+from codecssl.pretrain.data.hashed_random import hashed, smallest, uniform
+from codecssl.pretrain.data.masking import kept_codebooks, span_mask
 
 
 def test_mask_statistics_are_huberts() -> None:

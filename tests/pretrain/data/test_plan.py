@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from codecssl.pretrain.chance import permuted
-from codecssl.pretrain.plan import CHAPTER, Pieces, Plan, Pool, cut, equal_cuts, is_held_out
-from codecssl.tokenize.errors import UserError
+from codecssl.pretrain.data.hashed_random import permuted
+from codecssl.pretrain.data.plan import CHAPTER, Pieces, Plan, Pool, cut, equal_cuts, is_held_out
+from codecssl.tokenize.common.errors import UserError
 
 CROP, BATCH = 100, 1000
 

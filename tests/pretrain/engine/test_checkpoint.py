@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from codecssl.pretrain import checkpoint
-from codecssl.pretrain.checkpoint import Saved
-from codecssl.tokenize.errors import UserError
+from codecssl.pretrain.engine import checkpoint
+from codecssl.pretrain.engine.checkpoint import Saved
+from codecssl.tokenize.common.errors import UserError
 
 
 def saved(step: int) -> Saved:

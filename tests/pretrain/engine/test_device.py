@@ -11,8 +11,8 @@ from codecssl.configs.load import load_config
 from codecssl.pretrain.bench import SYNTHETIC, make_batch
 from codecssl.pretrain.build import build_objective
 from codecssl.pretrain.config import RunConfig
-from codecssl.pretrain.loader import Batch
-from codecssl.pretrain.model import untrained
+from codecssl.pretrain.data.loader import Batch
+from codecssl.pretrain.model.model import untrained
 
 META = torch.device("meta")
 CARD = replace(SYNTHETIC, codebook_sizes=(1024,) * 8, codes_per_frame=(1,) * 8)

@@ -53,7 +53,7 @@ def main(sessions: Path) -> None:
     import torch.utils.tensorboard  # noqa: F401
 
     from codecssl.pretrain import run  # noqa: F401
-    from codecssl.pretrain.peers import quiet_deepspeed
+    from codecssl.pretrain.engine.distributed import quiet_deepspeed
 
     quiet_deepspeed()
     fairseq2.init_fairseq2()
@@ -82,7 +82,7 @@ def _work(job: Job, rank: int) -> dict[str, Any]:
     from codecssl.configs.load import from_dict
     from codecssl.pretrain.config import RunConfig
     from codecssl.pretrain.run import run
-    from codecssl.tokenize.errors import UserError
+    from codecssl.tokenize.common.errors import UserError
 
     output = Path(job["output"])
     if rank == 0 and "begin" in job:
@@ -111,11 +111,12 @@ def _copy(run: Path, step: int, output: Path) -> None:
 @contextmanager
 def _trouble(rank: int, read: dict[int, list[str]], kind: str = "", at: int = 0, on: int = 0) -> Iterator[None]:
     """Note what is read; and before step `at` (0, 1, ...) let something happen on one rank."""
-    from codecssl.pretrain import masked, training
-    from codecssl.pretrain.loader import Loader
-    from codecssl.tokenize.errors import UserError
+    from codecssl.pretrain import training
+    from codecssl.pretrain.data.loader import Loader
+    from codecssl.pretrain.objectives import codec2vec
+    from codecssl.tokenize.common.errors import UserError
 
-    step, update, forward = Loader.step, training.Training.update, masked.MaskedPrediction.forward
+    step, update, forward = Loader.step, training.Training.update, codec2vec.MaskedPrediction.forward
     now = {"step": -1}
 
     def noted(self: Any, number: int) -> Any:
@@ -142,8 +143,8 @@ def _trouble(rank: int, read: dict[int, list[str]], kind: str = "", at: int = 0,
     with (
         patch.object(Loader, "step", noted),
         patch.object(training.Training, "update", signalled),
-        patch.object(masked.MaskedPrediction, "forward", poisoned),
-        patch("codecssl.pretrain.telemetry.draw_curves"),  # it takes longer than the run
+        patch.object(codec2vec.MaskedPrediction, "forward", poisoned),
+        patch("codecssl.pretrain.monitor.telemetry.draw_curves"),  # it takes longer than the run
     ):
         if (kind, rank) == ("full", on):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))

@@ -8,15 +8,15 @@ from typing import Literal
 import pytest
 import torch
 
-from codecssl.pretrain import engine
 from codecssl.pretrain.build import build
 from codecssl.pretrain.config import DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig
-from codecssl.pretrain.corpus import Corpus
-from codecssl.pretrain.data import open_data
-from codecssl.pretrain.engine import deepspeed_config, schedule
-from codecssl.pretrain.peers import join_ranks
-from codecssl.slurm.job import Ranks
-from codecssl.tokenize.errors import UserError
+from codecssl.pretrain.data.corpus import Corpus
+from codecssl.pretrain.data.open_data import open_data
+from codecssl.pretrain.engine import engine
+from codecssl.pretrain.engine.distributed import join_ranks
+from codecssl.pretrain.engine.engine import deepspeed_config, schedule
+from codecssl.pretrain.ranks import Ranks
+from codecssl.tokenize.common.errors import UserError
 
 
 def rates(config: OptimConfig) -> list[float]:

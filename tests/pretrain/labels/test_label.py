@@ -14,18 +14,18 @@ import torch
 from scipy.spatial.distance import cdist
 from sklearn.metrics import mutual_info_score
 
-from codecssl.pretrain import label as label_module
 from codecssl.pretrain.cli import main
-from codecssl.pretrain.cluster import Clustering, Quality, fit, phone_measures
 from codecssl.pretrain.config import RunConfig
-from codecssl.pretrain.export import export, load_pretrained
-from codecssl.pretrain.label import LabelConfig, label
+from codecssl.pretrain.export.export import export, load_pretrained
+from codecssl.pretrain.labels import label as label_module
+from codecssl.pretrain.labels.kmeans import Clustering, Quality, fit, phone_measures
+from codecssl.pretrain.labels.label import LabelConfig, label
+from codecssl.pretrain.monitor.telemetry import read_rows
 from codecssl.pretrain.run import run
-from codecssl.pretrain.telemetry import read_rows
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.writer import write_shards
 from codecssl.tokenize.shards import Shards
-from codecssl.tokenize.writer import write_shards
 
 CARD = CodecCard(
     name="synthetic", weights="none", weights_sha256="0" * 64, sample_rate=16_000, hop_length=320,
@@ -233,7 +233,7 @@ def test_tasks_share_the_work(
     report = label(sliced)
     of_run = replace(sliced, source=str(trained), output=tmp_path / "of_run", tasks=2)
     assert label(of_run) is None
-    monkeypatch.setattr("codecssl.pretrain.export.export", None)  # was done by the first
+    monkeypatch.setattr("codecssl.pretrain.export.export.export", None)  # was done by the first
     found = label(replace(of_run, task=1))
     assert {**found, "made_of": None} == {**report, "made_of": None}
     shared = replace(sliced, output=tmp_path / "shared", tasks=3)

@@ -7,10 +7,10 @@ from transformers import HubertConfig
 from transformers.models.hubert.modeling_hubert import HubertEncoder, HubertEncoderStableLayerNorm
 
 from codecssl.pretrain.config import ModelConfig
-from codecssl.pretrain.model import CodecModel, untrained
+from codecssl.pretrain.model.model import CodecModel, untrained
+from codecssl.tokenize.backends.tiny_16khz import random_codec
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.tiny import random_codec
+from codecssl.tokenize.common.errors import UserError
 
 CARD = CodecCard(
     name="synthetic", weights="none", weights_sha256="0", sample_rate=16_000, hop_length=320,

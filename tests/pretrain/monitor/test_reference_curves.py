@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from codecssl.configs.load import from_dict
-from codecssl.pretrain import expected
 from codecssl.pretrain.config import RunConfig
-from codecssl.pretrain.label import LabelConfig, label
+from codecssl.pretrain.labels.label import LabelConfig, label
+from codecssl.pretrain.monitor import reference_curves
+from codecssl.pretrain.monitor.telemetry import read_rows
 from codecssl.pretrain.run import run
-from codecssl.pretrain.rundir import read_config
-from codecssl.pretrain.telemetry import read_rows
+from codecssl.pretrain.run_folder import read_config
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.writer import write_shards
+from codecssl.tokenize.format.writer import write_shards
 
 STORED = Path(__file__).with_name("expected_losses.json")
 SIZES = (16, 12, 8)
@@ -95,24 +95,24 @@ def test_a_run_that_is_stored_finds_its_curve_and_another_does_not(tmp_path: Pat
     losses("codes", tmp_path)
     finished = tmp_path / "runs" / "codes"
     frames = sum(codes.shape[1] for _, codes, _ in utterances())
-    curve = expected.add(finished, "the test's", frames, store)
-    assert expected.add(finished, "again", frames, store).losses == curve.losses
+    curve = reference_curves.add(finished, "the test's", frames, store)
+    assert reference_curves.add(finished, "again", frames, store).losses == curve.losses
     assert len(store.read_text().splitlines()) == 1, "the same run is stored once"
     assert curve.losses["train"] == [
         [row["step"], round(row["loss"], 4)] for row in read_rows(finished / "metrics.jsonl")
     ]
     config = read_config(finished)
-    key = expected.curve_key(config, CARD.weights_sha256, frames)
-    assert expected.find(key, store) is not None
-    assert expected.find(expected.curve_key(config, CARD.weights_sha256, frames + 1), store) is None
+    key = reference_curves.curve_key(config, CARD.weights_sha256, frames)
+    assert reference_curves.find(key, store) is not None
+    assert reference_curves.find(reference_curves.curve_key(config, CARD.weights_sha256, frames + 1), store) is None
     slower = replace(config, optim=replace(config.optim, lr=1e-3), log=replace(config.log, log_every=2))
-    assert expected.find(expected.curve_key(slower, CARD.weights_sha256, frames), store) is None
+    assert reference_curves.find(reference_curves.curve_key(slower, CARD.weights_sha256, frames), store) is None
     spoken = replace(config, log=replace(config.log, log_every=2))
-    assert expected.curve_key(spoken, CARD.weights_sha256, frames) == key
-    assert expected.verdict(curve, [(2, 9.0), (99, 1.0)], "train") == (
+    assert reference_curves.curve_key(spoken, CARD.weights_sha256, frames) == key
+    assert reference_curves.verdict(curve, [(2, 9.0), (99, 1.0)], "train") == (
         f"expected at step 2: train loss {curve.losses['train'][1][1]:.4f} (the test's); this run 9.0000"
     )
-    assert expected.verdict(curve, [(99, 1.0)], "train") is None
+    assert reference_curves.verdict(curve, [(99, 1.0)], "train") is None
 
 
 if __name__ == "__main__":

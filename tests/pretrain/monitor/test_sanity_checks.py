@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from codecssl.pretrain.config import ModelConfig, ObjectiveConfig
-from codecssl.pretrain.loader import Batch
-from codecssl.pretrain.masked import MaskedPrediction
-from codecssl.pretrain.model import untrained
-from codecssl.pretrain.report import collapse, targets_report, training_flops
-from codecssl.pretrain.targets import make_target
+from codecssl.pretrain.data.loader import Batch
+from codecssl.pretrain.model.model import untrained
+from codecssl.pretrain.monitor.sanity_checks import collapse, targets_report, training_flops
+from codecssl.pretrain.objectives.codec2vec import MaskedPrediction
+from codecssl.pretrain.objectives.targets import make_target
 from codecssl.tokenize.codec import CodecCard
 
 

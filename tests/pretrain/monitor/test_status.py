@@ -11,7 +11,7 @@ import pytest
 from codecssl.configs.load import to_yaml
 from codecssl.pretrain.cli import main
 from codecssl.pretrain.config import OptimConfig, RunConfig
-from codecssl.pretrain.status import status
+from codecssl.pretrain.monitor.status import status
 
 
 def beat(

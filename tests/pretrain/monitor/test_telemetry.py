@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from codecssl.pretrain.telemetry import Telemetry, read_rows
+from codecssl.pretrain.monitor.telemetry import Telemetry, read_rows
 
 
 def row(step: int, loss: float, split: str = "train") -> dict[str, object]:

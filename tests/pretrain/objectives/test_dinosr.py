@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from codecssl.pretrain.config import ModelConfig, OnlineConfig, RunConfig
-from codecssl.pretrain.loader import Batch
-from codecssl.pretrain.model import untrained
-from codecssl.pretrain.online import OnlineClusters
+from codecssl.pretrain.data.loader import Batch
+from codecssl.pretrain.model.model import untrained
+from codecssl.pretrain.monitor.telemetry import read_rows
+from codecssl.pretrain.objectives.dinosr import OnlineClusters
 from codecssl.pretrain.run import run
-from codecssl.pretrain.telemetry import read_rows
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 SIZES = (16, 12)
 CARD = CodecCard(

@@ -10,21 +10,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from codecssl.pretrain.chance import hashed, uniform
 from codecssl.pretrain.config import ENCODECMAE_GAMMA, MaeConfig, MaskConfig, ModelConfig, ObjectiveConfig, RunConfig
-from codecssl.pretrain.export import export, load_pretrained
-from codecssl.pretrain.fs2 import BatchLayout
-from codecssl.pretrain.layers import make_encoder, sinusoids
-from codecssl.pretrain.loader import Batch
-from codecssl.pretrain.mae import EncodecMae
-from codecssl.pretrain.masking import span_mask
-from codecssl.pretrain.model import untrained
-from codecssl.pretrain.objective import parameters
+from codecssl.pretrain.data.hashed_random import hashed, uniform
+from codecssl.pretrain.data.loader import Batch
+from codecssl.pretrain.data.masking import span_mask
+from codecssl.pretrain.export.export import export, load_pretrained
+from codecssl.pretrain.model.fairseq2_parts import BatchLayout
+from codecssl.pretrain.model.layers import make_encoder, sinusoids
+from codecssl.pretrain.model.model import untrained
+from codecssl.pretrain.monitor.telemetry import read_rows
+from codecssl.pretrain.objectives.encodecmae import EncodecMae
+from codecssl.pretrain.objectives.objective import parameters
+from codecssl.pretrain.objectives.targets import Codes
 from codecssl.pretrain.run import run
-from codecssl.pretrain.targets import Codes
-from codecssl.pretrain.telemetry import read_rows
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 SIZES = (16, 12)
 CARD = CodecCard(

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from codecssl.pretrain.config import ENCODECMAE_GAMMA, ModelConfig, ObjectiveConfig
-from codecssl.pretrain.loader import Batch
-from codecssl.pretrain.masked import MaskedPrediction
-from codecssl.pretrain.model import untrained
-from codecssl.pretrain.objective import (
+from codecssl.pretrain.data.loader import Batch
+from codecssl.pretrain.model.model import untrained
+from codecssl.pretrain.objectives.codec2vec import MaskedPrediction
+from codecssl.pretrain.objectives.objective import (
     CosineHeads,
     codebook_weights,
     histogram_perplexity,
@@ -16,9 +16,9 @@ from codecssl.pretrain.objective import (
     merged,
     summary,
 )
-from codecssl.pretrain.targets import Codes, make_target
+from codecssl.pretrain.objectives.targets import Codes, make_target
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 SIZES = (16, 12, 8)
 CARD = CodecCard(

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from codecssl.superb.corpus import Example
-from codecssl.superb.trials import MOST_PAIRS, Trial, paired, read_trials
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.corpora.asv_trials import MOST_PAIRS, Trial, paired, read_trials
+from codecssl.superb.corpora.corpus import Example
+from codecssl.tokenize.common.errors import UserError
 
 
 def examples_of(counts: dict[str, int]) -> list[Example]:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from codecssl.superb.corpus import Corpus, Example, chance, open_corpus
+from codecssl.superb.corpora.corpus import Corpus, Example, chance, open_corpus
 from codecssl.superb.tasks import TASKS
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_trials_are_part_of_verifications_identity_only(tmp_path: Path) -> None:
 
 def test_an_official_layout_needs_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows and trials come from `layouts`; the identity holds the rows with paths under the root."""
-    from codecssl.superb import layouts
-    from codecssl.superb.trials import Trial, trials_of
+    from codecssl.superb.corpora import official
+    from codecssl.superb.corpora.asv_trials import Trial, trials_of
 
     def rows(task: str, root: Path, side: Path | None) -> list[dict[str, Any]]:
         assert side == tmp_path / "side"
@@ -166,8 +166,8 @@ def test_an_official_layout_needs_no_manifest(tmp_path: Path, monkeypatch: pytes
             )
         return found
 
-    monkeypatch.setattr(layouts, "official_rows", rows)
-    monkeypatch.setattr(layouts, "official_trials", lambda root, side: [(1, str(root / "1.wav"), str(root / "3.wav"))])
+    monkeypatch.setattr(official, "official_rows", rows)
+    monkeypatch.setattr(official, "official_trials", lambda root, side: [(1, str(root / "1.wav"), str(root / "3.wav"))])
     one, other = tmp_path / "one", tmp_path / "other"
     for root in (one, other):
         root.mkdir()

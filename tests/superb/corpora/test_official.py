@@ -15,9 +15,9 @@ import pandas
 import pytest
 import soundfile
 
-from codecssl.superb import compat
-from codecssl.superb.layouts import official_rows, official_trials
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.corpora.official import official_rows, official_trials
+from codecssl.superb.patches import import_patches
+from codecssl.tokenize.common.errors import UserError
 
 RATE = 16_000
 Rows = list[dict[str, Any]]
@@ -27,7 +27,7 @@ Write = Callable[[Path, float], None]
 @pytest.fixture(scope="session")
 def write() -> Write:
     """Writes the next stretch of one speaker of the sample corpus to a path."""
-    from codecssl.superb.sample import ARCHIVE
+    from codecssl.superb.sample.unpack import ARCHIVE
 
     with tarfile.open(ARCHIVE) as archive:
         member = next(member for member in archive.getmembers() if member.name.endswith((".opus", ".ogg")))
@@ -47,7 +47,7 @@ def write() -> Write:
 
 @pytest.fixture(autouse=True)
 def _patched() -> None:
-    compat.install()
+    import_patches.install()
 
 
 def text(path: Path, lines: list[str]) -> Path:

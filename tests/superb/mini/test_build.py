@@ -17,14 +17,14 @@ import pytest
 import soundfile
 import soxr
 
-from codecssl.superb import mini
 from codecssl.superb.cli import main
-from codecssl.superb.mini import build
-from codecssl.superb.mini_audio import RATE, active, at_level, loudest_part, quiet_part, spans, trimmed
-from codecssl.superb.mini_manifest import by_speaker, by_utterance, plain_text
-from codecssl.superb.mini_mixtures import overlapped
-from codecssl.superb.mini_tasks import plain_phones
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.mini import build as mini
+from codecssl.superb.mini.audio import RATE, active, at_level, loudest_part, quiet_part, spans, trimmed
+from codecssl.superb.mini.build import build
+from codecssl.superb.mini.manifest import by_speaker, by_utterance, plain_text
+from codecssl.superb.mini.mixtures import overlapped
+from codecssl.superb.mini.recorded_tasks import plain_phones
+from codecssl.tokenize.common.errors import UserError
 
 TEN = ("pr", "asr", "ks", "qbe", "sid", "asv", "sd", "ic", "sf", "er")
 DIGIT_VOICES = 4
@@ -71,7 +71,7 @@ def _source_row(row: dict[str, Any]) -> dict[str, Any] | None:
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A labelled manifest and its audio."""
-    from codecssl.superb.sample import ARCHIVE
+    from codecssl.superb.sample.unpack import ARCHIVE
 
     folder, lines = tmp_path_factory.mktemp("source"), []
     with tarfile.open(ARCHIVE) as archive:
@@ -130,7 +130,7 @@ def read(built: Path, row: dict[str, Any]) -> np.ndarray:
 
 
 def test_the_ten_tasks_are_there_and_the_runner_takes_them(built: Path) -> None:
-    from codecssl.superb.corpus import open_corpus
+    from codecssl.superb.corpora.corpus import open_corpus
     from codecssl.superb.tasks import TASKS
 
     corpus = open_corpus(built)
@@ -451,7 +451,7 @@ def test_activity_finds_the_tone_and_its_surroundings() -> None:
     assert abs(10 * np.log10(np.mean(tone.astype(float) ** 2)) + 20) < 0.1
 
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "manifest.jsonl"
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data" / "manifest.jsonl"
 
 
 @pytest.mark.skipif(not SHARED.is_file(), reason="no ../shared/data beside the project: real speech is not there")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from codecssl.superb.decoded import DecodedOnce
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.patches.decoded_audio import DecodedOnce
+from codecssl.tokenize.common.errors import UserError
 
 
 class Counting:
@@ -56,12 +56,12 @@ def test_no_more_is_kept_than_fits(path: str) -> None:
 
 
 def test_s3prls_loader_reads_a_file_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from codecssl.superb import compat, decoded
+    from codecssl.superb.patches import decoded_audio, import_patches
 
-    compat.install()
+    import_patches.install()
     import s3prl.dataio.dataset.load_audio as loader
 
-    decoded.install()
+    decoded_audio.install()
     genuine = Counting()
     monkeypatch.setattr(loader.librosa, "librosa", genuine)
     audio = loader.LoadAudio([path])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from codecssl.superb.diarise import error_rate, read_rttm, score_files
+from codecssl.superb.patches.der import error_rate, read_rttm, score_files
 
 pytest.importorskip("pyannote.metrics", reason="pyannote.metrics is not installed")
 Turns = list[tuple[str, float, float]]

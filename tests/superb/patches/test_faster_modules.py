@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from codecssl.superb import compat
-from codecssl.superb.faster import PaddedLSTM, quicken
+from codecssl.superb.patches import import_patches
+from codecssl.superb.patches.faster_modules import PaddedLSTM, quicken
 
-compat.install()  # before s3prl is imported
+import_patches.install()  # before s3prl is imported
 LENGTHS = torch.tensor([5, 9, 1, 9, 5])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from codecssl.superb import compat
+from codecssl.superb.patches import import_patches
 
 
 def test_s3prl_imports_with_the_patches() -> None:
@@ -73,32 +73,32 @@ def test_each_patch_is_needed(name: str, failures: dict[str, str]) -> None:
 
 
 def test_every_patch_has_its_reason_and_its_proof() -> None:
-    assert {patch.name for patch in compat.PATCHES} >= set(NEEDED)
-    assert all(len(patch.reason) > 40 for patch in compat.PATCHES)
+    assert {patch.name for patch in import_patches.PATCHES} >= set(NEEDED)
+    assert all(len(patch.reason) > 40 for patch in import_patches.PATCHES)
 
 
 def test_a_patch_leaves_alone_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torchaudio that still has these functions keeps them."""
     import torchaudio
 
-    compat.install()
+    import_patches.install()
     own = {"info": lambda path: None, "set_audio_backend": lambda name: None}
     for name, function in own.items():
         monkeypatch.setattr(torchaudio, name, function, raising=False)
-    compat.install()
+    import_patches.install()
     assert all(getattr(torchaudio, name) is function for name, function in own.items())
 
 
 def test_load_raises_what_is_no_matter_of_ffmpeg(tmp_path: Path) -> None:
     import torchaudio
 
-    compat.install()
+    import_patches.install()
     (tmp_path / "a.wav").write_text("a letter")
     with pytest.raises((RuntimeError, OSError)):
         torchaudio.load(str(tmp_path / "a.wav"))
 
 
 def test_an_absent_package_says_so_when_used() -> None:
-    absent = compat._Absent("sed_eval")
+    absent = import_patches._Absent("sed_eval")
     with pytest.raises(ModuleNotFoundError, match="pip install sed_eval"):
         absent.SegmentBasedMetrics()

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from codecssl.superb import effects
-from codecssl.superb.effects import apply_effects, apply_effects_file, drop_silence
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.patches import sox_effects
+from codecssl.superb.patches.sox_effects import apply_effects, apply_effects_file, drop_silence
+from codecssl.tokenize.common.errors import UserError
 
 ASV = [["channels", "1"], ["rate", "16000"], ["gain", "-3.0"], ["silence", "1", "0.1", "0.1%", "-1", "0.1", "0.1%"]]
 needs_sox = pytest.mark.skipif(shutil.which("sox") is None, reason="compares with the sox program; apt install sox")
@@ -98,8 +98,8 @@ def test_silence_is_the_manuals_state_machine() -> None:
 def test_a_long_wave_is_searched_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stretch longer than the first step is found whole; no more is squared than a few times the wave."""
     seen: list[int] = []
-    genuine = effects._loud
-    monkeypatch.setattr(effects, "_loud", lambda x, *rest: seen.append(len(x)) or genuine(x, *rest))
+    genuine = sox_effects._loud
+    monkeypatch.setattr(sox_effects, "_loud", lambda x, *rest: seen.append(len(x)) or genuine(x, *rest))
     wave = np.concatenate([np.full(n, v) for n, v in [(5_000, 0.0), (80_000, 1e9), (5_000, 0.0), (30_000, 1e9)]])
     assert len(drop_silence(wave, 1_000, 100, 0.1)) == pytest.approx(110_000, abs=60)
     assert sum(seen) < 4 * len(wave)

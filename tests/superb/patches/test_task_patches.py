@@ -2,14 +2,14 @@
 
 import pytest
 
-from codecssl.superb import compat, repairs
+from codecssl.superb.patches import import_patches, task_patches
 
 
 @pytest.fixture(autouse=True)
 def _installed() -> None:
-    compat.install()
-    repairs.install()
-    repairs.install()
+    import_patches.install()
+    task_patches.install()
+    task_patches.install()
 
 
 def test_error_rates_of_empty_references() -> None:
@@ -61,7 +61,7 @@ def test_without_the_patches_s3prl_divides_by_zero() -> None:
 def test_diarisation_is_scored_without_a_clone() -> None:
     import s3prl.problem.diarization.util as util
 
-    from codecssl.superb.diarise import score_files
+    from codecssl.superb.patches.der import score_files
 
     assert util.score_with_dscore is score_files
 

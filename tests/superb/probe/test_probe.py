@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from codecssl.superb import probe, results
-from codecssl.superb.crossvalidate import Settings, assign_folds, evaluate
-from codecssl.superb.probe import Probe, load_probes
-from codecssl.superb.probe_data import open_rows
-from codecssl.tokenize.errors import UserError
+from codecssl.superb import results
+from codecssl.superb.probe import probe
+from codecssl.superb.probe.crossvalidate import Settings, assign_folds, evaluate
+from codecssl.superb.probe.features import open_rows
+from codecssl.superb.probe.probe import Probe, load_probes
+from codecssl.tokenize.common.errors import UserError
 
 KS = Probe(name="ks", label="keyword", task="ks")
 
@@ -115,8 +116,8 @@ def test_shards_give_what_audio_gives(corpus: Path, model_folder: Path, loads_co
     """The codes in the shards are the ones that the expert makes of the files."""
     import torch
 
-    from codecssl.tokenize.audio import read_wave
-    from codecssl.tokenize.writer import write_shards
+    from codecssl.tokenize.format.writer import write_shards
+    from codecssl.tokenize.sources.audio import read_wave
 
     rows = [json.loads(line) for line in (corpus / "manifest.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "ks" in row["task"].split(",")]
@@ -136,7 +137,7 @@ def test_shards_give_what_audio_gives(corpus: Path, model_folder: Path, loads_co
 def test_shards_of_another_codec_are_refused(codec: Any, model_folder: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from codecssl.tokenize.writer import write_shards
+    from codecssl.tokenize.format.writer import write_shards
 
     card = replace(codec.card, weights_sha256="f" * 64)
     write_shards(tmp_path / "shards", card, [("a", np.zeros((8, 9), np.uint16), {"task": "ks", "keyword": "x"})])

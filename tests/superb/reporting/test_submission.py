@@ -9,11 +9,14 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from codecssl.superb import compat, predictions, qbe, results, tasks
+from codecssl.superb import results, tasks
 from codecssl.superb.cli import main
-from codecssl.superb.corpus import Example
-from codecssl.superb.submission import write_zip
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.corpora.corpus import Example
+from codecssl.superb.patches import import_patches
+from codecssl.superb.reporting import predictions
+from codecssl.superb.reporting.submission import write_zip
+from codecssl.superb.runner import qbe
+from codecssl.tokenize.common.errors import UserError
 
 
 def example(name: str, path: str) -> Example:
@@ -86,7 +89,7 @@ def test_the_files_are_those_of_s3prls_classic_task(task: str, tmp_path: Path, m
     """Its own datasets name the utterances, its own experts write the file."""
     import importlib
 
-    compat.install()
+    import_patches.install()
     kind, record, paths, answers = CLASSIC[task]
     expert = importlib.import_module(f"s3prl.downstream.{kind}.expert").DownstreamExpert
     names = classic_names(task, paths, tmp_path, monkeypatch)
@@ -116,7 +119,7 @@ def test_the_files_are_those_of_s3prls_classic_task(task: str, tmp_path: Path, m
 
 def test_detections_are_those_of_s3prl(tmp_path: Path) -> None:
     """The same bytes but for the order of documents, which there is that of finished processes."""
-    compat.install()
+    import_patches.install()
     from s3prl.downstream.quesst14_dtw.expert import DownstreamExpert
 
     draw = torch.Generator().manual_seed(0)
@@ -136,7 +139,7 @@ def test_detections_are_those_of_s3prl(tmp_path: Path) -> None:
 
 
 def test_trials_are_named_as_in_s3prls_classic_task(tmp_path: Path) -> None:
-    compat.install()
+    import_patches.install()
     from s3prl.downstream.sv_voxceleb1.expert import DownstreamExpert
 
     one, other = "/r/test/wav/id10270/a.b/00001.wav", "/r/test/wav/id10271/c/00002.wav"

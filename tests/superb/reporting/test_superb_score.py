@@ -2,7 +2,7 @@
 
 import pytest
 
-from codecssl.superb.score import ANCHORS, PUBLISHED, missing, score
+from codecssl.superb.reporting.superb_score import ANCHORS, PUBLISHED, missing, score
 
 WANTED = {"FBANK": 0, "wav2vec 2.0 Base": 818, "HuBERT Base": 941, "WavLM Base+": 1106, "WavLM Large": 1145,
           "DistilHuBERT": 717}  # fmt: skip

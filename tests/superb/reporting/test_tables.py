@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from codecssl.superb import charts, report, results, score, tasks
-from codecssl.superb.comparison import Cell
-from codecssl.superb.page import html
-from codecssl.tokenize.errors import UserError
+from codecssl.superb import results, tasks
+from codecssl.superb.reporting import superb_score, svg_charts, tables
+from codecssl.superb.reporting.comparison import Cell
+from codecssl.superb.reporting.web_page import html
+from codecssl.tokenize.common.errors import UserError
 
 
 def settings(budget: str) -> dict[str, Any]:
@@ -20,12 +21,12 @@ def settings(budget: str) -> dict[str, Any]:
 
 
 def row(name: str, task: str, value: float, **changes: Any) -> dict[str, Any]:
-    kind = name if name in report.BASELINES else "model"
+    kind = name if name in tables.BASELINES else "model"
     budget = settings("smoke")
     base = {
         "upstream": {"name": name, "kind": kind, "argument": None, "sha256": None},
         "manifest_sha256": "0",
-        "data": report.SAMPLE,
+        "data": tables.SAMPLE,
         "task": task,
         "budget": budget,
         "seed": 0,
@@ -54,8 +55,8 @@ def rows() -> list[dict[str, Any]]:
 
 
 def test_the_table() -> None:
-    (comparison,) = report.compare(rows())
-    header, body = report.lines(comparison)
+    (comparison,) = tables.compare(rows())
+    header, body = tables.lines(comparison)
     assert header == ["upstream", "ks acc % ↑", "er acc % ↑"]
     assert [line[0] for line in body[:5]] == [
         "chance (most frequent class)",
@@ -75,21 +76,21 @@ def test_the_table() -> None:
 def test_heads_that_saw_less_than_their_training_set_are_named() -> None:
     few = row("fbank", "asr", 0.9, steps=1, batch=32, metric="wer", values={"wer": 0.9},
               utterances={"train": 400, "valid": 8, "test": 8})  # fmt: skip
-    (comparison,) = report.compare([row("fbank", "ks", 0.2), few])
-    [note] = [note for note in report.notes(comparison) if "next to nothing" in note]
+    (comparison,) = tables.compare([row("fbank", "ks", 0.2), few])
+    [note] = [note for note in tables.notes(comparison) if "next to nothing" in note]
     assert "(asr 32 of 400)" in note
-    (comparison,) = report.compare([row("fbank", "ks", 0.2), {**few, "steps": 13}])
-    assert not [note for note in report.notes(comparison) if "next to nothing" in note]
+    (comparison,) = tables.compare([row("fbank", "ks", 0.2), {**few, "steps": 13}])
+    assert not [note for note in tables.notes(comparison) if "next to nothing" in note]
 
 
 def test_the_rates_that_won_stand_with_their_tasks() -> None:
     runs = [row("fbank", "ks", 0.5), row("fbank", "ks", 0.5, seed=1, learning_rate=1e-3), row("fbank", "er", 0.5)]
-    (comparison,) = report.compare([*runs, row("fbank", "sid", 0.5)])
-    text = " ".join(report.notes(comparison))
+    (comparison,) = tables.compare([*runs, row("fbank", "sid", 0.5)])
+    text = " ".join(tables.notes(comparison))
     assert "that won: fbank ks: 0.001/0.01; sid er: 0.01." in text
     assert "± is the deviation over seeds; a figure without it is of one seed; in brackets the 95 % interval" in text
-    (comparison,) = report.compare([row("fbank", "ks", 0.5), row("fbank", "er", 0.5)])
-    text = " ".join(report.notes(comparison))
+    (comparison,) = tables.compare([row("fbank", "ks", 0.5), row("fbank", "er", 0.5)])
+    text = " ".join(tables.notes(comparison))
     assert "that won: fbank 0.01." in text
     assert "deviation over seeds" not in text
 
@@ -101,7 +102,7 @@ def test_the_validation_set_chooses_the_learning_rate() -> None:
         row("fbank", "ks", 0.5, valid=0.2, learning_rate=1e-3),
     ]
     for order in (sweep, sweep[::-1]):
-        cell = report.compare(order)[0].cells["fbank", "ks"]
+        cell = tables.compare(order)[0].cells["fbank", "ks"]
         assert cell.value("accuracy") == 0.5
         assert cell.rates == (1e-3, 1e-1)
 
@@ -109,10 +110,10 @@ def test_the_validation_set_chooses_the_learning_rate() -> None:
 def test_seeds_are_averaged_each_with_its_own_choice() -> None:
     sweep = [row("fbank", "ks", v, valid=valid, seed=s, learning_rate=lr) for v, valid, s, lr in
              ((0.1, 0.5, 0, 1), (0.9, 0.4, 0, 2), (0.2, 0.1, 1, 1), (0.4, 0.3, 1, 2))]  # fmt: skip
-    cell = report.compare(sweep)[0].cells["fbank", "ks"]
+    cell = tables.compare(sweep)[0].cells["fbank", "ks"]
     assert cell.value("accuracy") == pytest.approx((0.1 + 0.4) / 2)
     assert cell.deviation("accuracy") == pytest.approx(0.15 * math.sqrt(2))
-    assert report.cell_text(cell, "accuracy") == "25.0 ± 21.2"
+    assert tables.cell_text(cell, "accuracy") == "25.0 ± 21.2"
     assert len(cell.runs) == 2
 
 
@@ -136,13 +137,13 @@ def test_the_interval_is_wilsons() -> None:
     [
         (
             "smoke",
-            report.SAMPLE,
+            tables.SAMPLE,
             "Not SUPERB: smoke budget, 1/2000 (at least 100) of the official steps, fewer for heavy heads; data: sam",
         ),
         ("quick", "corpora", "Not SUPERB: quick budget, 1/100"),
         (
             "full",
-            report.SAMPLE,
+            tables.SAMPLE,
             "Not SUPERB: full budget, all of the official steps; data: sample corpus (synthetic",
         ),
         ("full", "mine", "Not SUPERB: full budget, all of the official steps; data: mine"),
@@ -152,32 +153,32 @@ def test_the_interval_is_wilsons() -> None:
 )
 def test_only_a_full_budget_on_its_own_corpora_is_called_superb(budget: str, data: str, start: str) -> None:
     digest = None if data == "official" else "0"
-    (comparison,) = report.compare(
+    (comparison,) = tables.compare(
         [row("fbank", "ks", 0.5, data=data, budget=settings(budget), manifest_sha256=digest)]
     )
     assert comparison.claim.startswith(start)
-    for text in (report.markdown([comparison]), html([comparison]).replace("&#x27;", "'")):
+    for text in (tables.markdown([comparison]), html([comparison]).replace("&#x27;", "'")):
         assert comparison.claim in text
 
 
 def test_a_difference_beyond_chance_is_marked() -> None:
     """As the unpaired test of two proportions does it: here z = 2.00 and z = 1.91."""
-    assert report.difference(of_share(0.60, 100), of_share(0.46, 100), "accuracy") == "+14.0*"
-    assert report.difference(of_share(0.46, 100), of_share(0.594, 100), "accuracy") == "-13.4"
+    assert tables.difference(of_share(0.60, 100), of_share(0.46, 100), "accuracy") == "+14.0*"
+    assert tables.difference(of_share(0.46, 100), of_share(0.594, 100), "accuracy") == "-13.4"
 
 
 def test_what_can_not_be_compared_is_kept_apart() -> None:
     """Other data, another version of the same data, another budget: a table each."""
     others = [row("fbank", "ks", 0.1, data="x"), row("fbank", "ks", 0.1, manifest_sha256="1"),
               row("fbank", "ks", 0.1, budget={**rows()[0]["budget"], "divisor": 7})]  # fmt: skip
-    assert len(report.compare([*rows(), *others])) == 4
+    assert len(tables.compare([*rows(), *others])) == 4
 
 
 def test_models_of_one_name_are_told_apart() -> None:
     def model(path: str, digest: str) -> dict[str, Any]:
         return row(path, "ks", 0.5, upstream={"name": path, "kind": "model", "argument": path, "sha256": digest})
 
-    (comparison,) = report.compare(
+    (comparison,) = tables.compare(
         [model("/a/model", "1" * 64), model("/b/model", "2" * 64), model("/b/other", "3" * 64)]
     )
     assert comparison.upstreams == ("model [111111]", "model [222222]", "other")
@@ -210,7 +211,7 @@ class Page(HTMLParser):
 
 def test_the_page_stands_alone_and_has_everything() -> None:
     """Nothing is fetched, tags match; two curves a task, one heat chart for the one upstream with layers."""
-    page = Page(html(report.compare(rows())))
+    page = Page(html(tables.compare(rows())))
     assert page.fetched == []
     assert page.open == []
     assert page.tags.count("svg") == 2 * 2 + 1
@@ -220,16 +221,16 @@ def test_the_page_stands_alone_and_has_everything() -> None:
 
 
 def test_names_are_escaped() -> None:
-    text = html(report.compare([row("<img src=x>", "ks", 0.5)]))
+    text = html(tables.compare([row("<img src=x>", "ks", 0.5)]))
     assert "<img" not in text
 
 
 def test_ticks_cover_the_range_in_round_steps() -> None:
-    assert charts.ticks(0, 100) == [0, 20, 40, 60, 80, 100]
-    assert charts.ticks(0, 0.37) == [0, 0.1, 0.2, 0.3, 0.4]
-    assert charts.ticks(3, 3)[0] <= 3 <= charts.ticks(3, 3)[-1]
+    assert svg_charts.ticks(0, 100) == [0, 20, 40, 60, 80, 100]
+    assert svg_charts.ticks(0, 0.37) == [0, 0.1, 0.2, 0.3, 0.4]
+    assert svg_charts.ticks(3, 3)[0] <= 3 <= svg_charts.ticks(3, 3)[-1]
     for low, high in ((0, 1e-6), (0, 123456), (-2.5, 2.5)):
-        marks = charts.ticks(low, high)
+        marks = svg_charts.ticks(low, high)
         assert marks[0] <= low
         assert marks[-1] >= high
         assert 3 <= len(marks) <= 8
@@ -238,7 +239,7 @@ def test_ticks_cover_the_range_in_round_steps() -> None:
 def test_write_and_load(tmp_path: Path) -> None:
     for number, each in enumerate(rows()):
         results.write_json(tmp_path / "runs" / "tiny" / "ks" / str(number) / "result.json", each)
-    paths = report.write(report.load([tmp_path]), tmp_path)
+    paths = tables.write(tables.load([tmp_path]), tmp_path)
     assert [path.name for path in paths] == ["report.md", "report.html"]
     assert "| tiny − codes | +20.0 | -5.0 |" in paths[0].read_text()
     assert len(results.publish(tmp_path)) == 8
@@ -247,7 +248,7 @@ def test_write_and_load(tmp_path: Path) -> None:
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished run; give an --output"):
-        report.load([tmp_path])
+        tables.load([tmp_path])
 
 
 TESTED: dict[str, dict[str, float]] = {
@@ -275,48 +276,48 @@ def official(name: str = "/runs/tiny") -> list[dict[str, Any]]:
 
 
 def test_all_ten_tasks_in_one_table() -> None:
-    (comparison,) = report.compare([*all_ten("fbank"), *all_ten(better=0.5)])
-    header, body = report.lines(comparison)
+    (comparison,) = tables.compare([*all_ten("fbank"), *all_ten(better=0.5)])
+    header, body = tables.lines(comparison)
     assert header[1:4] == ["pr PER % ↓", "asr WER % ↓", "asr WER with LM % ↓"]
     assert len(header) == 1 + 12
     lines = {line[0]: dict(zip(header, line, strict=True)) for line in body}
     assert lines["tiny"]["sf CER % ↓"] == "15.0"
     assert lines["tiny − fbank"]["pr PER % ↓"] == "-10.0"
     assert lines["tiny"]["qbe MTWV x100 ↑"] == "2.5"
-    text = " ".join(report.notes(comparison))
+    text = " ".join(tables.notes(comparison))
     assert "asv: SUPERB has no validation set" in text
     assert "the best validation MTWV (fbank 3, tiny 3)" in text
-    turned = report.markdown([comparison]).splitlines()
+    turned = tables.markdown([comparison]).splitlines()
     assert turned[4].startswith("| upstream | chance (most frequent class) | fbank | tiny | tiny − fbank |")
     assert turned[6].startswith("| pr PER % ↓ |")
-    assert "(published)" not in report.markdown([comparison])
+    assert "(published)" not in tables.markdown([comparison])
     assert "score" not in header
-    table = report.console_table(comparison)
+    table = tables.console_table(comparison)
     assert len(table.columns) == 1 + len(body)
     assert Page(html([comparison])).open == []
 
 
 def test_a_full_row_has_a_score_and_stands_beside_published_ones() -> None:
-    (comparison,) = report.compare(official())
-    header, body = report.lines(comparison)
+    (comparison,) = tables.compare(official())
+    header, body = tables.lines(comparison)
     values = {(task, key): 100 * value for task, found in TESTED.items() for key, value in found.items()}
     lines = {line[0]: dict(zip(header, line, strict=True)) for line in body}
-    assert lines["tiny"]["score"] == f"{score.score(values):.0f}"
+    assert lines["tiny"]["score"] == f"{superb_score.score(values):.0f}"
     assert lines["HuBERT Base (published)"]["score"] == "941"
     assert lines["HuBERT Base (published)"]["asr WER with LM % ↓"] == "4.79"
     assert lines["Codec2Vec online (reported, via a secondary digest)"]["score"] == ""
 
 
 def test_a_missing_task_is_no_score_and_is_named() -> None:
-    (comparison,) = report.compare([found for found in official() if found["task"] not in ("sd", "sf")])
-    header, body = report.lines(comparison)
+    (comparison,) = tables.compare([found for found in official() if found["task"] not in ("sd", "sf")])
+    header, body = tables.lines(comparison)
     assert dict(zip(header, body[1], strict=True))["score"] == ""
-    assert "tiny has no score: sd, sf missing." in report.notes(comparison)
+    assert "tiny has no score: sd, sf missing." in tables.notes(comparison)
 
 
 def test_official_tasks_are_one_table_though_their_rows_differ() -> None:
     rows = [{**found, "rows_sha256": str(i)} for i, found in enumerate(official())]
-    assert len(report.compare(rows)) == 1
+    assert len(tables.compare(rows)) == 1
 
 
 def test_a_run_that_ran_away_neither_wins_nor_spoils_the_page() -> None:
@@ -324,9 +325,9 @@ def test_a_run_that_ran_away_neither_wins_nor_spoils_the_page() -> None:
     nan = math.nan
     sweep = [row("fbank", "pr", value, values={"per": value}, metric="per", valid=valid, learning_rate=rate)
              for value, valid, rate in ((0.9, nan, 1.0), (0.5, 0.4, 2.0), (0.8, nan, 3.0))]  # fmt: skip
-    assert report.compare(sweep)[0].cells["fbank", "pr"].value("per") == 0.5
+    assert tables.compare(sweep)[0].cells["fbank", "pr"].value("per") == 0.5
     curves = {"train-loss": [[10, 2.0], [20, nan], [30, math.inf]], "valid-accuracy": [[10, nan]]}
-    text = html(report.compare([row("fbank", "ks", 0.5, curves=curves)]))
+    text = html(tables.compare([row("fbank", "ks", 0.5, curves=curves)]))
     assert text.count("<circle") == 1
     assert "nan" not in text
 
@@ -336,7 +337,7 @@ def test_where_less_is_better_the_least_valid_figure_wins() -> None:
         row("fbank", "pr", value, values={"per": value}, metric="per", valid=valid, learning_rate=rate)
         for value, valid, rate in ((0.1, 0.9, 1.0), (0.5, 0.2, 2.0))
     ]
-    assert report.compare(sweep)[0].cells["fbank", "pr"].value("per") == 0.5
+    assert tables.compare(sweep)[0].cells["fbank", "pr"].value("per") == 0.5
 
 
 def test_verification_without_validation_takes_the_best_test_figure() -> None:
@@ -344,16 +345,16 @@ def test_verification_without_validation_takes_the_best_test_figure() -> None:
         row("fbank", "asv", value, values={"eer": value}, metric="eer", valid=None, learning_rate=rate)
         for value, rate in ((0.3, 1.0), (0.2, 2.0))
     ]
-    assert report.compare(sweep)[0].cells["fbank", "asv"].value("eer") == 0.2
+    assert tables.compare(sweep)[0].cells["fbank", "asv"].value("eer") == 0.2
 
 
 def test_folds_are_averaged_within_a_seed() -> None:
     folds = [row("fbank", "er", value, fold=fold, seed=seed) for fold, value, seed in
              ((1, 0.2, 0), (2, 0.4, 0), (1, 0.6, 1), (2, 0.8, 1))]  # fmt: skip
-    cell = report.compare(folds)[0].cells["fbank", "er"]
+    cell = tables.compare(folds)[0].cells["fbank", "er"]
     assert cell.by_seed("accuracy") == pytest.approx([0.3, 0.7])
     assert cell.utterances == 80
-    notes = report.notes(report.compare(folds)[0])
+    notes = tables.notes(tables.compare(folds)[0])
     assert "er: the mean over folds, each tested in turn." in notes
     assert any(note.startswith("Tested utterances: er 80;") for note in notes)  # of both folds
 
@@ -363,13 +364,13 @@ def test_emotion_without_a_fold_is_no_score() -> None:
     others = [found for found in official() if found["task"] != "er"]
     (er,) = [found for found in official() if found["task"] == "er"]
     folds = [{**er, "fold": fold, "seed": seed} for fold in range(1, 6) for seed in (0, 1)]
-    (comparison,) = report.compare(others + folds)
-    assert not [note for note in report.notes(comparison) if "no score" in note or "without fold" in note]
-    (comparison,) = report.compare(others + folds[:7] + folds[8:9])
-    assert {"tiny has no score: er missing.", "er of tiny: without fold 4, 5."} <= set(report.notes(comparison))
+    (comparison,) = tables.compare(others + folds)
+    assert not [note for note in tables.notes(comparison) if "no score" in note or "without fold" in note]
+    (comparison,) = tables.compare(others + folds[:7] + folds[8:9])
+    assert {"tiny has no score: er missing.", "er of tiny: without fold 4, 5."} <= set(tables.notes(comparison))
 
 
 def test_what_was_skipped_is_said() -> None:
     skipped = {"longer than 300 s": 2}
-    (comparison,) = report.compare([row("fbank", "ks", 0.5, skipped=skipped)])
-    assert "Utterances left out or emptied: longer than 300 s: ks 2." in report.notes(comparison)
+    (comparison,) = tables.compare([row("fbank", "ks", 0.5, skipped=skipped)])
+    assert "Utterances left out or emptied: longer than 300 s: ks 2." in tables.notes(comparison)

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import soundfile
 
-from codecssl.superb import compat
-from codecssl.superb.corpus import Corpus, Example
-from codecssl.superb.csvs import write_csvs
-from codecssl.superb.problems import make_problem
+from codecssl.superb.corpora.corpus import Corpus, Example
+from codecssl.superb.patches import import_patches
+from codecssl.superb.runner.csvs import write_csvs
+from codecssl.superb.runner.problems import make_problem
 from codecssl.superb.tasks import TASKS, official_config
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 
 def prepared(name: str, corpus: Path, folder: Path) -> tuple[Any, dict[str, Path], dict[str, list[Example]]]:
-    compat.install()
+    import_patches.install()
     found = Corpus(corpus)
     splits = found.examples(TASKS[name])
     csvs = write_csvs(TASKS[name], splits, folder, found)

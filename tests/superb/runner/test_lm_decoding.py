@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from codecssl.superb import compat
-from codecssl.superb.decode import make_decoder, unigrams
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.patches import import_patches
+from codecssl.superb.runner.lm_decoding import make_decoder, unigrams
+from codecssl.tokenize.common.errors import UserError
 
 ARPA = """\\data\\
 ngram 1=5
@@ -51,7 +51,7 @@ def test_the_language_model_decides(model: Path, tmp_path: Path) -> None:
     """The last letter is b by a little; the model knows that cat is the word."""
     pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
     pytest.importorskip("kenlm", reason="kenlm is not installed")
-    compat.install()
+    import_patches.install()
     decoder = make_decoder(VOCABULARY, model, tmp_path)
     emissions = torch.full((1, 8, len(VOCABULARY)), -10.0)
     for frame, letter in enumerate(["c", "<pad>", "a", "<pad>", "b", "<pad>", " ", "<pad>"]):
@@ -63,7 +63,7 @@ def test_the_language_model_decides(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_in_other_letters_is_refused(model: Path, tmp_path: Path) -> None:
-    compat.install()
+    import_patches.install()
     with pytest.raises(UserError, match="no word of it is in the transcripts' letters"):
         make_decoder(["<pad>", "<eos>", "<unk>", " ", "C", "A", "T"], model, tmp_path)
     with pytest.raises(UserError, match="the transcripts need spaces"):

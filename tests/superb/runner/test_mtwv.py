@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from codecssl.superb.mtwv import BETA, mtwv
+from codecssl.superb.runner.mtwv import BETA, mtwv
 
 
 def naive(scores: np.ndarray, truth: np.ndarray, beta: float) -> float:

@@ -9,16 +9,17 @@ import pytest
 import torch
 from lxml import etree
 
-from codecssl.superb import compat, qbe
-from codecssl.superb.corpus import Corpus, Example
-from codecssl.superb.mtwv import mtwv
+from codecssl.superb.corpora.corpus import Corpus, Example
+from codecssl.superb.patches import import_patches
+from codecssl.superb.runner import qbe
+from codecssl.superb.runner.mtwv import mtwv
 from codecssl.superb.tasks import TASKS
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 
 def test_scores_are_s3prls(tmp_path: Path) -> None:
     """Its own expert writes an XML list with four decimals; a query of four frames is found nowhere."""
-    compat.install()
+    import_patches.install()
     from s3prl.downstream.quesst14_dtw.expert import DownstreamExpert
 
     draw = torch.Generator().manual_seed(0)

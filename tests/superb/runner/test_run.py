@@ -11,16 +11,17 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from codecssl.superb import jobs, results, tasks
-from codecssl.superb import run as running
-from codecssl.superb.corpus import Corpus
-from codecssl.superb.expert import parse
-from codecssl.superb.jobs import run_all
-from codecssl.superb.mtwv import mtwv
-from codecssl.superb.qbe import searches
-from codecssl.superb.run import Machine, Run, configure, run_one
-from codecssl.tokenize import files
-from codecssl.tokenize.errors import UserError
+from codecssl.superb import results, tasks
+from codecssl.superb.corpora.corpus import Corpus
+from codecssl.superb.runner import jobs
+from codecssl.superb.runner import run as running
+from codecssl.superb.runner.jobs import run_all
+from codecssl.superb.runner.mtwv import mtwv
+from codecssl.superb.runner.qbe import searches
+from codecssl.superb.runner.run import Machine, Run, configure, run_one
+from codecssl.superb.upstreams.expert import parse
+from codecssl.tokenize.common import files
+from codecssl.tokenize.common.errors import UserError
 
 FEW = tasks.Budget(name="few", divisor=10**6, least=20, evaluations=2)
 TWO = tasks.Budget(name="two", divisor=10**6, least=2, evaluations=1)
@@ -182,12 +183,12 @@ def test_recognition_with_a_language_model(
     make: Any, tmp_path: Path, small_heads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The figure is the word error rate of what the decoder heard, here always the same word."""
-    from codecssl.superb import decode
+    from codecssl.superb.runner import lm_decoding
 
     (tmp_path / "lm.arpa").write_text("")
-    monkeypatch.setattr(decode, "check_decoder", lambda: None)
-    monkeypatch.setattr(decode, "make_decoder", lambda *arguments: None)
-    monkeypatch.setattr(decode, "decode", lambda *arguments: "low")
+    monkeypatch.setattr(lm_decoding, "check_decoder", lambda: None)
+    monkeypatch.setattr(lm_decoding, "make_decoder", lambda *arguments: None)
+    monkeypatch.setattr(lm_decoding, "decode", lambda *arguments: "low")
     run = make("asr", budget=TWO, language_model=tmp_path / "lm.arpa")
     row = run_one(run, Machine())
     references = (run.folder / "evaluate" / "valid_best" / "test" / "ref").read_text().splitlines()

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from codecssl.superb import tasks
-from codecssl.superb.expert import parse
-from codecssl.superb.run import Machine, Run, configure, run_one
+from codecssl.superb.runner.run import Machine, Run, configure, run_one
+from codecssl.superb.upstreams.expert import parse
 
 FEW = tasks.Budget(name="few", divisor=10**6, least=8, evaluations=2)
 
@@ -30,10 +30,10 @@ def ks(root: Path, output: Path, upstream: str) -> Run:
 
 def test_fbank_on_our_runner_is_s3prls_own_fbank(corpus: Path, tmp_path: Path) -> None:
     """The same losses, the same layer weights, the same test accuracy, to the last bit."""
-    from codecssl.superb.corpus import open_corpus
-    from codecssl.superb.csvs import write_csvs
-    from codecssl.superb.outcome import outcome
-    from codecssl.superb.problems import make_problem
+    from codecssl.superb.corpora.corpus import open_corpus
+    from codecssl.superb.runner.csvs import write_csvs
+    from codecssl.superb.runner.outcome import outcome
+    from codecssl.superb.runner.problems import make_problem
 
     ours = run_one(ks(corpus, tmp_path / "ours", "fbank"), Machine())
     task, run = tasks.TASKS["ks"], ks(corpus, tmp_path / "theirs", "fbank")
@@ -52,8 +52,8 @@ def test_a_cached_run_is_the_uncached_one_bit_for_bit(corpus: Path, tmp_path: Pa
     """Keyword spotting on tiny_16khz: every loss, the value, the trained head; the row says where codes came from."""
     import torch
 
-    from codecssl.superb.corpus import open_corpus
-    from codecssl.superb.prepare import fill_all, jobs
+    from codecssl.superb.corpora.corpus import open_corpus
+    from codecssl.superb.runner.prefill import fill_all, jobs
 
     run = ks(corpus, tmp_path / "live", "codes:tiny_16khz")
     plain = Machine(feature_cache_gib=0)
@@ -132,8 +132,8 @@ def test_s3prls_own_runner_trains_on_an_exported_model(commands_tree: Path) -> N
     from safetensors.torch import save_file
 
     from codecssl.pretrain.config import ModelConfig
-    from codecssl.pretrain.export import FORMAT, VERSION
-    from codecssl.pretrain.model import untrained
+    from codecssl.pretrain.export.export import FORMAT, VERSION
+    from codecssl.pretrain.model.model import untrained
     from codecssl.tokenize.codec import load_codec
 
     codec = load_codec("tiny_16khz")
@@ -153,9 +153,9 @@ def test_s3prls_own_runner_trains_on_an_exported_model(commands_tree: Path) -> N
 
     import torch
 
-    from codecssl.superb import compat
+    from codecssl.superb.patches import import_patches
 
-    compat.install()
+    import_patches.install()
     states = torch.load(checkpoint)
     assert states["Step"] == 2
     assert len(states["Featurizer"]["weights"]) == 3

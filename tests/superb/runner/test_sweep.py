@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from codecssl.superb import tasks
-from codecssl.superb.expert import parse
-from codecssl.superb.sweep import Sweep, part
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.runner.sweep import Sweep, part
+from codecssl.superb.upstreams.expert import parse
+from codecssl.tokenize.common.errors import UserError
 
 
 @pytest.fixture

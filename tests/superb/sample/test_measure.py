@@ -10,18 +10,18 @@ import pytest
 import soundfile
 from torchaudio.functional import edit_distance as reference_distance
 
-from codecssl.superb import sample_measure
+from codecssl.superb.sample import measure
 
 
 def test_edit_distance_is_torchaudios() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         one, other = (list("".join(rng.choice(list("abc"), rng.integers(0, 9)))) for _ in range(2))
-        assert sample_measure.edit_distance(one, other) == reference_distance(one, other)
+        assert measure.edit_distance(one, other) == reference_distance(one, other)
 
 
 @pytest.fixture
-def tones(tmp_path: Path) -> sample_measure.Corpus:
+def tones(tmp_path: Path) -> measure.Corpus:
     """Sines: `pitch` can be told from a spectrum, `coin` cannot."""
     rng = np.random.default_rng(0)
     lines = []
@@ -34,16 +34,16 @@ def tones(tmp_path: Path) -> sample_measure.Corpus:
         labels = {"pitch": str(high), "coin": coin, "both": {"pitch": str(high), "coin": coin}}
         lines.append(json.dumps({"path": f"{index}.wav", "splits": {"t": split}, **labels}) + "\n")
     (tmp_path / "manifest.jsonl").write_text("".join(lines))
-    return sample_measure.Corpus(tmp_path)
+    return measure.Corpus(tmp_path)
 
 
-def test_accuracy_finds_what_is_there_and_no_more(tones: sample_measure.Corpus) -> None:
-    assert sample_measure.accuracy(tones, "t", "pitch") == (0.5, 1.0)
-    assert 0.2 < sample_measure.accuracy(tones, "t", "coin")[1] < 0.8
+def test_accuracy_finds_what_is_there_and_no_more(tones: measure.Corpus) -> None:
+    assert measure.accuracy(tones, "t", "pitch") == (0.5, 1.0)
+    assert 0.2 < measure.accuracy(tones, "t", "coin")[1] < 0.8
     # All of a dict label must be right: one slot is audible, the other is a coin.
-    assert sample_measure.accuracy(tones, "t", "both")[1] < 0.85
+    assert measure.accuracy(tones, "t", "both")[1] < 0.85
 
 
 def test_an_absent_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sample_measure.main([str(tmp_path / "absent")]) == 1
+    assert measure.main([str(tmp_path / "absent")]) == 1
     assert capsys.readouterr().err.count("\n") == 1

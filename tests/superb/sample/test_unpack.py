@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from codecssl.superb import make_sample, sample, sample_text, sample_voice
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.sample import make, unpack, voice
+from codecssl.superb.sample import text as sample_text
+from codecssl.tokenize.common.errors import UserError
 
 BY_SPEAKER = ("ks", "er", "ic", "pr", "asr", "sf", "sd", "digits")
 VOWELS = ["AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW"]
@@ -29,19 +30,19 @@ needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="esp
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sample.unpack(tmp_path_factory.mktemp("sample") / "corpus")
+    return unpack.unpack(tmp_path_factory.mktemp("sample") / "corpus")
 
 
 @pytest.fixture(scope="module")
-def rows(corpus: Path) -> list[sample.Row]:
-    return sample.manifest_rows(corpus)
+def rows(corpus: Path) -> list[unpack.Row]:
+    return unpack.manifest_rows(corpus)
 
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An archive of four utterances in the place of the shipped one."""
     target = tmp_path / "small.tar"
-    with tarfile.open(sample.ARCHIVE) as source, tarfile.open(target, "w") as archive:
+    with tarfile.open(unpack.ARCHIVE) as source, tarfile.open(target, "w") as archive:
         lines = gzip.decompress(_member(source, "manifest.jsonl.gz")).decode().splitlines(keepends=True)[:4]
         blobs = {"manifest.jsonl.gz": gzip.compress("".join(lines).encode())}
         blobs["spk00.opus"] = _member(source, "spk00.opus")
@@ -49,7 +50,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             info = tarfile.TarInfo(name)
             info.size = len(blob)
             archive.addfile(info, io.BytesIO(blob))
-    monkeypatch.setattr(sample, "ARCHIVE", target)
+    monkeypatch.setattr(unpack, "ARCHIVE", target)
     return target
 
 
@@ -59,15 +60,15 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
     return stream.read()
 
 
-def _of(rows: list[sample.Row], task: str, split: str) -> list[sample.Row]:
+def _of(rows: list[unpack.Row], task: str, split: str) -> list[unpack.Row]:
     return [row for row in rows if row["splits"].get(task) == split]
 
 
 def test_archive_is_a_few_megabytes() -> None:
-    assert sample.ARCHIVE.stat().st_size <= 5_000_000
+    assert unpack.ARCHIVE.stat().st_size <= 5_000_000
 
 
-def test_every_row_is_one_file_of_its_length_and_rate(corpus: Path, rows: list[sample.Row]) -> None:
+def test_every_row_is_one_file_of_its_length_and_rate(corpus: Path, rows: list[unpack.Row]) -> None:
     for row in rows:
         info = soundfile.info(row["path"])
         assert (info.samplerate, info.channels) == (row["sample_rate"], 1) == (16_000, 1)
@@ -75,7 +76,7 @@ def test_every_row_is_one_file_of_its_length_and_rate(corpus: Path, rows: list[s
     assert {Path(row["path"]) for row in rows} == set(corpus.absolute().rglob("*.flac"))
 
 
-def test_no_clip_is_empty_or_clipped(rows: list[sample.Row]) -> None:
+def test_no_clip_is_empty_or_clipped(rows: list[unpack.Row]) -> None:
     for row in rows:
         wave, _ = soundfile.read(row["path"])
         assert np.abs(wave).max() < 0.99, row["path"]
@@ -84,16 +85,16 @@ def test_no_clip_is_empty_or_clipped(rows: list[sample.Row]) -> None:
 
 
 def test_unpack_again_touches_nothing(small: Path, tmp_path: Path) -> None:
-    folder = sample.unpack(tmp_path / "out")
+    folder = unpack.unpack(tmp_path / "out")
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
-    assert sample.unpack(folder) == folder
+    assert unpack.unpack(folder) == folder
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
 
 @pytest.mark.parametrize("damage", ["remove", "truncate", "manifest", "marker", "older"])
 def test_a_damaged_copy_is_not_whole_and_is_replaced(small: Path, tmp_path: Path, damage: str) -> None:
-    folder = sample.unpack(tmp_path / "out")
-    clip = Path(sample.manifest_rows(folder)[2]["path"])
+    folder = unpack.unpack(tmp_path / "out")
+    clip = Path(unpack.manifest_rows(folder)[2]["path"])
     whole = clip.read_bytes()
     if damage == "remove":
         clip.unlink()
@@ -102,15 +103,15 @@ def test_a_damaged_copy_is_not_whole_and_is_replaced(small: Path, tmp_path: Path
     elif damage == "manifest":
         (folder / "manifest.jsonl").write_text("")
     elif damage == "marker":
-        (folder / sample.MARKER).write_text("{")
+        (folder / unpack.MARKER).write_text("{")
     else:
-        marker = json.loads((folder / sample.MARKER).read_text())
-        (folder / sample.MARKER).write_text(json.dumps({**marker, "archive_sha256": "0" * 64}))
-    assert not sample.is_whole(folder)
-    sample.unpack(folder)
-    assert sample.is_whole(folder)
+        marker = json.loads((folder / unpack.MARKER).read_text())
+        (folder / unpack.MARKER).write_text(json.dumps({**marker, "archive_sha256": "0" * 64}))
+    assert not unpack.is_whole(folder)
+    unpack.unpack(folder)
+    assert unpack.is_whole(folder)
     assert clip.read_bytes() == whole
-    assert len(sample.manifest_rows(folder)) == 4
+    assert len(unpack.manifest_rows(folder)) == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "small.tar"]
 
 
@@ -118,18 +119,18 @@ def test_a_folder_of_something_else_is_refused_and_kept(small: Path, tmp_path: P
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="give a new or an empty folder"):
-        sample.unpack(tmp_path / "out")
+        unpack.unpack(tmp_path / "out")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="file"):
-        sample.unpack(tmp_path / "file")
+        unpack.unpack(tmp_path / "file")
     with pytest.raises(UserError, match="cannot write there"):
-        sample.unpack(tmp_path / "file" / "below")
+        unpack.unpack(tmp_path / "file" / "below")
 
 
 def test_an_empty_folder_is_taken(small: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    assert sample.is_whole(sample.unpack(tmp_path / "out"))
+    assert unpack.is_whole(unpack.unpack(tmp_path / "out"))
 
 
 def test_a_killed_unpacking_leaves_no_output(tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_a_killed_unpacking_leaves_no_output(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     assert not (tmp_path / "out").exists()
-    assert not any(sample.is_whole(folder) for folder in tmp_path.iterdir())
+    assert not any(unpack.is_whole(folder) for folder in tmp_path.iterdir())
 
 
 def test_processes_that_unpack_at_once_all_succeed(small: Path, tmp_path: Path) -> None:
@@ -152,47 +153,47 @@ def test_processes_that_unpack_at_once_all_succeed(small: Path, tmp_path: Path) 
     )
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
     assert [process.wait() for process in processes] == [0, 0, 0, 0]
-    assert sample.is_whole(output)
+    assert unpack.is_whole(output)
     assert list(output.parent.iterdir()) == [output]
 
 
 def test_the_loser_of_a_race_takes_the_winners_copy(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extract = sample._extract
+    extract = unpack._extract
     output = tmp_path / "out"
     winner = []
 
     def slow(folder: Path) -> None:
-        monkeypatch.setattr(sample, "_extract", extract)
-        sample.unpack(output)  # the other process gets there first
+        monkeypatch.setattr(unpack, "_extract", extract)
+        unpack.unpack(output)  # the other process gets there first
         winner.append(output.stat().st_ino)
         extract(folder)
 
-    monkeypatch.setattr(sample, "_extract", slow)
-    sample.unpack(output)
-    assert sample.is_whole(output)
+    monkeypatch.setattr(unpack, "_extract", slow)
+    unpack.unpack(output)
+    assert unpack.is_whole(output)
     assert [output.stat().st_ino] == winner
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "small.tar"]
 
 
 def test_manifest_rows_takes_a_folder_or_a_manifest(small: Path, tmp_path: Path) -> None:
-    folder = sample.unpack(tmp_path / "out")
-    assert sample.manifest_rows(folder) == sample.manifest_rows(folder / "manifest.jsonl")
+    folder = unpack.unpack(tmp_path / "out")
+    assert unpack.manifest_rows(folder) == unpack.manifest_rows(folder / "manifest.jsonl")
     with pytest.raises(UserError, match="codecssl-superb sample"):
-        sample.manifest_rows(tmp_path / "absent")
+        unpack.manifest_rows(tmp_path / "absent")
 
 
-def test_the_plan_is_the_manifest(rows: list[sample.Row]) -> None:
+def test_the_plan_is_the_manifest(rows: list[unpack.Row]) -> None:
     """Somebody who edits the grammar or the plan has to remake the archive."""
-    items = make_sample.plan()
+    items = make.plan()
     assert len(items) == len(rows)
     for item, row in zip(items, rows, strict=True):
         assert item.row.items() <= row.items()
 
 
 @pytest.mark.parametrize("task", BY_SPEAKER)
-def test_speakers_of_a_split_are_unseen_by_the_others(rows: list[sample.Row], task: str) -> None:
+def test_speakers_of_a_split_are_unseen_by_the_others(rows: list[unpack.Row], task: str) -> None:
     speakers = {}
     for split in ("train", "valid", "test"):
         part = _of(rows, task, split)
@@ -202,7 +203,7 @@ def test_speakers_of_a_split_are_unseen_by_the_others(rows: list[sample.Row], ta
     assert len(set.union(*speakers.values())) == sum(map(len, speakers.values())) == 20
 
 
-def test_speaker_tasks_split_as_superb_does(rows: list[sample.Row]) -> None:
+def test_speaker_tasks_split_as_superb_does(rows: list[unpack.Row]) -> None:
     for split in ("train", "valid", "test"):
         assert len({row["speaker"] for row in _of(rows, "sid", split)}) == 20
     unseen = {row["speaker"] for row in _of(rows, "asv", "test")}
@@ -210,7 +211,7 @@ def test_speaker_tasks_split_as_superb_does(rows: list[sample.Row]) -> None:
     assert not unseen & {row["speaker"] for row in _of(rows, "asv", "train")}
 
 
-def test_every_class_is_in_every_split(rows: list[sample.Row]) -> None:
+def test_every_class_is_in_every_split(rows: list[unpack.Row]) -> None:
     for split in ("train", "valid", "test"):
         keywords = Counter(row["keyword"] for row in _of(rows, "ks", split))
         assert set(keywords) == {*sample_text.KEYWORDS, "_unknown_", "_silence_"}
@@ -224,7 +225,7 @@ def test_every_class_is_in_every_split(rows: list[sample.Row]) -> None:
     assert {row["fold"] for row in rows if row["task"] == "er"} == {1, 2, 3, 4, 5}
 
 
-def test_words_do_not_give_the_style_or_the_transcript_away(rows: list[sample.Row]) -> None:
+def test_words_do_not_give_the_style_or_the_transcript_away(rows: list[unpack.Row]) -> None:
     styles: dict[tuple[str, str], set[str]] = {}
     for row in (row for row in rows if row["task"] == "er"):
         styles.setdefault((row["speaker"], row["text"]), set()).add(row["style"])
@@ -236,7 +237,7 @@ def test_words_do_not_give_the_style_or_the_transcript_away(rows: list[sample.Ro
     assert len(unseen) <= 2, "the grammar is small: hardly a word of the test is untrained"
 
 
-def test_labels_are_well_formed(rows: list[sample.Row]) -> None:
+def test_labels_are_well_formed(rows: list[unpack.Row]) -> None:
     for row in rows:
         assert set(row["task"].split(",")) == set(row["splits"])
         if "pr" in row["splits"]:
@@ -260,7 +261,7 @@ def _slots(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return found
 
 
-def test_queries_have_documents_of_other_speakers(rows: list[sample.Row]) -> None:
+def test_queries_have_documents_of_other_speakers(rows: list[unpack.Row]) -> None:
     for split in ("valid", "test"):
         queries = [row for row in _of(rows, "qbe", split) if row["role"] == "query"]
         documents = [row for row in _of(rows, "qbe", split) if row["role"] == "document"]
@@ -273,7 +274,7 @@ def test_queries_have_documents_of_other_speakers(rows: list[sample.Row]) -> Non
         assert not {row["speaker"] for row in queries} & {row["speaker"] for row in documents}
 
 
-def test_segments_are_where_the_voices_are(rows: list[sample.Row]) -> None:
+def test_segments_are_where_the_voices_are(rows: list[unpack.Row]) -> None:
     """Outside of all segments, a mixture is at least 6 dB under its speech (its noise, at least 14 dB)."""
     overlap = speech = 0
     for row in (row for row in rows if row["task"] == "sd"):
@@ -292,10 +293,10 @@ def test_segments_are_where_the_voices_are(rows: list[sample.Row]) -> None:
 
 
 @needs_espeak
-def test_espeak_still_says_what_the_archive_holds(rows: list[sample.Row]) -> None:
+def test_espeak_still_says_what_the_archive_holds(rows: list[unpack.Row]) -> None:
     """The generator and the archive belong together; Opus at 13 kbit/s keeps the waveform to about 10 dB."""
     for index in (5, 38, 61, 70):
-        pcm, labels = make_sample.render(index, make_sample.plan()[index])
+        pcm, labels = make.render(index, make.plan()[index])
         wave, _ = soundfile.read(rows[index]["path"])
         assert len(pcm) == len(wave)
         assert np.corrcoef(pcm, wave)[0, 1] > 0.8
@@ -314,15 +315,15 @@ def test_espeak_still_says_what_the_archive_holds(rows: list[sample.Row]) -> Non
     ],
 )
 def test_phones_are_those_of_a_dictionary(text: str, accent: str, expected: str) -> None:
-    assert sample_voice.phones(text, accent) == expected.split()
+    assert voice.phones(text, accent) == expected.split()
 
 
 @needs_espeak
 def test_speakers_and_takes_differ_and_repeat_exactly() -> None:
-    speaker, other = sample_voice.SPEAKERS[:2]
+    speaker, other = voice.SPEAKERS[:2]
 
-    def take(who: sample_voice.Speaker, seed: int) -> np.ndarray:
-        return sample_voice.speak(who, "seven", np.random.default_rng(seed))
+    def take(who: voice.Speaker, seed: int) -> np.ndarray:
+        return voice.speak(who, "seven", np.random.default_rng(seed))
 
     assert np.array_equal(take(speaker, 1), take(speaker, 1))
     for another in (take(speaker, 2), take(other, 1)):
@@ -334,7 +335,7 @@ def test_without_espeak_the_error_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert make_sample.main(["--output", str(tmp_path / "x.tar")]) == 1
+    assert make.main(["--output", str(tmp_path / "x.tar")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: espeak-ng: not found")
     assert error.count("\n") == 1

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from codecssl.pretrain.config import ModelConfig
-from codecssl.pretrain.model import untrained
-from codecssl.superb.bottleneck import Bottleneck, check_layer, choose_rate, later_states, least_squares
-from codecssl.superb.compressed import state_at
-from codecssl.superb.rvq import RvqConfig
-from codecssl.tokenize.errors import UserError
+from codecssl.pretrain.model.model import untrained
+from codecssl.superb.task_codec.bottleneck import Bottleneck, check_layer, choose_rate, later_states, least_squares
+from codecssl.superb.task_codec.codec_folder import state_at
+from codecssl.superb.task_codec.rvq import RvqConfig
+from codecssl.tokenize.common.errors import UserError
 
 SMALL = {"dim": 32, "layers": 3, "heads": 2, "ffn_dim": 64, "conv_kernel": 8, "conv_groups": 4}
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from codecssl.superb import machine
-from codecssl.superb.bottleneck import Bottleneck, choose_rate
-from codecssl.superb.compressed import Compressed, save
-from codecssl.superb.rvq import RvqConfig
-from codecssl.tokenize import errors
+from codecssl.superb.task_codec import codec as machine
+from codecssl.superb.task_codec.bottleneck import Bottleneck, choose_rate
+from codecssl.superb.task_codec.codec_folder import Compressed, save
+from codecssl.superb.task_codec.rvq import RvqConfig
 from codecssl.tokenize.codec import BACKENDS, load_codec, load_codec_for
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common import errors
+from codecssl.tokenize.common.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -10,22 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from codecssl.superb.bottleneck import later_states
 from codecssl.superb.cli import main
-from codecssl.superb.compress import CompressConfig, compress, prepare, settle
-from codecssl.superb.compress_data import examples, refuse_too_slow, repeats
-from codecssl.superb.compress_heads import Summaries
-from codecssl.superb.compress_settings import TrainConfig
-from codecssl.superb.compress_table import markdown, summary
-from codecssl.superb.compress_train import distillation
-from codecssl.superb.compressed import load
-from codecssl.superb.heads import ClassHead, CtcHead, errors
-from codecssl.tokenize.audio import read_wave
+from codecssl.superb.task_codec.bottleneck import later_states
+from codecssl.superb.task_codec.codec_folder import load
+from codecssl.superb.task_codec.compress import CompressConfig, compress, prepare, settle
+from codecssl.superb.task_codec.config import TrainConfig
+from codecssl.superb.task_codec.examples import examples, refuse_too_slow, repeats
+from codecssl.superb.task_codec.head_training import Summaries
+from codecssl.superb.task_codec.heads import ClassHead, CtcHead, errors
+from codecssl.superb.task_codec.rates.table import markdown, summary
+from codecssl.superb.task_codec.training import distillation
 from codecssl.tokenize.codec import load_codec
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.writer import write_shards
 from codecssl.tokenize.run import RunConfig, run
 from codecssl.tokenize.shards import Shards
-from codecssl.tokenize.writer import write_shards
+from codecssl.tokenize.sources.audio import read_wave
 
 QUICK = TrainConfig(
     head_steps=60,
@@ -112,7 +112,7 @@ def test_reports_use_and_errors(made):
 
 
 def test_goes_on_bit_for_bit_and_skips_what_is_done(made, upstream, shards, tmp_path, monkeypatch):
-    from codecssl.superb import compress_train
+    from codecssl.superb.task_codec import training as compress_train
 
     calls = 0
     step = compress_train.Training._losses_b
@@ -291,7 +291,7 @@ def point(method, seed, fold, wrong, nominal=100.0, **more):
 
 def test_report_table_and_plot(tmp_path):
     """Errors are summed over folds (here 10 and 20 of 100), then compared seed by seed."""
-    from codecssl.superb.compress_plot import draw
+    from codecssl.superb.task_codec.rates.plot import draw
 
     rows = []
     for seed, (whole, kept) in enumerate([((5, 5), (8, 2)), ((12, 8), (18, 10))]):
@@ -365,7 +365,7 @@ def test_report_end_to_end(upstream, shards, tmp_path, capsys):
 
 def test_codec_is_an_upstream(made, manifest):
     """Waves in, states after the bottleneck out at the base codec's rate; the head answers alike."""
-    from codecssl.superb.expert import Shelf, parse, parse_all
+    from codecssl.superb.upstreams.expert import Shelf, parse, parse_all
 
     folder = made[0]
     assert parse(str(folder)).kind == "model"

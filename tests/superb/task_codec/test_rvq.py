@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from codecssl.superb.rvq import Rvq, RvqConfig, VectorQuantizer, kmeans, masked_square, quantizer_dropout
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.task_codec.rvq import Rvq, RvqConfig, VectorQuantizer, kmeans, masked_square, quantizer_dropout
+from codecssl.tokenize.common.errors import UserError
 
 
 def random_rvq(num_codebooks=3, size=16, width=4, dim=12, seed=0):

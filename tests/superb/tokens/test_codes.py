@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from codecssl.superb.cache import TokenCache, codec_folder, wave_key
-from codecssl.superb.codes import CodeCache
-from codecssl.tokenize.writer import write_shards
+from codecssl.superb.tokens.codes import CodeCache
+from codecssl.superb.tokens.token_cache import TokenCache, codec_folder, wave_key
+from codecssl.tokenize.format.writer import write_shards
 
 
 @pytest.fixture
@@ -56,8 +56,8 @@ def test_what_is_on_disk_never_reaches_the_codec(codec: Any, waves: list[torch.T
 
 def _write(root: Path, codec: Any, waves: list[torch.Tensor]) -> None:
     """A set as `fill` writes it, by way of the tokenize stage's own writer."""
-    from codecssl.tokenize.layout import to_planes
-    from codecssl.tokenize.writer import Encoded, ShardWriter, finish_dataset
+    from codecssl.tokenize.format.layout import to_planes
+    from codecssl.tokenize.format.writer import Encoded, ShardWriter, finish_dataset
 
     folder = codec_folder(root, codec.card) / "set"
     writer = ShardWriter(folder, 0, codec.card)
@@ -80,7 +80,7 @@ def _write(root: Path, codec: Any, waves: list[torch.Tensor]) -> None:
 
 def test_keys_with_zeros_at_their_end_are_found(codec: Any, tmp_path: Path) -> None:
     """numpy's byte strings drop them; a key must not lose its last bytes."""
-    from codecssl.superb.cache import KeyedShards
+    from codecssl.superb.tokens.token_cache import KeyedShards
 
     shards = write_shards(tmp_path / "set", codec.card, [(str(i), np.full((8, 3), i), {}) for i in range(200)])
     keys = KeyedShards(tmp_path / "set", codec.card)

@@ -14,15 +14,15 @@ import pytest
 import soundfile
 import torch
 
-from codecssl.superb import fill as filling
-from codecssl.superb.cache import TokenCache, codec_folder, wave_key
-from codecssl.superb.fill import Job, fill
-from codecssl.superb.waves import Wave, waves_of
+from codecssl.superb.tokens import fill as filling
+from codecssl.superb.tokens.fill import Job, fill
+from codecssl.superb.tokens.token_cache import TokenCache, codec_folder, wave_key
+from codecssl.superb.tokens.waves import Wave, waves_of
+from codecssl.tokenize.adapters import utterances
 from codecssl.tokenize.codec import load_codec
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.readers import utterances
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.integrity.verify import verify
 from codecssl.tokenize.shards import Shards
-from codecssl.tokenize.verify import verify
 
 GAIN = (("channels", "1"), ("rate", "16000"), ("gain", "-3.0"))
 
@@ -44,10 +44,10 @@ def waves(tmp_path: Path) -> list[Wave]:
 
 @pytest.fixture(scope="module")
 def codec_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from codecssl.tokenize import tiny
+    from codecssl.tokenize.backends import tiny_16khz
 
     path = tmp_path_factory.mktemp("codec") / "tiny_16khz.safetensors"
-    tiny.save_weights(tiny.random_network(7), path, {})
+    tiny_16khz.save_weights(tiny_16khz.random_network(7), path, {})
     return path
 
 
@@ -145,8 +145,8 @@ def test_another_codec_is_another_folder(waves: list[Wave], codec: Any, tmp_path
 
 def test_opening_reads_no_keys_and_no_codes(codec: Any, tmp_path: Path) -> None:
     """Whatever the size of a set: keys are mapped, and one look-up touches a handful."""
-    from codecssl.superb.cache import KeyedShards
-    from codecssl.tokenize.writer import write_shards
+    from codecssl.superb.tokens.token_cache import KeyedShards
+    from codecssl.tokenize.format.writer import write_shards
 
     write_shards(tmp_path / "set", codec.card, [(str(i), np.full((8, 1), i % 1024), {}) for i in range(3000)])
     keys = KeyedShards(tmp_path / "set", codec.card)
@@ -239,11 +239,11 @@ def test_a_full_disk_is_told(waves: list[Wave], codec: Any, tmp_path: Path, monk
 
 def test_waves_are_what_s3prl_loads(corpus: Path) -> None:
     """Keyword spotting: sample by sample what the problem's own dataset hands to the upstream."""
-    from codecssl.superb import compat
-    from codecssl.superb.corpus import open_corpus
+    from codecssl.superb.corpora.corpus import open_corpus
+    from codecssl.superb.patches import import_patches
     from codecssl.superb.tasks import TASKS
 
-    compat.install()
+    import_patches.install()
     import s3prl.problem
     from s3prl.dataio.dataset import LoadAudio
 
@@ -260,12 +260,12 @@ def test_waves_are_what_s3prl_loads(corpus: Path) -> None:
 @pytest.mark.parametrize("frame_shift", [320, 213])
 def test_diarisation_cuts_recordings_as_its_dataset_does(frame_shift: int, tmp_path: Path) -> None:
     """Longer and shorter than a chunk of 2000 frames, through the CSV and the Kaldi folder that s3prl makes of it."""
-    from codecssl.superb import compat
-    from codecssl.superb.corpus import Example
-    from codecssl.superb.csvs import write_csvs
+    from codecssl.superb.corpora.corpus import Example
+    from codecssl.superb.patches import import_patches
+    from codecssl.superb.runner.csvs import write_csvs
     from codecssl.superb.tasks import TASKS
 
-    compat.install()
+    import_patches.install()
     from s3prl.dataio.dataset.diarization import DiarizationDataset
     from s3prl.problem.diarization.util import csv_to_kaldi_dir
 
@@ -285,8 +285,8 @@ def test_diarisation_cuts_recordings_as_its_dataset_does(frame_shift: int, tmp_p
 
 def test_query_by_example_hears_a_file_at_its_own_rate(tmp_path: Path) -> None:
     """8 kHz, as QUESST14 is: what its search hands to the upstream."""
-    from codecssl.superb import qbe
-    from codecssl.superb.corpus import Example
+    from codecssl.superb.corpora.corpus import Example
+    from codecssl.superb.runner import qbe
     from codecssl.superb.tasks import TASKS
 
     soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(6000), 8_000)
@@ -306,7 +306,7 @@ def test_query_by_example_hears_a_file_at_its_own_rate(tmp_path: Path) -> None:
 
 
 def test_speaker_verification_drops_silence_in_training_only(corpus: Path) -> None:
-    from codecssl.superb.corpus import Example
+    from codecssl.superb.corpora.corpus import Example
     from codecssl.superb.tasks import TASKS
 
     example = Example(id="a", path=corpus / "00.flac", columns={})

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from codecssl.superb import compat
-from codecssl.superb.codec16 import encode
-from codecssl.superb.codes import CodeCache
-from codecssl.superb.expert import CodecExpert, CodeTables, Shelf, parse, parse_all
-from codecssl.superb.features import CachedUpstream
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.patches import import_patches
+from codecssl.superb.tokens.codec_at_16khz import encode
+from codecssl.superb.tokens.codes import CodeCache
+from codecssl.superb.upstreams.expert import CodecExpert, CodeTables, Shelf, parse, parse_all
+from codecssl.superb.upstreams.feature_cache import CachedUpstream
+from codecssl.tokenize.common.errors import UserError
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_batch_equals_one_by_one_for_each_kind_of_model(name: str, codec: Any, w
 
     from codecssl.configs.load import load_config
     from codecssl.pretrain.config import ModelConfig, RunConfig
-    from codecssl.pretrain.model import untrained
+    from codecssl.pretrain.model.model import untrained
 
     config = ModelConfig() if name == "rotary" else load_config(RunConfig, "pretrain", name).model
     small: Any = {"dim": 32, "layers": 2, "heads": 2, "ffn_dim": 64, "conv_kernel": 8, "conv_groups": 4}
@@ -71,7 +71,7 @@ def test_batch_equals_one_by_one_for_each_kind_of_model(name: str, codec: Any, w
 @pytest.mark.parametrize("samples", [400, 479, 480, 799, 800, 801, 12_345, 200_000])
 def test_frame_counts_follow_s3prls_rule(name: str, samples: int, model_folder: Path, loads_codec: Any) -> None:
     """Fewer than 5 frames from ceil(n / rate), as s3prl's own check of upstreams asks; its wrapper accepts them."""
-    compat.install()
+    import_patches.install()
     import s3prl.hub
     from s3prl.nn import S3PRLUpstream
 
@@ -86,7 +86,7 @@ def test_frame_counts_follow_s3prls_rule(name: str, samples: int, model_folder: 
 
 
 def test_hidden_states_are_the_models_own(model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]) -> None:
-    from codecssl.pretrain.export import load_pretrained
+    from codecssl.pretrain.export.export import load_pretrained
 
     states = Shelf().build(parse(str(model_folder)))(waves[:1])["hidden_states"]
     codes = loads_codec.encode(waves[:1])[0]
@@ -196,7 +196,7 @@ def test_segments_that_overlap_do_not_drift(codec: Any, samples: int) -> None:
 
 def test_s3prl_takes_it(model_folder: Path, loads_codec: Any) -> None:
     """As a plain user of s3prl would: through its hub, its wrapper and its featurizer."""
-    compat.install()
+    import_patches.install()
     from s3prl.nn import Featurizer, S3PRLUpstream
 
     from codecssl.superb import hubconf
@@ -232,7 +232,7 @@ def test_rates_of_several_states_reach_s3prl() -> None:
 
 
 def test_fbank_is_s3prls(waves: list[torch.Tensor]) -> None:
-    compat.install()
+    import_patches.install()
     import s3prl.hub
 
     expected = s3prl.hub.fbank()(waves[:2])["hidden_states"][0]

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from codecssl.superb.guard import Guarded
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.upstreams.finite_guard import Guarded
+from codecssl.tokenize.common.errors import UserError
 
 
 class Fragile(torch.nn.Module):

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from codecssl.superb import compat
-from codecssl.superb.expert import Shelf, parse
-from codecssl.tokenize.errors import UserError
+from codecssl.superb.patches import import_patches
+from codecssl.superb.upstreams.expert import Shelf, parse
+from codecssl.tokenize.common.errors import UserError
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -72,7 +72,7 @@ def test_equals_s3prls_own_upstream(
     name: str, theirs: str, folders: dict[str, Path], waves: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wave by wave to 1e-4, through s3prl's wrapper: the same number of frames, the same last frame."""
-    compat.install()
+    import_patches.install()
     import s3prl.hub
     from s3prl.nn import S3PRLUpstream
 
@@ -144,7 +144,7 @@ def test_what_is_no_such_checkpoint_is_refused(folders: dict[str, Path], tmp_pat
 
 def test_why_s3prls_own_batches_are_not_taken(folders: dict[str, Path], waves: list[torch.Tensor]) -> None:
     """With group normalisation its features of a wave change with the longest wave beside it; ours do not."""
-    compat.install()
+    import_patches.install()
     import s3prl.hub
 
     short, long = waves[0], waves[3]

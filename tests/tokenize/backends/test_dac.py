@@ -11,9 +11,9 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 
-from codecssl.tokenize import dac
+from codecssl.tokenize.backends import dac
 from codecssl.tokenize.codec import CodecCard, load_codec, stored_tables
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 RATIOS = {"dac_16khz": [2, 4, 5, 8], "dac_24khz": [2, 4, 5, 8], "dac_44khz": [2, 4, 8, 8]}
 

@@ -10,10 +10,10 @@ from encodec.modules.seanet import SEANetDecoder, SEANetEncoder
 from encodec.quantization.vq import ResidualVectorQuantizer
 from torch.nn import functional as F
 
-from codecssl.tokenize import encodec, tiny
+from codecssl.tokenize.backends import encodec, tiny_16khz
+from codecssl.tokenize.backends.seanet_layers import Lane
 from codecssl.tokenize.codec import CodecCard, Reference, load_codec
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.seanet_layers import Lane
+from codecssl.tokenize.common.errors import UserError
 
 
 def wave(seconds, rate, seed=0):
@@ -24,7 +24,7 @@ def spread_codebooks(model):
     """K-means would take long for 32: spread entries are enough for the maths."""
     for layer in model.quantizer.vq.layers:
         layer._codebook.embed.normal_(std=0.02)
-    tiny.mark_initialised(model)
+    tiny_16khz.mark_initialised(model)
     return model
 
 
@@ -67,7 +67,7 @@ def stream_latents(codec, audio):
 
 
 @pytest.mark.parametrize(
-    ("model", "seconds", "pieces"), [(random_24khz, 1.43, 4), (tiny.random_network, 2.2, 4), (small, 0.5, 11)]
+    ("model", "seconds", "pieces"), [(random_24khz, 1.43, 4), (tiny_16khz.random_network, 2.2, 4), (small, 0.5, 11)]
 )
 def test_latents_equal_the_whole_file_of_the_encodec_package(model, seconds, pieces, monkeypatch):
     """In float64, where rounding cannot hide a wrong frame; the LSTM runs alone after the first second."""
@@ -135,7 +135,7 @@ def codec24():
 
 @pytest.fixture(scope="module")
 def codec16():
-    return tiny.random_codec()
+    return tiny_16khz.random_codec()
 
 
 @pytest.mark.parametrize("width", [2, 3, 7, 13, 32])

@@ -11,10 +11,10 @@ from encodec.model import EncodecModel
 from encodec.modules import SEANetDecoder, SEANetEncoder
 from encodec.quantization import ResidualVectorQuantizer
 
-from codecssl.tokenize import encodec48
+from codecssl.tokenize.backends import encodec_48khz
 from codecssl.tokenize.cli import main
 from codecssl.tokenize.codec import CodecCard, load_codec
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 SEGMENT, STRIDE, HOP = 48_000, 47_520, 320
 LENGTHS = [1, 2, HOP - 1, HOP, HOP + 1, 641, STRIDE - 1, STRIDE, STRIDE + 1, SEGMENT - 1, SEGMENT, SEGMENT + 1]
@@ -59,9 +59,9 @@ def small_model():
 
 
 def as_codec(model, count=8, **pooled):
-    net = encodec48.from_encodec(model)
-    return encodec48.Encodec48Codec(
-        net, encodec48.make_card("encodec_48khz", "test", "0" * 64, net, count, "cpu"), **pooled
+    net = encodec_48khz.from_encodec(model)
+    return encodec_48khz.Encodec48Codec(
+        net, encodec_48khz.make_card("encodec_48khz", "test", "0" * 64, net, count, "cpu"), **pooled
     )
 
 
@@ -120,8 +120,8 @@ def test_silence_opposite_sides_and_overdrive_give_the_packages_codes(audio):
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_any_cut_and_any_batch_give_the_same_codes(pooled, monkeypatch):
-    monkeypatch.setattr(encodec48, "GROUP", 3)
-    monkeypatch.setattr(encodec48, "CUDA_GROUP", 4)
+    monkeypatch.setattr(encodec_48khz, "GROUP", 3)
+    monkeypatch.setattr(encodec_48khz, "CUDA_GROUP", 4)
     codec = as_codec(small_model(), pooled=pooled)
     waves = [wave(n, seed=n) for n in [1, SEGMENT, 2 * STRIDE + 7, 6 * STRIDE + 480, HOP]]
     for audio, codes, (again, scales) in zip(waves, codec.encode(waves), codec.encode_scaled(waves), strict=True):
@@ -133,7 +133,7 @@ def test_any_cut_and_any_batch_give_the_same_codes(pooled, monkeypatch):
 
 def test_pooled_segments_have_one_shape_whatever_their_number(monkeypatch):
     """Else rounding would depend on it."""
-    monkeypatch.setattr(encodec48, "CUDA_GROUP", 3)
+    monkeypatch.setattr(encodec_48khz, "CUDA_GROUP", 3)
     codec, shapes = as_codec(small_model(), pooled=True), []
     before, recur = codec.before, codec.lstm.forward
     monkeypatch.setattr(codec, "before", lambda x: shapes.append(x.shape) or before(x))

@@ -8,7 +8,7 @@ import soundfile
 import torch
 
 from codecssl.tokenize.codec import load_codec
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared"
 WEIGHTS = SHARED / "weights" / "lyra_v2"

@@ -9,9 +9,9 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from codecssl.tokenize import mimi
+from codecssl.tokenize.backends import mimi
 from codecssl.tokenize.codec import CodecCard, load_codec, stored_tables
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 HOP = 1920
 WINDOW = 30  # positions, 15 frames: chunks of 64 frames cross it many times

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from codecssl.tokenize import semanticodec
+from codecssl.tokenize.backends import semanticodec
+from codecssl.tokenize.backends.semanticodec import GRIDS, WINDOW, to_rows, to_tokens, windows
 from codecssl.tokenize.codec import CodecCard, load_codec
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.semanticodec import GRIDS, WINDOW, to_rows, to_tokens, windows
+from codecssl.tokenize.common.errors import UserError
 
 ACOUSTIC = 64
 JOINED = {100: (1, 1), 50: (1, 2), 25: (2, 2)}

@@ -10,9 +10,9 @@ import pytest
 import torch
 from snac import SNAC
 
-from codecssl.tokenize import snac
+from codecssl.tokenize.backends import snac
 from codecssl.tokenize.codec import CodecCard, load_codec, stored_tables
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 HOP = 2048
 CONFIG = {

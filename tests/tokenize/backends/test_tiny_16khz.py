@@ -8,9 +8,10 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
-from codecssl.tokenize import tiny, train
+from codecssl.tokenize.backends import tiny_16khz
 from codecssl.tokenize.codec import CodecCard, load_codec, load_codec_for
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.codec_training import train
+from codecssl.tokenize.common.errors import UserError
 
 
 def test_the_shipped_codec_is_what_its_name_says():
@@ -18,7 +19,7 @@ def test_the_shipped_codec_is_what_its_name_says():
     assert (card.sample_rate, card.hop_length, card.frame_rate) == (16_000, 320, 50)
     assert card.codebook_sizes == (1024,) * 8
     assert card.bits_per_second == 4000
-    assert tiny.WEIGHTS.stat().st_size < 6_000_000
+    assert tiny_16khz.WEIGHTS.stat().st_size < 6_000_000
     assert CodecCard.from_dict(json.loads(json.dumps(card.to_dict()))) == card
 
 
@@ -37,12 +38,12 @@ def test_a_card_refuses_other_weights(codec_file):
 
 def test_folded_weights_compute_what_the_trained_network_does(tmp_path):
     torch.manual_seed(0)
-    model = tiny.build_network(weight_norm=True)
+    model = tiny_16khz.build_network(weight_norm=True)
     for parameter in model.parameters():  # values that float16 holds, so that only the folding can differ
         parameter.data.copy_(parameter.data.half().float())
-    tiny.mark_initialised(model)
-    tiny.save_weights(model, tmp_path / "w.safetensors", {})
-    folded = tiny.load_network(tmp_path / "w.safetensors")
+    tiny_16khz.mark_initialised(model)
+    tiny_16khz.save_weights(model, tmp_path / "w.safetensors", {})
+    folded = tiny_16khz.load_network(tmp_path / "w.safetensors")
     audio = torch.randn(1, 1, 3200) * 0.1
     with torch.no_grad():
         torch.testing.assert_close(folded.encoder(audio), model.eval().encoder(audio), rtol=2e-2, atol=2e-4)

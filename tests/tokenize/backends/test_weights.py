@@ -2,8 +2,8 @@
 
 import pytest
 
-from codecssl.tokenize import weights
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.backends import weights
+from codecssl.tokenize.common.errors import UserError
 
 
 class Model:

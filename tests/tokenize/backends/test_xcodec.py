@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 
-from codecssl.tokenize import xcodec
+from codecssl.tokenize.backends import xcodec
 from codecssl.tokenize.codec import CodecCard, load_codec
-from codecssl.tokenize.errors import UserError
+from codecssl.tokenize.common.errors import UserError
 
 HOP = 320
 

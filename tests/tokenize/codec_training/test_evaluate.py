@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from codecssl.tokenize.evaluate import align, mel_distance, si_sdr
+from codecssl.tokenize.codec_training.evaluate import align, mel_distance, si_sdr
 
 
 def test_si_sdr_is_the_ratio_of_signal_to_orthogonal_noise_whatever_the_gain():

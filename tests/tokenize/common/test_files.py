@@ -13,9 +13,9 @@ import time
 
 import pytest
 
-from codecssl.tokenize import files
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.files import alone_in, atomic_file, names_in, temporaries, write_atomic
+from codecssl.tokenize.common import files
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.files import alone_in, atomic_file, names_in, temporaries, write_atomic
 
 
 def test_a_file_is_not_there_until_it_is_whole(tmp_path):

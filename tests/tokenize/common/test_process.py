@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from codecssl.slurm import watch
-from codecssl.slurm.watch import CRASHED, PREEMPTED, STUCK, StopSignal, Watchdog, guarded
+from codecssl.tokenize.common import process
+from codecssl.tokenize.common.process import CRASHED, PREEMPTED, STUCK, StopSignal, Watchdog, guarded
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
@@ -38,7 +38,7 @@ def test_a_crash_has_its_own_exit_code_and_its_traceback(capsys):
 
 
 def test_what_a_process_does_is_noted_while_it_runs_and_at_its_end(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(watch, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(process, "BEAT_SECONDS", 0.05)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     path = tmp_path / "ranks" / "00003.json"
@@ -60,7 +60,7 @@ def test_what_a_process_does_is_noted_while_it_runs_and_at_its_end(tmp_path: Pat
 
 def test_a_process_that_is_stuck_ends_with_76_and_notes_it(tmp_path: Path):
     code = (
-        "import sys, time; from pathlib import Path; from codecssl.slurm.watch import Watchdog\n"
+        "import sys, time; from pathlib import Path; from codecssl.tokenize.common.process import Watchdog\n"
         "with Watchdog(0.3 / 60, rank=int(sys.argv[1]), hint='go on', beat=Path(sys.argv[2])) as dog:\n"
         "    dog.report('reading'); time.sleep(60)"
     )

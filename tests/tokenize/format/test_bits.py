@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from codecssl.tokenize.bits import CHUNK, pack, packed_size, unpack
+from codecssl.tokenize.format.bits import CHUNK, pack, packed_size, unpack
 
 
 def naive(codes, bits):

@@ -5,9 +5,9 @@ import io
 import numpy as np
 import pytest
 
-from codecssl.tokenize.blocks import npz_bytes
-from codecssl.tokenize.contexts import fit
-from codecssl.tokenize.entropy import PREVIOUS, Book, Coder, Level, weights
+from codecssl.tokenize.format.blocks import npz_bytes
+from codecssl.tokenize.format.entropy import PREVIOUS, Book, Coder, Level, weights
+from codecssl.tokenize.format.entropy_tables import fit
 
 
 def random_book(rng, size, sources=()):

@@ -11,13 +11,13 @@ import pytest
 import soundfile
 
 from codecssl.tokenize import codec as codec_module
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.layout import load_json, sealed
-from codecssl.tokenize.repair import repair
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.layout import load_json, sealed
+from codecssl.tokenize.format.writer import to_json, write_shards
+from codecssl.tokenize.integrity.repair import repair
+from codecssl.tokenize.integrity.verify import verify
 from codecssl.tokenize.run import RunConfig, run
 from codecssl.tokenize.shards import Shards
-from codecssl.tokenize.verify import verify
-from codecssl.tokenize.writer import to_json, write_shards
 
 pytestmark = pytest.mark.usefixtures("hashcodec")
 

@@ -10,12 +10,12 @@ import pytest
 import soundfile
 from helpers import card
 
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.layout import load_json, sealed
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.layout import load_json, sealed
+from codecssl.tokenize.format.writer import Encoded, Failure, ShardWriter, finish_dataset, to_json
+from codecssl.tokenize.integrity.verify import examine, verify
 from codecssl.tokenize.run import RunConfig, run
 from codecssl.tokenize.shards import Shards
-from codecssl.tokenize.verify import examine, verify
-from codecssl.tokenize.writer import Encoded, Failure, ShardWriter, finish_dataset, to_json
 
 CARD = card((1000, 1024, 16), (1, 1, 2))
 

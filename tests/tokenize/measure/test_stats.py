@@ -8,9 +8,9 @@ import pytest
 import soundfile
 from helpers import card
 
+from codecssl.tokenize.format.writer import Encoded, ShardWriter, finish_dataset, write_shards
+from codecssl.tokenize.measure.stats import conditional_entropy, corrected_entropy, entropy, lines, stats, take_sample
 from codecssl.tokenize.shards import Shards
-from codecssl.tokenize.stats import conditional_entropy, corrected_entropy, entropy, lines, stats, take_sample
-from codecssl.tokenize.writer import Encoded, ShardWriter, finish_dataset, write_shards
 
 
 def test_the_order_0_entropy_is_not_that_of_the_sample():

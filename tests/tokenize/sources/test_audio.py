@@ -11,10 +11,10 @@ import pytest
 import soundfile
 import soxr
 
-from codecssl.tokenize import audio
-from codecssl.tokenize.audio import AudioReader, read_wave, sha256_of
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.inputs import Held
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.sources import audio
+from codecssl.tokenize.sources.audio import AudioReader, read_wave, sha256_of
+from codecssl.tokenize.sources.inputs import Held
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

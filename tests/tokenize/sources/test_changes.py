@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from codecssl.tokenize import unchanged
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.repair import repair
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.integrity.repair import repair
 from codecssl.tokenize.run import RunConfig, Stopped, run
 from codecssl.tokenize.shards import Shards
+from codecssl.tokenize.sources import changes as unchanged
 
 pytestmark = pytest.mark.usefixtures("hashcodec")
 

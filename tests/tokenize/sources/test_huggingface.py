@@ -12,9 +12,9 @@ import pytest
 import soundfile
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Value
 
-from codecssl.tokenize.audio import read_wave
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.sources import is_stream, read_sources
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.sources.audio import read_wave
+from codecssl.tokenize.sources.sources import is_stream, read_sources
 
 ROWS = 7
 

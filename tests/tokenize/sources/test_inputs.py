@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from codecssl.tokenize import inputs
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.inputs import Input, Seen, open_file, split_options
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.sources import inputs
+from codecssl.tokenize.sources.inputs import Input, Seen, open_file, split_options
 
 CONTENT = bytes(range(256)) * 20
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from codecssl.tokenize.cli import main
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.manifest import read_list, read_rows, spool_stdin
-from codecssl.tokenize.sources import read_sources
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.sources.manifest import read_list, read_rows, spool_stdin
+from codecssl.tokenize.sources.sources import read_sources
 
 
 def rows(path):
@@ -157,7 +157,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     def full(stream, target):
         Path("/dev/full").write_text("list")
 
-    monkeypatch.setattr("codecssl.tokenize.manifest.spool_stdin", full)
+    monkeypatch.setattr("codecssl.tokenize.sources.manifest.spool_stdin", full)
     assert main(["run", "-", "--output", str(tmp_path / "out")]) == 1
     assert (
         capsys.readouterr().err == f"error: {tmp_path / 'out'}: disk full; make room and run the same command again\n"

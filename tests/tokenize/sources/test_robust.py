@@ -9,12 +9,12 @@ import soundfile
 from helpers import HASHCODEC
 
 from codecssl.tokenize import codec as codec_module
-from codecssl.tokenize.audio import EXTENSIONS
+from codecssl.tokenize.integrity.verify import verify
 from codecssl.tokenize.run import RunConfig, run
 from codecssl.tokenize.shards import Shards
-from codecssl.tokenize.verify import verify
+from codecssl.tokenize.sources.audio import EXTENSIONS
 
-FOLDER = Path(__file__).parents[3] / "shared/data/robust"
+FOLDER = Path(__file__).parents[4] / "shared/data/robust"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no {FOLDER}: the corpus of broken files is not here")
 
 

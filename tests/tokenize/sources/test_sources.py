@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.sources import read_sources
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.sources.sources import read_sources
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ import pytest
 import soundfile
 import webdataset
 
-from codecssl.tokenize import inputs as inputs_module
-from codecssl.tokenize.audio import read_wave, sha256_of
-from codecssl.tokenize.errors import UserError
-from codecssl.tokenize.sources import read_sources
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.sources import inputs as inputs_module
+from codecssl.tokenize.sources.audio import read_wave, sha256_of
+from codecssl.tokenize.sources.sources import read_sources
 
 
 def flac(seed, frames=600):

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from codecssl.superb.code_rates import Model, costs, cross_entropy_bits, stored_bits
-from codecssl.superb.compress_points import code_card
+from codecssl.superb.task_codec.rates.code_rates import Model, costs, cross_entropy_bits, stored_bits
+from codecssl.superb.task_codec.rates.points import code_card
 
 
 def test_model_equals_a_loop():
