@@ -220,7 +220,7 @@ sys.modules["deepspeed"] = None
 sys.modules["fairseq2n"] = types.ModuleType("fairseq2n")  # as where its native part does not fit the installed torch
 sys.modules["fairseq2n"].__dict__.update(DOC_MODE=True, IS_STUB=True, __version__="0.8.1")
 import torch
-from codecssl.pretrain.pretrained import from_pretrained
+from codecssl.pretrain.export.pretrained import from_pretrained
 torch.save(from_pretrained(sys.argv[1])(torch.arange(24).view(1, 3, 8) % 8).last_hidden_state, sys.argv[2])
 """
 

@@ -58,7 +58,7 @@ import os, sys
 import fairseq2, matplotlib.pyplot, torch.utils.tensorboard
 from codecssl.pretrain import run
 from codecssl.pretrain.cli import main
-from codecssl.pretrain.peers import quiet_deepspeed
+from codecssl.pretrain.engine.distributed import quiet_deepspeed
 quiet_deepspeed()
 ranks = []
 for rank in "01":

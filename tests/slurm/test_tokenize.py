@@ -30,7 +30,7 @@ SLOW = """
 import os, runpy, sys, time
 if sys.argv[1] != "-m":
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-from codecssl.tokenize.writer import ShardWriter
+from codecssl.tokenize.format.writer import ShardWriter
 add = ShardWriter.add_block
 ShardWriter.add_block = lambda self, *arguments: (add(self, *arguments), time.sleep(0.7))[0]
 sys.argv = sys.argv[2:]

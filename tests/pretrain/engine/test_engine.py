@@ -112,7 +112,7 @@ def test_freed_memory_is_kept() -> None:
     """
     script = """
 import platform, resource, torch
-from codecssl.pretrain.engine import keep_freed_memory
+from codecssl.pretrain.engine.engine import keep_freed_memory
 def new_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(64 << 20)

@@ -246,7 +246,7 @@ def test_tasks_share_the_work(
 def test_tasks_at_the_same_time(sliced: LabelConfig, tmp_path: Path) -> None:
     label(sliced)
     script = (
-        "import sys; from codecssl.pretrain import label; label._SHARD_UTTERANCES = 7;"
+        "import sys; from codecssl.pretrain.labels import label; label._SHARD_UTTERANCES = 7;"
         "from codecssl.pretrain.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     command = ["label", sliced.source, "--data", *map(str, sliced.data), "--clusters", "9", "--output",

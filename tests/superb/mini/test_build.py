@@ -457,7 +457,7 @@ SHARED = Path(__file__).resolve().parents[4] / "shared" / "data" / "manifest.jso
 @pytest.mark.skipif(not SHARED.is_file(), reason="no ../shared/data beside the project: real speech is not there")
 def test_real_speech_gives_all_ten(source: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
-    text = (Path(mini.__file__).parent.parent / "configs" / "superb" / "mini.yaml").read_text()
+    text = (Path(mini.__file__).parents[2] / "configs" / "superb" / "mini.yaml").read_text()
     recipe.write_text(text + RECIPE.split("slot_order")[0])
     root = build(SHARED, tmp_path / "real", recipe=str(recipe), report=lambda line: None)
     rows = [json.loads(line) for line in (root / "manifest.jsonl").read_text().splitlines()]

@@ -14,7 +14,7 @@ from codecssl.superb.patches import import_patches
 
 def test_s3prl_imports_with_the_patches() -> None:
     """Its problems, its hub and the classic keyword task, with `install` called twice."""
-    code = "from codecssl.superb import compat; compat.install(); compat.install()\n"
+    code = "from codecssl.superb.patches import import_patches as compat; compat.install(); compat.install()\n"
     code += "import s3prl.problem, s3prl.hub, s3prl.downstream.speech_commands.expert"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -35,7 +35,7 @@ NEEDED = {
 FORKS = """
 import json, os, sys, traceback
 import librosa, torch, torchaudio
-from codecssl.superb import compat
+from codecssl.superb.patches import import_patches as compat
 ends = {}
 for name, code in json.loads(sys.argv[1]):
     if os.fork() == 0:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 PARENT = """
 import multiprocessing, time
-from codecssl.superb.jobs import end_with_parent
+from codecssl.superb.runner.jobs import end_with_parent
 
 def work():
     end_with_parent()

@@ -134,7 +134,7 @@ def test_an_empty_folder_is_taken(small: Path, tmp_path: Path) -> None:
 
 
 def test_a_killed_unpacking_leaves_no_output(tmp_path: Path) -> None:
-    code = f"from codecssl.superb import sample; sample.unpack({str(tmp_path / 'out')!r})"
+    code = f"from codecssl.superb.sample import unpack as sample; sample.unpack({str(tmp_path / 'out')!r})"
     process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 60
     while len(list(tmp_path.rglob("*.flac"))) < 20 and time.monotonic() < deadline:
@@ -148,7 +148,7 @@ def test_a_killed_unpacking_leaves_no_output(tmp_path: Path) -> None:
 def test_processes_that_unpack_at_once_all_succeed(small: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "out"
     code = (
-        "import pathlib; from codecssl.superb import sample;"
+        "import pathlib; from codecssl.superb.sample import unpack as sample;"
         f"sample.ARCHIVE = pathlib.Path({str(small)!r}); sample.unpack({str(output)!r})"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]

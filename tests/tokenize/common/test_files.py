@@ -54,7 +54,7 @@ def impatient(monkeypatch):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from codecssl.tokenize.files import alone_in
+from codecssl.tokenize.common.files import alone_in
 with alone_in(Path(sys.argv[1])):
     print("in", flush=True)
     time.sleep(600)
