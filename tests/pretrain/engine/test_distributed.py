@@ -48,7 +48,6 @@ MACHINE = {
 
 def main(sessions: Path) -> None:
     """Fork the ranks of each session (name, world size, jobs), one session after the other."""
-    import fairseq2
     import matplotlib.pyplot  # noqa: F401  (imported before the forks, as all of these: it takes seconds)
     import torch.utils.tensorboard  # noqa: F401
 
@@ -56,6 +55,8 @@ def main(sessions: Path) -> None:
     from codecssl.pretrain.engine.distributed import quiet_deepspeed
 
     quiet_deepspeed()
+    import fairseq2  # after `run`, which loads libsndfile for it
+
     fairseq2.init_fairseq2()
     for name, world, jobs in json.loads(sessions.read_text()):
         with socket.socket() as free:
