@@ -13,8 +13,9 @@ from codecssl.pretrain.objectives.dinosr import OnlineClusters
 from codecssl.pretrain.objectives.encodecmae import EncodecMae
 from codecssl.pretrain.objectives.objective import Objective
 from codecssl.pretrain.objectives.targets import make_target
-from codecssl.tokenize.codec import Codec, load_codec_for, stored_tables
+from codecssl.tokenize.codec import Codec, stored_tables
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.registry import load_codec_for
 
 _NO_SHAPE = {"dropout", "input_dropout", "attention_dropout", "activation_dropout", "layerdrop",
              "embedding_init", "freeze_embedding", "rotary_max_frames"}  # fmt: skip

@@ -27,8 +27,9 @@ from codecssl.superb.tokens.token_cache import TokenCache
 from codecssl.superb.tokens.waves import waves_of
 from codecssl.superb.upstreams.expert import CodecExpert, CodeTables
 from codecssl.superb.upstreams.feature_cache import CachedUpstream
-from codecssl.tokenize.codec import Codec, load_codec
+from codecssl.tokenize.codec import Codec
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.registry import load_codec
 
 HUB_NAME = "codecssl_bench"
 HEADS = ("ks", "sid", "ic", "er")

@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def write_learnable() -> Callable[[Path, int], None]:
     """Writes shards of so many utterances whose codes stay for some frames and depend on one another."""
     from codecssl.tokenize.codec import CodecCard
-    from codecssl.tokenize.format.writer import write_shards
+    from codecssl.tokenize.write_codes import write_shards
 
     sizes = (16, 12, 8)
     card = CodecCard(

@@ -74,7 +74,7 @@ def test_a_regular_install_runs(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
         "import codecssl.tokenize.cli as c, codecssl.pretrain.cli, codecssl.superb.cli, codecssl.configs.load as l;"
-        "from codecssl.tokenize.codec import load_codec; from codecssl.superb.sample.unpack import ARCHIVE;"
+        "from codecssl.tokenize.registry import load_codec; from codecssl.superb.sample.unpack import ARCHIVE;"
         "print(c.__file__, load_codec('tiny_16khz').card.num_codebooks, ARCHIVE.is_file(), l.names('pretrain')[:1])"
     )
     done = subprocess.run(

@@ -195,7 +195,7 @@ def decode(args: Namespace) -> int:
     import soundfile
     import torch
 
-    from codecssl.tokenize.codec import load_codec_for
+    from codecssl.tokenize.registry import load_codec_for
     from codecssl.tokenize.shards import Shards
 
     shards = Shards(args.dataset)
@@ -205,11 +205,8 @@ def decode(args: Namespace) -> int:
     codec = load_codec_for(shards.card, weights=args.weights)
     codes = torch.from_numpy(shards.codes(index, num_codebooks=args.num_codebooks).astype("int64"))
     utterance = shards.utterance(index)
-    if shards.card.segment_samples:  # such a codec scales each segment by itself
-        wave = codec.decode(codes, torch.from_numpy(utterance.scales))  # type: ignore[call-arg]
-    else:
-        wave = codec.decode(codes)
-    wave = wave[..., : utterance.samples]
+    scales = None if utterance.scales is None else torch.from_numpy(utterance.scales)
+    wave = codec.decode(codes, scales)[..., : utterance.samples]
     try:
         soundfile.write(args.output, wave.numpy().T, shards.card.sample_rate)
     except (soundfile.LibsndfileError, OSError, TypeError, ValueError) as error:
@@ -221,16 +218,16 @@ def decode(args: Namespace) -> int:
 
 
 def codecs(args: Namespace) -> int:
-    from codecssl.tokenize.codec import BACKENDS
+    from codecssl.tokenize.registry import backends
 
-    for name, backend in BACKENDS.items():
+    for name, backend in backends().items():
         print(f"{name:<16} {backend.summary}\n{'':<16} weights: {backend.weights}")
     return 0
 
 
 def check_codec(args: Namespace) -> int:
-    from codecssl.tokenize.codec import load_codec
     from codecssl.tokenize.measure.check_codec import check_codec, table, waves_of
+    from codecssl.tokenize.registry import load_codec
 
     codec = load_codec(args.codec, num_codebooks=args.num_codebooks, device=args.device)
     found = check_codec(codec, waves_of(args.sources, codec.card, args.seconds))

@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from codecssl.tokenize.codec import Codec, CodecCard, load_codec
+from codecssl.tokenize.codec import Codec, CodecCard, Encoded
 from codecssl.tokenize.common.errors import UserError, one_line
 from codecssl.tokenize.format.layout import to_planes
-from codecssl.tokenize.format.writer import Encoded, Failure
+from codecssl.tokenize.format.records import EncodedUtterance, Failure
+from codecssl.tokenize.registry import load_codec
 from codecssl.tokenize.sources.audio import AudioReader, sha256_of
 from codecssl.tokenize.sources.sources import Input
 
@@ -109,7 +109,7 @@ def _some(samples: int, reader: AudioReader, card: CodecCard) -> None:
         raise UserError(f"no samples left at {card.sample_rate} Hz: {reader.source_samples} at {reader.source_rate} Hz")
 
 
-def encode_long(codec: Codec, item: Input) -> Encoded | Failure:
+def encode_long(codec: Codec, item: Input) -> EncodedUtterance | Failure:
     """Read and encode one input in bounded memory, whatever its length."""
     try:
         return _encode_long(codec, item)
@@ -117,7 +117,7 @@ def encode_long(codec: Codec, item: Input) -> Encoded | Failure:
         return failure(item, error)
 
 
-def _encode_long(codec: Codec, item: Input) -> Encoded:
+def _encode_long(codec: Codec, item: Input) -> EncodedUtterance:
     card, stream, samples, pieces = codec.card, codec.stream(), 0, []
     with item.open() as file:
         reader = AudioReader(file, card.sample_rate, item.start, item.end, channels=card.channels)
@@ -133,31 +133,31 @@ def _encode_long(codec: Codec, item: Input) -> Encoded:
             source_samples=reader.source_samples,
         )
     pieces.append(stream.finish().cpu())
-    return _encoded(card, heard, samples, torch.cat(pieces, dim=1), getattr(stream, "scales", None))
+    return _encoded(card, heard, samples, Encoded(torch.cat(pieces, dim=1), stream.scales))
 
 
-def _encoded(card: CodecCard, heard: Heard, samples: int, codes: Tensor, scales: Tensor | None) -> Encoded:
-    return Encoded(
+def _encoded(card: CodecCard, heard: Heard, samples: int, encoded: Encoded) -> EncodedUtterance:
+    return EncodedUtterance(
         id=heard.item.id,
         path=heard.item.path,
-        codes=to_planes(codes.cpu().numpy().astype(np.uint16), card),
+        codes=to_planes(encoded.codes.cpu().numpy().astype(np.uint16), card),
         samples=samples,
         source_sha256=heard.source_sha256,
         source_rate=heard.source_rate,
         source_samples=heard.source_samples,
         labels=heard.item.labels,
-        scales=None if scales is None else scales.cpu().numpy(),
+        scales=None if encoded.scales is None else encoded.scales.cpu().numpy(),
     )
 
 
 # ---------------------------------------------------------------- many inputs
 
 
-def encode_heard(codec: Codec, heard: Sequence[Heard | Failure]) -> list[Encoded | Failure]:
+def encode_heard(codec: Codec, heard: Sequence[Heard | Failure]) -> list[EncodedUtterance | Failure]:
     """Codes of inputs that were read, in their order: the short ones together, each long one from its file."""
     short = [h for h in heard if isinstance(h, Heard) and h.wave is not None]
     found = {id(h): result for h, result in zip(short, _encode_short(codec, short))}
-    results: list[Encoded | Failure] = []
+    results: list[EncodedUtterance | Failure] = []
     for h in heard:
         if isinstance(h, Failure):
             results.append(h)
@@ -166,7 +166,7 @@ def encode_heard(codec: Codec, heard: Sequence[Heard | Failure]) -> list[Encoded
     return results
 
 
-def _encode_short(codec: Codec, short: Sequence[Heard]) -> list[Encoded | Failure]:
+def _encode_short(codec: Codec, short: Sequence[Heard]) -> list[EncodedUtterance | Failure]:
     if not short:
         return []
     try:
@@ -177,21 +177,18 @@ def _encode_short(codec: Codec, short: Sequence[Heard]) -> list[Encoded | Failur
         return [result for h in short for result in _encode_short(codec, [h])]  # one of them is at fault
 
 
-def _encode_waves(codec: Codec, short: Sequence[Heard]) -> list[Encoded | Failure]:
+def _encode_waves(codec: Codec, short: Sequence[Heard]) -> list[EncodedUtterance | Failure]:
     waves = [torch.from_numpy(h.wave) for h in short]
-    if codec.card.segment_samples:  # such a codec gives a scale for each segment beside the codes
-        pairs = codec.encode_scaled(waves)  # type: ignore[attr-defined]
-    else:
-        pairs = [(codes, None) for codes in codec.encode(waves)]
-    return [
-        _encoded(codec.card, h, wave.shape[-1], codes, scales) for h, wave, (codes, scales) in zip(short, waves, pairs)
-    ]
+    found = codec.encode(waves)
+    return [_encoded(codec.card, h, wave.shape[-1], encoded) for h, wave, encoded in zip(short, waves, found)]
 
 
 # ---------------------------------------------------------------- processes
 
 
-def encode_inputs(device: Device, codec: Codec, items: Iterable[Input], workers: int) -> Iterator[Encoded | Failure]:
+def encode_inputs(
+    device: Device, codec: Codec, items: Iterable[Input], workers: int
+) -> Iterator[EncodedUtterance | Failure]:
     """Results of all `items`, in order; `workers` processes read and, on a CPU, encode (0: this process does)."""
     if device.device == "cpu":
         groups = _groups(items, GROUP_INPUTS)
@@ -207,7 +204,7 @@ class _CpuWorker(Dataset[Any]):
     def __init__(self, device: Device, codec: Codec | None) -> None:
         self.device, self.codec = device, codec
 
-    def __getitem__(self, group: Any) -> list[Encoded | Failure]:
+    def __getitem__(self, group: Any) -> list[EncodedUtterance | Failure]:
         if self.codec is None:
             torch.set_num_threads(1)  # the bits of a convolution may depend on the number of threads
             self.codec = self.device.load()
@@ -222,7 +219,7 @@ class _Reader(Dataset[Any]):
         return read(item, self.card)
 
 
-def _by_length(codec: Codec, window: Sequence[Heard | Failure]) -> list[Encoded | Failure]:
+def _by_length(codec: Codec, window: Sequence[Heard | Failure]) -> list[EncodedUtterance | Failure]:
     """Encode a window in batches of like length; the results come back in the window's order."""
     results: list[Any] = [h if isinstance(h, Failure) else None for h in window]
     order = sorted((i for i, r in enumerate(results) if r is None), key=lambda i: _samples(window[i]))

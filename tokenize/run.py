@@ -20,7 +20,8 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
 from codecssl.tokenize.encode import Device, default_workers, encode_inputs
 from codecssl.tokenize.format.layout import COMPRESSION, sealed
-from codecssl.tokenize.format.writer import Encoded, Failure, ShardWriter, finish_dataset, tidy, to_json
+from codecssl.tokenize.format.records import EncodedUtterance, Failure
+from codecssl.tokenize.format.writer import ShardWriter, finish_dataset, tidy, to_json
 from codecssl.tokenize.shards import load_json, shard_path
 from codecssl.tokenize.sources.sources import is_stream, read_sources
 from codecssl.tokenize.worklist import Todo
@@ -188,7 +189,11 @@ def _run(
 
 
 def _consume(
-    config: RunConfig, card: CodecCard, todo: Todo, results: Iterator[Encoded | Failure], stop: Callable[[], bool]
+    config: RunConfig,
+    card: CodecCard,
+    todo: Todo,
+    results: Iterator[EncodedUtterance | Failure],
+    stop: Callable[[], bool],
 ) -> None:
     """Put the results, which come in the order of `todo`, into blocks and shards; stop between two blocks only."""
     writer: _BlockWriter | None = None
@@ -216,7 +221,7 @@ class _BlockWriter:
         self._clear()
 
     def _clear(self) -> None:
-        self.utterances: list[Encoded] = []
+        self.utterances: list[EncodedUtterance] = []
         self.failures: list[Failure] = []
         self.samples = 0
 
@@ -225,7 +230,7 @@ class _BlockWriter:
         """Whether all that was added is on the disk."""
         return not self.utterances and not self.failures
 
-    def add(self, result: Encoded | Failure, so_far: str) -> None:
+    def add(self, result: EncodedUtterance | Failure, so_far: str) -> None:
         """so_far: the sha256 over the shard's inputs up to this one."""
         self.so_far = so_far
         if isinstance(result, Failure):
@@ -254,7 +259,7 @@ class _Watch:
     def __init__(self, card: CodecCard, total: int | None, report: Callable[[Progress], None]) -> None:
         self.card, self.total, self.report = card, total, report
 
-    def watch(self, results: Iterator[Encoded | Failure]) -> Iterator[Encoded | Failure]:
+    def watch(self, results: Iterator[EncodedUtterance | Failure]) -> Iterator[EncodedUtterance | Failure]:
         failed = samples = 0
         self.report(Progress(0, 0.0, 0, self.total))
         for inputs, result in enumerate(results, 1):

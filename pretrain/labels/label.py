@@ -22,12 +22,14 @@ import numpy as np
 from codecssl.pretrain.data.hashed_random import permuted, smallest, uniform
 from codecssl.pretrain.labels.kmeans import Clustering, Features, Quality, fit
 from codecssl.pretrain.labels.labellers import ByCentroids, Extractor, FromFile, Labeller
-from codecssl.tokenize.codec import CodecCard, check_device, file_sha256
+from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
+from codecssl.tokenize.common.hashing import file_sha256
 from codecssl.tokenize.format.layout import shard_path
-from codecssl.tokenize.format.writer import Item, finish_written, write_shard
+from codecssl.tokenize.registry import check_device
 from codecssl.tokenize.shards import Shards
+from codecssl.tokenize.write_codes import Item, finish_written, write_shard
 
 _SAMPLE, _FRAMES = 210, 211  # streams of random numbers
 _SHARD_UTTERANCES = 8192

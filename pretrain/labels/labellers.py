@@ -13,8 +13,10 @@ import torch
 from codecssl.pretrain.data.corpus import with_codebooks
 from codecssl.pretrain.labels.kmeans import Clustering, Features
 from codecssl.tokenize.backends.weights import state_sha256
-from codecssl.tokenize.codec import CodecCard, file_sha256, load_codec_for
+from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.hashing import file_sha256
+from codecssl.tokenize.registry import load_codec_for
 from codecssl.tokenize.shards import Shards
 
 _BATCH_FRAMES = 8_000

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from codecssl.superb.tasks import TASKS, Row, Task
-from codecssl.tokenize.codec import file_sha256
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.hashing import file_sha256
 
 LONGEST_SECONDS = 300.0
 """Longer clips are skipped and counted: a recurrent head would need gigabytes for one. None of SUPERB's is."""

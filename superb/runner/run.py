@@ -25,8 +25,8 @@ from codecssl.superb.runner.torn import drop_torn
 from codecssl.superb.tasks import TASKS, Budget, Task, official_config
 from codecssl.superb.tokens.codes import counts_of
 from codecssl.superb.upstreams.expert import Shelf, Upstream
-from codecssl.tokenize.codec import file_sha256
 from codecssl.tokenize.common.files import alone_in
+from codecssl.tokenize.common.hashing import file_sha256
 
 HUB_NAME = "codecssl_frozen"  # under which a run's upstream stands in s3prl's hub
 

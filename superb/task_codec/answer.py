@@ -9,8 +9,8 @@ import torch
 
 from codecssl.superb import results
 from codecssl.superb.task_codec.codec_folder import load
-from codecssl.tokenize.codec import file_sha256
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.hashing import file_sha256
 from codecssl.tokenize.shards import Shards
 
 

@@ -7,13 +7,12 @@ Attention sees all that it is given, so that any padding or cut changes codes. T
 `WHOLE_SECONDS` is encoded whole and alone; of a longer one, segments of `SEGMENT_SECONDS` are taken, each for itself,
 while more than `WHOLE_SECONDS` remain.
 
-The registry of codecs (`tokenize/codec.py`) names this file; as any codec's, it is imported when one is loaded.
+The package registers this codec with the stage below through the entry point `machine` (`entry_point.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -21,9 +20,13 @@ from torch import Tensor
 
 from codecssl.superb.task_codec.codec_folder import Compressed
 from codecssl.superb.task_codec.codec_folder import load as load_folder
+from codecssl.tokenize.backends.card_fields import versions
+from codecssl.tokenize.backends.chunked_stream import ChunkedStream
 from codecssl.tokenize.backends.precision import full_precision
-from codecssl.tokenize.codec import Codec, CodecCard, file_sha256, keep_codebooks, load_codec_for
+from codecssl.tokenize.codec import Codec, CodecCard, Encoded, keep_codebooks
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.hashing import file_sha256
+from codecssl.tokenize.registry import load_codec_for
 
 WHOLE_SECONDS, SEGMENT_SECONDS = 30, 20
 
@@ -38,8 +41,8 @@ class MachineCodec:
         self.whole = int(WHOLE_SECONDS * frames) * compressed.pool
         self.segment = max(1, int(SEGMENT_SECONDS * frames)) * compressed.pool
 
-    def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.cat(list(self._pieces(base)), dim=1) for base in self.base.encode(waves)]
+    def encode(self, waves: Sequence[Tensor]) -> list[Encoded]:
+        return [Encoded(torch.cat(list(self._pieces(base.codes)), dim=1)) for base in self.base.encode(waves)]
 
     def _pieces(self, base: Tensor) -> Iterator[Tensor]:
         """Codes [R, T] of a whole wave to codes [K, t] of its segments."""
@@ -59,7 +62,7 @@ class MachineCodec:
     def stream(self) -> MachineStream:
         return MachineStream(self)
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
         raise UserError(
             f"{self.card.weights}: codes for a machine hold a task's answer, not the sound; decode the base codec's"
         )
@@ -73,28 +76,27 @@ class MachineCodec:
             return self.compressed.bottleneck.rvq.dequantise(codes[None].to(self.device))[0].T
 
 
-class MachineStream:
-    """Streaming encoder of one wave: holds the base codec's codes of what is not yet encoded."""
+class MachineStream(ChunkedStream):
+    """Streaming encoder of one wave. It buffers the base codec's codes [R, T], not samples."""
+
+    codec: MachineCodec
 
     def __init__(self, codec: MachineCodec) -> None:
-        self.codec, self.inner = codec, codec.base.stream()
-        self.pending: list[Tensor] = []
+        super().__init__(codec, chunk=codec.segment, needed=codec.whole + 1)
+        self.base = codec.base.stream()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.int64
 
     def push(self, wave: Tensor) -> Tensor:
-        self.pending.append(self.inner.push(wave))
-        if sum(part.shape[1] for part in self.pending) <= self.codec.whole:
-            return self.codec.quantise(self.pending[0][:, :0])
-        base, codes = torch.cat(self.pending, dim=1), []
-        while base.shape[1] > self.codec.whole:
-            codes.append(self.codec.quantise(base[:, : self.codec.segment]))
-            base = base[:, self.codec.segment :]
-        self.pending = [base.clone()]
-        return torch.cat(codes, dim=1)
+        return super().push(self.base.push(wave))
 
     def finish(self) -> Tensor:
-        base = torch.cat([*self.pending, self.inner.finish()], dim=1)
-        self.pending = []
-        return torch.cat(list(self.codec._pieces(base)), dim=1)
+        return torch.cat([super().push(self.base.finish()), super().finish()], dim=1)
+
+    def encode_chunk(self, audio: Tensor, last: bool) -> Tensor:
+        return self.codec.quantise(audio)
 
 
 # ---------------------------------------------------------------- loading
@@ -135,5 +137,5 @@ def make_card(name: str, folder: Path, compressed: Compressed, num_codebooks: in
             "precision": "float32",
             "device": torch.device(device).type,
         },
-        versions={"torch": version("torch"), **base.versions},
+        versions={**versions("torch"), **base.versions},
     )

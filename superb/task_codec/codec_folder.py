@@ -22,7 +22,7 @@ from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 
 MODEL_TYPE, VERSION = "codecssl-machine", 1
-"""Of config.json; `codecssl.tokenize.codec.MODEL_TYPES` knows a codec by it."""
+"""Of config.json; the entry point `machine` names it too."""
 WEIGHTS = "model.safetensors"
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from codecssl.tokenize.codec import Codec, CodecCard
+from codecssl.tokenize.codec import Codec, CodecCard, Encoded
 
 SAMPLE_RATE = 16_000  # of every wave that s3prl hands over
 
@@ -18,17 +18,15 @@ def encode(codec: Codec, wavs: Sequence[Tensor], device: str = "cpu") -> list[Te
     and codes must not.
     """
     waves = [at_codec_rate(wav, codec.card).to(device) for wav in wavs]
-    return [codes for codes, _ in encode_scaled(codec, waves, device)]
+    return [encoded.codes for encoded in encode_at_codec_rate(codec, waves, device)]
 
 
-def encode_scaled(codec: Codec, waves: Sequence[Tensor], device: str) -> list[tuple[Tensor, Tensor | None]]:
-    """Waves as `at_codec_rate` gives them -> codes [R, T] and, where the codec has such, its segments' scales."""
+def encode_at_codec_rate(codec: Codec, waves: Sequence[Tensor], device: str) -> list[Encoded]:
+    """Encode waves as `at_codec_rate` returns them."""
     if not len(waves):
         return []
     with one_thread(device):
-        if codec.card.segment_samples:
-            return list(codec.encode_scaled(waves))  # type: ignore[attr-defined]
-        return [(codes, None) for codes in codec.encode(waves)]
+        return codec.encode(waves)
 
 
 def at_codec_rate(wav: Tensor, card: CodecCard) -> Tensor:

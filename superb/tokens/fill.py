@@ -18,20 +18,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE, at_codec_rate, encode_scaled
+from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE, at_codec_rate, encode_at_codec_rate
 from codecssl.superb.tokens.token_cache import KeyedShards, TokenCache, codec_folder, wave_key
 from codecssl.superb.tokens.waves import Wave
-from codecssl.tokenize.codec import Codec, CodecCard
+from codecssl.tokenize.codec import Codec, CodecCard, Encoded
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import NO_LOCKS, locked
 from codecssl.tokenize.format.layout import shard_path, to_planes
-from codecssl.tokenize.format.writer import Encoded, Failure, ShardWriter, finish_dataset
+from codecssl.tokenize.format.records import EncodedUtterance, Failure
+from codecssl.tokenize.format.writer import ShardWriter, finish_dataset
 
 SHARD_WAVES = 4096
 BLOCK_WAVES = 256
 """A kill loses at most so many."""
 GROUP_WAVES = 32
-"""Encoded together."""
+"""EncodedUtterance together."""
 POLL_SECONDS = 0.2
 """Between looks at shards that other processes are at work on."""
 
@@ -119,7 +120,7 @@ def _fill_shard(job: Job, folder: Path, shard: int, locks: Path, encoder: "_Enco
         blocks = [waves[at : at + BLOCK_WAVES] for at in range(first, len(waves), BLOCK_WAVES)]
         done = shard * SHARD_WAVES + first
         for block, results in zip(blocks, encoder.encode(blocks), strict=True):
-            good = [r for r in results if isinstance(r, Encoded)]
+            good = [r for r in results if isinstance(r, EncodedUtterance)]
             bad = [r for r in results if isinstance(r, Failure)]
             writer.add_block(len(good) + len(bad), good, bad)
             report(done := done + len(block))
@@ -151,12 +152,12 @@ class _Encoder(Dataset[Any]):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": None, "_seen": set()}
 
-    def encode(self, blocks: Sequence[Sequence[Wave]]) -> Iterator[list[Encoded | Failure]]:
+    def encode(self, blocks: Sequence[Sequence[Wave]]) -> Iterator[list[EncodedUtterance | Failure]]:
         """The results of each block."""
         groups = [block[at : at + GROUP_WAVES] for block in blocks for at in range(0, len(block), GROUP_WAVES)]
         results = iter(self._loader(groups))
         for block in blocks:
-            found: list[Encoded | Failure] = []
+            found: list[EncodedUtterance | Failure] = []
             for _ in range(0, len(block), GROUP_WAVES):
                 group = next(results)
                 found += self._encoded(group) if self.here else group
@@ -182,14 +183,14 @@ class _Encoder(Dataset[Any]):
             self._open = self.job.load(), TokenCache(self.job.root, self.job.card)
         return self._open
 
-    def _encoded(self, heard: Sequence[_Heard | Failure | None]) -> list[Encoded | Failure]:
+    def _encoded(self, heard: Sequence[_Heard | Failure | None]) -> list[EncodedUtterance | Failure]:
         codec, cache = self._opened()
         fresh = {h.key: h for h in heard if isinstance(h, _Heard) and h.key not in self._seen}
         new = {key: h for key, h in fresh.items() if cache.find(key) is None}
-        bad: list[Encoded | Failure] = [h for h in heard if isinstance(h, Failure)]
+        bad: list[EncodedUtterance | Failure] = [h for h in heard if isinstance(h, Failure)]
         waves = [at_codec_rate(h.samples, codec.card).to(self.job.device) for h in new.values()]
-        pairs = encode_scaled(codec, waves, self.job.device)
-        return bad + [_utterance(codec.card, *of) for of in zip(new.values(), waves, pairs, strict=True)]
+        found = encode_at_codec_rate(codec, waves, self.job.device)
+        return bad + [_utterance(codec.card, *of) for of in zip(new.values(), waves, found, strict=True)]
 
     def _is_new(self, key: str) -> bool:
         new = key not in self._seen
@@ -215,15 +216,14 @@ def _heard(wave: Wave) -> _Heard | Failure | None:
     return None if samples is None else _Heard(wave=wave, key=wave_key(samples), samples=samples)
 
 
-def _utterance(card: CodecCard, heard: _Heard, wave: Tensor, encoded: tuple[Tensor, Tensor | None]) -> Encoded:
-    codes, scales = encoded
-    return Encoded(
+def _utterance(card: CodecCard, heard: _Heard, wave: Tensor, encoded: Encoded) -> EncodedUtterance:
+    return EncodedUtterance(
         id=heard.key,
         path=heard.wave.path,
-        codes=to_planes(codes.cpu().numpy().astype(np.uint16), card),
+        codes=to_planes(encoded.codes.cpu().numpy().astype(np.uint16), card),
         samples=wave.shape[-1],
         source_sha256=heard.key,
         source_rate=SAMPLE_RATE,
         source_samples=len(heard.samples),
-        scales=None if scales is None else scales.cpu().numpy(),
+        scales=None if encoded.scales is None else encoded.scales.cpu().numpy(),
     )

@@ -21,8 +21,9 @@ from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE, encode
 from codecssl.superb.tokens.codes import CodeCache
 from codecssl.superb.tokens.token_cache import TokenCache
 from codecssl.superb.upstreams import s3prl_upstreams, transformers_upstreams
-from codecssl.tokenize.codec import Codec, CodecCard, load_codec, load_codec_for
+from codecssl.tokenize.codec import Codec, CodecCard
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.registry import load_codec, load_codec_for
 
 if TYPE_CHECKING:
     from codecssl.pretrain.config import ModelConfig

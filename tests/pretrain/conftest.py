@@ -9,7 +9,7 @@ import pytest
 from codecssl.configs.load import from_dict
 from codecssl.pretrain.config import RunConfig
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.format.writer import write_shards
+from codecssl.tokenize.write_codes import write_shards
 
 SIZES = (16, 12, 8)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import random_codec
 from safetensors.torch import load_file
 
 from codecssl.pretrain import build as build_module
@@ -29,11 +30,10 @@ from codecssl.pretrain.monitor.telemetry import read_rows
 from codecssl.pretrain.ranks import Ranks
 from codecssl.pretrain.run import run
 from codecssl.pretrain.training import Training
-from codecssl.tokenize.backends.tiny_16khz import random_codec
 from codecssl.tokenize.common import files
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.format.writer import write_shards
 from codecssl.tokenize.shards import Shards
+from codecssl.tokenize.write_codes import write_shards
 
 MACHINE = {
     "frames_per_second",

@@ -21,7 +21,7 @@ from codecssl.pretrain.data.plan import Plan, Pool, cut
 from codecssl.pretrain.ranks import Ranks
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.format.layout import BLOCK, load_json, sealed
-from codecssl.tokenize.format.writer import write_shards
+from codecssl.tokenize.write_codes import write_shards
 
 BLOCK_UTTERANCES, MEAN_FRAMES = 2048, 450  # 9 s at 50 Hz: 24 million are 60,000 h
 RANKS = 1024

@@ -17,7 +17,7 @@ RATE = 16_000
 
 @pytest.fixture(scope="session")
 def codec() -> Any:
-    from codecssl.tokenize.backends.tiny_16khz import random_codec
+    from helpers import random_codec
 
     return random_codec(0)
 
@@ -35,7 +35,7 @@ def loads_codec(codec: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture(scope="session")
 def shipped() -> Any:
     """tiny_16khz with its trained weights, which is found by its name."""
-    from codecssl.tokenize.codec import load_codec
+    from codecssl.tokenize.registry import load_codec
 
     return load_codec("tiny_16khz")
 

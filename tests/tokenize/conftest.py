@@ -11,8 +11,7 @@ import pytest
 import soundfile
 from helpers import HASHCODEC, wave
 
-from codecssl.tokenize import codec as codec_module
-from codecssl.tokenize.backends import encodec, tiny_16khz, weights
+from codecssl.tokenize.backends import table, tiny_16khz, weights
 
 
 def speechlike(seconds, rate, seed):
@@ -51,7 +50,7 @@ def codec_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def codec(codec_file):
-    return encodec.load("tiny_16khz", str(codec_file), None, "cpu")
+    return tiny_16khz.load("tiny_16khz", str(codec_file), None, "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +66,7 @@ def no_hub(monkeypatch):
 @pytest.fixture
 def hashcodec(monkeypatch):
     """The module beside this file, known as the codec hash_16khz; and a disk that nobody pulls the plug of."""
-    monkeypatch.setitem(codec_module.BACKENDS, "hash_16khz", HASHCODEC)
+    monkeypatch.setitem(table.BACKENDS, "hash_16khz", HASHCODEC)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     return importlib.import_module("hashcodec")
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.codec import CodecCard, Encoded
 
 VERSION = "1"
 """Of the library that computes the codes; another one gives others."""
@@ -23,13 +23,15 @@ class HashCodec:
         )
 
     def encode(self, waves):
-        return [codes_of(wave) for wave in waves]
+        return [Encoded(codes_of(wave)) for wave in waves]
 
     def stream(self):
         return _Stream()
 
 
 class _Stream:
+    scales = None
+
     def __init__(self):
         self.waves = []
 

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from codecssl.tokenize.backends import encodec, tiny_16khz
 from codecssl.tokenize.codec import Backend, CodecCard
 
 HASHCODEC = Backend(module="hashcodec", summary="", weights="")
@@ -31,3 +32,15 @@ def wave(samples, seed=0, *, rate, levels=(0.0, 0.5), noise=0.3):
     level = np.interp(t, np.linspace(0, max(samples, 1) / rate, 12), rng.uniform(*levels, 12))
     tone = np.sin(2 * np.pi * np.cumsum(120 + 60 * np.sin(t)) / rate)
     return torch.from_numpy((level * (tone + noise * rng.standard_normal(samples))).astype(np.float32))
+
+
+def codes_of(codec, waves):
+    """The codes [R, T] of each wave."""
+    return [encoded.codes for encoded in codec.encode(waves)]
+
+
+def random_codec(seed=0, num_codebooks=8):
+    """The network of tiny_16khz with untrained weights, as a codec."""
+    net = encodec.from_encodec(tiny_16khz.random_network(seed))
+    card = encodec.make_card("tiny_random", f"seed {seed}", f"{seed:064x}", net, num_codebooks, "cpu")
+    return encodec.EncodecCodec(net, card)

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from codecssl.tokenize.adapters import as_hf_dataset, utterances
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.format.writer import Encoded, ShardWriter, finish_dataset
+from codecssl.tokenize.format.records import EncodedUtterance
+from codecssl.tokenize.format.writer import ShardWriter, finish_dataset
 from codecssl.tokenize.shards import Shards
 
 RATES = {"one rate": (1, 1, 1), "several": (1, 2, 4)}
@@ -49,7 +50,7 @@ def make(root, rates, compress, segments=False):
 def _encoded(made, number, rng):
     frames = 3100 if number == 5 else int(rng.integers(1, 50))
     planes = [rng.integers(0, size, frames * n) for size, n in zip(made.codebook_sizes, made.codes_per_frame)]
-    return Encoded(
+    return EncodedUtterance(
         id=f"speaker.1/u{number}.wav",
         path=f"u{number}.wav",
         codes=[plane.astype(np.uint16) for plane in planes],

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers import random_codec
 
 from codecssl.tokenize import encode as module
-from codecssl.tokenize.backends.tiny_16khz import random_codec
 from codecssl.tokenize.cli import main
+from codecssl.tokenize.codec import Encoded
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.encode import Device, encode_heard, encode_inputs, failure, read
-from codecssl.tokenize.format.writer import Encoded, Failure
+from codecssl.tokenize.format.records import EncodedUtterance, Failure
 from codecssl.tokenize.measure.bench import BenchConfig, bench
 from codecssl.tokenize.measure.check_codec import check_codec, synthetic_waves, table
 from codecssl.tokenize.sources.sources import Input, read_sources
@@ -31,8 +32,8 @@ def audio(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def same(left: list[Encoded | Failure], right: list[Encoded | Failure]) -> bool:
-    def key(result: Encoded | Failure) -> tuple[object, ...]:
+def same(left: list[EncodedUtterance | Failure], right: list[EncodedUtterance | Failure]) -> bool:
+    def key(result: EncodedUtterance | Failure) -> tuple[object, ...]:
         if isinstance(result, Failure):
             return (result.id, result.reason)
         return (result.id, result.samples, *(plane.tobytes() for plane in result.codes))
@@ -99,11 +100,11 @@ def test_check_codec_counts_what_differs(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["frames"] == sum(codec.card.frames_of(len(wave)) for wave in waves)
     encode = codec.encode
 
-    def batch_dependent(given: list[torch.Tensor]) -> list[torch.Tensor]:
-        codes = [made.clone() for made in encode(given)]
+    def batch_dependent(given: list[torch.Tensor]) -> list[Encoded]:
+        codes = [made.codes.clone() for made in encode(given)]
         if len(given) > 1:
             codes[3][1, 0] += 1
-        return codes
+        return [Encoded(made) for made in codes]
 
     monkeypatch.setattr(codec, "encode", batch_dependent)
     found = check_codec(codec, waves)

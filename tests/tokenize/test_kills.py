@@ -58,12 +58,12 @@ def serve():
 
 def child(argv, log, fail_at=None, how=None, tmpfs=None, tasks=1):
     """`codecssl-tokenize` ARGV, its output in LOG."""
-    from codecssl.tokenize import codec
+    from codecssl.tokenize.backends import table
     from codecssl.tokenize.cli import main
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
-    codec.BACKENDS["hash_16khz"] = HASHCODEC
+    table.BACKENDS["hash_16khz"] = HASHCODEC
     if tmpfs:
         os._exit(fill_up(tmpfs, argv, main))
     if tasks > 1:

@@ -57,7 +57,7 @@ def test_every_input_is_in_a_shard_or_in_failed_once(audio_folder, tmp_path, cod
     for utterance in shards.utterances():
         path = audio_folder / utterance.path
         wave = read_wave(path, 16_000)
-        expected = codec.encode([torch.from_numpy(wave.copy())])[0].numpy()
+        expected = codec.encode([torch.from_numpy(wave.copy())])[0].codes.numpy()
         assert np.array_equal(shards.codes(utterance.index), expected)
         assert np.array_equal(shards.codes(utterance.index, num_codebooks=3), expected[:3])
         assert utterance.samples == len(wave)

@@ -17,7 +17,8 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format import entropy
 from codecssl.tokenize.format.blocks import packed_again
 from codecssl.tokenize.format.layout import load_json
-from codecssl.tokenize.format.writer import Encoded, Failure, ShardWriter, finish_dataset, write_shards
+from codecssl.tokenize.format.records import EncodedUtterance, Failure
+from codecssl.tokenize.format.writer import ShardWriter, finish_dataset
 from codecssl.tokenize.integrity.verify import verify
 from codecssl.tokenize.shards import (
     Shards,
@@ -28,6 +29,7 @@ from codecssl.tokenize.shards import (
     to_planes,
     utterance_bytes,
 )
+from codecssl.tokenize.write_codes import write_shards
 
 SEGMENT = entropy.SEGMENT_FRAMES
 
@@ -141,7 +143,7 @@ def test_all_files_together_cost_at_most_two_percent_over_the_nominal_bits(tmp_p
     """5 s each, 8 x 10 bits at 50 Hz, named as corpora name them, two blocks of 2 h: the hardest case promised."""
     made, rng = card([1024] * 8), np.random.default_rng(0)
     utterances = [
-        Encoded(
+        EncodedUtterance(
             id=f"common_voice_en_{rng.integers(10**7, 10**8)}.mp3",
             path="",
             codes=list(codes_for(made, 250, rng)),
@@ -152,7 +154,7 @@ def test_all_files_together_cost_at_most_two_percent_over_the_nominal_bits(tmp_p
         )
         for _ in range(2880)
     ]
-    utterances = [Encoded(**vars(u) | {"path": u.id, "source_samples": u.samples}) for u in utterances]
+    utterances = [EncodedUtterance(**vars(u) | {"path": u.id, "source_samples": u.samples}) for u in utterances]
     writer = ShardWriter(tmp_path, 0, made)
     for start in (0, 1440):
         writer.add_block(1440, utterances[start : start + 1440], [])
@@ -206,7 +208,7 @@ def test_a_compressed_shard_does_not_depend_on_kills(tmp_path):
 
 
 def encoded(id, codes):
-    return Encoded(
+    return EncodedUtterance(
         id=id,
         path=id,
         codes=list(codes),

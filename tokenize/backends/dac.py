@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from codecssl.tokenize.backends.card_fields import policies, versions
 from codecssl.tokenize.backends.precision import full_precision
 from codecssl.tokenize.backends.streaming_conv import Convolution, Layer, Pace, Residual, RowStream, Snake
 from codecssl.tokenize.backends.weights import load_pretrained, state_sha256
-from codecssl.tokenize.codec import CodecCard, encode_each, keep_codebooks
+from codecssl.tokenize.codec import CodecCard, Encoded, encode_each, keep_codebooks
 from codecssl.tokenize.common.errors import UserError
 
 NETWORKS = {"dac_16khz": (16_000, 320), "dac_24khz": (24_000, 320), "dac_44khz": (44_100, 512)}
@@ -87,10 +87,10 @@ class DacCodec:
     def stream(self) -> RowStream:
         return RowStream(self)
 
-    def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
+    def encode(self, waves: Sequence[Tensor]) -> list[Encoded]:
         return encode_each(self, waves)
 
-    def encode_plainly(self, wave: Tensor) -> Tensor:
+    def encode_reference(self, wave: Tensor) -> Tensor:
         """The whole wave, filled up to a frame, through `DacModel.encode`."""
         padded = F.pad(wave, (0, -len(wave) % self.card.hop_length)).to(self.device, self.dtype)
         with full_precision():
@@ -107,7 +107,7 @@ class DacCodec:
             codes.append(index)
         return torch.stack(codes)
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
         """In windows of `DECODE_FRAMES`. The network itself gives a few samples less where a stride is odd: zeros."""
         hop, frames = self.card.hop_length, codes.shape[1]
         wave = torch.zeros(frames * hop, device=self.device)
@@ -157,8 +157,7 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
 
 def make_card(name: str, weights: str, model: Any, num_codebooks: int, device: str) -> CodecCard:
     """The card of a `transformers.DacModel`."""
-    kind = torch.device(device).type
-    pace = PACES.get(kind, OTHER_PACE)
+    pace = PACES.get(torch.device(device).type, OTHER_PACE)
     return CodecCard(
         name=name,
         weights=weights,
@@ -168,14 +167,8 @@ def make_card(name: str, weights: str, model: Any, num_codebooks: int, device: s
         codebook_sizes=(model.config.codebook_size,) * num_codebooks,
         codes_per_frame=(1,) * num_codebooks,
         latent_dim=model.encoder.conv2.out_channels,
-        policies={
-            "channels": "mean",
-            "resample": "soxr HQ, whole file",
-            "padding": "zeros to a whole frame",
-            "chunk": f"{pace.chunk} frames in pieces of {pace.piece}, carried layer inputs",
-            "precision": "float32",
-            "loudness": "none",
-            "device": kind,
-        },
-        versions={package: version(package) for package in ("torch", "transformers", "soxr")},
+        policies=policies(
+            f"{pace.chunk} frames in pieces of {pace.piece}, carried layer inputs", device, loudness="none"
+        ),
+        versions=versions("torch", "transformers", "soxr"),
     )

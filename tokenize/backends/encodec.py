@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from math import log2
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from codecssl.tokenize.backends.card_fields import policies, versions
+from codecssl.tokenize.backends.chunked_stream import ChunkedStream
 from codecssl.tokenize.backends.precision import full_precision
 from codecssl.tokenize.backends.seanet import Decoder, Encoder
 from codecssl.tokenize.backends.seanet_layers import Lane
 from codecssl.tokenize.backends.weights import fill, load_pretrained, state_sha256, th_file
-from codecssl.tokenize.codec import CodecCard, file_sha256, keep_codebooks
+from codecssl.tokenize.codec import CodecCard, Encoded, keep_codebooks
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.hashing import file_sha256
 
+DEFAULT_CODEBOOKS = 8
+"""6 kbps."""
 FINE_FRAMES = {"cpu": 16, "cuda": 128}
 """Frames that the first layers, at the high rates, take at once: what a CPU's cache holds; a GPU wants more."""
 PIECE_FRAMES = {"cpu": 32, "cuda": 128}
@@ -42,7 +46,7 @@ class Seanet:
     """The encoder's layers in order."""
     decoder: Sequence[nn.Module]
     quantizer: nn.Module
-    quantize_plainly: Callable[[Tensor, int], Tensor]
+    quantize_reference: Callable[[Tensor, int], Tensor]
     """By `quantizer`: latents [1, D, T] and K to codes [K, 1, T]."""
     codebooks: Tensor
     """[K, V, D] float32."""
@@ -75,32 +79,35 @@ class EncodecCodec:
         return EncodecStream(self)
 
     @full_precision()
-    def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
-        """See `Codec`. Waves run side by side, the longest first; one that ends makes room for the next."""
+    def encode(self, waves: Sequence[Tensor]) -> list[Encoded]:
+        """See `Codec`. Waves run side by side, the longest first; when one ends, the next takes its place."""
+        size = self.encoder.piece_samples
         waiting = sorted((i for i, wave in enumerate(waves) if len(wave)), key=lambda i: len(waves[i]))
         longest = max(map(len, waves), default=0)
         # no more side by side than end together when the longest does: the last ones would run alone
         count = min(self.encoder.widths[-1], -(-sum(map(len, waves)) // max(1, longest)))
-        streams: dict[int, EncodecStream] = {}
-        pieces = [[self._no_codes()] for _ in waves]
-        while waiting or streams:
-            while waiting and len(streams) < count:
-                stream = streams[waiting[-1]] = self.stream()
-                stream.add(waves[waiting.pop()])
-            for i, codes in zip(streams, self._advance(list(streams.values()))):
-                pieces[i].append(codes)
-            streams = {i: stream for i, stream in streams.items() if stream.samples}
-        return [torch.cat(codes, 1) for codes in pieces]
+        running: dict[int, tuple[Lane, list[Tensor]]] = {}
+        codes = [[torch.zeros(self.card.num_codebooks, 0, dtype=torch.int64, device=self.device)] for _ in waves]
+        while waiting or running:
+            while waiting and len(running) < count:
+                i = waiting.pop()
+                pieces = list(waves[i].to(self.device).split(size))
+                running[i] = self.first_lane(pieces[0]), pieces[::-1]
+            found = self.advance([lane for lane, _ in running.values()], [left.pop() for _, left in running.values()])
+            for i, piece_codes in zip(running, found):
+                codes[i].append(piece_codes)
+            running = {i: (lane, left) for i, (lane, left) in running.items() if left}
+        return [Encoded(torch.cat(found, 1)) for found in codes]
 
-    def _no_codes(self) -> Tensor:
-        return torch.zeros(self.card.num_codebooks, 0, dtype=torch.int64, device=self.device)
+    def first_lane(self, piece: Tensor) -> Lane:
+        """Return the memory of a wave that begins with this piece [n]."""
+        return Lane(-(-len(piece) // self.net.hop_length))
 
-    def _advance(self, streams: Sequence[EncodecStream]) -> list[Tensor]:
-        """The codes of the next piece of each stream."""
-        taken = [stream.take() for stream in streams]
-        latents = self.encoder([lane for lane, _, _ in taken], [piece for _, piece, _ in taken])
-        codes = self.quantize(latents.flatten(0, 1).t()).unflatten(1, (len(streams), -1))
-        return [codes[:, i, :frames] for i, (_, _, frames) in enumerate(taken)]
+    def advance(self, lanes: Sequence[Lane], pieces: Sequence[Tensor]) -> list[Tensor]:
+        """Encode the next piece, up to [piece_samples], of each lane's wave to codes [K, t] each."""
+        latents = self.encoder(lanes, pieces)
+        codes = self.quantize(latents.flatten(0, 1).t()).unflatten(1, (len(lanes), -1))
+        return [codes[:, i, : -(-len(piece) // self.net.hop_length)] for i, piece in enumerate(pieces)]
 
     @full_precision()
     def quantize(self, latents: Tensor) -> Tensor:
@@ -118,15 +125,15 @@ class EncodecCodec:
         return codes[:, :count]
 
     @full_precision()
-    def encode_plainly(self, wave: Tensor) -> Tensor:
+    def encode_reference(self, wave: Tensor) -> Tensor:
         """The whole wave, filled up to whole frames, through the layers of the library that built the network."""
         padded = F.pad(wave, (0, -len(wave) % self.net.hop_length)).to(self.device)[None, None]
         for layer in self.net.encoder:
             padded = layer(padded)
-        return self.net.quantize_plainly(padded, self.card.num_codebooks)[:, 0]
+        return self.net.quantize_reference(padded, self.card.num_codebooks)[:, 0]
 
     @full_precision()
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
         """See `Codec`. Piece by piece: memory grows by the wave alone."""
         size, count = self.decoder.piece_frames, codes.shape[1]
         lane = Lane(count)
@@ -145,65 +152,29 @@ class EncodecCodec:
         return torch.stack(rows).sum(0).t()
 
 
-class EncodecStream:
-    """Streaming encoder of one wave; its pieces do not depend on how the wave is pushed."""
+class EncodecStream(ChunkedStream):
+    """Streaming encoder of one wave, in the pieces of `EncodecCodec.encode`."""
+
+    codec: EncodecCodec
 
     def __init__(self, codec: EncodecCodec) -> None:
-        self.codec = codec
+        super().__init__(codec, chunk=codec.encoder.piece_samples)
         self.lane: Lane | None = None
-        self.pending: list[Tensor] = []
-        self.samples = 0
-        """That are pending."""
 
     @full_precision()
-    def push(self, wave: Tensor) -> Tensor:
-        self.add(wave)
-        codes = [self.codec._no_codes()]
-        while self.samples >= self.codec.encoder.piece_samples:
-            codes += self.codec._advance([self])
-        return torch.cat(codes, dim=1)
-
-    @full_precision()
-    def finish(self) -> Tensor:
-        """See `StreamEncoder`."""
-        return self.codec._advance([self])[0] if self.samples else self.codec._no_codes()
-
-    def add(self, wave: Tensor) -> None:
-        """Put samples behind the pending ones."""
-        self.pending.append(wave.to(self.codec.device))
-        self.samples += len(wave)
-
-    def take(self) -> tuple[Lane, Tensor, int]:
-        """What this wave carries, its next piece, and how many frames that has."""
-        size, parts, had = self.codec.encoder.piece_samples, [], 0
-        while self.pending and had < size:
-            part = self.pending.pop(0)
-            parts.append(part[: size - had])
-            if len(part) > size - had:
-                self.pending.insert(0, part[size - had :])
-            had += len(parts[-1])
-        self.samples -= had
-        frames = -(-had // self.codec.net.hop_length)
-        self.lane = self.lane or Lane(frames)
-        return self.lane, torch.cat(parts), frames
+    def encode_chunk(self, audio: Tensor, last: bool) -> Tensor:
+        self.lane = self.lane or self.codec.first_lane(audio)
+        [codes] = self.codec.advance([self.lane], [audio])
+        return codes
 
 
 # ---------------------------------------------------------------- loading
 
 
 def load(name: str, weights: str | None, num_codebooks: int | None, device: str) -> EncodecCodec:
-    """Load `tiny_16khz` or `encodec_24khz` (`Codec` loader; see `load_codec`)."""
-    if name == "tiny_16khz":
-        from codecssl.tokenize.backends import tiny_16khz
-
-        path = Path(weights) if weights else tiny_16khz.WEIGHTS
-        if not path.is_file():
-            raise UserError(f"codec tiny_16khz: no weights at {path}; reinstall codecssl or give the file")
-        net, digest, default = from_encodec(tiny_16khz.load_network(path)), file_sha256(path), tiny_16khz.NUM_CODEBOOKS
-    else:
-        net, digest = _load_24khz(weights)
-        default = 8
-    kept = keep_codebooks(name, num_codebooks, default, len(net.codebooks))
+    """Load `encodec_24khz` (`Codec` loader; see `load_codec`)."""
+    net, digest = _load_24khz(weights)
+    kept = keep_codebooks(name, num_codebooks, DEFAULT_CODEBOOKS, len(net.codebooks))
     return EncodecCodec(net, make_card(name, weights or name, digest, net, kept, device), device)
 
 
@@ -219,16 +190,12 @@ def make_card(name: str, weights: str, digest: str, net: Seanet, num_codebooks: 
         codebook_sizes=(net.codebooks.shape[1],) * num_codebooks,
         codes_per_frame=(1,) * num_codebooks,
         latent_dim=net.codebooks.shape[2],
-        policies={
-            "channels": "mean",
-            "resample": "soxr HQ, whole file",
-            "padding": "zeros to a whole frame",
-            "chunk": f"{PIECE_FRAMES[kind]} frames ({FINE_FRAMES[kind]} at the high rates), all state carried, "
+        policies=policies(
+            f"{PIECE_FRAMES[kind]} frames ({FINE_FRAMES[kind]} at the high rates), all state carried, "
             f"LSTM alone after {SHARED_SECONDS} s",
-            "precision": "float32",
-            "device": kind,
-        },
-        versions={"torch": torch.__version__, "encodec": version("encodec"), "soxr": version("soxr")},
+            device,
+        ),
+        versions=versions("torch", "encodec", "soxr"),
     )
 
 
@@ -240,7 +207,7 @@ def from_encodec(model: Any) -> Seanet:
         decoder=list(model.decoder.model),
         codebooks=tables.detach(),
         quantizer=model.quantizer,
-        quantize_plainly=lambda latents, count: model.quantizer.vq.encode(latents, n_q=count),
+        quantize_reference=lambda latents, count: model.quantizer.vq.encode(latents, n_q=count),
         sample_rate=model.sample_rate,
         hop_length=int(model.encoder.hop_length),
     )
@@ -255,7 +222,7 @@ def from_transformers(model: Any) -> Seanet:
         codebooks=tables.detach(),
         quantizer=model.quantizer,
         # transformers counts codebooks by their rate in kbps, rounded down
-        quantize_plainly=lambda latents, count: model.quantizer.encode(
+        quantize_reference=lambda latents, count: model.quantizer.encode(
             latents, (count + 0.5) * log2(tables.shape[1]) * model.config.frame_rate / 1000
         ),
         sample_rate=model.config.sampling_rate,

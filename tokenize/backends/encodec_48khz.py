@@ -14,7 +14,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,14 @@ from encodec.model import EncodecModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from codecssl.tokenize.backends.card_fields import policies, versions
+from codecssl.tokenize.backends.chunked_stream import ChunkedStream
 from codecssl.tokenize.backends.encodec_48khz_layers import Layers, layers_of
 from codecssl.tokenize.backends.precision import full_precision
 from codecssl.tokenize.backends.weights import fill, load_pretrained, state_sha256, th_file
-from codecssl.tokenize.codec import CodecCard, file_sha256, keep_codebooks
+from codecssl.tokenize.codec import CodecCard, Encoded, keep_codebooks
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.hashing import file_sha256
 
 DEFAULT_CODEBOOKS = 8
 """12 kbps."""
@@ -37,7 +39,7 @@ CUDA_GROUP = 32
 """Segments, of any waves, that a GPU encodes together. The shape is fixed, so that none depends on the others."""
 
 Scaled = tuple[Tensor, Tensor]
-"""Codes [K, T] and the segments' scales [S] float32 of a wave."""
+"""Codes [K, t] and scale [1] float32 of a segment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +77,9 @@ class Encodec48Codec:
     def stream(self) -> Encodec48Stream:
         return Encodec48Stream(self)
 
-    def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
-        return [codes for codes, _ in self.encode_scaled(waves)]
-
     @full_precision()
-    def encode_scaled(self, waves: Sequence[Tensor]) -> list[Scaled]:
-        """As `encode`, with the scale of each segment."""
+    def encode(self, waves: Sequence[Tensor]) -> list[Encoded]:
+        """See `Codec`. Each wave also has the scale of each of its segments."""
         cut = [self.segments_of(wave.to(self.device)) for wave in waves]
         if not self.pooled:
             return [joined(self.encode_segments(segments)) for segments in cut]
@@ -141,7 +140,7 @@ class Encodec48Codec:
         return torch.stack(codes)
 
     @full_precision()
-    def encode_plainly(self, wave: Tensor) -> Tensor:
+    def encode_reference(self, wave: Tensor) -> Tensor:
         """Each segment through the library's own encoder, one after another."""
         segments = self.segments_of(wave.to(self.device))
         found = [self.net.encode_segment(segment[None], self.card.num_codebooks)[0][0] for segment in segments]
@@ -184,46 +183,32 @@ class Encodec48Codec:
         return reduce(torch.add, rows).t()
 
 
-class Encodec48Stream:
-    """Streaming encoder of one wave [2, n]; `scales` [S] are there after finish()."""
+class Encodec48Stream(ChunkedStream):
+    """Streaming encoder of one wave [2, n], a group of whole segments at a time."""
+
+    codec: Encodec48Codec
 
     def __init__(self, codec: Encodec48Codec) -> None:
-        self.codec = codec
-        self.pending = torch.zeros(2, 0, device=codec.device)
-        self.found: list[Tensor] = []
+        stride = codec.net.segment_stride
+        super().__init__(codec, chunk=codec.group * stride, size=(codec.group - 1) * stride + codec.net.segment_samples)
+        self._scales: list[Tensor] = []
 
     @full_precision()
-    def push(self, wave: Tensor) -> Tensor:
-        self.pending = torch.cat([self.pending, wave.to(self.codec.device)], dim=1)
-        net, group, codes = self.codec.net, self.codec.group, [self._empty()]
-        # a group of whole segments at a time; where it ends does not depend on how the wave is pushed
-        while self.pending.shape[1] >= (group - 1) * net.segment_stride + net.segment_samples:
-            codes.append(self._encode(self.codec.segments_of(self.pending)[:group]))
-            self.pending = self.pending[:, group * net.segment_stride :]
-        return torch.cat(codes, dim=1)
-
-    @full_precision()
-    def finish(self) -> Tensor:
-        segments = self.codec.segments_of(self.pending)
-        self.pending = self.pending[:, :0]
-        return self._encode(segments) if segments else self._empty()
+    def encode_chunk(self, audio: Tensor, last: bool) -> Tensor:
+        segments = self.codec.segments_of(audio)
+        found = self.codec.encode_segments(segments if last else segments[: self.codec.group])
+        self._scales += [scale for _, scale in found]
+        return torch.cat([codes for codes, _ in found], dim=1)
 
     @property
     def scales(self) -> Tensor:
-        return torch.cat(self.found) if self.found else torch.zeros(0, device=self.codec.device)
-
-    def _encode(self, segments: Sequence[Tensor]) -> Tensor:
-        codes, scales = joined(self.codec.encode_segments(segments))
-        self.found.append(scales)
-        return codes
-
-    def _empty(self) -> Tensor:
-        return torch.zeros(self.codec.card.num_codebooks, 0, dtype=torch.int64, device=self.codec.device)
+        """float32 [S], one per segment encoded so far."""
+        return torch.cat(self._scales) if self._scales else torch.zeros(0, device=self.device)
 
 
-def joined(found: Sequence[Scaled]) -> Scaled:
-    """What the segments of a wave gave as the wave's."""
-    return torch.cat([codes for codes, _ in found], dim=1), torch.cat([scale for _, scale in found])
+def joined(found: Sequence[Scaled]) -> Encoded:
+    """Join the codes and scales of a wave's segments."""
+    return Encoded(torch.cat([codes for codes, _ in found], dim=1), torch.cat([scale for _, scale in found]))
 
 
 def overlap_add(waves: Sequence[Tensor], stride: int) -> Tensor:
@@ -267,16 +252,14 @@ def make_card(name: str, weights: str, digest: str, net: Net48, num_codebooks: i
         channels=2,
         segment_samples=net.segment_samples,
         segment_stride=net.segment_stride,
-        policies={
-            "channels": "stereo, mono twice",
-            "resample": "soxr HQ, whole file",
-            "padding": "none",
-            "chunk": f"segments of {net.segment_samples} samples from each {net.segment_stride}th, each for itself",
-            "precision": "float32",
-            "loudness": "each segment divided by its volume",
-            "device": torch.device(device).type,
-        },
-        versions={"torch": torch.__version__, "encodec": version("encodec"), "soxr": version("soxr")},
+        policies=policies(
+            f"segments of {net.segment_samples} samples from each {net.segment_stride}th, each for itself",
+            device,
+            channels="stereo, mono twice",
+            padding="none",
+            loudness="each segment divided by its volume",
+        ),
+        versions=versions("torch", "encodec", "soxr"),
     )
 
 

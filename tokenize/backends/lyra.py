@@ -7,7 +7,6 @@ inside the interpreter: a fresh state per utterance, so batched equals single eq
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
-from codecssl.tokenize.codec import BACKENDS, CodecCard, encode_each, file_sha256, keep_codebooks
+from codecssl.tokenize.backends.card_fields import policies, versions
+from codecssl.tokenize.backends.chunked_stream import ChunkedStream
+from codecssl.tokenize.backends.table import BACKENDS
+from codecssl.tokenize.codec import CodecCard, Encoded, encode_each, keep_codebooks
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.hashing import file_sha256
 
 SAMPLE_RATE, HOP, MAX_CODEBOOKS, CODEBOOK_SIZE = 16_000, 320, 46, 16
 DEFAULT_CODEBOOKS = 16
@@ -30,12 +34,12 @@ class LyraCodec:
     def __init__(self, files: Sequence[Path], card: CodecCard) -> None:
         self.files, self.card = files, card
         self.encoder_bytes, self.quantizer_bytes, self.decoder_bytes = (path.read_bytes() for path in files)
-        self.quantizer = _interpreter(self.quantizer_bytes)
+        self.quantizer, self.device = _interpreter(self.quantizer_bytes), torch.device("cpu")
 
     def stream(self) -> LyraStream:
         return LyraStream(self)
 
-    def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
+    def encode(self, waves: Sequence[Tensor]) -> list[Encoded]:
         return encode_each(self, waves)
 
     def quantize(self, feature: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -45,7 +49,7 @@ class LyraCodec:
         indices = next(iter(encode(input_frames=feature, num_quantizers=count).values()))
         return np.asarray(indices).reshape(-1)[: self.card.num_codebooks].astype(np.int64)
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
         run = _interpreter(self.decoder_bytes).get_signature_runner("serving_default")
         name = next(iter(run.get_input_details()))
         shape = run.get_input_details()[name]["shape"]
@@ -76,31 +80,19 @@ class LyraCodec:
         return np.asarray(latent).reshape(-1).astype(np.float32)
 
 
-class LyraStream:
-    """Encoder of one utterance; the network's state lives in the interpreter."""
+class LyraStream(ChunkedStream):
+    """Streaming encoder of one wave, frame by frame; the network's state is inside the interpreter."""
+
+    codec: LyraCodec
 
     def __init__(self, codec: LyraCodec) -> None:
-        self.codec = codec
+        super().__init__(codec, chunk=HOP)
         self.run = _interpreter(codec.encoder_bytes).get_signature_runner("serving_default")
-        self.rest = np.zeros(0, np.float32)
 
-    def push(self, wave: Tensor) -> Tensor:
-        samples = np.concatenate([self.rest, wave.cpu().numpy().astype(np.float32)])
-        whole = len(samples) // HOP * HOP
-        self.rest = samples[whole:]
-        return self._encode(samples[:whole])
-
-    def finish(self) -> Tensor:
-        last = np.pad(self.rest, (0, -len(self.rest) % HOP))
-        self.rest = self.rest[:0]
-        return self._encode(last)
-
-    def _encode(self, samples: NDArray[np.float32]) -> Tensor:
-        codes = np.zeros((self.codec.card.num_codebooks, len(samples) // HOP), np.int64)
-        for t, frame in enumerate(samples.reshape(-1, 1, HOP)):
-            feature = next(iter(self.run(input_audio=frame).values()))
-            codes[:, t] = self.codec.quantize(np.asarray(feature))
-        return torch.from_numpy(codes)
+    def encode_chunk(self, audio: Tensor, last: bool) -> Tensor:
+        frame = F.pad(audio, (0, HOP - len(audio)))[None].numpy()
+        feature = next(iter(self.run(input_audio=frame).values()))
+        return torch.from_numpy(self.codec.quantize(np.asarray(feature)))[:, None]
 
 
 def load(name: str, weights: str | None, num_codebooks: int | None, device: str) -> LyraCodec:
@@ -129,15 +121,8 @@ def _card(name: str, weights: str, files: Sequence[Path], num_codebooks: int) ->
         codebook_sizes=(CODEBOOK_SIZE,) * num_codebooks,
         codes_per_frame=(1,) * num_codebooks,
         latent_dim=64,
-        policies={
-            "channels": "mean",
-            "resample": "soxr HQ, whole file",
-            "padding": "zeros to a whole frame",
-            "chunk": "frame by frame, state in the interpreter",
-            "precision": "as the .tflite files",
-            "device": "cpu",
-        },
-        versions={"ai-edge-litert": version("ai-edge-litert"), "soxr": version("soxr")},
+        policies=policies("frame by frame, state in the interpreter", "cpu", precision="as the .tflite files"),
+        versions=versions("ai-edge-litert", "soxr"),
     )
 
 

@@ -6,7 +6,7 @@ computed twice.
 
 The window is the one that the model was trained with (section 3.3.1; `config.sliding_window`). transformers 4.57
 leaves it out: beyond 250 positions, 10 s, its `MimiModel.encode` attends to everything, in memory that grows with the
-square of the length. Its later versions and the authors' own package apply it, and so does `encode_plainly` here.
+square of the length. Its later versions and the authors' own package apply it, and so does `encode_reference` here.
 
 On a CPU most time goes into memory traffic of long activations, so that the first layers run on pieces that fit the
 cache, and all convolutions as matrix products on [T, C], one for each tap.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -25,9 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.mimi.modeling_mimi import apply_rotary_pos_emb, repeat_kv
 
+from codecssl.tokenize.backends.card_fields import policies, versions
+from codecssl.tokenize.backends.chunked_stream import ChunkedStream
 from codecssl.tokenize.backends.precision import full_precision
 from codecssl.tokenize.backends.weights import load_pretrained, state_sha256
-from codecssl.tokenize.codec import CodecCard, keep_codebooks
+from codecssl.tokenize.codec import CodecCard, Encoded, keep_codebooks
 from codecssl.tokenize.common.errors import UserError
 
 DEFAULT_CODEBOOKS = 8
@@ -72,14 +73,14 @@ class MimiCodec:
         return MimiStream(self)
 
     @full_precision()
-    def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
+    def encode(self, waves: Sequence[Tensor]) -> list[Encoded]:
         codes: list[Tensor] = [torch.empty(0)] * len(waves)
         order = sorted(range(len(waves)), key=lambda i: len(waves[i]))
         for at in range(0, len(order), self.lanes):
             group = order[at : at + self.lanes]
             for index, found in zip(group, self._together([waves[i] for i in group])):
                 codes[index] = found
-        return codes
+        return [Encoded(found) for found in codes]
 
     def _together(self, waves: Sequence[Tensor]) -> list[Tensor]:
         samples = max(len(wave) for wave in waves)
@@ -122,7 +123,7 @@ class MimiCodec:
         return torch.stack(codes, dim=1)
 
     @full_precision()
-    def encode_plainly(self, wave: Tensor) -> Tensor:
+    def encode_reference(self, wave: Tensor) -> Tensor:
         """The whole wave through transformers' own modules; attention is given the window that they leave out."""
         audio = F.pad(wave.to(self.device), (0, -len(wave) % self.card.hop_length))[None, None]
         model, count = self.model, self.card.num_codebooks
@@ -137,7 +138,7 @@ class MimiCodec:
         return codes[:, 0]
 
     @full_precision()
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
         """The decoder's convolutions run over the whole utterance: memory grows with its length."""
         hidden, past = self.model.upsample(self.latents(codes)[None]).transpose(1, 2), Past()
         parts = hidden.split(CHUNK_FRAMES * 2, dim=1)
@@ -169,43 +170,20 @@ class MimiCodec:
         return decoded[0]
 
 
-class MimiStream:
-    """Streaming encoder of one wave; chunk bounds do not depend on how the wave is pushed."""
+class MimiStream(ChunkedStream):
+    """Streaming encoder of one wave, a chunk at a time; the last chunk, whole or not, is left for `finish`."""
+
+    codec: MimiCodec
 
     def __init__(self, codec: MimiCodec) -> None:
-        self.codec, self.past = codec, Past()
-        self.pending: list[Tensor] = []
-        self.pending_samples = 0
+        super().__init__(codec, chunk=codec.chunk, needed=codec.chunk + 1)
+        self.past = Past()
 
     @full_precision()
-    def push(self, wave: Tensor) -> Tensor:
-        self.pending.append(wave.to(self.codec.device))
-        self.pending_samples += len(wave)
-        codes = [self._empty()]
-        chunk = self.codec.chunk
-        if self.pending_samples > chunk:  # not >=: the last chunk is left for finish()
-            everything = torch.cat(self.pending)
-            whole = (len(everything) - 1) // chunk * chunk
-            codes.extend(self._advance(part) for part in everything[:whole].split(chunk))
-            self.pending, self.pending_samples = [everything[whole:].clone()], len(everything) - whole
-        return torch.cat(codes, dim=1)
-
-    @full_precision()
-    def finish(self) -> Tensor:
-        if self.pending_samples == 0:
-            return self._empty()
-        rest = torch.cat(self.pending)
-        self.pending, self.pending_samples = [], 0
-        return self._advance(F.pad(rest, (0, -len(rest) % self.codec.quantum)))[
-            :, : self.codec.card.frames_of(len(rest))
-        ]
-
-    def _advance(self, wave: Tensor) -> Tensor:
-        lanes = F.pad(wave[None], (0, 0, 0, self.codec.lanes - 1))
-        return self.codec.advance(lanes, self.past)[0]
-
-    def _empty(self) -> Tensor:
-        return torch.zeros(self.codec.card.num_codebooks, 0, dtype=torch.int64, device=self.codec.device)
+    def encode_chunk(self, audio: Tensor, last: bool) -> Tensor:
+        padded = F.pad(audio, (0, -len(audio) % self.codec.quantum))
+        lanes = F.pad(padded[None], (0, 0, 0, self.codec.lanes - 1))
+        return self.codec.advance(lanes, self.past)[0, :, : self.codec.card.frames_of(len(audio))]
 
 
 # ---------------------------------------------------------------- layers
@@ -372,15 +350,11 @@ def make_card(name: str, weights: str, model: Any, num_codebooks: int, device: s
         codebook_sizes=(config.codebook_size,) * num_codebooks,
         codes_per_frame=(1,) * num_codebooks,
         latent_dim=config.hidden_size,
-        policies={
-            "channels": "mean",
-            "resample": "soxr HQ, whole file",
-            "padding": "zeros to a whole frame",
-            "chunk": f"{CHUNK_FRAMES} frames, carried convolution inputs, keys and values",
-            "attention": f"{config.sliding_window} positions",
-            "precision": "float32",
-            "loudness": "none",
-            "device": torch.device(device).type,
-        },
-        versions={"torch": torch.__version__, "transformers": transformers.__version__, "soxr": version("soxr")},
+        policies=policies(
+            f"{CHUNK_FRAMES} frames, carried convolution inputs, keys and values",
+            device,
+            attention=f"{config.sliding_window} positions",
+            loudness="none",
+        ),
+        versions=versions("torch", "transformers", "soxr"),
     )

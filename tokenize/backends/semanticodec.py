@@ -18,7 +18,6 @@ import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -29,9 +28,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from codecssl.tokenize.backends.card_fields import policies, versions
+from codecssl.tokenize.backends.chunked_stream import ChunkedStream
 from codecssl.tokenize.backends.precision import full_precision
-from codecssl.tokenize.codec import BACKENDS, CodecCard, file_sha256, keep_codebooks
+from codecssl.tokenize.backends.table import BACKENDS
+from codecssl.tokenize.codec import CodecCard, Encoded, keep_codebooks
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.hashing import file_sha256
 
 SAMPLE_RATE, WINDOW, MEL_FRAMES = 16_000, 163_840, 1024
 LOOKAHEAD = 240
@@ -119,20 +122,16 @@ class Window:
     """Of the wave, without lookahead and padding."""
 
 
-def windows(wave: Tensor, *, last: bool) -> tuple[list[Window], Tensor]:
-    """Windows that are certain with these samples [n], and the samples that remain.
-
-    A window has LOOKAHEAD samples more where the wave fills it; `last` when the wave ends here.
-    """
+def windows(wave: Tensor) -> list[Window]:
+    """Cut a whole wave [n], or its end, into windows. A window has LOOKAHEAD more samples if the wave fills it."""
     found = []
-    while len(wave) >= WINDOW + (0 if last else LOOKAHEAD):
+    while len(wave) >= WINDOW:
         audio = wave[: WINDOW + LOOKAHEAD]
         found.append(Window(F.pad(audio, (0, WINDOW + LOOKAHEAD - len(audio))), WINDOW))
         wave = wave[WINDOW:]
-    if last and len(wave):
+    if len(wave):
         found.append(Window(F.pad(wave, (0, WINDOW - len(wave))), len(wave)))
-        wave = wave[:0]
-    return found, wave
+    return found
 
 
 # ---------------------------------------------------------------- the codec
@@ -157,10 +156,10 @@ class SemanticCodec:
     def stream(self) -> SemanticStream:
         return SemanticStream(self)
 
-    def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
-        groups = [windows(wave, last=True)[0] for wave in waves]
+    def encode(self, waves: Sequence[Tensor]) -> list[Encoded]:
+        groups = [windows(wave) for wave in waves]
         codes = iter(self.encode_windows([window for group in groups for window in group]))
-        return [torch.cat([next(codes) for _ in group], dim=1) for group in groups]
+        return [Encoded(torch.cat([next(codes) for _ in group], dim=1)) for group in groups]
 
     def encode_windows(self, found: Sequence[Window]) -> list[Tensor]:
         """The codes [R, T] of each window."""
@@ -172,7 +171,7 @@ class SemanticCodec:
             codes += [lane[:, : self.card.frames_of(window.samples)] for lane, window in zip(lanes, group)]
         return codes
 
-    def encode_plainly(self, wave: Tensor) -> Tensor:
+    def encode_reference(self, wave: Tensor) -> Tensor:
         """The whole wave as `SemantiCodec.encode` has it: one spectrogram of all windows, cut into them afterwards.
 
         Where the wave fills its windows, the package adds an empty one. Its own count of tokens may end in mid-column.
@@ -190,7 +189,7 @@ class SemanticCodec:
             tokens = self.package.encoder(mels.to(self.device))
         return [to_rows(lane[:, : self.card.num_codebooks], self.grid.bands) for lane in tokens]
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
         """By diffusion, 50 steps for each 10.24 s. Raises UserError without the acoustic codes."""
         if self.card.num_codebooks < 2:
             raise UserError(f"codec {self.card.name}: decodes from 2 codebooks, 1 is kept; tokenize with both")
@@ -224,24 +223,17 @@ class SemanticCodec:
         return found[0].unflatten(0, (-1, self.grid.bands)).flatten(1).t()
 
 
-class SemanticStream:
-    """Streaming encoder of one wave; windows do not depend on how the wave is pushed."""
+class SemanticStream(ChunkedStream):
+    """Streaming encoder of one wave, a window at a time."""
+
+    codec: SemanticCodec
 
     def __init__(self, codec: SemanticCodec) -> None:
-        self.codec = codec
-        self.audio = torch.zeros(0)
+        super().__init__(codec, chunk=WINDOW, size=WINDOW + LOOKAHEAD)
 
-    def push(self, wave: Tensor) -> Tensor:
-        found, self.audio = windows(torch.cat([self.audio, wave.cpu()]), last=False)
-        return self._joined(found)
-
-    def finish(self) -> Tensor:
-        found, self.audio = windows(self.audio, last=True)
-        return self._joined(found)
-
-    def _joined(self, found: Sequence[Window]) -> Tensor:
-        none = torch.zeros(self.codec.card.num_rows, 0, dtype=torch.int64, device=self.codec.device)
-        return torch.cat([none, *self.codec.encode_windows(found)], dim=1)
+    def encode_chunk(self, audio: Tensor, last: bool) -> Tensor:
+        found = windows(audio) if last else [Window(audio, WINDOW)]
+        return torch.cat(self.codec.encode_windows(found), dim=1)
 
 
 # ---------------------------------------------------------------- loading
@@ -328,7 +320,6 @@ def make_card(
 ) -> CodecCard:
     """The card of a checkpoint. Its sha256 is over the files that determine codes: not the decoder's."""
     grid, encoder = checkpoint.grid, package.encoder
-    libraries = ("torch", "torchaudio", "semanticodec", "timm", "vector-quantize-pytorch", "soxr")
     return CodecCard(
         name=name,
         weights=weights,
@@ -338,21 +329,11 @@ def make_card(
         codebook_sizes=(len(encoder.centroid_npy), encoder.codebook_size)[:num_codebooks],
         codes_per_frame=(grid.bands,) * num_codebooks,
         latent_dim=grid.bands * encoder.centroid_npy.shape[1] * num_codebooks,
-        policies={
-            "channels": "mean",
-            "resample": "soxr HQ, whole file",
-            "padding": "zeros to a whole window",
-            "chunk": f"windows of {WINDOW / SAMPLE_RATE} s, each for itself",
-            "precision": "float32",
-            "loudness": "none",
-            "device": torch.device(device).type,
-        },
-        versions={library: found for library in libraries if (found := _version(library))},
+        policies=policies(
+            f"windows of {WINDOW / SAMPLE_RATE} s, each for itself",
+            device,
+            padding="zeros to a whole window",
+            loudness="none",
+        ),
+        versions=versions("torch", "torchaudio", "semanticodec", "timm", "vector-quantize-pytorch", "soxr"),
     )
-
-
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None

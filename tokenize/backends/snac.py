@@ -10,17 +10,17 @@ The decoder adds noise, as it was trained; here it comes from a fixed seed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from codecssl.tokenize.backends.card_fields import policies, versions
 from codecssl.tokenize.backends.precision import full_precision
 from codecssl.tokenize.backends.streaming_conv import Convolution, Layer, Pace, Residual, RowStream, Snake
 from codecssl.tokenize.backends.weights import ask_hub, fill, missing, state_sha256
-from codecssl.tokenize.codec import CodecCard, encode_each, keep_codebooks
+from codecssl.tokenize.codec import CodecCard, Encoded, encode_each, keep_codebooks
 from codecssl.tokenize.common.errors import UserError, one_line
 
 CPU_PACE, GPU_PACE = Pace(2, 48), Pace(480, 480)
@@ -60,7 +60,7 @@ class SnacCodec:
     def stream(self) -> SnacStream:
         return SnacStream(self)
 
-    def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
+    def encode(self, waves: Sequence[Tensor]) -> list[Encoded]:
         return encode_each(self, waves)
 
     def quantize(self, latents: Tensor) -> Tensor:
@@ -72,14 +72,14 @@ class SnacCodec:
             rows.append(codes.view(-1, count).t())
         return torch.cat(rows)
 
-    def encode_plainly(self, wave: Tensor) -> Tensor:
+    def encode_reference(self, wave: Tensor) -> Tensor:
         """The whole wave through `SNAC.encode`."""
         with full_precision():
             found = self.net.encode(wave.to(self.device, self.dtype)[None, None])
         kept = zip(found, self.card.codes_per_frame)  # the codebooks that are kept
         return torch.cat([codes.view(-1, count).t() for codes, count in kept])
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
         """The decoder runs over the whole utterance: memory grows with its length."""
         if codes.shape[1] == 0:
             return torch.zeros(0, device=self.device)
@@ -198,14 +198,8 @@ def make_card(name: str, weights: str, net: Any, num_codebooks: int, device: str
         codebook_sizes=(net.codebook_size,) * num_codebooks,
         codes_per_frame=tuple(strides[0] // stride for stride in strides[:num_codebooks]),
         latent_dim=strides[0] * net.latent_dim,
-        policies={
-            "channels": "mean",
-            "resample": "soxr HQ, whole file",
-            "padding": "zeros to a whole frame",
-            "chunk": f"{pace.chunk} frames in pieces of {pace.piece}, carried layer inputs",
-            "precision": "float32",
-            "loudness": "none",
-            "device": torch.device(device).type,
-        },
-        versions={library: version(library) for library in ("torch", "snac", "soxr")},
+        policies=policies(
+            f"{pace.chunk} frames in pieces of {pace.piece}, carried layer inputs", device, loudness="none"
+        ),
+        versions=versions("torch", "snac", "soxr"),
     )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from codecssl.tokenize.backends.chunked_stream import ChunkedStream
 from codecssl.tokenize.backends.precision import full_precision
 from codecssl.tokenize.codec import CodecCard
 
@@ -130,45 +131,33 @@ class RowCodec(Protocol):
     def quantize(self, latents: Tensor) -> Tensor: ...
 
 
-class RowStream:
-    """Streaming encoder of one wave; what goes through at once does not depend on how the wave is pushed."""
+class RowStream(ChunkedStream):
+    """Streaming encoder of one wave, a chunk at a time; the last chunk, whole or not, is left for `finish`."""
+
+    codec: RowCodec
 
     def __init__(self, codec: RowCodec) -> None:
-        self.codec = codec
-        self.chunk = codec.pace.chunk * codec.card.hop_length
+        chunk = codec.pace.chunk * codec.card.hop_length
+        super().__init__(codec, chunk=chunk, needed=chunk + 1)
         self.piece = codec.pace.piece * codec.card.hop_length
         self.kept: Kept = {}
-        self.rest = torch.zeros(0, device=codec.device, dtype=codec.dtype)
-
-    def push(self, wave: Tensor) -> Tensor:
-        samples = torch.cat([self.rest, wave.to(self.rest)])
-        whole = max(0, len(samples) - 1) // self.chunk * self.chunk  # the last chunk, whole or not, is for finish()
-        codes = [self._encode(samples[at : at + self.chunk], last=False) for at in range(0, whole, self.chunk)]
-        self.rest = samples[whole:].clone()
-        return torch.cat([self._none(), *codes], dim=1)
-
-    def finish(self) -> Tensor:
-        if len(self.rest) == 0:
-            return self._none()
-        codes = self._encode(F.pad(self.rest, (0, -len(self.rest) % self.codec.card.hop_length)), last=True)
-        self.kept, self.rest = {}, self.rest[:0].clone()
-        return codes
 
     def quantize(self, latents: Tensor) -> Tensor:
-        """The next latents [n, D] to codes [R, T]."""
+        """Quantize the next latents [n, D] to codes [R, T]."""
         return self.codec.quantize(latents)
 
-    def _encode(self, samples: Tensor, last: bool) -> Tensor:
-        with full_precision():
-            *pieces, end = samples[:, None].split(self.piece)
-            fronts = [self._through(self.codec.front, piece, False) for piece in pieces]
-            fronts.append(self._through(self.codec.front, end, last))
-            return self.quantize(self._through(self.codec.back, torch.cat(fronts), last))
+    @full_precision()
+    def encode_chunk(self, audio: Tensor, last: bool) -> Tensor:
+        padded = F.pad(audio, (0, -len(audio) % self.codec.card.hop_length))
+        *pieces, end = padded[:, None].split(self.piece)
+        fronts = [self._through(self.codec.front, piece, False) for piece in pieces]
+        fronts.append(self._through(self.codec.front, end, last))
+        codes = self.quantize(self._through(self.codec.back, torch.cat(fronts), last))
+        if last:
+            self.kept = {}
+        return codes
 
     def _through(self, layers: Sequence[Layer], rows: Tensor, last: bool) -> Tensor:
         for layer in layers:
             rows = layer.push(rows, self.kept, last)
         return rows
-
-    def _none(self) -> Tensor:
-        return torch.zeros(self.codec.card.num_rows, 0, dtype=torch.int64, device=self.codec.device)

@@ -20,8 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from codecssl.tokenize.codec import Codec
+from codecssl.tokenize.backends.encodec import EncodecCodec, from_encodec, make_card
+from codecssl.tokenize.codec import keep_codebooks
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.hashing import file_sha256
 
 SAMPLE_RATE = 16_000
 NUM_CODEBOOKS = 8
@@ -140,10 +142,11 @@ def random_network(seed: int = 0) -> EncodecModel:
     return model.eval()
 
 
-def random_codec(seed: int = 0, num_codebooks: int = NUM_CODEBOOKS) -> Codec:
-    """`random_network` as a `Codec`; its card is named `tiny_random`."""
-    from codecssl.tokenize.backends import encodec
-
-    net = encodec.from_encodec(random_network(seed))
-    card = encodec.make_card("tiny_random", f"seed {seed}", f"{seed:064x}", net, num_codebooks, "cpu")
-    return encodec.EncodecCodec(net, card)
+def load(name: str, weights: str | None, num_codebooks: int | None, device: str) -> EncodecCodec:
+    """Load `tiny_16khz` (`Codec` loader; see `load_codec`)."""
+    path = Path(weights) if weights else WEIGHTS
+    if not path.is_file():
+        raise UserError(f"codec {name}: no weights at {path}; reinstall codecssl or give the file")
+    net, digest = from_encodec(load_network(path)), file_sha256(path)
+    kept = keep_codebooks(name, num_codebooks, NUM_CODEBOOKS, len(net.codebooks))
+    return EncodecCodec(net, make_card(name, weights or name, digest, net, kept, device), device)

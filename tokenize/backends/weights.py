@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from codecssl.tokenize.codec import BACKENDS
+from codecssl.tokenize.backends.table import BACKENDS
 from codecssl.tokenize.common.errors import UserError, one_line
 from codecssl.tokenize.common.files import temporary_for
 

@@ -12,7 +12,6 @@ per frame, and even one frame, with the 160 samples that the model adds at eithe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -20,9 +19,11 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from codecssl.tokenize.backends.card_fields import policies, versions
+from codecssl.tokenize.backends.chunked_stream import ChunkedStream
 from codecssl.tokenize.backends.precision import full_precision
 from codecssl.tokenize.backends.weights import load_pretrained, state_sha256
-from codecssl.tokenize.codec import CodecCard, encode_each, keep_codebooks
+from codecssl.tokenize.codec import CodecCard, Encoded, encode_each, keep_codebooks
 from codecssl.tokenize.common.errors import UserError
 
 WHOLE_SECONDS, SEGMENT_SECONDS = 30, 20
@@ -48,7 +49,7 @@ class XcodecCodec:
     def stream(self) -> XcodecStream:
         return XcodecStream(self)
 
-    def encode(self, waves: Sequence[Tensor]) -> list[Tensor]:
+    def encode(self, waves: Sequence[Tensor]) -> list[Encoded]:
         return encode_each(self, waves)
 
     def encode_segment(self, wave: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ class XcodecCodec:
         with full_precision():
             return self._quantize(self._latents(padded[None]))
 
-    def encode_plainly(self, wave: Tensor) -> Tensor:
+    def encode_reference(self, wave: Tensor) -> Tensor:
         """The whole wave, filled up to a frame, through `XcodecModel.encode`."""
         padded = F.pad(wave.to(self.device, self.dtype), (0, -len(wave) % self.card.hop_length))
         with full_precision():
@@ -93,7 +94,7 @@ class XcodecCodec:
             codes.append(index[0])
         return torch.stack(codes)
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
         """The decoder runs over the whole utterance: memory grows with its length."""
         if codes.shape[1] == 0:
             return torch.zeros(0, device=self.device)
@@ -110,36 +111,17 @@ class XcodecCodec:
         return found[0]
 
 
-class XcodecStream:
-    """Streaming encoder of one wave; segment bounds do not depend on how the wave is pushed."""
+class XcodecStream(ChunkedStream):
+    """Streaming encoder of one wave: a segment at a time while more than `WHOLE_SECONDS` remain."""
+
+    codec: XcodecCodec
 
     def __init__(self, codec: XcodecCodec) -> None:
-        self.codec = codec
-        self.whole, self.segment = (s * codec.card.sample_rate for s in (WHOLE_SECONDS, SEGMENT_SECONDS))
-        self.pending: list[Tensor] = []
-        self.samples = 0
+        whole, segment = (seconds * codec.card.sample_rate for seconds in (WHOLE_SECONDS, SEGMENT_SECONDS))
+        super().__init__(codec, chunk=segment, needed=whole + 1)
 
-    def push(self, wave: Tensor) -> Tensor:
-        self.pending.append(wave)
-        self.samples += len(wave)
-        codes = [self._none()]
-        if self.samples > self.whole:
-            audio = torch.cat(self.pending)
-            while len(audio) > self.whole:
-                codes.append(self.codec.encode_segment(audio[: self.segment]))
-                audio = audio[self.segment :]
-            self.pending, self.samples = [audio.clone()], len(audio)
-        return torch.cat(codes, dim=1)
-
-    def finish(self) -> Tensor:
-        if self.samples == 0:
-            return self._none()
-        rest = torch.cat(self.pending)
-        self.pending, self.samples = [], 0
-        return self.codec.encode_segment(rest)
-
-    def _none(self) -> Tensor:
-        return torch.zeros(self.codec.card.num_codebooks, 0, dtype=torch.int64, device=self.codec.device)
+    def encode_chunk(self, audio: Tensor, last: bool) -> Tensor:
+        return self.codec.encode_segment(audio)
 
 
 # ---------------------------------------------------------------- loading
@@ -185,14 +167,10 @@ def make_card(name: str, weights: str, model: Any, num_codebooks: int, device: s
         codebook_sizes=(config.codebook_size,) * num_codebooks,
         codes_per_frame=(1,) * num_codebooks,
         latent_dim=config.codebook_dim,
-        policies={
-            "channels": "mean",
-            "resample": "soxr HQ, whole file",
-            "padding": "zeros to a whole frame",
-            "chunk": f"up to {WHOLE_SECONDS} s whole; of more, segments of {SEGMENT_SECONDS} s, each for itself",
-            "precision": "float32",
-            "loudness": "none",
-            "device": torch.device(device).type,
-        },
-        versions={library: version(library) for library in ("torch", "transformers", "soxr")},
+        policies=policies(
+            f"up to {WHOLE_SECONDS} s whole; of more, segments of {SEGMENT_SECONDS} s, each for itself",
+            device,
+            loudness="none",
+        ),
+        versions=versions("torch", "transformers", "soxr"),
     )

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from codecssl.tokenize.backends import encodec, tiny_16khz
-from codecssl.tokenize.codec import Codec, load_codec
+from codecssl.tokenize.codec import Codec
 from codecssl.tokenize.codec_training.train import is_held_out
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.measure.stats import entropy
+from codecssl.tokenize.registry import load_codec
 from codecssl.tokenize.sources.audio import read_wave
 from codecssl.tokenize.sources.manifest import read_rows
 
@@ -40,7 +41,7 @@ def evaluate(manifest: Path, spec: str, clips: int) -> dict[str, Any]:
     for row in held_out_clips(manifest, clips):
         wave = read_wave(manifest.parent / row["path"], RATE)[: 10 * RATE]
         began = time.perf_counter()
-        codes = codec.encode([torch.from_numpy(_resample(wave, RATE, codec.card.sample_rate))])[0]
+        codes = codec.encode([torch.from_numpy(_resample(wave, RATE, codec.card.sample_rate))])[0].codes
         spent += time.perf_counter() - began
         output = _resample(codec.decode(codes).numpy(), codec.card.sample_rate, RATE)
         target, output = align(wave, output)

@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,7 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format.bits import pack, packed_size, unpack
 from codecssl.tokenize.format.entropy import SEGMENT_FRAMES, Coder
 from codecssl.tokenize.format.layout import read_members
-
-if TYPE_CHECKING:
-    from codecssl.tokenize.format.writer import Encoded
+from codecssl.tokenize.format.records import EncodedUtterance
 
 SAMPLE_CODES = 1 << 25
 """Codes of a shard, at most, from which its tables are made: what bounds the memory of compressing it."""
@@ -31,7 +29,7 @@ Place = dict[str, int]
 """Where a block's codes lie in its members: count (of utterances), codes_offset, codes_bytes, crc32 (of the codes)."""
 
 
-def block_bytes(key: str, utterances: Sequence[Encoded], card: CodecCard) -> tuple[bytes, Place]:
+def block_bytes(key: str, utterances: Sequence[EncodedUtterance], card: CodecCard) -> tuple[bytes, Place]:
     """The tar members of a block of packed codes."""
     codes = b"".join(pack(plane, bits) for u in utterances for plane, bits in zip(u.codes, card.code_bits))
     return _members(
@@ -57,7 +55,7 @@ def tar_member(name: str, content: bytes) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
 
 
-def _text_columns(utterances: Sequence[Encoded]) -> bytes:
+def _text_columns(utterances: Sequence[EncodedUtterance]) -> bytes:
     names = sorted({name for u in utterances for name in u.labels})
     columns: dict[str, Any] = {"id": [u.id for u in utterances]}
     if any(u.path != u.id for u in utterances):  # most paths are their ids
@@ -67,7 +65,7 @@ def _text_columns(utterances: Sequence[Encoded]) -> bytes:
     return gzip.compress(packed, 9, mtime=0)
 
 
-def _number_columns(utterances: Sequence[Encoded], card: CodecCard) -> dict[str, NDArray[Any]]:
+def _number_columns(utterances: Sequence[EncodedUtterance], card: CodecCard) -> dict[str, NDArray[Any]]:
     hashes = np.frombuffer(b"".join(bytes.fromhex(u.source_sha256) for u in utterances), np.uint8)
     columns: dict[str, NDArray[Any]] = {
         "sha256": hashes.reshape(-1, 32),
@@ -80,12 +78,12 @@ def _number_columns(utterances: Sequence[Encoded], card: CodecCard) -> dict[str,
     return columns
 
 
-def _source_rest(utterance: Encoded, sample_rate: int) -> int:
+def _source_rest(utterance: EncodedUtterance, sample_rate: int) -> int:
     """What the resampler's rounding hides of the source's length: 0 or close to it, so that it takes no room."""
     return utterance.source_samples - utterance.samples * utterance.source_rate // sample_rate
 
 
-def _scales(utterance: Encoded, card: CodecCard) -> NDArray[np.float32]:
+def _scales(utterance: EncodedUtterance, card: CodecCard) -> NDArray[np.float32]:
     expected = card.segments_of(utterance.samples)
     scales = np.zeros(0, np.float32) if utterance.scales is None else np.asarray(utterance.scales, np.float32).ravel()
     if len(scales) != expected:

@@ -11,15 +11,13 @@ import json
 import shutil
 import tarfile
 import zlib
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
@@ -35,42 +33,14 @@ from codecssl.tokenize.format.blocks import (
 )
 from codecssl.tokenize.format.layout import (
     BLOCK,
-    COMPRESSION,
     FORMAT,
     FORMAT_VERSION,
     load_json,
     read_numbers,
     sealed,
     shard_path,
-    to_planes,
 )
-from codecssl.tokenize.shards import Shards
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """One utterance, ready to be written."""
-
-    id: str
-    path: str
-    codes: Sequence[NDArray[np.integer]]
-    """Per codebook, 1-D: see `to_planes`."""
-    samples: int
-    source_sha256: str
-    source_rate: int
-    source_samples: int
-    labels: dict[str, Any] = field(default_factory=dict)
-    scales: NDArray[np.float32] | None = None
-    """[segments], where the codec has such."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """One input that could not be read."""
-
-    id: str
-    path: str
-    reason: str
+from codecssl.tokenize.format.records import EncodedUtterance, Failure
 
 
 def tidy(root: Path) -> None:
@@ -122,7 +92,7 @@ class ShardWriter:
         return sum(part["inputs"] for part in self.parts)
 
     def add_block(
-        self, inputs: int, utterances: list[Encoded], failures: list[Failure], inputs_sha256: str | None = None
+        self, inputs: int, utterances: list[EncodedUtterance], failures: list[Failure], inputs_sha256: str | None = None
     ) -> None:
         """Write the next block durably; `inputs` counts the utterances and the failures.
 
@@ -271,72 +241,3 @@ def _write_index(root: Path, shards: int, card: CodecCard, utterances: int, bloc
 def _write_npy_header(file: BinaryIO, dtype: np.dtype[Any], length: int) -> None:
     described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(file, described)
-
-
-Item = tuple[str, NDArray[np.integer], dict[str, Any]] | tuple[str, NDArray[np.integer], dict[str, Any], Any]
-
-
-def write_shards(
-    path: str | Path, card: CodecCard, items: Iterable[Item], per_shard: int = 8192, *, compress: bool = False
-) -> Shards:
-    """Write codes that are at hand as a dataset: items are (id, codes [R, T], labels) or (..., scales [segments]).
-
-    For codes made elsewhere and for tests; their sources are unknown, so the hashes are those of the codes.
-    """
-    root = Path(path)
-    if (root / "dataset.json").exists():
-        raise UserError(f"{root}: holds a dataset already; give another folder")
-    shards = 0
-    for shard, group in enumerate(_groups(iter(items), per_shard)):
-        write_shard(root, shard, card, group, compress=compress)
-        shards = shard + 1
-    finish_written(root, card, shards, compress=compress)
-    return Shards(root)
-
-
-def write_shard(root: Path, shard: int, card: CodecCard, items: Sequence[Item], *, compress: bool = False) -> None:
-    """One shard of `write_shards`; what a killed process left of it is written anew."""
-    shutil.rmtree(root / "work" / f"{shard:05d}", ignore_errors=True)
-    writer = ShardWriter(root, shard, card, compress=compress)
-    writer.add_block(len(items), [_encoded(card, *item) for item in items], [])
-    writer.finish(inputs_sha256="")
-
-
-def finish_written(root: Path, card: CodecCard, shards: int, *, compress: bool = False) -> None:
-    """Make a dataset of the shards 0 .. shards - 1 of `write_shard`."""
-    header: dict[str, Any] = {"codec": card.to_dict(), "sources": []}
-    finish_dataset(root, header | ({"compression": COMPRESSION} if compress else {}), shards)
-    tidy(root)
-
-
-def _groups(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while group := [item for _, item in zip(range(size), items)]:
-        yield group
-
-
-def _encoded(
-    card: CodecCard, id: str, codes: NDArray[np.integer], labels: dict[str, Any], scales: Any = None
-) -> Encoded:
-    if codes.ndim != 2 or codes.shape[0] != card.num_rows:
-        raise UserError(f"{id}: codes of shape {codes.shape}, expected [{card.num_rows}, T]")
-    samples = _samples_of(codes.shape[1], card)
-    digest = hashlib.sha256(np.ascontiguousarray(codes, np.uint16).tobytes()).hexdigest()
-    return Encoded(
-        id=id,
-        path=id,
-        codes=to_planes(codes, card),
-        samples=samples,
-        source_sha256=digest,
-        source_rate=card.sample_rate,
-        source_samples=samples,
-        labels=labels,
-        scales=scales,
-    )
-
-
-def _samples_of(frames: int, card: CodecCard) -> int:
-    """The length of a wave that has so many frames: the longest one."""
-    samples = bisect_right(range(frames * card.hop_length + 1), frames, key=card.frames_of) - 1
-    if card.frames_of(samples) != frames:
-        raise UserError(f"{frames} frames: no wave has so many with {card.name}, whose segments overlap")
-    return samples

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from codecssl.tokenize.codec import Codec, CodecCard, load_codec_for
+from codecssl.tokenize.codec import Codec, CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format.blocks import packed_again
 from codecssl.tokenize.integrity.shard_check import Damage
+from codecssl.tokenize.registry import load_codec_for
 from codecssl.tokenize.shards import Shards, Utterance, load_json, read_coder, read_columns, shard_path
 from codecssl.tokenize.sources.sources import Input, is_stream, read_sources
 
@@ -122,7 +123,7 @@ class _SpotCheck:
 
     def compare(self, utterance: Utterance, item: Input) -> None:
         from codecssl.tokenize.encode import encode_heard, read
-        from codecssl.tokenize.format.writer import Failure
+        from codecssl.tokenize.format.records import Failure
 
         [result] = encode_heard(self.codec, [read(item, self.codec.card)])
         if isinstance(result, Failure):

@@ -14,13 +14,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from codecssl.tokenize.codec import BACKENDS, CodecCard, load_codec_for
+from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import sync_folder, write_atomic
 from codecssl.tokenize.format.layout import load_json, sealed, shard_path
 from codecssl.tokenize.format.writer import finish_dataset, to_json
 from codecssl.tokenize.integrity.shard_check import check_shard, read_document
 from codecssl.tokenize.integrity.verify import STDIN, Report, examine, read_statements, version_of
+from codecssl.tokenize.registry import load_codec_for, named_source
 from codecssl.tokenize.sources.changes import source_hashes
 from codecssl.tokenize.sources.inputs import Input
 from codecssl.tokenize.sources.sources import is_stream, read_sources
@@ -131,11 +132,10 @@ def _config(root: Path, state: State, workers: int | None, weights: str | None) 
     if not plan.get("sources"):
         damaged = ", ".join(f"{shard:05d}" for shard in state.damaged[:5])
         raise UserError(f"{root}: shards {damaged} were not made from audio; write the dataset anew")
-    source = weights or card.weights
     return RunConfig(
         sources=tuple(plan["sources"]),
         output=root,
-        codec=source if source.partition("@")[0] in BACKENDS else f"{card.name}@{source}",
+        codec=named_source(card, weights),
         num_codebooks=card.num_codebooks,
         device=card.policies.get("device", "cpu"),
         workers=workers,

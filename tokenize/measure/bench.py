@@ -17,7 +17,7 @@ from codecssl.tokenize.codec import Codec, Reference
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.encode import GROUP_INPUTS, Device, Heard, default_workers, encode_heard, read
 from codecssl.tokenize.format.blocks import block_bytes
-from codecssl.tokenize.format.writer import Encoded
+from codecssl.tokenize.format.records import EncodedUtterance
 from codecssl.tokenize.sources.sources import read_sources
 
 ROUNDS = 3
@@ -96,7 +96,7 @@ def _shares(codec: Codec, heard: Sequence[Heard], reading: float, seconds: float
     torch.set_num_threads(1)
     encode_heard(codec, heard[:4])  # warm up
     encoded, encoding = _timed(lambda: encode_heard(codec, heard))
-    whole = [e for e in encoded if isinstance(e, Encoded)]
+    whole = [e for e in encoded if isinstance(e, EncodedUtterance)]
     _, writing = _timed(lambda: block_bytes("bench", whole, codec.card))
     torch.set_num_threads(threads)
     total = reading + encoding + writing
@@ -119,7 +119,7 @@ def _ways(
 
 
 def _plainly(codec: Any, waves: Sequence[Tensor], threads: int) -> float:
-    return _with_threads(threads, lambda: [codec.encode_plainly(wave) for wave in waves])
+    return _with_threads(threads, lambda: [codec.encode_reference(wave) for wave in waves])
 
 
 def _with_threads(threads: int, work: Callable[[], Any]) -> float:
@@ -172,8 +172,8 @@ def _agreement(codec: Codec, heard: Sequence[Heard]) -> Iterator[dict[str, Any]]
     if not isinstance(codec, Reference):
         return
     waves = [torch.from_numpy(h.wave) for h in heard]
-    ours = codec.encode(waves)
-    differing = sum(int((a.cpu() != codec.encode_plainly(w).cpu()).sum()) for a, w in zip(ours, waves))
+    ours = [encoded.codes for encoded in codec.encode(waves)]
+    differing = sum(int((a.cpu() != codec.encode_reference(w).cpu()).sum()) for a, w in zip(ours, waves))
     yield {"what": "ours against the plain way", "differing": differing / sum(a.numel() for a in ours)}
 
 

@@ -25,14 +25,14 @@ def check_codec(codec: Codec, waves: Sequence[Tensor], seed: int = 0) -> dict[st
     batched: all waves together; repeated: alone once more; chunked: the stream, pushed in random pieces;
     plain: the reference implementation, where the codec names one.
     """
-    alone = [codec.encode([wave])[0].cpu() for wave in waves]
+    alone = [codec.encode([wave])[0].codes.cpu() for wave in waves]
     found = {
-        "batched": _differing(alone, codec.encode(waves)),
-        "repeated": _differing(alone, [codec.encode([wave])[0] for wave in waves]),
+        "batched": _differing(alone, [encoded.codes for encoded in codec.encode(waves)]),
+        "repeated": _differing(alone, [codec.encode([wave])[0].codes for wave in waves]),
         "chunked": _differing(alone, [_chunked(codec, wave, seed + i) for i, wave in enumerate(waves)]),
     }
     if isinstance(codec, Reference):
-        found["plain"] = _differing(alone, [codec.encode_plainly(wave) for wave in waves])
+        found["plain"] = _differing(alone, [codec.encode_reference(wave) for wave in waves])
     return {
         "codec": codec.card.name,
         "device": codec.card.policies.get("device", "cpu"),

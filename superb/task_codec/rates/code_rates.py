@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.format.writer import Item, write_shards
+from codecssl.tokenize.write_codes import Item, write_shards
 
 Codes = np.ndarray
 """[K, T] of one utterance."""

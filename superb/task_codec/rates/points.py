@@ -27,7 +27,8 @@ from codecssl.superb.task_codec.kmeans_baseline import cluster_bottleneck
 from codecssl.superb.task_codec.rates.code_rates import Codes, costs
 from codecssl.superb.task_codec.states import Source, after, batched, first_codebooks, quantised, tables
 from codecssl.superb.task_codec.training import Training
-from codecssl.tokenize.codec import CodecCard, load_codec_for
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.registry import load_codec_for
 
 Point = dict[str, Any]
 

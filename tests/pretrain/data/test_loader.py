@@ -15,8 +15,8 @@ from codecssl.pretrain.model.model import untrained
 from codecssl.pretrain.ranks import Ranks
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.format.writer import write_shards
 from codecssl.tokenize.shards import Shards
+from codecssl.tokenize.write_codes import write_shards
 
 
 def same(left: Batch, right: Batch) -> bool:

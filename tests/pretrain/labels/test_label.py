@@ -24,8 +24,8 @@ from codecssl.pretrain.monitor.telemetry import read_rows
 from codecssl.pretrain.run import run
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.format.writer import write_shards
 from codecssl.tokenize.shards import Shards
+from codecssl.tokenize.write_codes import write_shards
 
 CARD = CodecCard(
     name="synthetic", weights="none", weights_sha256="0" * 64, sample_rate=16_000, hop_length=320,

@@ -2,13 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import random_codec
 from torch import Tensor, nn
 from transformers import HubertConfig
 from transformers.models.hubert.modeling_hubert import HubertEncoder, HubertEncoderStableLayerNorm
 
 from codecssl.pretrain.config import ModelConfig
 from codecssl.pretrain.model.model import CodecModel, untrained
-from codecssl.tokenize.backends.tiny_16khz import random_codec
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 

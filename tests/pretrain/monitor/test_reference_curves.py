@@ -20,7 +20,7 @@ from codecssl.pretrain.monitor.telemetry import read_rows
 from codecssl.pretrain.run import run
 from codecssl.pretrain.run_folder import read_config
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.format.writer import write_shards
+from codecssl.tokenize.write_codes import write_shards
 
 STORED = Path(__file__).with_name("expected_losses.json")
 SIZES = (16, 12, 8)

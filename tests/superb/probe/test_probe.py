@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import codes_of
 
 from codecssl.superb import results
 from codecssl.superb.probe import probe
@@ -116,14 +117,14 @@ def test_shards_give_what_audio_gives(corpus: Path, model_folder: Path, loads_co
     """The codes in the shards are the ones that the expert makes of the files."""
     import torch
 
-    from codecssl.tokenize.format.writer import write_shards
     from codecssl.tokenize.sources.audio import read_wave
+    from codecssl.tokenize.write_codes import write_shards
 
     rows = [json.loads(line) for line in (corpus / "manifest.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "ks" in row["task"].split(",")]
     waves = [torch.from_numpy(read_wave(corpus / row["path"], 16000)) for row in rows]
     items = [(row["path"], codes.numpy(), {"task": row["task"], "keyword": row["keyword"]})
-             for row, codes in zip(rows, loads_codec.encode(waves), strict=True)]  # fmt: skip
+             for row, codes in zip(rows, codes_of(loads_codec, waves), strict=True)]  # fmt: skip
     write_shards(tmp_path / "shards", loads_codec.card, items)
     settings, names = Settings(seeds=(0,)), [str(model_folder), "codes", "random"]
     from_audio = probe.run(names, corpus, [KS], tmp_path / "a", settings, report=lambda text: None)
@@ -137,7 +138,7 @@ def test_shards_give_what_audio_gives(corpus: Path, model_folder: Path, loads_co
 def test_shards_of_another_codec_are_refused(codec: Any, model_folder: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from codecssl.tokenize.format.writer import write_shards
+    from codecssl.tokenize.write_codes import write_shards
 
     card = replace(codec.card, weights_sha256="f" * 64)
     write_shards(tmp_path / "shards", card, [("a", np.zeros((8, 9), np.uint16), {"task": "ks", "keyword": "x"})])

@@ -134,7 +134,7 @@ def test_s3prls_own_runner_trains_on_an_exported_model(commands_tree: Path) -> N
     from codecssl.pretrain.config import ModelConfig
     from codecssl.pretrain.export.export import FORMAT, VERSION
     from codecssl.pretrain.model.model import untrained
-    from codecssl.tokenize.codec import load_codec
+    from codecssl.tokenize.registry import load_codec
 
     codec = load_codec("tiny_16khz")
     config = ModelConfig(dim=32, layers=2, heads=2, ffn_dim=64, conv_kernel=8, conv_groups=4)

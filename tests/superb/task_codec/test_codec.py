@@ -1,9 +1,8 @@
 """A compressed model as a codec: pieces, prefixes, cards; on untrained weights."""
 
-import ast
 import dataclasses
 import json
-from pathlib import Path
+from importlib.metadata import entry_points
 
 import pytest
 import torch
@@ -12,9 +11,10 @@ from codecssl.superb.task_codec import codec as machine
 from codecssl.superb.task_codec.bottleneck import Bottleneck, choose_rate
 from codecssl.superb.task_codec.codec_folder import Compressed, save
 from codecssl.superb.task_codec.rvq import RvqConfig
-from codecssl.tokenize.codec import BACKENDS, load_codec, load_codec_for
-from codecssl.tokenize.common import errors
+from codecssl.tokenize import registry
+from codecssl.tokenize.backends import table
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.registry import load_codec, load_codec_for
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def folder(shipped, shipped_model, tmp_path_factory):
     """Two codebooks of 64 at 12.5 Hz, after layer 1 of 2."""
     random = torch.Generator().manual_seed(0)
     bottleneck = Bottleneck(32, 4, RvqConfig(num_codebooks=2, codebook_size=64, codebook_dim=8))
-    codes = shipped.encode([waves()[3]])[0][None]
+    codes = shipped.encode([waves()[3]])[0].codes[None]
     bottleneck.fit(shipped_model.extract(codes, [codes.shape[2]])[1], [codes.shape[2]], random)
     path = tmp_path_factory.mktemp("machine") / "codec"
     save(
@@ -57,9 +57,10 @@ def test_loads_by_path_and_by_card(folder):
 def test_encode_is_stream_is_alone(folder, short_segments):
     codec = load_codec(str(folder))
     together = codec.encode(waves())
-    for wave, codes in zip(waves(), together, strict=True):
+    for wave, encoded in zip(waves(), together, strict=True):
+        codes = encoded.codes
         assert codes.shape == (2, codec.card.frames_of(len(wave)))
-        assert torch.equal(codec.encode([wave])[0], codes)
+        assert torch.equal(codec.encode([wave])[0].codes, codes)
         stream = codec.stream()
         pieces = [stream.push(piece) for piece in wave.split(7001)]
         assert torch.equal(torch.cat([*pieces, stream.finish()], dim=1), codes)
@@ -68,23 +69,23 @@ def test_encode_is_stream_is_alone(folder, short_segments):
 def test_long_waves_are_cut_into_segments(folder, short_segments):
     """7 s, 351 frames of the base codec: while more than 148 are left, 100 are taken, each as if it were alone."""
     codec, wave = load_codec(str(folder)), waves()[3]
-    base = codec.base.encode([wave])[0]
+    base = codec.base.encode([wave])[0].codes
     assert (base.shape[1], codec.whole, codec.segment) == (351, 148, 100)
     cuts = ((0, 100), (100, 200), (200, 300), (300, 351))
     parts = [codec.compressed.codes(base[:, a:b]) for a, b in cuts]
-    assert torch.equal(codec.encode([wave])[0], torch.cat(parts, dim=1))
+    assert torch.equal(codec.encode([wave])[0].codes, torch.cat(parts, dim=1))
     assert not torch.equal(codec.compressed.codes(base), torch.cat(parts, dim=1))
 
 
 def test_latents_are_sums_of_embeddings(folder):
     codec = load_codec(str(folder))
-    codes = codec.encode([waves()[2]])[0]
+    codes = codec.encode([waves()[2]])[0].codes
     tables = codec.embeddings()
     summed = torch.stack([table[row] for table, row in zip(tables, codes)]).sum(dim=0).T
     torch.testing.assert_close(codec.latents(codes), summed)
     assert summed.shape == (32, codes.shape[1])
     one = load_codec(str(folder), num_codebooks=1)
-    assert torch.equal(one.encode([waves()[2]])[0], codes[:1])
+    assert torch.equal(one.encode([waves()[2]])[0].codes, codes[:1])
     torch.testing.assert_close(one.latents(codes[:1]), tables[0][codes[0]].T)
 
 
@@ -114,11 +115,8 @@ def test_other_weights_are_another_codec(folder):
         load_codec_for(card)
 
 
-def test_tokenize_imports_no_later_stage():
-    """The registry alone names this codec's file, and that is imported when such a codec is loaded."""
-    for path in Path(errors.__file__).parent.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not [n for n in names if n.startswith(("codecssl.superb", "codecssl.pretrain"))], path.name
-    assert BACKENDS["machine"].module == machine.__name__
+def test_registers_through_its_entry_point(folder):
+    [entry] = [entry for entry in entry_points(group=registry.GROUP) if entry.name == "machine"]
+    assert entry.load().module == machine.__name__
+    assert registry.identify(folder) == "machine"
+    assert "machine" not in table.BACKENDS

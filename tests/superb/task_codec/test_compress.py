@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import codes_of
 from torch.autograd import gradcheck
 
 from codecssl.superb.cli import main
@@ -20,12 +21,12 @@ from codecssl.superb.task_codec.head_training import Summaries
 from codecssl.superb.task_codec.heads import ClassHead, CtcHead, errors
 from codecssl.superb.task_codec.rates.table import markdown, summary
 from codecssl.superb.task_codec.training import distillation
-from codecssl.tokenize.codec import load_codec
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.format.writer import write_shards
+from codecssl.tokenize.registry import load_codec
 from codecssl.tokenize.run import RunConfig, run
 from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.sources.audio import read_wave
+from codecssl.tokenize.write_codes import write_shards
 
 QUICK = TrainConfig(
     head_steps=60,
@@ -82,10 +83,10 @@ def test_codec_answers_from_shards_as_from_audio(made, manifest, tmp_path):
     batched = codec.encode([torch.from_numpy(read_wave(Path(row["path"]), 16_000)) for row in rows[:4]])
     for index, row in enumerate(rows[:4]):
         stored = torch.from_numpy(tokens.codes(index).astype(np.int64))[None]
-        assert torch.equal(stored[0], batched[index])
+        assert torch.equal(stored[0], batched[index].codes)
         wave = torch.from_numpy(read_wave(Path(row["path"]), 16_000))
         from_shards = whole.logits(stored, [stored.shape[2]])
-        state = whole.model.extract(codec.base.encode([wave])[0][None], [-(-len(wave) // 320)])[1]
+        state = whole.model.extract(codec.base.encode([wave])[0].codes[None], [-(-len(wave) // 320)])[1]
         pooled, _ = whole.bottleneck.pooled(state, [state.shape[1]])
         found = whole.bottleneck.rvq(pooled, torch.ones(pooled.shape[:2], dtype=torch.bool))
         expanded = whole.bottleneck.expand(found.features)
@@ -376,7 +377,7 @@ def test_codec_is_an_upstream(made, manifest):
     assert expert.get_downsample_rates("hidden_states") == 320
     states = expert(waves)["hidden_states"]
     assert len(states) == 2
-    for item, codes in enumerate(codec.encode(waves)):
+    for item, codes in enumerate(codes_of(codec, waves)):
         expected = whole.extract(codes[None], [codes.shape[1]])
         frames = -(-len(waves[item]) // 320)
         for state, other in zip(states, expected, strict=True):

@@ -1,15 +1,17 @@
 """Codes by content: from the token cache, from memory, from the codec, and how often each."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import codes_of
 
 from codecssl.superb.tokens.codes import CodeCache
 from codecssl.superb.tokens.token_cache import TokenCache, codec_folder, wave_key
-from codecssl.tokenize.format.writer import write_shards
+from codecssl.tokenize.write_codes import write_shards
 
 
 @pytest.fixture
@@ -29,17 +31,17 @@ def test_a_key_is_the_sha256_of_the_samples(waves: list[torch.Tensor]) -> None:
 
 
 def test_memory_answers_the_second_time(codec: Any, waves: list[torch.Tensor]) -> None:
-    cache = CodeCache(codec.encode)
-    expected = codec.encode(waves)
+    cache = CodeCache(partial(codes_of, codec))
+    expected = codes_of(codec, waves)
     for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(cache([*waves, waves[0]]), [*expected, expected[0]], strict=True))
     assert cache.counts == {"cached": 0, "kept": len(waves), "live": len(waves)}
 
 
 def test_a_full_memory_still_answers(codec: Any, waves: list[torch.Tensor]) -> None:
-    cache = CodeCache(codec.encode, limit_bytes=900)  # room for some, not for all
+    cache = CodeCache(partial(codes_of, codec), limit_bytes=900)  # room for some, not for all
     for _ in range(2):
-        assert all(torch.equal(a, b) for a, b in zip(cache(waves), codec.encode(waves), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(cache(waves), codes_of(codec, waves), strict=True))
     assert len(waves) < cache.encoded < 2 * len(waves)
 
 
@@ -47,9 +49,10 @@ def test_what_is_on_disk_never_reaches_the_codec(codec: Any, waves: list[torch.T
     """A wave cut by one sample is another wave."""
     _write(tmp_path, codec, waves[:3])
     asked: list[int] = []
-    cache = CodeCache(lambda wavs: asked.extend(map(len, wavs)) or codec.encode(wavs), TokenCache(tmp_path, codec.card))
+    stored = TokenCache(tmp_path, codec.card)
+    cache = CodeCache(lambda wavs: asked.extend(map(len, wavs)) or codes_of(codec, wavs), stored)
     given = [*waves, waves[0][1:]]
-    assert all(torch.equal(a, b) for a, b in zip(cache(given), codec.encode(given), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(cache(given), codes_of(codec, given), strict=True))
     assert asked == [len(wave) for wave in given[3:]]
     assert cache.counts == {"cached": 3, "kept": 0, "live": 3}
 
@@ -57,12 +60,13 @@ def test_what_is_on_disk_never_reaches_the_codec(codec: Any, waves: list[torch.T
 def _write(root: Path, codec: Any, waves: list[torch.Tensor]) -> None:
     """A set as `fill` writes it, by way of the tokenize stage's own writer."""
     from codecssl.tokenize.format.layout import to_planes
-    from codecssl.tokenize.format.writer import Encoded, ShardWriter, finish_dataset
+    from codecssl.tokenize.format.records import EncodedUtterance
+    from codecssl.tokenize.format.writer import ShardWriter, finish_dataset
 
     folder = codec_folder(root, codec.card) / "set"
     writer = ShardWriter(folder, 0, codec.card)
     utterances = [
-        Encoded(
+        EncodedUtterance(
             id=wave_key(wave),
             path="x",
             codes=to_planes(codes.numpy().astype(np.uint16), codec.card),
@@ -71,7 +75,7 @@ def _write(root: Path, codec: Any, waves: list[torch.Tensor]) -> None:
             source_rate=16_000,
             source_samples=len(wave),
         )
-        for wave, codes in zip(waves, codec.encode(waves), strict=True)
+        for wave, codes in zip(waves, codes_of(codec, waves), strict=True)
     ]
     writer.add_block(len(utterances), utterances, [])
     writer.finish(inputs_sha256="")

@@ -19,9 +19,9 @@ from codecssl.superb.tokens.fill import Job, fill
 from codecssl.superb.tokens.token_cache import TokenCache, codec_folder, wave_key
 from codecssl.superb.tokens.waves import Wave, waves_of
 from codecssl.tokenize.adapters import utterances
-from codecssl.tokenize.codec import load_codec
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.integrity.verify import verify
+from codecssl.tokenize.registry import load_codec
 from codecssl.tokenize.shards import Shards
 
 GAIN = (("channels", "1"), ("rate", "16000"), ("gain", "-3.0"))
@@ -74,7 +74,7 @@ def test_every_distinct_wave_is_there_once(
     expected = loaded(waves)
     cache = TokenCache(tmp_path / "cache", codec.card)
     for wave in expected:
-        assert np.array_equal(cache.find(wave_key(wave)), codec.encode([wave])[0].numpy())
+        assert np.array_equal(cache.find(wave_key(wave)), codec.encode([wave])[0].codes.numpy())
     assert len(cache) == len(done) == len({wave_key(wave) for wave in expected}) == 7
     assert cache.find(wave_key(torch.zeros(5))) is None
     failed = [json.loads(line) for line in (done.shards.path / "failed.jsonl").read_text().splitlines()]
@@ -146,7 +146,7 @@ def test_another_codec_is_another_folder(waves: list[Wave], codec: Any, tmp_path
 def test_opening_reads_no_keys_and_no_codes(codec: Any, tmp_path: Path) -> None:
     """Whatever the size of a set: keys are mapped, and one look-up touches a handful."""
     from codecssl.superb.tokens.token_cache import KeyedShards
-    from codecssl.tokenize.format.writer import write_shards
+    from codecssl.tokenize.write_codes import write_shards
 
     write_shards(tmp_path / "set", codec.card, [(str(i), np.full((8, 1), i % 1024), {}) for i in range(3000)])
     keys = KeyedShards(tmp_path / "set", codec.card)

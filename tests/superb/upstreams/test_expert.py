@@ -89,7 +89,7 @@ def test_hidden_states_are_the_models_own(model_folder: Path, loads_codec: Any, 
     from codecssl.pretrain.export.export import load_pretrained
 
     states = Shelf().build(parse(str(model_folder)))(waves[:1])["hidden_states"]
-    codes = loads_codec.encode(waves[:1])[0]
+    codes = loads_codec.encode(waves[:1])[0].codes
     expected = load_pretrained(model_folder).extract(codes[None], [codes.shape[1]])
     assert len(states) == 3  # the input of the first layer, then two layers
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(states, expected, strict=True))
@@ -97,7 +97,7 @@ def test_hidden_states_are_the_models_own(model_folder: Path, loads_codec: Any, 
 
 def test_codes_are_the_codecs_dequantised_latent(loads_codec: Any, waves: list[torch.Tensor]) -> None:
     state = Shelf().build(parse("codes"))(waves[:1])["hidden_states"][0]
-    latents = loads_codec.latents(loads_codec.encode(waves[:1])[0])
+    latents = loads_codec.latents(loads_codec.encode(waves[:1])[0].codes)
     assert torch.allclose(state[0].T, latents, atol=1e-5)
 
 

@@ -13,8 +13,9 @@ from encodec.quantization import ResidualVectorQuantizer
 
 from codecssl.tokenize.backends import encodec_48khz
 from codecssl.tokenize.cli import main
-from codecssl.tokenize.codec import CodecCard, load_codec
+from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.registry import load_codec
 
 SEGMENT, STRIDE, HOP = 48_000, 47_520, 320
 LENGTHS = [1, 2, HOP - 1, HOP, HOP + 1, 641, STRIDE - 1, STRIDE, STRIDE + 1, SEGMENT - 1, SEGMENT, SEGMENT + 1]
@@ -100,20 +101,22 @@ def test_codes_and_scales_are_the_packages(samples):
     model = small_model()
     codec, audio = as_codec(model), wave(samples, seed=samples)
     own, scales, _ = package_codes(model, audio)
-    ((codes, found),) = codec.encode_scaled([audio])
+    [encoded] = codec.encode([audio])
+    codes, found = encoded.codes, encoded.scales
     assert codes.dtype == torch.int64
     assert codes.shape == own.shape == (8, codec.card.frames_of(samples))
     assert (codes != own).float().mean() <= 0.001
     assert found.shape == (codec.card.segments_of(samples),)
     torch.testing.assert_close(found, scales, rtol=1e-6, atol=0)
-    assert torch.equal(codec.encode_plainly(audio), own)
+    assert torch.equal(codec.encode_reference(audio), own)
 
 
 @pytest.mark.parametrize("audio", [torch.zeros(2, 5000), torch.stack([wave(5000)[0], -wave(5000)[0]]), 30 * wave(400)])
 def test_silence_opposite_sides_and_overdrive_give_the_packages_codes(audio):
     model = small_model()
     own, scales, _ = package_codes(model, audio)
-    ((codes, found),) = as_codec(model).encode_scaled([audio])
+    [encoded] = as_codec(model).encode([audio])
+    codes, found = encoded.codes, encoded.scales
     assert (codes != own).float().mean() <= 0.01
     torch.testing.assert_close(found, scales, rtol=1e-6, atol=0)
 
@@ -124,11 +127,11 @@ def test_any_cut_and_any_batch_give_the_same_codes(pooled, monkeypatch):
     monkeypatch.setattr(encodec_48khz, "CUDA_GROUP", 4)
     codec = as_codec(small_model(), pooled=pooled)
     waves = [wave(n, seed=n) for n in [1, SEGMENT, 2 * STRIDE + 7, 6 * STRIDE + 480, HOP]]
-    for audio, codes, (again, scales) in zip(waves, codec.encode(waves), codec.encode_scaled(waves), strict=True):
-        alone = codec.encode_scaled([audio])[0]
-        for found in ((codes, scales), (again, scales), streamed(codec, audio, seed=audio.shape[1])):
-            assert torch.equal(found[0], alone[0])
-            assert torch.equal(found[1], alone[1])
+    for audio, encoded in zip(waves, codec.encode(waves), strict=True):
+        [alone] = codec.encode([audio])
+        for codes, scales in ((encoded.codes, encoded.scales), streamed(codec, audio, seed=audio.shape[1])):
+            assert torch.equal(codes, alone.codes)
+            assert torch.equal(scales, alone.scales)
 
 
 def test_pooled_segments_have_one_shape_whatever_their_number(monkeypatch):
@@ -146,7 +149,7 @@ def test_pooled_segments_have_one_shape_whatever_their_number(monkeypatch):
 def test_pooling_changes_no_code():
     waves = [wave(n, seed=n) for n in (2 * STRIDE + 7, SEGMENT)]
     for alone, pooled in zip(as_codec(small_model()).encode(waves), as_codec(small_model(), pooled=True).encode(waves)):
-        assert (alone != pooled).float().mean() <= 0.001
+        assert (alone.codes != pooled.codes).float().mean() <= 0.001
 
 
 @pytest.mark.parametrize("samples", [1, 641, STRIDE, STRIDE + 1, SEGMENT, 3 * STRIDE + 20_000])
@@ -189,8 +192,8 @@ def test_what_cannot_be_decoded_is_refused():
 def test_fewer_codebooks_are_the_first_ones(count):
     audio = wave(60_000)
     fewer, more = as_codec(small_model(), count), as_codec(small_model(), 16)
-    assert torch.equal(fewer.encode([audio])[0], more.encode([audio])[0][:count])
-    assert torch.equal(fewer.encode_plainly(audio), more.encode_plainly(audio)[:count])
+    assert torch.equal(fewer.encode([audio])[0].codes, more.encode([audio])[0].codes[:count])
+    assert torch.equal(fewer.encode_reference(audio), more.encode_reference(audio)[:count])
 
 
 @pytest.mark.parametrize("count", [1, 8])
@@ -207,11 +210,12 @@ def test_a_stereo_file_through_run_and_decode(tmp_path, monkeypatch):
     codec, audio = as_codec(small_model(), 4), wave(STRIDE + 5000)
     soundfile.write(tmp_path / "a.wav", audio.numpy().T, 48_000, subtype="FLOAT")
     monkeypatch.setattr("codecssl.tokenize.encode.load_codec", lambda *args, **options: codec)
-    monkeypatch.setattr("codecssl.tokenize.codec.load_codec_for", lambda *args, **options: codec)
+    monkeypatch.setattr("codecssl.tokenize.registry.load_codec_for", lambda *args, **options: codec)
     output, decoded = str(tmp_path / "out"), str(tmp_path / "b.wav")
     assert main(["run", str(tmp_path / "a.wav"), "--output", output, "--codec", "x", "--workers", "0"]) == 0
     assert main(["decode", output, "--id", "a.wav", "-o", decoded]) == 0
-    ((codes, scales),) = codec.encode_scaled([audio])
+    [encoded] = codec.encode([audio])
+    codes, scales = encoded.codes, encoded.scales
     heard, rate = soundfile.read(decoded, dtype="float32")
     assert rate == 48_000
     assert heard.shape == (audio.shape[1], 2)
@@ -243,10 +247,11 @@ def test_weights_in_the_hubs_format_load_and_agree_with_transformers(tmp_path):
     assert CodecCard.from_dict(card.to_dict()) == card
     found = model.encode(audio[None], bandwidth=6.0)  # pads the codes of the last segment: 2 frames
     own = torch.cat([found.audio_codes[i, 0] for i in range(5)], dim=1)[:, : card.frames_of(audio.shape[1])]
-    ((codes, scales),) = codec.encode_scaled([audio])
+    [encoded] = codec.encode([audio])
+    codes, scales = encoded.codes, encoded.scales
     assert (codes != own).float().mean() <= 0.002
     torch.testing.assert_close(scales, torch.cat(found.audio_scales)[:, 0], rtol=1e-6, atol=0)
-    assert torch.equal(codec.encode_plainly(audio), own)
+    assert torch.equal(codec.encode_reference(audio), own)
     ours = codec.decode(own, scales)
     theirs = model.decode(found.audio_codes, found.audio_scales, last_frame_pad_length=148).audio_values[0]
     torch.testing.assert_close(ours, theirs)
@@ -261,7 +266,7 @@ def test_the_packages_own_file_loads(tmp_path):
     torch.save(model.state_dict(), tmp_path / "encodec_48khz-test.th")
     codec, audio = load_codec(str(tmp_path / "encodec_48khz-test.th")), wave(10_000)
     assert codec.card.codebook_sizes == (1024,) * 8
-    assert (codec.encode([audio])[0] != package_codes(model, audio)[0]).float().mean() <= 0.005
+    assert (codec.encode([audio])[0].codes != package_codes(model, audio)[0]).float().mean() <= 0.005
     with pytest.raises(UserError, match="num_codebooks 17: encodec_48khz has 1 to 16"):
         load_codec(str(tmp_path / "encodec_48khz-test.th"), num_codebooks=17)
     torch.save({"other": torch.zeros(1)}, tmp_path / "encodec_48khz-other.th")

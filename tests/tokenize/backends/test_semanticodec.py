@@ -8,12 +8,14 @@ import types
 import numpy as np
 import pytest
 import torch
+from helpers import card, codes_of
 from torch import nn
 
 from codecssl.tokenize.backends import semanticodec
-from codecssl.tokenize.backends.semanticodec import GRIDS, WINDOW, to_rows, to_tokens, windows
-from codecssl.tokenize.codec import CodecCard, load_codec
+from codecssl.tokenize.backends.semanticodec import GRIDS, WINDOW, SemanticStream, to_rows, to_tokens, windows
+from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.registry import load_codec
 
 ACOUSTIC = 64
 JOINED = {100: (1, 1), 50: (1, 2), 25: (2, 2)}
@@ -169,9 +171,8 @@ def test_the_grids_agree_with_the_rates(width):
     "samples", [1, 240, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + 240, 2 * WINDOW, 2 * WINDOW + 241]
 )
 def test_windows_cover_the_wave_however_it_is_cut(samples):
-    audio = torch.arange(1, samples + 1)
-    whole, rest = windows(audio, last=True)
-    assert len(rest) == 0
+    audio = torch.arange(1, samples + 1, dtype=torch.float32)
+    whole = windows(audio)
     assert sum(window.samples for window in whole) == samples
     for at, window in zip(range(0, samples, WINDOW), whole, strict=True):
         assert window.samples == min(WINDOW, samples - at)
@@ -180,12 +181,16 @@ def test_windows_cover_the_wave_however_it_is_cut(samples):
         assert len(window.audio) == WINDOW + (240 if window.samples == WINDOW else 0)
         assert torch.equal(window.audio[: len(seen)], seen)
         assert not window.audio[len(seen) :].any()
-    rng, found, rest, at = np.random.default_rng(samples), [], audio[:0], 0
+    rng, found, at = np.random.default_rng(samples), [], 0
+    no_codes = torch.zeros(1, 0, dtype=torch.int64)
+    codec = types.SimpleNamespace(card=card([2]), device="cpu")
+    codec.encode_windows = lambda given: found.extend(given) or [no_codes]
+    stream = SemanticStream(codec)
     while at < samples:
         size = int(rng.integers(1, WINDOW))
-        more, rest = windows(torch.cat([rest, audio[at : at + size]]), last=False)
-        found, at = found + more, at + size
-    found += windows(rest, last=True)[0]
+        stream.push(audio[at : at + size])
+        at += size
+    stream.finish()
     assert [window.samples for window in found] == [window.samples for window in whole]
     assert all(torch.equal(a.audio, b.audio) for a, b in zip(found, whole))
 
@@ -203,16 +208,16 @@ def test_windows_cover_the_wave_however_it_is_cut(samples):
 )
 def test_codes_are_those_of_the_whole_files_spectrogram(folders, width, samples):
     codec, audio = load(folders[width]), wave(samples)
-    codes = codec.encode([audio])[0]
+    codes = codec.encode([audio])[0].codes
     assert codes.shape == (2 * GRIDS[width].bands, -(-samples // GRIDS[width].hop_length))
     assert codes.shape == (codec.card.num_rows, codec.card.frames_of(samples))
-    assert torch.equal(codes, codec.encode_plainly(audio))
+    assert torch.equal(codes, codec.encode_reference(audio))
 
 
 def test_without_lookahead_a_windows_last_frames_would_be_wrong(folders, monkeypatch):
     codec, audio = load(folders[768]), wave(WINDOW + 100)
     monkeypatch.setattr(semanticodec, "LOOKAHEAD", 0)
-    assert not torch.equal(codec.encode([audio])[0], codec.encode_plainly(audio))
+    assert not torch.equal(codec.encode([audio])[0].codes, codec.encode_reference(audio))
 
 
 @pytest.mark.parametrize("lanes", [1, 3])
@@ -221,8 +226,8 @@ def test_any_cut_of_the_stream_and_any_batch_give_the_same_codes(folders, lanes)
     alone, codec = load(folders[768]), load(folders[768])
     codec.lanes = lanes
     waves = [wave(n, seed) for seed, n in enumerate([1, 2561, WINDOW, WINDOW + 30_000])]
-    for audio, codes in zip(waves, codec.encode(waves)):
-        assert torch.equal(alone.encode([audio])[0], codes)
+    for audio, codes in zip(waves, codes_of(codec, waves)):
+        assert torch.equal(alone.encode([audio])[0].codes, codes)
         stream = codec.stream()
         pieces = [stream.push(part) for part in audio.split(70_001)]
         assert torch.equal(torch.cat([*pieces, stream.finish()], 1), codes)
@@ -233,7 +238,7 @@ def test_any_cut_of_the_stream_and_any_batch_give_the_same_codes(folders, lanes)
 
 def test_rows_and_latents_and_decoding_follow_the_packages_tokens(folders):
     codec, audio = load(folders[768]), wave(WINDOW)
-    encoder, codes = codec.package.encoder, codec.encode([audio])[0]
+    encoder, codes = codec.package.encoder, codec.encode([audio])[0].codes
     mel = extract_kaldi_fbank_feature(torch.cat([audio, torch.zeros(WINDOW)])[None], 16_000, 2048)["ta_kaldi_fbank"]
     tokens = encoder(mel[None])[:, :512]
     assert codes[3, 5] == tokens[0, 5 * 8 + 3, 0]
@@ -256,9 +261,9 @@ def test_rows_and_latents_and_decoding_follow_the_packages_tokens(folders):
 
 def test_one_codebook_is_the_semantic_one(folders):
     one, both, audio = load(folders[1536], num_codebooks=1), load(folders[1536]), wave(30_000)
-    codes = one.encode([audio])[0]
-    assert torch.equal(codes, both.encode([audio])[0][:4])
-    assert torch.equal(one.encode_plainly(audio), codes)
+    codes = one.encode([audio])[0].codes
+    assert torch.equal(codes, both.encode([audio])[0].codes[:4])
+    assert torch.equal(one.encode_reference(audio), codes)
     assert one.card.codebook_sizes == (4096,)
     latents = one.latents(codes)
     assert latents.shape == (one.card.latent_dim, codes.shape[1]) == (4 * 1536, 12)

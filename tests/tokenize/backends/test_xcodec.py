@@ -10,8 +10,9 @@ import torch
 import transformers
 
 from codecssl.tokenize.backends import xcodec
-from codecssl.tokenize.codec import CodecCard, load_codec
+from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.registry import load_codec
 
 HOP = 320
 
@@ -102,8 +103,8 @@ def exact():
 def test_a_wave_of_up_to_the_limit_is_encoded_as_by_transformers(exact, samples):
     codec, audio = as_codec(exact), wave(samples)
     expected = plainly(exact, audio)
-    assert torch.equal(codec.encode([audio])[0], expected)
-    assert torch.equal(codec.encode_plainly(audio), expected)
+    assert torch.equal(codec.encode([audio])[0].codes, expected)
+    assert torch.equal(codec.encode_reference(audio), expected)
     assert expected.shape == (8, -(-samples // HOP)) == (8, codec.card.frames_of(samples))
 
 
@@ -128,7 +129,7 @@ def test_pieces_of_the_first_blocks_give_the_latents_of_the_whole(exact, monkeyp
 def test_a_longer_wave_is_encoded_in_segments_each_for_itself(exact, samples, lengths):
     codec, audio = as_codec(exact), wave(samples)
     expected = torch.cat([plainly(exact, part) for part in audio.split(lengths)], dim=1)
-    assert torch.equal(codec.encode([audio])[0], expected)
+    assert torch.equal(codec.encode([audio])[0].codes, expected)
     assert expected.shape[1] == codec.card.frames_of(samples)
 
 
@@ -136,8 +137,8 @@ def test_any_cut_of_the_stream_and_any_batch_give_the_same_codes():
     """In float32, as it is used."""
     codec = as_codec(random_model().float())
     waves = [wave(n, seed) for seed, n in enumerate([1, 300, HOP, 5 * HOP + 1, 47_999, 90_000])]
-    for audio, codes in zip(waves, codec.encode(waves)):
-        assert torch.equal(codec.encode([audio])[0], codes)
+    for audio, codes in zip(waves, helpers.codes_of(codec, waves)):
+        assert torch.equal(codec.encode([audio])[0].codes, codes)
         stream, pieces, at = codec.stream(), [], 0
         rng = np.random.default_rng(len(audio))
         while at < len(audio):
@@ -151,15 +152,15 @@ def test_any_cut_of_the_stream_and_any_batch_give_the_same_codes():
 def test_in_float32_few_codes_differ_from_transformers():
     model = random_model().float()
     audio = wave(48_000)
-    differing = (as_codec(model).encode([audio])[0] != plainly(model, audio)).float().mean()
+    differing = (as_codec(model).encode([audio])[0].codes != plainly(model, audio)).float().mean()
     assert differing < 0.005
 
 
 def test_fewer_codebooks_are_the_first_rows(exact):
     audio, whole = wave(20_000), as_codec(exact)
     some = as_codec(exact, 3)
-    assert torch.equal(some.encode([audio])[0], whole.encode([audio])[0][:3])
-    assert torch.equal(some.encode_plainly(audio), whole.encode_plainly(audio)[:3])
+    assert torch.equal(some.encode([audio])[0].codes, whole.encode([audio])[0].codes[:3])
+    assert torch.equal(some.encode_reference(audio), whole.encode_reference(audio)[:3])
     assert len(some.embeddings()) == some.card.num_codebooks == 3
 
 
@@ -207,7 +208,7 @@ def test_a_folder_in_the_hubs_format_loads_and_agrees_with_transformers(tmp_path
     assert CodecCard.from_dict(json.loads(json.dumps(card.to_dict()))) == card
     audio = wave(30_000)
     with torch.no_grad():
-        assert (codec.encode([audio])[0] != plainly(theirs, audio)).float().mean() < 0.005
+        assert (codec.encode([audio])[0].codes != plainly(theirs, audio)).float().mean() < 0.005
     random_model(seed=4).float().save_pretrained(tmp_path / "other")
     assert load_codec(str(tmp_path / "other")).card.weights_sha256 != card.weights_sha256
 

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import soundfile
 
-from codecssl.tokenize import codec as codec_module
+from codecssl.tokenize.backends import table
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format.layout import load_json, sealed
-from codecssl.tokenize.format.writer import to_json, write_shards
+from codecssl.tokenize.format.writer import to_json
 from codecssl.tokenize.integrity.repair import repair
 from codecssl.tokenize.integrity.verify import verify
 from codecssl.tokenize.run import RunConfig, run
 from codecssl.tokenize.shards import Shards
+from codecssl.tokenize.write_codes import write_shards
 
 pytestmark = pytest.mark.usefixtures("hashcodec")
 
@@ -152,7 +153,7 @@ def test_what_cannot_be_repaired_is_left_as_it_is(dataset, audio, hashcodec, mon
     refused("no such file or folder; a repair needs the sources; nothing was changed")
     audio.with_name("away").rename(audio)
     with monkeypatch.context() as patch:
-        patch.delitem(codec_module.BACKENDS, "hash_16khz")
+        patch.delitem(table.BACKENDS, "hash_16khz")
         refused("unknown codec 'hash_16khz")
     assert repair(dataset, workers=0) == ["shard 00001: encoded again, byte for byte as it was"]
 

@@ -12,7 +12,8 @@ from helpers import card
 
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format.layout import load_json, sealed
-from codecssl.tokenize.format.writer import Encoded, Failure, ShardWriter, finish_dataset, to_json
+from codecssl.tokenize.format.records import EncodedUtterance, Failure
+from codecssl.tokenize.format.writer import ShardWriter, finish_dataset, to_json
 from codecssl.tokenize.integrity.verify import examine, verify
 from codecssl.tokenize.run import RunConfig, run
 from codecssl.tokenize.shards import Shards
@@ -23,7 +24,7 @@ CARD = card((1000, 1024, 16), (1, 1, 2))
 def utterance(number, rng):
     frames = int(rng.integers(1, 60))
     codes = [rng.integers(0, size, frames * n) for size, n in zip(CARD.codebook_sizes, CARD.codes_per_frame)]
-    return Encoded(
+    return EncodedUtterance(
         id=f"speaker/ü{number}.wav",
         path=f"speaker/ü{number}.wav",
         codes=[c.astype(np.uint16) for c in codes],
@@ -284,7 +285,7 @@ def test_codes_of_other_audio_are_a_damage(audio_folder, encoded, tmp_path, monk
     def shifted(codec, heard):
         for result in real(codec, heard):
             if getattr(result, "id", "") == "u3.wav" and hasattr(result, "codes"):
-                result = Encoded(**vars(result) | {"codes": [(c + 1) % 1024 for c in result.codes]})
+                result = EncodedUtterance(**vars(result) | {"codes": [(c + 1) % 1024 for c in result.codes]})
             yield result
 
     monkeypatch.setattr(encode, "encode_heard", lambda codec, heard: list(shifted(codec, heard)))

@@ -8,9 +8,11 @@ import pytest
 import soundfile
 from helpers import card
 
-from codecssl.tokenize.format.writer import Encoded, ShardWriter, finish_dataset, write_shards
+from codecssl.tokenize.format.records import EncodedUtterance
+from codecssl.tokenize.format.writer import ShardWriter, finish_dataset
 from codecssl.tokenize.measure.stats import conditional_entropy, corrected_entropy, entropy, lines, stats, take_sample
 from codecssl.tokenize.shards import Shards
+from codecssl.tokenize.write_codes import write_shards
 
 
 def test_the_order_0_entropy_is_not_that_of_the_sample():
@@ -109,7 +111,7 @@ def with_sources(root, folder):
         samples = len(soundfile.read(path)[0])
         frames = made.frames_of(samples)
         utterances.append(
-            Encoded(
+            EncodedUtterance(
                 id=path.name,
                 path=path.name,
                 codes=[np.zeros(frames, int)],

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 from helpers import HASHCODEC
 
-from codecssl.tokenize import codec as codec_module
+from codecssl.tokenize.backends import table
 from codecssl.tokenize.integrity.verify import verify
 from codecssl.tokenize.run import RunConfig, run
 from codecssl.tokenize.shards import Shards
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no {FOLDER}: the c
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(codec_module.BACKENDS, "hash_16khz", HASHCODEC)
+        patch.setitem(table.BACKENDS, "hash_16khz", HASHCODEC)
         output = tmp_path_factory.mktemp("robust") / "out"
         run(RunConfig(sources=(str(FOLDER),), output=output, codec="hash_16khz", workers=0))
     return output

@@ -1,0 +1,89 @@
+"""The codecs of codecssl itself: one entry each. Codecs of other packages are found by `tokenize/registry.py`."""
+
+from __future__ import annotations
+
+from codecssl.tokenize.codec import Backend
+
+
+def _hub(repository: str, also: str = "") -> str:
+    return f"`huggingface-cli download {repository}`, or give the folder{also} as --codec PATH"
+
+
+BACKENDS = {
+    "tiny_16khz": Backend(
+        module="codecssl.tokenize.backends.tiny_16khz",
+        summary="16 kHz, 50 Hz, 8 x 1024, 4 kbps; embedded, runs anywhere",
+        weights="shipped with codecssl",
+        file="*.safetensors",
+    ),
+    "encodec_24khz": Backend(
+        module="codecssl.tokenize.backends.encodec",
+        summary="24 kHz, 75 Hz, up to 32 x 1024, 0.75 kbps a codebook (Defossez et al. 2022)",
+        weights=_hub("facebook/encodec_24khz", " or the .th file"),
+        model_type="encodec",
+        sample_rates=(24_000,),
+        file="encodec_24khz*.th",
+    ),
+    "encodec_48khz": Backend(
+        module="codecssl.tokenize.backends.encodec_48khz",
+        summary="48 kHz stereo, 150 Hz in segments of 1 s, up to 16 x 1024, 1.5 kbps a codebook (Defossez et al. 2022)",
+        weights=_hub("facebook/encodec_48khz", " or the .th file"),
+        model_type="encodec",
+        sample_rates=(48_000,),
+        file="encodec_48khz*.th",
+    ),
+    "dac_16khz": Backend(
+        module="codecssl.tokenize.backends.dac",
+        summary="16 kHz, 50 Hz, up to 12 x 1024, 0.5 kbps a codebook (Kumar et al. 2023)",
+        weights=_hub("descript/dac_16khz"),
+        model_type="dac",
+        sample_rates=(16_000,),
+    ),
+    "dac_24khz": Backend(
+        module="codecssl.tokenize.backends.dac",
+        summary="24 kHz, 75 Hz, up to 32 x 1024, 0.75 kbps a codebook (Kumar et al. 2023)",
+        weights=_hub("descript/dac_24khz"),
+        model_type="dac",
+        sample_rates=(24_000,),
+    ),
+    "dac_44khz": Backend(
+        module="codecssl.tokenize.backends.dac",
+        summary="44.1 kHz, 86.1 Hz, up to 9 x 1024, 0.86 kbps a codebook (Kumar et al. 2023)",
+        weights=_hub("descript/dac_44khz"),
+        model_type="dac",
+        sample_rates=(44_100,),
+    ),
+    "mimi": Backend(
+        module="codecssl.tokenize.backends.mimi",
+        summary="24 kHz, 12.5 Hz, up to 32 x 2048, 0.14 kbps a codebook, the first one semantic (Defossez et al. 2024)",
+        weights=_hub("kyutai/mimi"),
+        model_type="mimi",
+        sample_rates=(24_000,),
+    ),
+    "xcodec": Backend(
+        module="codecssl.tokenize.backends.xcodec",
+        summary="16 kHz, 50 Hz, up to 8 x 1024, 0.5 kbps a codebook, HuBERT inside (Ye et al. 2024)",
+        weights=_hub("hf-audio/xcodec-hubert-librispeech"),
+        model_type="xcodec",
+        sample_rates=(16_000,),
+    ),
+    "snac_24khz": Backend(
+        module="codecssl.tokenize.backends.snac",
+        summary="24 kHz, 3 x 4096 at 11.7, 23.4 and 46.9 Hz, 0.98 kbps (Siuzdak et al. 2024; needs pip install snac)",
+        weights=_hub("hubertsiuzdak/snac_24khz"),
+        model_type="snac",
+        sample_rates=(24_000,),
+    ),
+    "semanticodec": Backend(
+        module="codecssl.tokenize.backends.semanticodec",
+        summary="16 kHz, a semantic and an acoustic code in each cell of a time-frequency grid (Liu et al. 2024)",
+        weights="install the semanticodec package from its repository (haoheliu/SemantiCodec-inference); give a folder "
+        "with one encoder.ckpt, its decoder.ckpt and one codebook_*.npy as --codec semanticodec@PATH",
+    ),
+    "lyra_v2": Backend(
+        module="codecssl.tokenize.backends.lyra",
+        summary="16 kHz, 50 Hz, up to 46 x 16, 0.2 kbps a codebook (SoundStream as in Lyra v2)",
+        weights="give the folder with Lyra's model_coeffs/*.tflite as --codec PATH (needs pip install ai-edge-litert)",
+        contains="soundstream_encoder.tflite",
+    ),
+}

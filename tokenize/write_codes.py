@@ -1,0 +1,88 @@
+"""Write codes that exist already as a dataset, without audio."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.layout import COMPRESSION, to_planes
+from codecssl.tokenize.format.records import EncodedUtterance
+from codecssl.tokenize.format.writer import ShardWriter, finish_dataset, tidy
+from codecssl.tokenize.shards import Shards
+
+Item = tuple[str, NDArray[np.integer], dict[str, Any]] | tuple[str, NDArray[np.integer], dict[str, Any], Any]
+
+
+def write_shards(
+    path: str | Path, card: CodecCard, items: Iterable[Item], per_shard: int = 8192, *, compress: bool = False
+) -> Shards:
+    """Write codes that are at hand as a dataset: items are (id, codes [R, T], labels) or (..., scales [segments]).
+
+    For codes made elsewhere and for tests; their sources are unknown, so the hashes are those of the codes.
+    """
+    root = Path(path)
+    if (root / "dataset.json").exists():
+        raise UserError(f"{root}: holds a dataset already; give another folder")
+    shards = 0
+    for shard, group in enumerate(_groups(iter(items), per_shard)):
+        write_shard(root, shard, card, group, compress=compress)
+        shards = shard + 1
+    finish_written(root, card, shards, compress=compress)
+    return Shards(root)
+
+
+def write_shard(root: Path, shard: int, card: CodecCard, items: Sequence[Item], *, compress: bool = False) -> None:
+    """One shard of `write_shards`; what a killed process left of it is written anew."""
+    shutil.rmtree(root / "work" / f"{shard:05d}", ignore_errors=True)
+    writer = ShardWriter(root, shard, card, compress=compress)
+    writer.add_block(len(items), [_encoded(card, *item) for item in items], [])
+    writer.finish(inputs_sha256="")
+
+
+def finish_written(root: Path, card: CodecCard, shards: int, *, compress: bool = False) -> None:
+    """Make a dataset of the shards 0 .. shards - 1 of `write_shard`."""
+    header: dict[str, Any] = {"codec": card.to_dict(), "sources": []}
+    finish_dataset(root, header | ({"compression": COMPRESSION} if compress else {}), shards)
+    tidy(root)
+
+
+def _groups(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while group := [item for _, item in zip(range(size), items)]:
+        yield group
+
+
+def _encoded(
+    card: CodecCard, id: str, codes: NDArray[np.integer], labels: dict[str, Any], scales: Any = None
+) -> EncodedUtterance:
+    if codes.ndim != 2 or codes.shape[0] != card.num_rows:
+        raise UserError(f"{id}: codes of shape {codes.shape}, expected [{card.num_rows}, T]")
+    samples = _samples_of(codes.shape[1], card)
+    digest = hashlib.sha256(np.ascontiguousarray(codes, np.uint16).tobytes()).hexdigest()
+    return EncodedUtterance(
+        id=id,
+        path=id,
+        codes=to_planes(codes, card),
+        samples=samples,
+        source_sha256=digest,
+        source_rate=card.sample_rate,
+        source_samples=samples,
+        labels=labels,
+        scales=scales,
+    )
+
+
+def _samples_of(frames: int, card: CodecCard) -> int:
+    """The length of a wave that has so many frames: the longest one."""
+    samples = bisect_right(range(frames * card.hop_length + 1), frames, key=card.frames_of) - 1
+    if card.frames_of(samples) != frames:
+        raise UserError(f"{frames} frames: no wave has so many with {card.name}, whose segments overlap")
+    return samples
