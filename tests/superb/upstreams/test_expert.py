@@ -2,11 +2,13 @@
 
 import math
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import codes_of
 
 from codecssl.superb.patches import import_patches
 from codecssl.superb.tokens.codec_at_16khz import encode
@@ -63,7 +65,7 @@ def test_batch_equals_one_by_one_for_each_kind_of_model(name: str, codec: Any, w
     small: Any = {"dim": 32, "layers": 2, "heads": 2, "ffn_dim": 64, "conv_kernel": 8, "conv_groups": 4}
     model = untrained(dataclasses.replace(config, **small, **ENCODERS[name]), codec.card, codec.embeddings(), seed=3)
     long = 0.3 * torch.randn(240_000, generator=torch.Generator().manual_seed(1))
-    expert = CodecExpert(codec.card, CodeCache(codec.encode), model)
+    expert = CodecExpert(codec.card, CodeCache(partial(codes_of, codec)), model)
     _batch_is_one_by_one(expert, [*waves, long], exact_frames=True)
 
 
