@@ -25,9 +25,9 @@ _NO_SHAPE = {"dropout", "input_dropout", "attention_dropout", "activation_dropou
 def build(config: RunConfig, corpus: Corpus, *, fresh: bool) -> Objective:
     """Model and heads. fresh: fill the weights as the config says; a resumed run has them already."""
     tables, start_from = None, config.optim.start_from if fresh else None
-    if fresh and not start_from and config.model.embedding_init != "random":
+    if fresh and not start_from and config.model.embedding_init != "random" and config.model.input != "mel":
         tables = first_tables(config.model, load_codec_for(corpus.card, weights=config.data.codec_weights))
-    model = untrained(config.model, corpus.card, tables, config.seed)
+    model = untrained(config.model, corpus.card, tables, config.seed, corpus.require_mel(config.model.input))
     if start_from:
         _take_weights(model, start_from)
     with torch.random.fork_rng(devices=[]):

@@ -55,6 +55,9 @@ class ModelConfig:
     with a learned scale (EnCodecMAE)."""
     activation: Literal["gelu", "relu"] = "gelu"
     """Inside the feed-forward blocks."""
+    input: Literal["codes", "mel", "both"] = "codes"
+    """codes: the sum of the code embeddings. mel: the log-mel plane of `codecssl-tokenize run --with-mel`, as in
+    EnCodecMAE's mel256-ec (arXiv 2309.07391, section 2). both: the sum of the two projections."""
     tie_ffn: bool = False
     """One feed-forward block shared by all layers, as in EnCodecMAE's released code."""
     conv_kernel: int = 128

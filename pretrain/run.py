@@ -95,6 +95,8 @@ def _claim(config: RunConfig, output: Path, train: Loader, held_out: Corpus) -> 
     """Make the folder the run's own; the checkpoint to go on from, and what to warn of."""
     valid = held_out.fingerprints if config.data.valid_dirs else []
     data = {"codec": train.corpus.card.to_dict(), "train": train.corpus.fingerprints, "valid": valid}
+    if (mel := train.corpus.require_mel(config.model.input)) is not None:
+        data["mel"] = mel.to_dict()
     run_folder.claim(output, config, data)
     found, corrupt = checkpoint.newest_intact(output / "checkpoints")
     return found, [

@@ -83,6 +83,8 @@ def _add_run(sub: argparse.ArgumentParser) -> None:
     add("--task", type=whole, default=0, metavar="I", help="do task I of 0..N-1")
     add("--workers", type=whole, metavar="N", help="processes that read and encode (default: one per core; 0: none)")
     add("--compress", action="store_true", help="entropy-code the shards, losslessly; readers need not know")
+    add("--with-mel", type=positive, metavar="BANDS",
+        help="store an 8-bit log-mel plane of this many bands (80) too, for model.input mel or both")  # fmt: skip
     add("--shard-inputs", type=positive, default=8192, metavar="N", help="inputs per shard")
     add(
         "--block-inputs",

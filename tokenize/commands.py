@@ -31,6 +31,7 @@ def run(args: Namespace) -> int:
         task=args.task,
         workers=args.workers,
         compress=args.compress,
+        mel_bands=args.with_mel,
         shard_inputs=args.shard_inputs,
         block_inputs=args.block_inputs,
     )

@@ -21,6 +21,7 @@ from codecssl.tokenize.codec import Codec, CodecCard, Encoded
 from codecssl.tokenize.common.errors import UserError, one_line
 from codecssl.tokenize.format.layout import to_planes
 from codecssl.tokenize.format.records import EncodedUtterance, Failure
+from codecssl.tokenize.mel import MelSpec, MelStream, mel_plane
 from codecssl.tokenize.registry import load_codec
 from codecssl.tokenize.sources.audio import AudioReader, sha256_of
 from codecssl.tokenize.sources.sources import Input
@@ -109,21 +110,24 @@ def _some(samples: int, reader: AudioReader, card: CodecCard) -> None:
         raise UserError(f"no samples left at {card.sample_rate} Hz: {reader.source_samples} at {reader.source_rate} Hz")
 
 
-def encode_long(codec: Codec, item: Input) -> EncodedUtterance | Failure:
+def encode_long(codec: Codec, item: Input, mel: MelSpec | None = None) -> EncodedUtterance | Failure:
     """Read and encode one input in bounded memory, whatever its length."""
     try:
-        return _encode_long(codec, item)
+        return _encode_long(codec, item, mel)
     except Exception as error:
         return failure(item, error)
 
 
-def _encode_long(codec: Codec, item: Input) -> EncodedUtterance:
+def _encode_long(codec: Codec, item: Input, mel: MelSpec | None) -> EncodedUtterance:
     card, stream, samples, pieces = codec.card, codec.stream(), 0, []
+    mel_stream, columns = MelStream(mel) if mel else None, []
     with item.open() as file:
         reader = AudioReader(file, card.sample_rate, item.start, item.end, channels=card.channels)
         for block in reader.blocks():
             samples += block.shape[-1]
             pieces.append(stream.push(torch.from_numpy(np.ascontiguousarray(block))).cpu())
+            if mel_stream:
+                columns.append(mel_stream.push(block))
         _some(samples, reader, card)
         heard = Heard(
             item=item,
@@ -133,10 +137,13 @@ def _encode_long(codec: Codec, item: Input) -> EncodedUtterance:
             source_samples=reader.source_samples,
         )
     pieces.append(stream.finish().cpu())
-    return _encoded(card, heard, samples, Encoded(torch.cat(pieces, dim=1), stream.scales))
+    plane = np.concatenate([*columns, mel_stream.finish()]) if mel_stream else None
+    return _encoded(card, heard, samples, Encoded(torch.cat(pieces, dim=1), stream.scales), plane)
 
 
-def _encoded(card: CodecCard, heard: Heard, samples: int, encoded: Encoded) -> EncodedUtterance:
+def _encoded(
+    card: CodecCard, heard: Heard, samples: int, encoded: Encoded, mel: NDArray[np.uint8] | None
+) -> EncodedUtterance:
     return EncodedUtterance(
         id=heard.item.id,
         path=heard.item.path,
@@ -147,68 +154,78 @@ def _encoded(card: CodecCard, heard: Heard, samples: int, encoded: Encoded) -> E
         source_samples=heard.source_samples,
         labels=heard.item.labels,
         scales=None if encoded.scales is None else encoded.scales.cpu().numpy(),
+        mel=mel,
     )
 
 
 # ---------------------------------------------------------------- many inputs
 
 
-def encode_heard(codec: Codec, heard: Sequence[Heard | Failure]) -> list[EncodedUtterance | Failure]:
-    """Codes of inputs that were read, in their order: the short ones together, each long one from its file."""
+def encode_heard(
+    codec: Codec, heard: Sequence[Heard | Failure], mel: MelSpec | None = None
+) -> list[EncodedUtterance | Failure]:
+    """Encode inputs that were read, in their order: the short ones together, each long one from its file.
+
+    mel: compute this log-mel plane too.
+    """
     short = [h for h in heard if isinstance(h, Heard) and h.wave is not None]
-    found = {id(h): result for h, result in zip(short, _encode_short(codec, short))}
+    found = {id(h): result for h, result in zip(short, _encode_short(codec, short, mel))}
     results: list[EncodedUtterance | Failure] = []
     for h in heard:
         if isinstance(h, Failure):
             results.append(h)
         else:
-            results.append(found[id(h)] if id(h) in found else encode_long(codec, h.item))
+            results.append(found[id(h)] if id(h) in found else encode_long(codec, h.item, mel))
     return results
 
 
-def _encode_short(codec: Codec, short: Sequence[Heard]) -> list[EncodedUtterance | Failure]:
+def _encode_short(codec: Codec, short: Sequence[Heard], mel: MelSpec | None) -> list[EncodedUtterance | Failure]:
     if not short:
         return []
     try:
-        return _encode_waves(codec, short)
+        return _encode_waves(codec, short, mel)
     except (RuntimeError, ValueError) as error:
         if len(short) == 1:
             return [failure(short[0].item, error)]
-        return [result for h in short for result in _encode_short(codec, [h])]  # one of them is at fault
+        return [result for h in short for result in _encode_short(codec, [h], mel)]  # one of them is at fault
 
 
-def _encode_waves(codec: Codec, short: Sequence[Heard]) -> list[EncodedUtterance | Failure]:
+def _encode_waves(codec: Codec, short: Sequence[Heard], mel: MelSpec | None) -> list[EncodedUtterance | Failure]:
     waves = [torch.from_numpy(h.wave) for h in short]
     found = codec.encode(waves)
-    return [_encoded(codec.card, h, wave.shape[-1], encoded) for h, wave, encoded in zip(short, waves, found)]
+    planes = [mel_plane(mel, wave.numpy()) if mel else None for wave in waves]
+    return [
+        _encoded(codec.card, h, wave.shape[-1], encoded, plane)
+        for h, wave, encoded, plane in zip(short, waves, found, planes)
+    ]
 
 
 # ---------------------------------------------------------------- processes
 
 
 def encode_inputs(
-    device: Device, codec: Codec, items: Iterable[Input], workers: int
+    device: Device, codec: Codec, items: Iterable[Input], workers: int, mel: MelSpec | None = None
 ) -> Iterator[EncodedUtterance | Failure]:
     """Results of all `items`, in order; `workers` processes read and, on a CPU, encode (0: this process does)."""
     if device.device == "cpu":
         groups = _groups(items, GROUP_INPUTS)
-        for results in _loader(_CpuWorker(device, codec if not workers else None), groups, workers, 2):
+        for results in _loader(_CpuWorker(device, codec if not workers else None, mel), groups, workers, 2):
             yield from results
         return
     heard = _loader(_Reader(codec.card), items, workers, 64)
     for window in _groups(heard, WINDOW_INPUTS):
-        yield from _by_length(codec, window)
+        yield from _by_length(codec, window, mel)
 
 
 class _CpuWorker(Dataset[Any]):
-    def __init__(self, device: Device, codec: Codec | None) -> None:
-        self.device, self.codec = device, codec
+    def __init__(self, device: Device, codec: Codec | None, mel: MelSpec | None) -> None:
+        self.device, self.codec, self.mel = device, codec, mel
 
     def __getitem__(self, group: Any) -> list[EncodedUtterance | Failure]:
         if self.codec is None:
             torch.set_num_threads(1)  # the bits of a convolution may depend on the number of threads
             self.codec = self.device.load()
-        return encode_heard(self.codec, [read(item, self.codec.card) for item in group])
+        return encode_heard(self.codec, [read(item, self.codec.card) for item in group], self.mel)
 
 
 class _Reader(Dataset[Any]):
@@ -219,7 +236,9 @@ class _Reader(Dataset[Any]):
         return read(item, self.card)
 
 
-def _by_length(codec: Codec, window: Sequence[Heard | Failure]) -> list[EncodedUtterance | Failure]:
+def _by_length(
+    codec: Codec, window: Sequence[Heard | Failure], mel: MelSpec | None
+) -> list[EncodedUtterance | Failure]:
     """Encode a window in batches of like length; the results come back in the window's order."""
     results: list[Any] = [h if isinstance(h, Failure) else None for h in window]
     order = sorted((i for i, r in enumerate(results) if r is None), key=lambda i: _samples(window[i]))
@@ -228,7 +247,7 @@ def _by_length(codec: Codec, window: Sequence[Heard | Failure]) -> list[EncodedU
         batch.append(index)
         following = _samples(window[order[place + 1]]) if place + 1 < len(order) else 0
         if not following or (len(batch) + 1) * following > BATCH_SECONDS * codec.card.sample_rate:
-            for i, result in zip(batch, encode_heard(codec, [window[i] for i in batch])):
+            for i, result in zip(batch, encode_heard(codec, [window[i] for i in batch], mel)):
                 results[i] = result
             batch = []
     return results

@@ -22,6 +22,7 @@ from codecssl.tokenize.encode import Device, default_workers, encode_inputs
 from codecssl.tokenize.format.layout import COMPRESSION, sealed
 from codecssl.tokenize.format.records import EncodedUtterance, Failure
 from codecssl.tokenize.format.writer import ShardWriter, finish_dataset, tidy, to_json
+from codecssl.tokenize.mel import MelSpec
 from codecssl.tokenize.shards import load_json, shard_path
 from codecssl.tokenize.sources.sources import is_stream, read_sources
 from codecssl.tokenize.worklist import Todo
@@ -42,6 +43,8 @@ class RunConfig:
     """Processes that read and, on a CPU, encode; None is one per core, 0 works in this process."""
     compress: bool = False
     """Entropy-code the shards, losslessly."""
+    mel_bands: int | None = None
+    """Store a log-mel plane of so many bands next to the codes."""
     shard_inputs: int = 8192
     """Inputs per shard."""
     block_inputs: int = 2048
@@ -52,6 +55,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.tasks < 1 or not 0 <= self.task < self.tasks:
             raise UserError(f"task {self.task} of {self.tasks}: --task counts from 0 to --tasks - 1")
+        if self.mel_bands is not None and not 1 <= self.mel_bands <= 256:
+            raise UserError(f"--with-mel {self.mel_bands}: must be from 1 to 256 bands")
         for name in ("shard_inputs", "block_inputs", "block_seconds"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} {getattr(self, name)}: must be above 0")
@@ -79,7 +84,7 @@ STDIN = "stdin.jsonl"
 SIZES = ("shard_inputs", "block_inputs", "block_seconds")
 
 
-def open_plan(config: RunConfig, card: CodecCard, inputs: int | None) -> dict[str, Any]:
+def open_plan(config: RunConfig, card: CodecCard, inputs: int | None, mel: MelSpec | None = None) -> dict[str, Any]:
     """Read or write plan.json: all that every task of a dataset must agree on.
 
     Raises UserError when the folder was begun with another codec, other sources or other sizes.
@@ -89,6 +94,7 @@ def open_plan(config: RunConfig, card: CodecCard, inputs: int | None) -> dict[st
         "sources": [str(s) for s in config.sources],
         "inputs": inputs,
         **({"compression": COMPRESSION} if config.compress else {}),
+        **({"mel": mel.to_dict()} if mel else {}),
     } | {size: getattr(config, size) for size in SIZES}
     path = config.output / "plan.json"
     if not path.exists():
@@ -103,7 +109,7 @@ def open_plan(config: RunConfig, card: CodecCard, inputs: int | None) -> dict[st
             f"{config.output}: begun with codec {theirs.name}, this run has {card.name} ({theirs.difference(card)}); "
             "give the same --codec and --num-codebooks, or another --output"
         )
-    for key in ("sources", "compression", *SIZES):
+    for key in ("sources", "compression", "mel", *SIZES):
         if begun.get(key) != plan.get(key):
             raise UserError(
                 f"{config.output}: begun with {key} {begun.get(key)}, this run has {plan.get(key)}; "
@@ -175,12 +181,13 @@ def _run(
     torch.set_num_threads(1 if config.device == "cpu" else torch.get_num_threads())
     device = Device(codec=config.codec, num_codebooks=config.num_codebooks, device=config.device)
     codec = device.load()
-    plan = open_plan(config, codec.card, inputs := count_inputs(config))
+    mel = MelSpec.for_codec(config.mel_bands, codec.card) if config.mel_bands else None
+    plan = open_plan(config, codec.card, inputs := count_inputs(config), mel)
     with alone_in(config.output, f".{config.task}-of-{config.tasks}.lock"):
         todo = Todo(config, compare)
         workers = default_workers() if config.workers is None else config.workers
         progress = _Watch(codec.card, todo.left(inputs), report)
-        _consume(config, codec.card, todo, progress.watch(encode_inputs(device, codec, todo, workers)), stop)
+        _consume(config, codec.card, todo, progress.watch(encode_inputs(device, codec, todo, workers, mel)), stop)
     if any(not shard_path(config.output, s).with_suffix(".json").exists() for s in range(todo.shards)):
         return None
     totals = finish_dataset(config.output, plan, todo.shards)

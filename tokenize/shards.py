@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import mmap
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +27,10 @@ from codecssl.tokenize.format.layout import (
     COMPRESSION,
     FORMAT,
     FORMAT_VERSION,
+    MEL_CRC32,
     from_planes,
     load_json,
+    mel_offset,
     read_coder,
     read_columns,
     read_header,
@@ -40,6 +43,7 @@ from codecssl.tokenize.format.layout import (
     to_planes,
     utterance_bytes,
 )
+from codecssl.tokenize.mel import MelSpec
 
 __all__ = [
     "BLOCK",
@@ -96,6 +100,8 @@ class Shards:
         self.header = read_header(self.path)
         self.card = CodecCard.from_dict(self.header["codec"])
         self.compressed = bool(self.header.get("compression"))
+        self.mel_spec = MelSpec.from_dict(self.header["mel"]) if "mel" in self.header else None
+        """The log-mel plane next to the codes, or None."""
         self.frames: NDArray[np.integer] = self._load("index.npy", mmap_mode="r").view(np.ndarray)
         """[N], of each utterance; mapped, not read."""
         self.blocks = self._load("blocks.npy")
@@ -121,6 +127,7 @@ class Shards:
         self._map = lru_cache(maxsize=256)(self._map_shard)
         self._offsets = lru_cache(maxsize=OFFSETS_CACHED)(self._block_offsets)
         self._streams = lru_cache(maxsize=OFFSETS_CACHED)(self._block_streams)
+        self._mel = lru_cache(maxsize=OFFSETS_CACHED)(self._block_mel)
         self._columns = lru_cache(maxsize=4)(self._read_columns)
         self._coder = lru_cache(maxsize=256)(self._read_coder)  # 3 MB each: 20 ms to make, too much for each utterance
         self._segment = lru_cache(maxsize=64)(self._decode_segment)
@@ -166,6 +173,28 @@ class Shards:
         if self.compressed:
             return self._decoded(index, kept, start, stop)
         return [plane for stack in self._unpacked(index, kept, start, stop) for plane in stack]
+
+    def mel(self, index: int, *, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
+        """The stored log-mel plane uint8 [stop - start, bands] of one utterance; `mel_spec.log_power` dequantises it.
+
+        Raises UserError for a dataset without a plane, and where its crc32 differs.
+        """
+        if self.mel_spec is None:
+            raise UserError(f"{self.path}: has no log-mel plane; tokenize the audio with --with-mel 80")
+        _, stop = self._checked(index, None, start, stop)
+        block, within = self._find(index)
+        frames, bands = int(self.frames[index]), self.mel_spec.bands
+        row = self.blocks[block]
+        offset = mel_offset(int(row["codes_offset"]), int(row["codes_bytes"])) + bands * int(
+            self._mel(block)[0][within]
+        )
+        content = self._map(int(row["shard"]))[offset : offset + frames * bands]
+        if zlib.crc32(content) != int(self._mel(block)[1][within]):
+            raise UserError(
+                f"{shard_path(self.path, int(row['shard']))}: the log-mel plane of utterance {index} is damaged; "
+                f"run `codecssl-tokenize verify {self.path}`"
+            )
+        return content.reshape(frames, bands)[start:stop]
 
     def utterance(self, index: int) -> Utterance:
         """Id, source and labels of one utterance."""
@@ -288,6 +317,11 @@ class Shards:
         with self._open(block) as (file, offset):
             words = read_numbers(file, offset)["stream_words"]
         return _starts(words.astype(np.int64) * 4), _starts(segments_of(self._frames_of(block)))
+
+    def _block_mel(self, block: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.uint32]]:
+        """[count + 1] first frame of each utterance in the block's plane, and [count] the crc32 of each."""
+        with self._open(block) as (file, offset):
+            return _starts(self._frames_of(block).astype(np.int64)), read_numbers(file, offset)[MEL_CRC32]
 
     def _map_shard(self, shard: int) -> NDArray[np.uint8]:
         rows = self.blocks[self.blocks["shard"] == shard]

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.mel import MelSpec
 from codecssl.tokenize.shards import Shards
 
 
@@ -31,6 +32,8 @@ class Corpus:
         frames = [shards.frames for shards in self._shards]
         self.frames: npt.NDArray[Any] = frames[0] if len(frames) == 1 else np.concatenate(frames)
         """[N] frames of each utterance; of one folder mapped, so that the ranks of a node share it."""
+        self.mel_spec = _common_mel(self._shards)
+        """The log-mel plane that all folders have, or None."""
         self.fingerprints = [shards.fingerprint for shards in (*self._shards, *self._labels)]
         self.first = np.cumsum([0, *(len(shards) for shards in self._shards)])
         """[F + 1] first utterance of each folder."""
@@ -54,6 +57,27 @@ class Corpus:
         kept = self.card.num_codebooks
         return self._shards[folder].codes(local, num_codebooks=kept, start=start, stop=start + frames)
 
+    def mel(self, index: int, start: int, frames: int) -> npt.NDArray[np.uint8]:
+        """uint8 [bands, frames], the stored log-mel plane of the same piece."""
+        folder, local = self._locate(index)
+        return self._shards[folder].mel(local, start=start, stop=start + frames).T
+
+    def require_mel(self, model_input: str) -> MelSpec | None:
+        """The plane that a model with this `model.input` reads, None for codes. UserError where a folder has none."""
+        if model_input == "codes":
+            return None
+        for shards in self._shards:
+            if shards.mel_spec is None:
+                raise UserError(
+                    f"model.input: {model_input}, but {shards.path} has no log-mel plane; tokenize the audio with"
+                    " --with-mel 80, or set model.input codes"
+                )
+            if shards.mel_spec != self._shards[0].mel_spec:
+                raise UserError(
+                    f"{shards.path}: another log-mel plane than {self._shards[0].path}; tokenize with one --with-mel"
+                )
+        return self.mel_spec
+
     def labels(self, index: int, start: int, frames: int) -> npt.NDArray[np.uint16]:
         """uint16 [S, frames], the labels of the same piece."""
         folder, local = self._locate(index)
@@ -66,6 +90,11 @@ class Corpus:
     def _locate(self, index: int) -> tuple[int, int]:
         folder = int(np.searchsorted(self.first, index, side="right")) - 1
         return folder, index - int(self.first[folder])
+
+
+def _common_mel(shards: Sequence[Shards]) -> MelSpec | None:
+    first = shards[0].mel_spec
+    return first if all(other.mel_spec == first for other in shards) else None
 
 
 def _matching(shards: Sequence[Shards], labels: Sequence[Shards]) -> list[Shards]:

@@ -40,17 +40,19 @@ class Batch:
     """Unmasked frames of the whole global batch."""
     labels: Tensor | None = None
     """int64 [B, S, T] from label folders, zero in the padding."""
+    mel: Tensor | None = None
+    """uint8 [B, bands, T], the stored log-mel plane, zero in the padding; only for models that read it."""
 
     @classmethod
     def of(
         cls, codes: Tensor, frames: list[int], mask: Tensor, kept: Tensor, masked_total: int, visible_total: int,
-        labels: Tensor | None = None,
+        labels: Tensor | None = None, mel: Tensor | None = None,
     ) -> "Batch":  # fmt: skip
         """The batch with this mask."""
         seen = (torch.arange(mask.shape[1]) < torch.tensor(frames)[:, None]) & ~mask
         masked, visible = (where.flatten().nonzero().flatten() for where in (mask, seen))
         counts = seen.sum(1).tolist()
-        return cls(codes, frames, mask, kept, masked, visible, counts, masked_total, visible_total, labels)
+        return cls(codes, frames, mask, kept, masked, visible, counts, masked_total, visible_total, labels, mel)
 
     def to(self, device: torch.device) -> "Batch":
         moved: dict[str, Any] = {
@@ -68,9 +70,10 @@ class Loader:
     def __init__(
         self, corpus: Corpus, plan: Plan, mask: MaskConfig, objective: ObjectiveConfig, *,
         seed: int, rank: int = 0, world_size: int = 1, accumulation: int = 1, fixed_masks: bool = False,
+        with_mel: bool = False,
     ) -> None:  # fmt: skip
         self.corpus, self.plan, self._mask, self._objective = corpus, plan, mask, objective
-        self._seed, self._fixed = seed, fixed_masks
+        self._seed, self._fixed, self._with_mel = seed, fixed_masks, with_mel
         self._rank, self._world_size, self._accumulation = rank, world_size, accumulation
 
     def step(self, step: int) -> list[Batch]:
@@ -101,12 +104,18 @@ class Loader:
             _padded(corpus.codes, card.num_rows, pieces), pieces.frames.tolist(), torch.from_numpy(mask),
             torch.from_numpy(np.repeat(kept, card.codes_per_frame, axis=1)), masked_total, visible_total,
             _padded(corpus.labels, streams, pieces) if streams else None,
+            _padded(corpus.mel, self._bands, pieces, np.uint8) if self._with_mel else None,
         )  # fmt: skip
 
+    @property
+    def _bands(self) -> int:
+        assert self.corpus.mel_spec is not None, "Corpus.require_mel checks it"
+        return self.corpus.mel_spec.bands
 
-def _padded(read: Callable[[int, int, int], Any], rows: int, pieces: Pieces) -> Tensor:
-    """int64 [B, rows, T]: what `read` gives for each piece, zero in the padding."""
-    padded = np.zeros((len(pieces), rows, int(pieces.frames.max())), dtype=np.int64)
+
+def _padded(read: Callable[[int, int, int], Any], rows: int, pieces: Pieces, dtype: Any = np.int64) -> Tensor:
+    """[B, rows, T] of `dtype`: the piece that `read` returns for each item, zero in the padding."""
+    padded = np.zeros((len(pieces), rows, int(pieces.frames.max())), dtype=dtype)
     for item, (utterance, start, frames) in enumerate(
         zip(pieces.utterance.tolist(), pieces.start.tolist(), pieces.frames.tolist(), strict=True)
     ):

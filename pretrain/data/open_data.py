@@ -23,6 +23,7 @@ def open_data(config: RunConfig, ranks: Ranks) -> tuple[Loader, Loader | None, C
     if config.objective.target == "labels" and not labels:
         raise UserError("data.labels: none given for objective.target labels; make some with codecssl-pretrain label")
     corpus = Corpus(data.dirs, num_codebooks=data.num_codebooks, labels=labels)
+    with_mel = corpus.require_mel(config.model.input) is not None
     other, held_out = _validation(config, corpus)
     pool = Pool(
         corpus.frames,
@@ -49,6 +50,7 @@ def open_data(config: RunConfig, ranks: Ranks) -> tuple[Loader, Loader | None, C
         rank=ranks.rank,
         world_size=ranks.world_size,
         accumulation=config.engine.accumulation,
+        with_mel=with_mel,
     )
     return train, _valid_loader(config, other, held_out, parts), other
 
@@ -86,6 +88,8 @@ def _validation(config: RunConfig, corpus: Corpus) -> tuple[Corpus, Ints]:
         return corpus, held_out_utterances(corpus, data)
     labels = data.valid_labels if config.objective.target == "labels" else ()
     other = Corpus(data.valid_dirs, num_codebooks=data.num_codebooks, labels=labels)
+    if other.require_mel(config.model.input) != corpus.require_mel(config.model.input):
+        raise UserError(f"{data.valid_dirs[0]}: another log-mel plane than the training data; tokenize both alike")
     if other.card.fingerprint != corpus.card.fingerprint:
         raise UserError(
             f"{data.valid_dirs[0]}: codec {other.card.name}, training data {corpus.card.name}"
@@ -112,7 +116,15 @@ def _valid_loader(config: RunConfig, corpus: Corpus, held_out: Ints, parts: int)
         bucket_ratio=data.bucket_ratio,
     )
     whole_input = replace(config.objective, quantizer_dropout=0.0)
-    return Loader(corpus, plan, config.mask, whole_input, seed=seed, fixed_masks=True)
+    return Loader(
+        corpus,
+        plan,
+        config.mask,
+        whole_input,
+        seed=seed,
+        fixed_masks=True,
+        with_mel=config.model.input != "codes",
+    )
 
 
 class Listed(Pool):

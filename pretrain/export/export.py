@@ -22,6 +22,7 @@ from codecssl.pretrain.monitor.telemetry import read_rows
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import names_in, write_atomic
+from codecssl.tokenize.mel import MelSpec
 from codecssl.tokenize.shards import Shards
 
 FORMAT, VERSION = "codecssl-model", 1
@@ -51,6 +52,7 @@ def export(run_dir: str | Path, output_dir: str | Path) -> None:
         "version": VERSION,
         "model": dataclasses.asdict(config.model),
         "codec": data["codec"],
+        **({"mel": data["mel"]} if "mel" in data else {}),
         "training": {"step": step, "config": dataclasses.asdict(config), "data": data["train"],
                      "metrics": _last_rows(run, step), "versions": run_folder.read_versions(run)},
     }  # fmt: skip
@@ -78,7 +80,8 @@ def load_pretrained(path: str | Path) -> CodecModel:
 
     folder = Path(path)
     description = _read_description(folder)
-    model = CodecModel(from_dict(ModelConfig, description["model"]), CodecCard.from_dict(description["codec"]))
+    mel = MelSpec.from_dict(description["mel"]) if "mel" in description else None
+    model = CodecModel(from_dict(ModelConfig, description["model"]), CodecCard.from_dict(description["codec"]), mel)
     try:
         weights = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:

@@ -36,7 +36,12 @@ class PretrainedModel(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, codes: Tensor, frames: Sequence[int] | None = None, *, output_hidden_states: bool = False
+        self,
+        codes: Tensor,
+        frames: Sequence[int] | None = None,
+        *,
+        mel: Tensor | None = None,
+        output_hidden_states: bool = False,
     ) -> Output:
         """Integer codes [B, K, T] and, for a padded batch, each item's number of frames (T where not given).
 
@@ -44,7 +49,7 @@ class PretrainedModel(nn.Module):
         """
         self._check(codes)
         lengths = [codes.shape[2]] * codes.shape[0] if frames is None else list(frames)
-        states = self.model.extract(codes.long(), lengths)
+        states = self.model.extract(codes.long(), lengths, mel)
         return Output(last_hidden_state=states[-1], hidden_states=tuple(states) if output_hidden_states else None)
 
     def _check(self, codes: Tensor) -> None:

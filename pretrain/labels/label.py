@@ -251,11 +251,11 @@ def _sampled(config: LabelConfig, data: Sequence[Shards], extract: Extractor) ->
     for begin in range(0, total, 1 << 16):
         for index in permuted(np.arange(begin, min(begin + (1 << 16), total)), total, config.seed, _SAMPLE).tolist():
             folder = int(np.searchsorted(first, index, side="right")) - 1
-            codes = data[folder].codes(index - int(first[folder]), num_codebooks=extract.num_codebooks)
-            if not (frames := codes.shape[1]):
+            [features] = extract.features(data[folder], [index - int(first[folder])])
+            if not (frames := len(features)):
                 continue
             most = np.array([config.utterance_frames or frames])
-            yield extract([codes])[0][smallest(uniform(config.seed, _FRAMES, index, np.arange(frames))[None], most)[0]]
+            yield features[smallest(uniform(config.seed, _FRAMES, index, np.arange(frames))[None], most)[0]]
 
 
 # ---------------------------------------------------------------- shards

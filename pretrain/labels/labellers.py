@@ -69,16 +69,36 @@ class Extractor:
         self.layer = layer % states
         self.made_of |= {"layer": str(self.layer), "weights_sha256": state_sha256(self.model)}
 
+    @property
+    def reads_mel(self) -> bool:
+        """True for models with model.input mel or both."""
+        return not self.tables and self.model.mel_spec is not None
+
+    def features(self, shards: Shards, indices: Sequence[int]) -> list[Features]:
+        """Features [T_i, D] of some utterances of a dataset."""
+        codes = [shards.codes(index, num_codebooks=self.num_codebooks) for index in indices]
+        if not self.reads_mel:
+            return self(codes)
+        if shards.mel_spec != self.model.mel_spec:
+            raise UserError(f"{shards.path}: not the log-mel plane that the model reads ({self.model.mel_spec})")
+        return self(codes, [shards.mel(index) for index in indices])
+
     @torch.no_grad()
-    def __call__(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[Features]:
-        """[R, T_i] each -> [T_i, D] each."""
+    def __call__(
+        self, codes: Sequence[npt.NDArray[np.uint16]], mel: Sequence[npt.NDArray[np.uint8]] | None = None
+    ) -> list[Features]:
+        """Codes [R, T_i] each, log-mel planes [T_i, bands] each where `reads_mel` -> features [T_i, D] each."""
         if self.tables:
             return [self._latents(torch.from_numpy(c.astype(np.int64)).to(self.device)) for c in codes]
         frames = [c.shape[1] for c in codes]
         padded = torch.zeros(len(codes), codes[0].shape[0], max(frames), dtype=torch.int64)
         for row, item in zip(padded, codes):
             row[:, : item.shape[1]] = torch.from_numpy(item.astype(np.int64))
-        hidden = self.model.extract(padded.to(self.device), frames)[self.layer].float().cpu().numpy()
+        planes = None
+        if mel is not None:
+            tensors = [torch.from_numpy(np.array(plane)) for plane in mel]
+            planes = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).transpose(1, 2).to(self.device)
+        hidden = self.model.extract(padded.to(self.device), frames, planes)[self.layer].float().cpu().numpy()
         return [hidden[i, :n] for i, n in enumerate(frames)]
 
     def _latents(self, codes: torch.Tensor) -> Features:
@@ -98,8 +118,7 @@ class ByCentroids:
 
     def __call__(self, shards: Shards, indices: range) -> Iterator[Labelled]:
         for batch in _batches(shards, indices):
-            codes = [shards.codes(index, num_codebooks=self.extract.num_codebooks) for index in batch]
-            for index, features in zip(batch, self.extract(codes), strict=True):
+            for index, features in zip(batch, self.extract.features(shards, batch), strict=True):
                 yield index, *self.clustering.assign(features)
 
 

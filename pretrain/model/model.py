@@ -3,6 +3,10 @@
     codes [B, K, T] -> one embedding table per codebook, summed -> LayerNorm -> Linear -> (masked frames
     replaced by one learned vector) -> positions -> Transformer layers [B, T, D]
 
+`model.input` adds a log-mel plane, or takes it in place of the codes (EnCodecMAE's mel256-ec):
+
+    mel [B, bands, T] -> Linear, added to what the codes give before the masked frames are replaced
+
 Architecture: Codec2Vec (arXiv 2511.16639), which is HuBERT's encoder behind code embeddings. Layers are
 fairseq2's.
 """
@@ -23,6 +27,7 @@ from codecssl.pretrain.model.fairseq2_parts import (
 from codecssl.pretrain.model.layers import SinusoidalPositions, make_encoder
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.mel import MelSpec
 
 
 class CodeEmbedding(nn.Module):
@@ -61,19 +66,47 @@ class CodeEmbedding(nn.Module):
         return summed.view(batch, frames, -1)
 
 
-class CodecModel(nn.Module):
-    """The pretrained model, without the heads that pretraining puts on top."""
+class MelProjection(nn.Module):
+    """Stored log-mel values to the width of the layers: a fixed scale, then a linear layer.
 
-    def __init__(self, config: ModelConfig, card: CodecCard) -> None:
+    No utterance is normalised by itself, so that its level and its channel stay in the features.
+    """
+
+    CENTER, SPREAD = 80.0, 48.0
+    """About the mean and the deviation of stored values of speech; 48 steps are 2.3 decades of power."""
+
+    def __init__(self, bands: int, dim: int) -> None:
         super().__init__()
-        self.config, self.card = config, card
-        width = config.embedding_dim or card.latent_dim
-        self.embedding = CodeEmbedding(card.row_sizes, width)
-        self.embedding.weight.requires_grad_(not config.freeze_embedding)
-        self.input_norm = StandardLayerNorm(width, bias=True)
-        # Not BERT's small weights: as HuBERT's post_extract_proj, it starts with torch's own. What enters the residual
-        # stream small is drowned by the layers, and with it the speaker (LOG.md, 2026-11-21).
-        self.projection = Linear(width, config.dim, bias=True)
+        self.linear = Linear(bands, dim, bias=True)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """uint8 [B, bands, T] -> [B, T, D]"""
+        values = (mel.transpose(1, 2).float() - self.CENTER) / self.SPREAD
+        projected: Tensor = self.linear(values.to(self.linear.weight.dtype))
+        return projected
+
+
+class CodecModel(nn.Module):
+    """The pretrained model, without the heads that pretraining puts on top.
+
+    mel: the log-mel plane that it reads; needed where `config.input` is mel or both.
+    """
+
+    def __init__(self, config: ModelConfig, card: CodecCard, mel: MelSpec | None = None) -> None:
+        super().__init__()
+        if (mel is None) != (config.input == "codes"):
+            raise UserError(f"model.input: {config.input}, {'without a' if mel is None else 'with a'} log-mel plane")
+        self.config, self.card, self.mel_spec = config, card, mel
+        if config.input != "mel":
+            width = config.embedding_dim or card.latent_dim
+            self.embedding = CodeEmbedding(card.row_sizes, width)
+            self.embedding.weight.requires_grad_(not config.freeze_embedding)
+            self.input_norm = StandardLayerNorm(width, bias=True)
+            # Not BERT's small weights: as HuBERT's post_extract_proj, it starts with torch's own. What enters the
+            # residual stream small is drowned by the layers, and with it the speaker (LOG.md, 2026-11-21).
+            self.projection = Linear(width, config.dim, bias=True)
+        if mel is not None:
+            self.mel_projection = MelProjection(mel.bands, config.dim)
         self.mask_vector = nn.Parameter(torch.empty(config.dim).uniform_())  # as HuBERT's mask_emb
         self.positions: nn.Module | None = None
         if config.positions == "conv":
@@ -85,10 +118,16 @@ class CodecModel(nn.Module):
         self.encoder = make_encoder(config)
 
     def forward(
-        self, codes: Tensor, frames: Sequence[int], mask: Tensor | None = None, kept: Tensor | None = None
+        self,
+        codes: Tensor,
+        frames: Sequence[int],
+        mask: Tensor | None = None,
+        kept: Tensor | None = None,
+        mel: Tensor | None = None,
     ) -> Tensor:
-        """codes int64 [B, K, T], lengths, masked frames [B, T], kept codebooks [B, K] -> [B, T, D]."""
-        x, layout = self.front(codes, frames, mask, kept)
+        """codes int64 [B, K, T], lengths, masked frames [B, T], kept codebooks [B, K], mel uint8 [B, bands, T]
+        -> [B, T, D]."""
+        x, layout = self.front(codes, frames, mask, kept, mel)
         return self.encoder(x, layout)
 
     def front(
@@ -97,18 +136,19 @@ class CodecModel(nn.Module):
         frames: Sequence[int],
         mask: Tensor | None = None,
         kept: Tensor | None = None,
+        mel: Tensor | None = None,
         *,
         dropout: bool = True,
     ) -> tuple[Tensor, BatchLayout]:
         """Everything before the first layer: as `forward` -> [B, T, D], and the layout that the layers want."""
         layout = self._layout(codes, frames)
-        x = self._front(codes, layout, mask, kept)
+        x = self._front(codes, layout, mask, kept, mel)
         return self.input_dropout(x) if dropout else x, layout
 
     @torch.no_grad()
-    def extract(self, codes: Tensor, frames: Sequence[int]) -> list[Tensor]:
-        """codes int64 [B, K, T] -> L + 1 tensors [B, T, D]: the input of the first layer, then each layer's
-        output.
+    def extract(self, codes: Tensor, frames: Sequence[int], mel: Tensor | None = None) -> list[Tensor]:
+        """codes int64 [B, K, T], mel uint8 [B, bands, T] where the model reads it -> L + 1 tensors [B, T, D]: the
+        input of the first layer, then each layer's output.
 
         The last one is after the final norm of a pre-norm model. No mask, no dropout; values in the padding
         mean nothing. The model is in evaluation mode afterwards.
@@ -120,13 +160,32 @@ class CodecModel(nn.Module):
             states.append(layer_output)
             return True
 
-        first, layout = self.front(codes, frames)
+        first, layout = self.front(codes, frames, mel=mel)
         hook = self.encoder.register_layer_hook(keep)
         try:
             last = self.encoder(first, layout)
         finally:
             hook.remove()
         return [first, *states[:-1], last]
+
+    def front_parameters(self) -> int:
+        """Weights of the projections before the layers, whose cost is one product a frame."""
+        parts = [getattr(self, name, None) for name in ("projection", "mel_projection")]
+        return sum(p.numel() for part in parts if part is not None for p in part.parameters())
+
+    def _embedded(self, codes: Tensor, kept: Tensor | None, mel: Tensor | None) -> Tensor:
+        """Codes, mel, or the sum of both, projected to [B, T, D]."""
+        if self.config.input == "codes":
+            x: Tensor = self.projection(self.input_norm(self.embedding(codes, kept)))
+            return x
+        if mel is None or mel.shape[1:] != (self.mel_spec.bands, codes.shape[2]):  # type: ignore[union-attr]
+            found = "none" if mel is None else f"shape {tuple(mel.shape)}"
+            raise UserError(
+                f"mel: {found}, a model with model.input {self.config.input} needs uint8"
+                f" [B, {self.mel_spec.bands}, {codes.shape[2]}]"  # type: ignore[union-attr]
+            )
+        x = self.mel_projection(mel)
+        return x if self.config.input == "mel" else x + self.projection(self.input_norm(self.embedding(codes, kept)))
 
     def _layout(self, codes: Tensor, frames: Sequence[int]) -> BatchLayout:
         config = self.config
@@ -137,9 +196,11 @@ class CodecModel(nn.Module):
             )
         return BatchLayout((codes.shape[0], codes.shape[2]), list(frames), device=codes.device)
 
-    def _front(self, codes: Tensor, layout: BatchLayout, mask: Tensor | None, kept: Tensor | None) -> Tensor:
+    def _front(
+        self, codes: Tensor, layout: BatchLayout, mask: Tensor | None, kept: Tensor | None, mel: Tensor | None
+    ) -> Tensor:
         """Everything before the first layer, [B, T, D]."""
-        x = self.projection(self.input_norm(self.embedding(codes, kept)))
+        x = self._embedded(codes, kept, mel)
         if mask is not None:
             x = torch.where(mask[:, :, None], self.mask_vector.to(x.dtype), x)
         if self.positions is not None:
@@ -149,11 +210,19 @@ class CodecModel(nn.Module):
         return x
 
 
-def untrained(config: ModelConfig, card: CodecCard, tables: Sequence[Tensor] | None, seed: int) -> CodecModel:
+def untrained(
+    config: ModelConfig,
+    card: CodecCard,
+    tables: Sequence[Tensor] | None,
+    seed: int,
+    mel: MelSpec | None = None,
+) -> CodecModel:
     """A fresh model: weights from `seed`; code embeddings from the codec's `tables`, or noise."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = CodecModel(config, card)
+        model = CodecModel(config, card, mel)
+        if config.input == "mel":
+            return model
         nn.init.normal_(model.embedding.weight[:-1].data)
         if tables is not None:
             model.embedding.load_tables(tables)

@@ -35,7 +35,7 @@ class MaskedPrediction(Objective):
 
     def forward(self, batch: Batch, *, detailed: bool = False, score_visible: bool = False) -> Loss:
         """detailed: count accuracy and usage too; score_visible: score visible frames even at weight 0."""
-        hidden = self.model(batch.codes, batch.frames, batch.mask, batch.kept)
+        hidden = self.model(batch.codes, batch.frames, batch.mask, batch.kept, batch.mel)
         labels = self.target.labels(batch).transpose(1, 2)  # [B, T, S]
         masked = self._score(hidden, labels, batch.masked, detailed)
         gamma = self.gamma.to(masked.cross_entropy.device)

@@ -73,7 +73,7 @@ class OnlineClusters(Objective):
     def _student(self, batch: Batch) -> list[Tensor]:
         """For each stream the hidden states [B, T, D] that its head sees."""
         if self.config.variant == "dinosr":
-            return [self.model(batch.codes, batch.frames, batch.mask, batch.kept)] * len(self.sizes)
+            return [self.model(batch.codes, batch.frames, batch.mask, batch.kept, batch.mel)] * len(self.sizes)
         states: list[Tensor] = []
 
         def keep(layer_idx: int, layer_output: Tensor, layer_output_layout: BatchLayout, num_layers: int) -> bool:
@@ -82,7 +82,7 @@ class OnlineClusters(Objective):
 
         hook = self.model.encoder.register_layer_hook(keep)
         try:
-            self.model(batch.codes, batch.frames, batch.mask, batch.kept)
+            self.model(batch.codes, batch.frames, batch.mask, batch.kept, batch.mel)
         finally:
             hook.remove()
         return states[-len(self.sizes) :]
@@ -101,7 +101,7 @@ class OnlineClusters(Objective):
         What comes before the layers (tables, positions, a post-norm model's first norm) is the student's own.
         """
         teacher = self._made_teacher()
-        x, layout = self.model.front(batch.codes, batch.frames, dropout=False)
+        x, layout = self.model.front(batch.codes, batch.frames, mel=batch.mel, dropout=False)
         with _outputs_of([layer.ffn for layer in teacher.layers][-len(self.sizes) :]) as outputs:
             teacher(x, layout)
         valid = not_padding(batch)[:, :, None]

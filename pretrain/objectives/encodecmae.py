@@ -56,7 +56,7 @@ class EncodecMae(Objective):
 
     def encode(self, batch: Batch) -> Tensor:
         """Hidden states [V, D] of the visible frames of all items, in order."""
-        x, _ = self.model.front(batch.codes, batch.frames, None, batch.kept)
+        x, _ = self.model.front(batch.codes, batch.frames, None, batch.kept, batch.mel)
         shape = len(batch.frames), max(batch.visible_frames)
         slots = _packed(batch.visible_frames).to(x.device)
         packed = x.new_zeros(shape[0] * shape[1], x.shape[2]).index_copy(0, slots, frames_at(x, batch.visible))
@@ -80,7 +80,7 @@ class EncodecMae(Objective):
 
     def flops(self, batch: Batch) -> float:
         seen = batch.visible_frames
-        front = 6.0 * parameters(self.model.projection) * sum(batch.frames)
+        front = 6.0 * self.model.front_parameters() * sum(batch.frames)
         heads = 6.0 * parameters(self.heads) * sum(batch.frames)
         return front + heads + encoder_flops(self.model.encoder, seen) + encoder_flops(self.decoder, batch.frames)
 

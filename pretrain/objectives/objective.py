@@ -88,7 +88,7 @@ class Objective(nn.Module):
         6 per weight and frame for matrices (Kaplan et al. 2020, section 2.1), 12 D T per layer and frame for
         attention, 6 per head weight at each masked frame.
         """
-        front = parameters(self.model.projection)
+        front = self.model.front_parameters()
         if self.model.positions is not None:
             front += parameters(self.model.positions)
         heads = 6.0 * self.head_parameters() * len(batch.masked)

@@ -64,11 +64,15 @@ class ShardRows:
             where = card.difference(theirs)
             raise UserError(f"upstream {upstream.name}: its codec is not the one of {self.shards.path} ({where})")
         encoder = encoder.to(shelf.device)
+        spec = getattr(encoder, "mel_spec", None)
+        if spec not in (None, self.shards.mel_spec):
+            raise UserError(f"upstream {upstream.name}: reads a log-mel plane that {self.shards.path} does not have")
 
         def states(index: int) -> list[np.ndarray]:
             codes = torch.from_numpy(self.shards.codes(index).astype(np.int64))[None].to(shelf.device)
+            mel = None if spec is None else torch.from_numpy(self.shards.mel(index).T.copy())[None].to(shelf.device)
             with torch.no_grad():
-                return [layer[0].cpu().numpy() for layer in encoder.extract(codes, [codes.shape[2]])]  # type: ignore[operator]
+                return [layer[0].cpu().numpy() for layer in encoder.extract(codes, [codes.shape[2]], mel)]  # type: ignore[operator]
 
         return states
 

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE, encode
+from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE, at_codec_rate, encode
 from codecssl.superb.tokens.codes import CodeCache
 from codecssl.superb.tokens.token_cache import TokenCache
 from codecssl.superb.upstreams import s3prl_upstreams, transformers_upstreams
 from codecssl.tokenize.codec import Codec, CodecCard
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.mel import MelSpec, mel_plane
 from codecssl.tokenize.registry import load_codec, load_codec_for
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ NAMES = (
 class Encoder(Protocol):
     """Codes to hidden states: a pretrained model, or the codec's own tables."""
 
-    def extract(self, codes: Tensor, frames: Sequence[int]) -> list[Tensor]:
-        """int64 codes [B, K, T], frames per item -> hidden states, each [B, T, D]."""
+    def extract(self, codes: Tensor, frames: Sequence[int], mel: Tensor | None = None) -> list[Tensor]:
+        """int64 codes [B, K, T], frames per item, uint8 mel [B, bands, T] -> hidden states, each [B, T, D]."""
         ...
 
 
@@ -52,7 +53,7 @@ class CodeTables(nn.Module):
         for k, table in enumerate(tables):
             self.register_buffer(f"table_{k}", table.detach().clone())
 
-    def extract(self, codes: Tensor, frames: Sequence[int]) -> list[Tensor]:
+    def extract(self, codes: Tensor, frames: Sequence[int], mel: Tensor | None = None) -> list[Tensor]:
         """int64 codes [B, K, T] -> one hidden state [B, T, latent_dim]."""
         tables = list(self.buffers())
         return [torch.stack([table[codes[:, k]] for k, table in enumerate(tables)]).sum(dim=0)]
@@ -102,10 +103,18 @@ class CodecExpert(nn.Module):
         device = wavs[0].device
         codes = self.codes(wavs) if codes is None else codes
         batch = nn.utils.rnn.pad_sequence([c.T for c in codes], batch_first=True).transpose(1, 2)  # [B, K, T]
-        states = self.encoder.extract(batch.to(device), [c.shape[1] for c in codes])
+        inputs = [batch.to(device), [c.shape[1] for c in codes]]
+        if (spec := getattr(self.encoder, "mel_spec", None)) is not None:
+            inputs.append(self._mel(spec, wavs).to(device))
+        states = self.encoder.extract(*inputs)
         index = [self._index(len(wav), c.shape[1] * self._pool).to(device) for wav, c in zip(wavs, codes, strict=True)]
         pad = nn.utils.rnn.pad_sequence
         return {"hidden_states": [pad([s[i, at] for i, at in enumerate(index)], batch_first=True) for s in states]}
+
+    def _mel(self, spec: MelSpec, wavs: Sequence[Tensor]) -> Tensor:
+        """The log-mel planes uint8 [B, bands, T] of the waves, as `codecssl-tokenize run --with-mel` stores them."""
+        planes = [torch.from_numpy(mel_plane(spec, at_codec_rate(wav, self.card).cpu().numpy())) for wav in wavs]
+        return nn.utils.rnn.pad_sequence(planes, batch_first=True).transpose(1, 2)
 
     def _index(self, samples: int, frames: int) -> Tensor:
         """For each of s3prl's ceil(samples / rate) frames, the codec's frame that holds its first sample."""
@@ -257,7 +266,7 @@ class Shelf:
             if upstream.kind == "model":
                 return model.card, model
             codec, _ = self._codec(model.card.fingerprint, lambda: load_codec_for(model.card, device=self.device))
-            return model.card, self._baseline(upstream.kind, codec, model.config)
+            return model.card, self._baseline(upstream.kind, codec, model.config, model.mel_spec)
         from codecssl.configs.load import load_config
         from codecssl.pretrain.config import RunConfig
 
@@ -279,13 +288,14 @@ class Shelf:
             load = functools.partial(load_codec, upstream.argument or DEFAULT_CODEC, device=self.device)
         return load(), load
 
-    def _baseline(self, kind: str, codec: Codec, config: "ModelConfig") -> nn.Module:
+    def _baseline(self, kind: str, codec: Codec, config: "ModelConfig", mel: MelSpec | None = None) -> nn.Module:
         from codecssl.pretrain.build import first_tables
         from codecssl.pretrain.model.model import untrained
 
         if kind == "codes":
             return CodeTables([table.cpu() for table in codec.embeddings()])
-        return untrained(config, codec.card, first_tables(config, codec), self.seed)
+        tables = None if config.input == "mel" else first_tables(config, codec)
+        return untrained(config, codec.card, tables, self.seed, mel)
 
     def _codec(self, fingerprint: str, load: Callable[[], Codec]) -> tuple[Codec, CodeCache]:
         if fingerprint not in self._codecs:

@@ -19,7 +19,7 @@ from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format.bits import pack, packed_size, unpack
 from codecssl.tokenize.format.entropy import SEGMENT_FRAMES, Coder
-from codecssl.tokenize.format.layout import read_members
+from codecssl.tokenize.format.layout import MEL_CRC32, read_members
 from codecssl.tokenize.format.records import EncodedUtterance
 
 SAMPLE_CODES = 1 << 25
@@ -32,12 +32,13 @@ Place = dict[str, int]
 def block_bytes(key: str, utterances: Sequence[EncodedUtterance], card: CodecCard) -> tuple[bytes, Place]:
     """The tar members of a block of packed codes."""
     codes = b"".join(pack(plane, bits) for u in utterances for plane, bits in zip(u.codes, card.code_bits))
-    return _members(
-        key, _text_columns(utterances), npz_bytes(_number_columns(utterances, card)), codes, len(utterances)
-    )
+    planes = [u.mel for u in utterances if u.mel is not None]
+    mel = b"".join(np.ascontiguousarray(plane).tobytes() for plane in planes) if planes else None
+    numbers = npz_bytes(_number_columns(utterances, card))
+    return _members(key, _text_columns(utterances), numbers, codes, mel, len(utterances))
 
 
-def _members(key: str, text: bytes, numbers: bytes, codes: bytes, count: int) -> tuple[bytes, Place]:
+def _members(key: str, text: bytes, numbers: bytes, codes: bytes, mel: bytes | None, count: int) -> tuple[bytes, Place]:
     head = tar_member(f"{key}.json.gz", text) + tar_member(f"{key}.npz", numbers)
     place = {
         "count": count,
@@ -45,7 +46,8 @@ def _members(key: str, text: bytes, numbers: bytes, codes: bytes, count: int) ->
         "codes_bytes": len(codes),
         "crc32": zlib.crc32(codes),
     }
-    return head + tar_member(f"{key}.codes", codes), place
+    tail = b"" if mel is None else tar_member(f"{key}.mel", mel)
+    return head + tar_member(f"{key}.codes", codes) + tail, place
 
 
 def tar_member(name: str, content: bytes) -> bytes:
@@ -75,7 +77,17 @@ def _number_columns(utterances: Sequence[EncodedUtterance], card: CodecCard) -> 
     }
     if card.segment_samples:
         columns["scales"] = np.concatenate([_scales(u, card) for u in utterances])
+    if any(u.mel is not None for u in utterances):
+        columns[MEL_CRC32] = np.array([zlib.crc32(_mel_of(u, card)) for u in utterances], np.uint32)
     return columns
+
+
+def _mel_of(utterance: EncodedUtterance, card: CodecCard) -> bytes:
+    frames = card.frames_of(utterance.samples)
+    if utterance.mel is None or len(utterance.mel) != frames:
+        found = None if utterance.mel is None else len(utterance.mel)
+        raise UserError(f"{utterance.id}: {found} mel columns, its codes have {frames} frames")
+    return np.ascontiguousarray(utterance.mel).tobytes()
 
 
 def _source_rest(utterance: EncodedUtterance, sample_rate: int) -> int:
@@ -114,12 +126,16 @@ class PackedBlock:
     text: bytes
     numbers: dict[str, NDArray[Any]]
     codes: bytes
+    mel: bytes | None
     card: CodecCard
 
     @classmethod
     def read(cls, content: bytes, card: CodecCard) -> PackedBlock:
-        text, numbers, codes = read_members(io.BytesIO(content), 0, 3)
-        return cls(text, dict(np.load(io.BytesIO(numbers))), codes, card)
+        file = io.BytesIO(content)
+        text, packed, codes = read_members(file, 0, 3)
+        numbers = dict(np.load(io.BytesIO(packed)))
+        mel = read_members(file, 0, 4)[3] if MEL_CRC32 in numbers else None
+        return cls(text, numbers, codes, mel, card)
 
     def segments(self) -> Iterator[list[NDArray[np.uint16]]]:
         """The planes of each segment of each utterance, in order."""
@@ -178,5 +194,5 @@ def compressed_bytes(key: str, block: PackedBlock, coder: Coder) -> tuple[bytes,
         lengths = lengths.astype(np.uint16)  # type: ignore[assignment]
     numbers = npz_bytes(block.numbers | {"stream_words": lengths})
     codes = b"".join(words.astype("<u4").tobytes() for words in streams)
-    members, place = _members(key, block.text, numbers, codes, len(block.numbers["samples"]))
+    members, place = _members(key, block.text, numbers, codes, block.mel, len(block.numbers["samples"]))
     return members, place | {"packed_crc32": zlib.crc32(block.codes)}

@@ -10,6 +10,8 @@
                                 samples * source_rate // sample_rate + source_rest), and scales, float32 per segment,
                                 where the codec has such
         KEY.codes               per utterance, per codebook, the codes packed at `code_bits`, each plane byte-aligned
+        KEY.mel                 only where dataset.json has "mel": per utterance, frame and band one byte (see
+                                codecssl.tokenize.mel); KEY.npz then has mel_crc32, one for each utterance
     DIR/shards/00000.json   sha256 and counts of the tar: its completion mark
 
 The offset of an utterance inside its block's codes follows from the frames before it: nothing else is stored.
@@ -40,6 +42,8 @@ from codecssl.tokenize.format.entropy import SEGMENT_FRAMES, Coder
 FORMAT = "codecssl-shards"
 FORMAT_VERSION = 2
 """The newest that is read; what is not compressed is written as version 1."""
+MEL_CRC32 = "mel_crc32"
+"""The number column of blocks with a log-mel plane: crc32 of each utterance's bytes in KEY.mel."""
 COMPRESSION = "range"
 """`compression` in the header of a compressed dataset: constriction's range coder with the tables of `entropy`."""
 
@@ -134,6 +138,11 @@ def read_header(path: Path) -> dict[str, Any]:
 def shard_path(root: Path, shard: int) -> Path:
     """The tar of a shard."""
     return root / "shards" / f"{shard:05d}.tar"
+
+
+def mel_offset(codes_offset: int, codes_bytes: int) -> int:
+    """Where the bytes of KEY.mel begin in the tar: KEY.codes is filled up to a whole record, a header follows."""
+    return codes_offset + codes_bytes + -codes_bytes % tarfile.BLOCKSIZE + tarfile.BLOCKSIZE
 
 
 def scales_of(numbers: Mapping[str, NDArray[Any]], within: int, card: CodecCard) -> NDArray[np.float32] | None:

@@ -26,6 +26,8 @@ class EncodedUtterance:
     labels: dict[str, Any] = field(default_factory=dict)
     scales: NDArray[np.float32] | None = None
     """float32 [segments], for codecs with scales."""
+    mel: NDArray[np.uint8] | None = None
+    """uint8 [T, bands], in datasets with a log-mel plane (`codecssl.tokenize.mel`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

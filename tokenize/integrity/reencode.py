@@ -32,6 +32,11 @@ def read_some(root: Path) -> Iterator[Damage]:
         except (UserError, ValueError, IndexError) as error:
             yield _damage(shards, index, str(error))
             continue
+        if shards.mel_spec is not None:
+            try:
+                shards.mel(index)
+            except UserError as error:
+                yield _damage(shards, index, str(error))
         for k, (plane, size) in enumerate(zip(planes, shards.card.codebook_sizes)):
             if len(plane) and int(plane.max()) >= size:
                 yield _damage(shards, index, f"code {int(plane.max())} in codebook {k}, which has {size} entries")
@@ -125,7 +130,7 @@ class _SpotCheck:
         from codecssl.tokenize.encode import encode_heard, read
         from codecssl.tokenize.format.records import Failure
 
-        [result] = encode_heard(self.codec, [read(item, self.codec.card)])
+        [result] = encode_heard(self.codec, [read(item, self.codec.card)], self.shards.mel_spec)
         if isinstance(result, Failure):
             self.notes.append(f"{utterance.id}: its source can no longer be read: {result.reason}")
             return
@@ -138,6 +143,8 @@ class _SpotCheck:
             what = f"{len(planes[0])} codes a codebook, its source gives {len(result.codes[0])}"
             self.damages.append(_damage(self.shards, utterance.index, what))
             return
+        if result.mel is not None and int(np.abs(self.shards.mel(utterance.index) - result.mel.astype(int)).max()) > 1:
+            self.damages.append(_damage(self.shards, utterance.index, "its log-mel plane is not its source's"))
         differing = [int((a != b).sum()) for a, b in zip(planes, result.codes)]
         self.codes += sum(len(plane) for plane in planes)
         self.differing += sum(differing)

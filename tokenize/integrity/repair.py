@@ -140,6 +140,7 @@ def _config(root: Path, state: State, workers: int | None, weights: str | None) 
         device=card.policies.get("device", "cpu"),
         workers=workers,
         compress=bool(plan.get("compression")),
+        mel_bands=plan["mel"]["bands"] if "mel" in plan else None,
         **{size: plan[size] for size in ("shard_inputs", "block_inputs", "block_seconds") if size in plan},
     )
 

@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.format.layout import load_json, read_coder, read_columns, shard_path, stored_bytes
+from codecssl.tokenize.format.layout import (
+    MEL_CRC32,
+    load_json,
+    mel_offset,
+    read_coder,
+    read_columns,
+    shard_path,
+    stored_bytes,
+)
 from codecssl.tokenize.format.writer import to_json
 from codecssl.tokenize.integrity.damaged_utterances import suspects
 
@@ -161,6 +169,8 @@ class _Check:
     def _check_block(self, file: BinaryIO, number: int, place: dict[str, int], intact: bool, whole: bool) -> None:
         start, stop = place["codes_offset"], place["codes_offset"] + place["codes_bytes"]
         columns = self._check_columns(file, number, place, whole)
+        if columns and not whole and MEL_CRC32 in columns[1]:
+            self._check_mel(file, number, place, columns)
         if intact:
             return
         if whole:
@@ -169,6 +179,21 @@ class _Check:
         named = self._named(place, columns) if columns else ""
         what = f"codes damaged between offsets {start} and {stop}{named}"
         self._damaged(self.tar, what, block=number, start=start, stop=stop)
+
+    def _check_mel(self, file: BinaryIO, number: int, place: dict[str, int], columns: Columns) -> None:
+        """The log-mel planes of a damaged tar, utterance by utterance."""
+        ids, numbers = columns[0]["id"], columns[1]
+        frames = self.card.frames_of(numbers["samples"].astype(np.int64)).tolist()
+        at = mel_offset(place["codes_offset"], place["codes_bytes"])
+        file.seek(at - tarfile.BLOCKSIZE)
+        size = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape").size
+        bands = size // max(1, sum(frames))
+        for name, count, crc32 in zip(ids, frames, numbers[MEL_CRC32].tolist()):
+            if zlib.crc32(file.read(count * bands)) != crc32:
+                what = f"log-mel plane of utterance {name} damaged between offsets {at} and {at + count * bands}"
+                self._damaged(self.tar, what, block=number, start=at, stop=at + count * bands)
+                return
+            at += count * bands
 
     def _check_columns(self, file: BinaryIO, number: int, place: dict[str, int], whole: bool) -> Columns | None:
         """The columns of a block, unless they are damaged or do not fit its codes."""

@@ -26,7 +26,7 @@ OWN = ("format", "format_version", "sha256", "totals")
 """What dataset.json holds beside the plan."""
 
 STDIN = "stdin.jsonl"
-MADE = ("codec", "sources", "compression")
+MADE = ("codec", "sources", "compression", "mel")
 """And all that it holds of a plan where the codes came from elsewhere."""
 
 Report = Callable[[int, int], None]

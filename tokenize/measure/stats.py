@@ -51,7 +51,8 @@ def stats(root: Path, *, plot: Path | None = None, max_codes: int = MAX_CODES) -
     seconds = totals["samples"] / card.sample_rate
     sample = take_sample(shards, max_codes)
     nominal = sum(b * r for b, r in zip(card.code_bits, card.codes_per_frame)) * totals["frames"]
-    stored = sum(f.stat().st_size for f in root.rglob("*") if f.is_file()) * 8
+    mel = shards.mel_spec.bands * totals["frames"] if shards.mel_spec else 0
+    stored = (sum(f.stat().st_size for f in root.rglob("*") if f.is_file()) - mel) * 8
     codes = totals["frames"] * sum(card.codes_per_frame)
     flac, flac_files, without_flac = flac_bits_per_second(shards)
     found = {
@@ -59,6 +60,7 @@ def stats(root: Path, *, plot: Path | None = None, max_codes: int = MAX_CODES) -
         "num_codebooks": card.num_codebooks,
         "frame_rate": float(card.frame_rate),
         "compressed": shards.compressed,
+        "mel_bytes": mel,
         "utterances": totals["utterances"],
         "failed": totals["failed"],
         "hours": seconds / 3600,
@@ -94,7 +96,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"utterances       {found['utterances']} ({found['failed']} inputs failed)",
         f"audio            {found['hours']:.3f} h, {found['frames']} frames, {found['codes']} codes",
         f"bits per code    {found['stored_bits_per_code']:.3f} stored in all files, {nominal}",
-        f"smaller than     PCM16 by {found['ratio_to_pcm16']:.1f} x",
+        *([f"log-mel plane    {found['mel_bytes']} bytes more"] if found["mel_bytes"] else []),
+        f"smaller than     PCM16 by {found['ratio_to_pcm16']:.1f} x{' (the codes)' if found['mel_bytes'] else ''}",
         flac,
         "                 used            perplexity    bits    given the code    given the coarser",
         "                                                       before            codebook's",
