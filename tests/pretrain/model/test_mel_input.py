@@ -1,0 +1,116 @@
+"""Models that read the log-mel plane: what they need, what they never see, and that an export computes the same."""
+
+import numpy as np
+import pytest
+import torch
+
+from codecssl.configs.load import from_dict
+from codecssl.pretrain.config import ModelConfig, RunConfig
+from codecssl.pretrain.data.open_data import open_data
+from codecssl.pretrain.export.export import export, load_pretrained
+from codecssl.pretrain.model.model import untrained
+from codecssl.pretrain.ranks import Ranks
+from codecssl.pretrain.run import run
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.records import EncodedUtterance
+from codecssl.tokenize.format.writer import ShardWriter, finish_dataset
+from codecssl.tokenize.mel import MelSpec
+
+CARD = CodecCard(
+    name="synthetic", weights="none", weights_sha256="0" * 64, sample_rate=16_000, hop_length=320,
+    codebook_sizes=(16, 12, 8), codes_per_frame=(1, 1, 1), latent_dim=12,
+)  # fmt: skip
+SPEC = MelSpec.for_codec(8, CARD)
+ONE = Ranks(rank=0, world_size=1, local_rank=0)
+MODEL = dict(dim=32, layers=2, heads=2, ffn_dim=48, conv_kernel=8, conv_groups=4, embedding_init="random")
+
+
+@pytest.fixture
+def shards(tmp_path):
+    random, utterances = np.random.default_rng(0), []
+    for number in range(40):
+        frames = int(random.integers(30, 90))
+        utterances.append(
+            EncodedUtterance(
+                id=f"u{number}", path=f"u{number}", source_sha256="0" * 64, source_rate=16_000,
+                samples=frames * 320, source_samples=frames * 320,
+                codes=[random.integers(0, size, frames).astype(np.uint16) for size in CARD.codebook_sizes],
+                mel=random.integers(0, 256, (frames, 8)).astype(np.uint8),
+            )
+        )  # fmt: skip
+    writer = ShardWriter(tmp_path / "shards", 0, CARD)
+    writer.add_block(40, utterances, [])
+    writer.finish("0" * 64)
+    header = {"codec": CARD.to_dict(), "sources": [], "mel": SPEC.to_dict()}
+    finish_dataset(tmp_path / "shards", header, 1)
+    return tmp_path / "shards", utterances
+
+
+def config(shards, objective, model_input):
+    exact = objective == "encodecmae"
+    return from_dict(RunConfig, {
+        "model": MODEL | {"input": model_input} | ({"positions": "sinusoidal"} if exact else {}),
+        "mask": {"kind": "exact" if exact else "spans", "span_frames": 10},
+        "objective": {"name": objective, "quantizer_dropout": 0.0},
+        "data": {"dirs": [str(shards)], "batch_frames": 400, "crop_frames": 60, "min_frames": 20,
+                 "valid_fraction": 0.1},
+        "optim": {"steps": 4, "lr": 1e-3}, "log": {"log_every": 2, "valid_every": 2, "checkpoint_every": 2},
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("model_input", ["mel", "both"])
+@pytest.mark.parametrize("objective", ["codec2vec", "encodecmae"])
+def test_masked_columns_of_the_plane_never_reach_the_model(shards, objective, model_input):
+    from dataclasses import replace
+
+    from codecssl.pretrain.build import build
+
+    made = config(shards[0], objective, model_input)
+    train, _, corpus = open_data(made, ONE)
+    [batch] = train.step(0)
+    model = build(made, corpus, fresh=True).eval()
+    hidden = batch.mask[:, None, :].expand_as(batch.mel)
+    other = replace(batch, mel=torch.where(hidden, 255 - batch.mel, batch.mel))
+    seen = replace(batch, mel=torch.where(hidden, batch.mel, 255 - batch.mel))
+    loss = model(batch).total
+    assert torch.equal(model(other).total, loss)
+    assert not torch.equal(model(seen).total, loss)
+
+
+def test_batches_hold_the_stored_plane(shards):
+    folder, utterances = shards
+    train, _, _ = open_data(config(folder, "codec2vec", "mel"), ONE)
+    [batch] = train.step(0)
+    planes = [u.mel.T for u in utterances]
+    for item, frames in enumerate(batch.frames):
+        own = batch.mel[item, :, :frames].numpy()
+        assert any(np.array_equal(plane[:, s : s + frames], own) for plane in planes for s in range(plane.shape[1]))
+        assert not batch.mel[item, :, frames:].any()
+
+
+@pytest.mark.parametrize("model_input", ["mel", "both"])
+def test_a_run_trains_resumes_exports_and_loads(shards, tmp_path, model_input):
+    run(config(shards[0], "encodecmae", model_input), tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "model")
+    model = load_pretrained(tmp_path / "model")
+    assert model.mel_spec == SPEC
+    codes, mel = torch.zeros(2, 3, 9, dtype=torch.int64), torch.randint(0, 256, (2, 8, 9), dtype=torch.uint8)
+    states = model.extract(codes, [9, 5], mel)
+    alone = model.extract(codes[1:, :, :5], [5], mel[1:, :, :5])
+    assert torch.allclose(states[-1][1, :5], alone[-1][0], atol=1e-5)
+    with pytest.raises(UserError, match="mel: none"):
+        model.extract(codes, [9, 5])
+
+
+def test_projection_is_the_affine_map_of_the_stored_values():
+    model = untrained(ModelConfig(**MODEL, input="mel", positions="sinusoidal"), CARD, None, 0, SPEC).eval()
+    mel = torch.randint(0, 256, (1, 8, 5), dtype=torch.uint8)
+    linear = model.mel_projection.linear
+    expected = ((mel[0].T.double() - 80) / 48) @ linear.weight.double().T + linear.bias.double()
+    assert torch.allclose(model._embedded(torch.zeros(1, 3, 5), None, mel)[0].double(), expected, atol=1e-5)
+
+
+def test_shards_without_a_plane_are_refused(make_shards, small_config):
+    with pytest.raises(UserError, match="has no log-mel plane; tokenize the audio with --with-mel 80"):
+        open_data(small_config(make_shards(), model={"input": "mel"}), ONE)
