@@ -1,5 +1,7 @@
 """The shape of the project: what would break imports, a wheel, or the README if it slipped in."""
 
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -19,6 +21,30 @@ def test_no_stage_shadows_the_standard_library(folder):
         sources = list((ROOT / folder).rglob("*.py"))
         names = {p.stem for p in sources} | {p.parent.name for p in sources if p.parent != ROOT / folder}
         assert not names & set(sys.stdlib_module_names)
+
+
+def test_folders_and_files_are_small():
+    """15 source files in a folder, 400 lines in a file: then the tree and a file can be taken in at once."""
+    for stage in STAGES:
+        for folder in {path.parent for path in (ROOT / stage).rglob("*.py")}:
+            files = sorted(folder.glob("*.py"))
+            assert len(files) <= 15, f"{folder} has {len(files)} source files"
+            for path in files:
+                assert len(path.read_text().splitlines()) <= 400, f"{path} is longer than 400 lines"
+
+
+def test_imports_follow_the_layers_and_have_no_cycle(tmp_path):
+    """The contracts of import-linter in pyproject.toml."""
+    for stage in STAGES:
+        shutil.copytree(ROOT / stage, tmp_path / "codecssl" / stage, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in [tmp_path / "codecssl", *(p for p in (tmp_path / "codecssl").rglob("*") if p.is_dir())]:
+        (folder / "__init__.py").touch()
+    command = [Path(sys.executable).with_name("lint-imports"), ROOT / "pyproject.toml", "--no-cache"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Contracts: 5 kept, 0 broken" in done.stdout
 
 
 def test_a_script_at_the_root_still_finds_the_standard_librarys_tokenize():

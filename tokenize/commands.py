@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 from codecssl.tokenize.common.errors import UserError
 
 if TYPE_CHECKING:
-    from codecssl.tokenize.run import Progress
+    from codecssl.tokenize.progress import Progress
 
 
 def run(args: Namespace) -> int:
     from codecssl.tokenize.common.process import PREEMPTED, StopSignal, Watchdog
-    from codecssl.tokenize.run import RunConfig, Stopped, run
+    from codecssl.tokenize.config import TokenizeConfig
+    from codecssl.tokenize.run import Stopped, run
 
     sources = [_listed(args) if source == "-" else source for source in args.sources]
-    config = RunConfig(
+    config = TokenizeConfig(
         sources=tuple(sources),
         output=args.output,
         codec=args.codec,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,63 +17,16 @@ import torch
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
+from codecssl.tokenize.config import TokenizeConfig
 from codecssl.tokenize.encode import Device, default_workers, encode_inputs
 from codecssl.tokenize.format.layout import COMPRESSION, sealed
 from codecssl.tokenize.format.records import EncodedUtterance, Failure
 from codecssl.tokenize.format.writer import ShardWriter, finish_dataset, tidy, to_json
 from codecssl.tokenize.mel import MelSpec
+from codecssl.tokenize.progress import Progress, reported
 from codecssl.tokenize.shards import load_json, shard_path
 from codecssl.tokenize.sources.sources import is_stream, read_sources
 from codecssl.tokenize.worklist import Todo
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """What `codecssl-tokenize run` was asked for."""
-
-    sources: tuple[str, ...]
-    output: Path
-    codec: str = "tiny_16khz"
-    num_codebooks: int | None = None
-    device: str = "cpu"
-    tasks: int = 1
-    task: int = 0
-    workers: int | None = None
-    """Processes that read and, on a CPU, encode; None is one per core, 0 works in this process."""
-    compress: bool = False
-    """Entropy-code the shards, losslessly."""
-    mel_bands: int | None = None
-    """Store a log-mel plane of so many bands next to the codes."""
-    shard_inputs: int = 8192
-    """Inputs per shard."""
-    block_inputs: int = 2048
-    """Inputs per block, at most: a kill loses a block at most."""
-    block_seconds: float = 7200.0
-    """A block is closed early when it holds this much audio."""
-
-    def __post_init__(self) -> None:
-        if self.tasks < 1 or not 0 <= self.task < self.tasks:
-            raise UserError(f"task {self.task} of {self.tasks}: --task counts from 0 to --tasks - 1")
-        if self.mel_bands is not None and not 1 <= self.mel_bands <= 256:
-            raise UserError(f"--with-mel {self.mel_bands}: must be from 1 to 256 bands")
-        for name in ("shard_inputs", "block_inputs", "block_seconds"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} {getattr(self, name)}: must be above 0")
-        if self.workers is not None and self.workers < 0:
-            raise UserError(f"workers {self.workers}: must be 0 or more")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Sent after each input."""
-
-    inputs: int
-    seconds: float
-    """Of audio encoded by this task in this run."""
-    failed: int
-    total: int | None
-    """Inputs that this task has to encode, where the sources can be counted."""
-
 
 # ---------------------------------------------------------------- the plan
 
@@ -84,7 +36,7 @@ STDIN = "stdin.jsonl"
 SIZES = ("shard_inputs", "block_inputs", "block_seconds")
 
 
-def open_plan(config: RunConfig, card: CodecCard, inputs: int | None, mel: MelSpec | None = None) -> dict[str, Any]:
+def open_plan(config: TokenizeConfig, card: CodecCard, inputs: int | None, mel: MelSpec | None = None) -> dict[str, Any]:
     """Read or write plan.json: all that every task of a dataset must agree on.
 
     Raises UserError when the folder was begun with another codec, other sources or other sizes.
@@ -132,7 +84,7 @@ def refuse_foreign(output: Path) -> None:
         raise UserError(f"{output}: not empty and not a dataset of ours; give a new folder as --output")
 
 
-def count_inputs(config: RunConfig) -> int | None:
+def count_inputs(config: TokenizeConfig) -> int | None:
     """Inputs of all sources; None where counting would mean to fetch them."""
     if any(is_stream(source) for source in config.sources):
         next(read_sources(list(config.sources)))  # a source that isn't there is told before anything is made
@@ -148,8 +100,8 @@ class Stopped(Exception):  # noqa: N818  (it is no error)
 
 
 def run(
-    config: RunConfig,
-    report: Callable[[Progress], None] = lambda _: None,
+    config: TokenizeConfig,
+    on_progress: Callable[[Progress], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
     *,
     compare: bool = True,
@@ -161,7 +113,7 @@ def run(
     sources that changed since they were encoded, and for a folder of another dataset.
     """
     try:
-        return _run(config, report, stop, compare)
+        return _run(config, on_progress, stop, compare)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -176,7 +128,7 @@ def run(
 
 
 def _run(
-    config: RunConfig, report: Callable[[Progress], None], stop: Callable[[], bool], compare: bool
+    config: TokenizeConfig, on_progress: Callable[[Progress], None], stop: Callable[[], bool], compare: bool
 ) -> dict[str, Any] | None:
     torch.set_num_threads(1 if config.device == "cpu" else torch.get_num_threads())
     device = Device(codec=config.codec, num_codebooks=config.num_codebooks, device=config.device)
@@ -186,8 +138,8 @@ def _run(
     with alone_in(config.output, f".{config.task}-of-{config.tasks}.lock"):
         todo = Todo(config, compare)
         workers = default_workers() if config.workers is None else config.workers
-        progress = _Watch(codec.card, todo.left(inputs), report)
-        _consume(config, codec.card, todo, progress.watch(encode_inputs(device, codec, todo, workers, mel)), stop)
+        results = encode_inputs(device, codec, todo, workers, mel)
+        _consume(config, codec.card, todo, reported(results, codec.card, todo.left(inputs), on_progress), stop)
     if any(not shard_path(config.output, s).with_suffix(".json").exists() for s in range(todo.shards)):
         return None
     totals = finish_dataset(config.output, plan, todo.shards)
@@ -196,7 +148,7 @@ def _run(
 
 
 def _consume(
-    config: RunConfig,
+    config: TokenizeConfig,
     card: CodecCard,
     todo: Todo,
     results: Iterator[EncodedUtterance | Failure],
@@ -222,7 +174,7 @@ def _consume(
 class _BlockWriter:
     """Cuts a shard's results into blocks."""
 
-    def __init__(self, config: RunConfig, card: CodecCard, shard: int) -> None:
+    def __init__(self, config: TokenizeConfig, card: CodecCard, shard: int) -> None:
         self.config, self.card, self.shard = config, card, shard
         self.writer = ShardWriter(config.output, shard, card, compress=config.compress)
         self._clear()
@@ -258,21 +210,3 @@ class _BlockWriter:
         if self.utterances or self.failures:
             self._flush()
         self.writer.finish(digest)
-
-
-class _Watch:
-    """Reports on results as they pass."""
-
-    def __init__(self, card: CodecCard, total: int | None, report: Callable[[Progress], None]) -> None:
-        self.card, self.total, self.report = card, total, report
-
-    def watch(self, results: Iterator[EncodedUtterance | Failure]) -> Iterator[EncodedUtterance | Failure]:
-        failed = samples = 0
-        self.report(Progress(0, 0.0, 0, self.total))
-        for inputs, result in enumerate(results, 1):
-            if isinstance(result, Failure):
-                failed += 1
-            else:
-                samples += result.samples
-            yield result
-            self.report(Progress(inputs, samples / self.card.sample_rate, failed, self.total))

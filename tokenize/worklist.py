@@ -7,21 +7,18 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.config import TokenizeConfig
 from codecssl.tokenize.format.layout import load_json, shard_path
 from codecssl.tokenize.sources.changes import first_changed, source_hashes
 from codecssl.tokenize.sources.sources import Input, is_stream, read_sources
-
-if TYPE_CHECKING:
-    from codecssl.tokenize.run import RunConfig
 
 
 class Todo:
     """The inputs that this task has still to encode, in one walk over the sources, and where each one goes."""
 
-    def __init__(self, config: RunConfig, compare: bool) -> None:
+    def __init__(self, config: TokenizeConfig, compare: bool) -> None:
         self.config, self.compare = config, compare
         self.shards = 0
         """Of the whole dataset; known after the walk."""

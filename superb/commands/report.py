@@ -41,7 +41,8 @@ def show(folders: Sequence[Path]) -> None:
     """The tables of all finished runs, on the console and as files in the first folder."""
     from rich.console import Console
 
-    from codecssl.superb.reporting.tables import console_table, load, write
+    from codecssl.superb.reporting.tables import console_table, load
+    from codecssl.superb.reporting.write import write
 
     comparisons, console = load(folders), Console(highlight=False)
     for comparison in comparisons:

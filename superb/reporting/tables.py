@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from codecssl.superb import results
 from codecssl.superb.reporting.comparison import BASELINES, SAMPLE, Cell, Column, Comparison, compare, load
@@ -13,7 +12,7 @@ from codecssl.superb.tasks import TASKS
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["BASELINES", "SAMPLE", "compare", "console_table", "lines", "load", "markdown", "notes", "write"]
+__all__ = ["BASELINES", "SAMPLE", "compare", "console_table", "lines", "load", "markdown", "notes"]
 
 MOST_COLUMNS = 7
 """Of a table on the console or in Markdown; a wider one is turned."""
@@ -248,13 +247,3 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
         parts += [f"## {comparison.claim}", "\n".join(f"| {' | '.join(line)} |" for line in table)]
         parts.append("\n".join(f"- {note}" for note in notes(comparison)))
     return "\n\n".join(parts) + "\n"
-
-
-def write(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
-    """report.md and report.html in `folder`, each whole or not there."""
-    from codecssl.superb.reporting.web_page import html
-
-    texts: dict[str, Any] = {"report.md": markdown(comparisons), "report.html": html(comparisons)}
-    for name, text in texts.items():
-        results.write_text(folder / name, text)
-    return [folder / name for name in texts]

@@ -21,10 +21,9 @@ import torch
 from codecssl.superb import results
 from codecssl.superb.corpora.corpus import Example
 from codecssl.superb.runner.mtwv import mtwv
+from codecssl.superb.tokens.waves import load_qbe
 from codecssl.tokenize.common.errors import UserError
 
-EFFECTS = [["channels", "1"], ["rate", "16000"], ["gain", "-3.0"]]  # of s3prl's quesst14_dtw
-LEAST_SAMPLES = 800  # s3prl pads shorter waves with zeros
 LEAST_FRAMES = 5  # of a query; s3prl finds shorter ones nowhere
 
 
@@ -106,14 +105,9 @@ def _value(search: Search, upstream: Any, layer: int, path: Path, workers: int, 
 
 def _features(examples: Sequence[Example], upstream: Any, layer: int, device: str) -> tuple[list[np.ndarray], int]:
     """One layer of each clip, float32 [T, D], normalised over all of them; and how many layers there are."""
-    from codecssl.superb.patches.sox_effects import apply_effects_file
-
     clips = []
     for example in examples:
-        wav, _ = apply_effects_file(str(example.path), EFFECTS)
-        wav = wav.flatten()
-        padded = torch.nn.functional.pad(wav, (0, max(0, LEAST_SAMPLES - len(wav))))
-        states = upstream([padded.to(device)])["hidden_states"]
+        states = upstream([load_qbe(str(example.path)).to(device)])["hidden_states"]
         clips.append(states[layer][0].float().cpu())
     frames = torch.cat(clips)
     mean, deviation = frames.mean(0), frames.std(0).clamp(min=1e-9)

@@ -12,6 +12,11 @@ from torch import Tensor
 from codecssl.superb.patches import import_patches
 from codecssl.superb.tasks import Task
 
+QBE_EFFECTS = [["channels", "1"], ["rate", "16000"], ["gain", "-3.0"]]
+"""The sox effects of s3prl's quesst14_dtw."""
+QBE_LEAST_SAMPLES = 800
+"""s3prl pads shorter waves with zeros."""
+
 Effects = tuple[tuple[str, ...], ...]
 
 
@@ -38,7 +43,7 @@ class Wave:
         if self.samples is not None:
             return _stretch(self.path, *self.samples)
         if self.by_sox:
-            return _by_sox(self.path)
+            return load_qbe(self.path)
         import_patches.install()
         from s3prl.dataio.dataset import LoadAudio
 
@@ -67,15 +72,14 @@ def _stretch(path: str, first: int, last: int) -> Tensor:
     return torch.from_numpy(wave)
 
 
-def _by_sox(path: str) -> Tensor:
-    """As `codecssl.superb.runner.qbe` opens a clip."""
+def load_qbe(path: str) -> Tensor:
+    """Load a clip of QbE, float32 [n] at 16 kHz: attenuated by sox's own effects, padded to QBE_LEAST_SAMPLES."""
     from torch.nn.functional import pad
 
     from codecssl.superb.patches.sox_effects import apply_effects_file
-    from codecssl.superb.runner.qbe import EFFECTS, LEAST_SAMPLES
 
-    wav, _ = apply_effects_file(path, EFFECTS)
-    return pad(wav.flatten(), (0, max(0, LEAST_SAMPLES - wav.numel())))
+    wav, _ = apply_effects_file(path, QBE_EFFECTS)
+    return pad(wav.flatten(), (0, max(0, QBE_LEAST_SAMPLES - wav.numel())))
 
 
 def waves_of(task: Task, splits: Mapping[str, Iterable[Any]], frame_shift: int = 320) -> list[Wave]:

@@ -16,8 +16,9 @@ from codecssl.tokenize import encode as encode_module
 from codecssl.tokenize.cli import main
 from codecssl.tokenize.common import files
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.config import TokenizeConfig
 from codecssl.tokenize.integrity.verify import verify
-from codecssl.tokenize.run import RunConfig, run
+from codecssl.tokenize.run import run
 from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.sources.audio import read_wave
 
@@ -33,7 +34,7 @@ def config(folder, output, codec_file, **changes):
         shard_inputs=6,
         block_inputs=2,
     )
-    return RunConfig(**defaults | changes)
+    return TokenizeConfig(**defaults | changes)
 
 
 def contents(root):
@@ -103,8 +104,8 @@ def test_a_sigkill_in_the_middle_leaves_nothing_half_written(tmp_path, codec_fil
         rng = np.random.default_rng(i)
         soundfile.write(folder / f"{i:02d}.wav", rng.standard_normal(16_000 * 4).astype("f4") * 0.1, 16_000)
     script = (
-        "from pathlib import Path; from codecssl.tokenize.run import RunConfig, run;"
-        f"run(RunConfig(sources=({str(folder)!r},), output=Path({str(tmp_path / 'killed')!r}),"
+        "from pathlib import Path; from codecssl.tokenize.run import TokenizeConfig, run;"
+        f"run(TokenizeConfig(sources=({str(folder)!r},), output=Path({str(tmp_path / 'killed')!r}),"
         f" codec={str(codec_file)!r}, workers=0, shard_inputs=16, block_inputs=4))"
     )
     process = subprocess.Popen([sys.executable, "-c", script])

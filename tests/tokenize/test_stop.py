@@ -9,12 +9,15 @@ import pytest
 
 from codecssl.tokenize.cli import main
 from codecssl.tokenize.common.process import PREEMPTED, STUCK
+from codecssl.tokenize.config import TokenizeConfig
 from codecssl.tokenize.format.writer import ShardWriter
-from codecssl.tokenize.run import RunConfig, Stopped, run
+from codecssl.tokenize.run import Stopped, run
 
 
-def config(source: Path, output: Path, codec: Path) -> RunConfig:
-    return RunConfig(sources=(str(source),), output=output, codec=str(codec), workers=0, shard_inputs=8, block_inputs=2)
+def config(source: Path, output: Path, codec: Path) -> TokenizeConfig:
+    return TokenizeConfig(
+        sources=(str(source),), output=output, codec=str(codec), workers=0, shard_inputs=8, block_inputs=2
+    )
 
 
 def contents(root: Path) -> dict[str, bytes]:

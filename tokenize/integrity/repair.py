@@ -27,7 +27,8 @@ from codecssl.tokenize.sources.inputs import Input
 from codecssl.tokenize.sources.sources import is_stream, read_sources
 
 if TYPE_CHECKING:
-    from codecssl.tokenize.run import Progress, RunConfig
+    from codecssl.tokenize.config import TokenizeConfig
+    from codecssl.tokenize.progress import Progress
 
 
 def repair(
@@ -38,10 +39,11 @@ def repair(
     weights: str | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> list[str]:
-    """Make a dataset whole; return what was done, one line each, [] when nothing had to be.
+    """Repair a dataset. Return one line for each thing done; [] if it was whole.
 
-    report: counts checked shards; progress: of encoding; workers: as in RunConfig; weights: of the codec, where they
-    have moved. Raises UserError when it cannot be done: sources or codec missing or others. Then nothing is changed.
+    report: called with the number of checked shards; progress: called while encoding; workers: as in TokenizeConfig;
+    weights: of the codec, if they have moved. Raises UserError, and changes nothing, if the sources or the codec are
+    missing or differ from those that wrote the dataset.
     """
     aside = Aside(root)
     state = find_damage(root, report)
@@ -124,15 +126,15 @@ def _unfinished(root: Path, report: Report) -> State:
     return State(plan=plan, damaged=damaged, unsure=unsure, files=[], finished=False)
 
 
-def _config(root: Path, state: State, workers: int | None, weights: str | None) -> RunConfig:
+def _config(root: Path, state: State, workers: int | None, weights: str | None) -> TokenizeConfig:
     """The run that wrote the dataset, in one task."""
-    from codecssl.tokenize.run import RunConfig
+    from codecssl.tokenize.config import TokenizeConfig
 
     card, plan = state.card, state.plan
     if not plan.get("sources"):
         damaged = ", ".join(f"{shard:05d}" for shard in state.damaged[:5])
         raise UserError(f"{root}: shards {damaged} were not made from audio; write the dataset anew")
-    return RunConfig(
+    return TokenizeConfig(
         sources=tuple(plan["sources"]),
         output=root,
         codec=named_source(card, weights),
@@ -145,7 +147,7 @@ def _config(root: Path, state: State, workers: int | None, weights: str | None) 
     )
 
 
-def _check_codec(root: Path, state: State, config: RunConfig, weights: str | None) -> CodecCard:
+def _check_codec(root: Path, state: State, config: TokenizeConfig, weights: str | None) -> CodecCard:
     """The card of the codec as it is here."""
     import torch
 

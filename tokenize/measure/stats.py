@@ -9,35 +9,20 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format.entropy import aligned
+from codecssl.tokenize.measure.entropies import conditional_entropy, corrected_entropy
+from codecssl.tokenize.measure.stats_sample import MAX_CODES, Sample, take_sample
 from codecssl.tokenize.shards import Shards, Utterance
 
-MAX_CODES = 1 << 24
-"""Codes that are counted, at most."""
-FOLDS = 10
-"""Of utterances: the last is measured, the one before it sets the smoothing, the others are counted."""
-SMOOTHING = (1, 3, 10, 30, 100, 300, 1000, 3000)
 FLAC_FILES = 32
 FLAC_SECONDS = 120.0
 """Longer utterances are not taken for the comparison with FLAC."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Evenly spaced utterances of a dataset."""
-
-    planes: list[NDArray[np.integer]]
-    """Per codebook, the codes of all of them one after another."""
-    frames: NDArray[np.int64]
-    """Of each."""
 
 
 def stats(root: Path, *, plot: Path | None = None, max_codes: int = MAX_CODES) -> dict[str, Any]:
@@ -78,7 +63,7 @@ def stats(root: Path, *, plot: Path | None = None, max_codes: int = MAX_CODES) -
         "codebooks": [codebook(k, sample, size) for k, size in enumerate(card.codebook_sizes)],
     }
     if plot is not None:
-        from codecssl.tokenize.measure.stats_plot import draw
+        from codecssl.tokenize.measure.stats_plot import draw  # imports matplotlib
 
         draw(plot, found, sample, shards)
     return found
@@ -114,16 +99,6 @@ def _codebook_line(k: int, book: dict[str, Any]) -> str:
     return f"codebook {k:<6}  {used:<14}  {book['perplexity']:<12.1f}  {text('entropy_bits'):<6}  {known}"
 
 
-def take_sample(shards: Shards, max_codes: int = MAX_CODES) -> Sample:
-    """Evenly spaced utterances that have about `max_codes` codes together."""
-    total = int(shards.frames.sum(dtype=np.int64)) * shards.card.num_rows
-    step = max(1, -(-total // max_codes))
-    picks = range(0, len(shards), step)
-    pieces = [shards.planes(index) for index in picks]
-    planes = [np.concatenate(p) for p in zip(*pieces)] or [np.zeros(0, np.uint16)] * shards.num_codebooks
-    return Sample(list(planes), np.asarray(shards.frames[::step], dtype=np.int64))
-
-
 def codebook(k: int, sample: Sample, size: int) -> dict[str, Any]:
     """How one codebook is used: how many entries, and what its codes tell, alone and given what is known before."""
     plane = sample.planes[k].astype(np.int64)
@@ -145,48 +120,6 @@ def codebook(k: int, sample: Sample, size: int) -> dict[str, Any]:
         "bits_given_previous": before,
         "bits_given_coarser": coarser,
     }
-
-
-# ---------------------------------------------------------------- entropies
-
-
-def entropy(counts: NDArray[np.integer]) -> float:
-    """Order-0 entropy in bits of a histogram itself; 0 for an empty one."""
-    p = counts[counts > 0] / max(counts.sum(), 1)
-    return float(-(p * np.log2(p)).sum()) + 0.0
-
-
-def corrected_entropy(counts: NDArray[np.integer]) -> float:
-    """Order-0 entropy in bits of what a histogram is a sample of (Miller and Madow)."""
-    used, total = int((counts > 0).sum()), int(counts.sum())
-    return entropy(counts) + max(used - 1, 0) / (2 * max(total, 1) * np.log(2))
-
-
-def conditional_entropy(
-    codes: NDArray[np.int64], contexts: NDArray[np.int64], utterance: NDArray[np.int64], size: int
-) -> float | None:
-    """Bits a code takes given its context, of utterances that were not counted; None where there are too few.
-
-    codes, contexts, utterance (its number): [n]. p(v | c) = (n(c, v) + a q(v)) / (n(c) + a), q order-0; a is chosen on
-    a tenth of the utterances, and the result is of another tenth.
-    """
-    fold = utterance % FOLDS
-    if not all((fold == part).any() for part in range(FOLDS - 2, FOLDS)):
-        return None
-    known, keys = fold < FOLDS - 2, contexts * size + codes
-    pairs, pair_counts = np.unique(keys[known], return_counts=True)
-    context_counts = np.bincount(contexts[known], minlength=int(contexts.max()) + 1)
-    whole = np.bincount(codes[known], minlength=size) + 0.5
-    whole /= whole.sum()
-
-    def bits(part: NDArray[np.bool_], smoothing: float) -> float:
-        place = np.minimum(np.searchsorted(pairs, keys[part]), len(pairs) - 1)
-        seen = np.where(pairs[place] == keys[part], pair_counts[place], 0)
-        p = (seen + smoothing * whole[codes[part]]) / (context_counts[contexts[part]] + smoothing)
-        return float(-np.log2(p).mean())
-
-    best = min(SMOOTHING, key=lambda smoothing: bits(fold == FOLDS - 2, smoothing))
-    return bits(fold == FOLDS - 1, best)
 
 
 # ---------------------------------------------------------------- FLAC

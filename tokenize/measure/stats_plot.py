@@ -10,7 +10,7 @@ import numpy as np
 from codecssl.tokenize.common.errors import UserError
 
 if TYPE_CHECKING:
-    from codecssl.tokenize.measure.stats import Sample
+    from codecssl.tokenize.measure.stats_sample import Sample
     from codecssl.tokenize.shards import Shards
 
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from codecssl.tokenize.common.errors import UserError, one_line
-from codecssl.tokenize.sources.inputs import Held, open_file
+from codecssl.tokenize.sources.open_audio import Held, open_file
 
 
 @lru_cache(maxsize=16)

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
-import os
 import re
 from array import array
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from codecssl.tokenize.common.errors import UserError
-
-HELD_BYTES = 1 << 25
-"""Files up to this size are read at once: hashing and decoding them asks the disk once."""
+from codecssl.tokenize.sources.open_audio import Held, open_file
 
 QUERY = re.compile(r"\?(?=[a-z]+=)")
 
@@ -60,7 +55,7 @@ class Input:
         if self.data is not None:
             return Held(self.data, self.path)
         if self.row is not None:
-            from codecssl.tokenize.sources.arrow_audio import open_row
+            from codecssl.tokenize.sources.arrow_audio import open_row  # imports pyarrow
 
             return open_row(self.file, str(self.column), self.row, self.path)
         if "://" in self.file:
@@ -76,69 +71,6 @@ class Input:
         if any(part is not None for part in place):  # plain files have the digest that they always had
             parts.append(place)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).digest()
-
-
-# ---------------------------------------------------------------- opening
-
-
-class Held(io.BytesIO):
-    """A file in memory."""
-
-    def __init__(self, data: bytes, name: str) -> None:
-        super().__init__(data)
-        self.name = name
-
-
-def open_file(file: str, name: str, offset: int | None = None, size: int | None = None) -> BinaryIO:
-    """`file`, or `size` bytes of it from `offset`, as a binary file of its own. Raises UserError."""
-    try:
-        with ExitStack() as stack:
-            opened = stack.enter_context(open(file, "rb"))
-            if offset is None or size is None:
-                offset, size = 0, os.fstat(opened.fileno()).st_size
-            if size > HELD_BYTES:
-                window = io.BufferedReader(Window(opened, name, offset, size), 1 << 20)
-                stack.pop_all()
-                return window
-            opened.seek(offset)
-            data = opened.read(size)
-    except OSError as error:
-        raise UserError(f"cannot read: {error.strerror}") from error
-    except ValueError as error:  # a name that no file can have
-        raise UserError(f"cannot read: {error}") from error
-    if len(data) < size:
-        raise UserError(f"cannot read: {file} ends {size - len(data)} bytes before {name} does")
-    return Held(data, name)
-
-
-class Window(io.RawIOBase):
-    """`size` bytes of an open file from `offset`, as a file. Closes the file with itself."""
-
-    def __init__(self, file: BinaryIO, name: str, offset: int, size: int) -> None:
-        self.file, self.name, self.offset, self.size, self.position = file, name, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
-        self.position = max(0, base + offset)
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), max(0, self.size - self.position))
-        self.file.seek(self.offset + self.position)
-        data = self.file.read(wanted)
-        buffer[: len(data)] = data
-        self.position += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
 
 
 # ---------------------------------------------------------------- names, labels, options

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.measure.entropies import CountModel
 from codecssl.tokenize.write_codes import Item, write_shards
 
 Codes = np.ndarray
@@ -44,40 +45,22 @@ def cross_entropy_bits(train: Sequence[Codes], held_out: Sequence[Codes], sizes:
     inner = [codes for i, codes in enumerate(train) if i % 10 or len(train) < 10]
     chosen = [codes for i, codes in enumerate(train) if i % 10 == 0]
     bits = 0.0
-    for k in range(len(sizes)):
-        best = min(SMOOTHING, key=lambda a: Model(inner, k, sizes, a).bits(chosen))
-        bits += Model(train, k, sizes, best).bits(held_out)
+    for k, size in enumerate(sizes):
+        model = CountModel(*contexts_and_codes(inner, k, sizes), size)
+        pairs = contexts_and_codes(chosen, k, sizes)
+        best = min(SMOOTHING, key=lambda a: float(model.bits(*pairs, a).sum()))
+        model = CountModel(*contexts_and_codes(train, k, sizes), size)
+        bits += float(model.bits(*contexts_and_codes(held_out, k, sizes), best).sum())
     return bits
 
 
-class Model:
-    """Probabilities of codebook k's codes given their context, from counts."""
-
-    def __init__(self, utterances: Sequence[Codes], k: int, sizes: Sequence[int], smoothing: float) -> None:
-        self.k, self.sizes, self.smoothing = k, sizes, smoothing
-        contexts, codes = self._flat(utterances)
-        size = sizes[k]
-        self.pairs = np.bincount(contexts * size + codes, minlength=(self._contexts()) * size).reshape(-1, size)
-        whole = np.bincount(codes, minlength=size) + 0.5
-        self.whole = whole / whole.sum()
-
-    def _contexts(self) -> int:
-        return self.sizes[self.k - 1] if self.k else self.sizes[0] + 1  # one more: nothing before
-
-    def _flat(self, utterances: Sequence[Codes]) -> tuple[np.ndarray, np.ndarray]:
-        rows = [u.astype(np.int64) for u in utterances]
-        if self.k:
-            known = [u[self.k - 1] for u in rows]
-        else:
-            known = [np.concatenate([[self.sizes[0]], u[0, :-1]]) for u in rows]
-        empty = [np.zeros(0, np.int64)]
-        return np.concatenate(known + empty), np.concatenate([u[self.k] for u in rows] + empty)
-
-    def bits(self, utterances: Sequence[Codes]) -> float:
-        contexts, codes = self._flat(utterances)
-        a = self.smoothing
-        p = (self.pairs[contexts, codes] + a * self.whole[codes]) / (self.pairs.sum(axis=1)[contexts] + a)
-        return float(-np.log2(p).sum())
+def contexts_and_codes(utterances: Sequence[Codes], k: int, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Contexts and codes [n] of codebook k, all utterances one after another."""
+    rows = [u.astype(np.int64) for u in utterances]
+    start = [sizes[0]]  # the context of an utterance's first code
+    contexts = [u[k - 1] if k else np.concatenate([start, u[0, :-1]]) for u in rows]
+    empty = [np.zeros(0, np.int64)]
+    return np.concatenate(contexts + empty), np.concatenate([u[k] for u in rows] + empty)
 
 
 # ---------------------------------------------------------------- stored

@@ -13,6 +13,7 @@ from codecssl.superb import results, tasks
 from codecssl.superb.reporting import superb_score, svg_charts, tables
 from codecssl.superb.reporting.comparison import Cell
 from codecssl.superb.reporting.web_page import html
+from codecssl.superb.reporting.write import write
 from codecssl.tokenize.common.errors import UserError
 
 
@@ -239,7 +240,7 @@ def test_ticks_cover_the_range_in_round_steps() -> None:
 def test_write_and_load(tmp_path: Path) -> None:
     for number, each in enumerate(rows()):
         results.write_json(tmp_path / "runs" / "tiny" / "ks" / str(number) / "result.json", each)
-    paths = tables.write(tables.load([tmp_path]), tmp_path)
+    paths = write(tables.load([tmp_path]), tmp_path)
     assert [path.name for path in paths] == ["report.md", "report.html"]
     assert "| tiny − codes | +20.0 | -5.0 |" in paths[0].read_text()
     assert len(results.publish(tmp_path)) == 8

@@ -22,8 +22,9 @@ from codecssl.superb.task_codec.heads import ClassHead, CtcHead, errors
 from codecssl.superb.task_codec.rates.table import markdown, summary
 from codecssl.superb.task_codec.training import distillation
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.config import TokenizeConfig
 from codecssl.tokenize.registry import load_codec
-from codecssl.tokenize.run import RunConfig, run
+from codecssl.tokenize.run import run
 from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.sources.audio import read_wave
 from codecssl.tokenize.write_codes import write_shards
@@ -54,7 +55,7 @@ def manifest(corpus, tmp_path_factory):
 @pytest.fixture(scope="module")
 def shards(manifest, tmp_path_factory):
     output = tmp_path_factory.mktemp("shards") / "tokens"
-    run(RunConfig(sources=(str(manifest),), output=output, workers=0))
+    run(TokenizeConfig(sources=(str(manifest),), output=output, workers=0))
     return output
 
 
@@ -75,7 +76,7 @@ def test_codec_answers_from_shards_as_from_audio(made, manifest, tmp_path):
     """Wave -> codec -> head, and wave -> shards -> head; also the model's own states through the bottleneck."""
     folder, description, _ = made
     assert description["training"]["rate"] == "100 bit/s (1 x 256 at 12.5 Hz)"
-    run(RunConfig(sources=(str(manifest),), codec=str(folder), output=tmp_path / "s", workers=0))
+    run(TokenizeConfig(sources=(str(manifest),), codec=str(folder), output=tmp_path / "s", workers=0))
     tokens, codec, whole = Shards(tmp_path / "s"), load_codec(str(folder)), load(folder)
     assert tokens.card.bits_per_second == 100
     assert float(tokens.card.frame_rate) == 12.5

@@ -12,11 +12,12 @@ import soundfile
 
 from codecssl.tokenize.backends import table
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.config import TokenizeConfig
 from codecssl.tokenize.format.layout import load_json, sealed
 from codecssl.tokenize.format.writer import to_json
 from codecssl.tokenize.integrity.repair import repair
 from codecssl.tokenize.integrity.verify import verify
-from codecssl.tokenize.run import RunConfig, run
+from codecssl.tokenize.run import run
 from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.write_codes import write_shards
 
@@ -36,7 +37,7 @@ def audio(tmp_path):
 
 
 def config(audio, output, **changes):
-    return RunConfig(
+    return TokenizeConfig(
         **dict(sources=(str(audio),), output=output, codec="hash_16khz", workers=0, shard_inputs=4, block_inputs=2)
         | changes
     )

@@ -11,11 +11,12 @@ import soundfile
 from helpers import card
 
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.config import TokenizeConfig
 from codecssl.tokenize.format.layout import load_json, sealed
 from codecssl.tokenize.format.records import EncodedUtterance, Failure
 from codecssl.tokenize.format.writer import ShardWriter, finish_dataset, to_json
 from codecssl.tokenize.integrity.verify import examine, verify
-from codecssl.tokenize.run import RunConfig, run
+from codecssl.tokenize.run import run
 from codecssl.tokenize.shards import Shards
 
 CARD = card((1000, 1024, 16), (1, 1, 2))
@@ -242,7 +243,7 @@ def test_memory_does_not_grow_with_the_shards(tmp_path):
 
 @pytest.fixture
 def encoded(audio_folder, tmp_path, codec_file):
-    config = RunConfig(
+    config = TokenizeConfig(
         sources=(str(audio_folder),), output=tmp_path / "out", codec=str(codec_file), workers=0, shard_inputs=6
     )
     run(config)
@@ -291,7 +292,7 @@ def test_codes_of_other_audio_are_a_damage(audio_folder, encoded, tmp_path, monk
     monkeypatch.setattr(encode, "encode_heard", lambda codec, heard: list(shifted(codec, heard)))
     plan = json.loads((encoded / "plan.json").read_text())
     config = dict(sources=(str(audio_folder),), codec=plan["codec"]["weights"], workers=0)
-    run(RunConfig(output=tmp_path / "wrong", **config))
+    run(TokenizeConfig(output=tmp_path / "wrong", **config))
     monkeypatch.setattr(encode, "encode_heard", real)
     assert verify(tmp_path / "wrong") == []
     [damage] = examine(tmp_path / "wrong", sample=99).damages

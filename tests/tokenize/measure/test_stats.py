@@ -10,7 +10,9 @@ from helpers import card
 
 from codecssl.tokenize.format.records import EncodedUtterance
 from codecssl.tokenize.format.writer import ShardWriter, finish_dataset
-from codecssl.tokenize.measure.stats import conditional_entropy, corrected_entropy, entropy, lines, stats, take_sample
+from codecssl.tokenize.measure.entropies import conditional_entropy, corrected_entropy, entropy
+from codecssl.tokenize.measure.stats import lines, stats
+from codecssl.tokenize.measure.stats_sample import take_sample
 from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.write_codes import write_shards
 

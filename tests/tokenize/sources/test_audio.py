@@ -14,7 +14,7 @@ import soxr
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.sources import audio
 from codecssl.tokenize.sources.audio import AudioReader, read_wave, sha256_of
-from codecssl.tokenize.sources.inputs import Held
+from codecssl.tokenize.sources.open_audio import Held
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

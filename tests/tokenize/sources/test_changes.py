@@ -10,8 +10,9 @@ import pytest
 import soundfile
 
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.config import TokenizeConfig
 from codecssl.tokenize.integrity.repair import repair
-from codecssl.tokenize.run import RunConfig, Stopped, run
+from codecssl.tokenize.run import Stopped, run
 from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.sources import changes as unchanged
 
@@ -36,7 +37,7 @@ def audio(tmp_path):
 def config(audio, tmp_path):
     def config(**changes):
         defaults = dict(sources=(str(audio),), output=tmp_path / "out", codec="hash_16khz", workers=0)
-        return RunConfig(**defaults | dict(shard_inputs=4, block_inputs=2) | changes)
+        return TokenizeConfig(**defaults | dict(shard_inputs=4, block_inputs=2) | changes)
 
     return config
 

@@ -7,8 +7,9 @@ import random
 import pytest
 
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.sources import inputs
-from codecssl.tokenize.sources.inputs import Input, Seen, open_file, split_options
+from codecssl.tokenize.sources import open_audio
+from codecssl.tokenize.sources.inputs import Input, Seen, split_options
+from codecssl.tokenize.sources.open_audio import open_file
 
 CONTENT = bytes(range(256)) * 20
 
@@ -20,7 +21,7 @@ def item(**changes):
 @pytest.mark.parametrize("held", [1 << 20, 10])
 @pytest.mark.parametrize(("offset", "size"), [(None, None), (0, 5120), (100, 1000), (5119, 1)])
 def test_a_part_of_a_file_behaves_as_a_file_of_its_own(tmp_path, monkeypatch, held, offset, size):
-    monkeypatch.setattr(inputs, "HELD_BYTES", held)
+    monkeypatch.setattr(open_audio, "HELD_BYTES", held)
     (tmp_path / "x").write_bytes(CONTENT)
     part = CONTENT if offset is None else CONTENT[offset : offset + size]
     ours, plain = open_file(str(tmp_path / "x"), "name.mp3", offset, size), io.BytesIO(part)

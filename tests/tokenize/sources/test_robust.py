@@ -9,8 +9,9 @@ import soundfile
 from helpers import HASHCODEC
 
 from codecssl.tokenize.backends import table
+from codecssl.tokenize.config import TokenizeConfig
 from codecssl.tokenize.integrity.verify import verify
-from codecssl.tokenize.run import RunConfig, run
+from codecssl.tokenize.run import run
 from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.sources.audio import EXTENSIONS
 
@@ -23,7 +24,7 @@ def dataset(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(table.BACKENDS, "hash_16khz", HASHCODEC)
         output = tmp_path_factory.mktemp("robust") / "out"
-        run(RunConfig(sources=(str(FOLDER),), output=output, codec="hash_16khz", workers=0))
+        run(TokenizeConfig(sources=(str(FOLDER),), output=output, codec="hash_16khz", workers=0))
     return output
 
 

@@ -16,7 +16,7 @@ import soundfile
 import webdataset
 
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.sources import inputs as inputs_module
+from codecssl.tokenize.sources import open_audio
 from codecssl.tokenize.sources.audio import read_wave, sha256_of
 from codecssl.tokenize.sources.sources import read_sources
 
@@ -95,7 +95,7 @@ def test_a_fresh_process_reads_by_offset_and_size(tars, read_elsewhere):
 def test_a_large_member_is_read_through_a_window(tars, monkeypatch):
     item = found(f"wds:{tars}/train-000.tar")[1]
     whole = read_wave(item.open(), 16_000)
-    monkeypatch.setattr(inputs_module, "HELD_BYTES", 100)
+    monkeypatch.setattr(open_audio, "HELD_BYTES", 100)
     with item.open() as file:
         assert not isinstance(file, io.BytesIO)
         assert np.array_equal(read_wave(file, 16_000), whole)

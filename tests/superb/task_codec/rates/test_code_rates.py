@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from codecssl.superb.task_codec.rates.code_rates import Model, costs, cross_entropy_bits, stored_bits
+from codecssl.superb.task_codec.rates.code_rates import contexts_and_codes, costs, cross_entropy_bits, stored_bits
 from codecssl.superb.task_codec.rates.points import code_card
+from codecssl.tokenize.measure.entropies import CountModel
 
 
 def test_model_equals_a_loop():
@@ -26,13 +27,15 @@ def test_model_equals_a_loop():
             seen = sum(n for (c, _), n in counts.items() if c == context)
             p = (counts.get((context, code), 0) + a * whole[code] / sum(whole)) / (seen + a)
             bits -= math.log2(p)
-        assert Model(train, k, (4, 4), a).bits(test) == pytest.approx(bits, rel=1e-12)
+        model = CountModel(*contexts_and_codes(train, k, (4, 4)), 4)
+        found = model.bits(*contexts_and_codes(test, k, (4, 4)), a)
+        assert found.sum() == pytest.approx(bits, rel=1e-12)
 
 
 def test_probabilities_sum_to_one():
     train = [np.random.default_rng(1).integers(0, 5, (1, 50))]
-    model = Model(train, 0, (5,), 3.0)
-    total = sum(2 ** -model.bits([np.array([[2, v]])]) / 2 ** -model.bits([np.array([[2]])]) for v in range(5))
+    model = CountModel(*contexts_and_codes(train, 0, (5,)), 5)
+    total = (2 ** -model.bits(np.full(5, 2), np.arange(5), 3.0)).sum()
     assert total == pytest.approx(1.0)
 
 

@@ -1,0 +1,44 @@
+"""Settings of a tokenization run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from codecssl.tokenize.common.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeConfig:
+    """Settings of `codecssl-tokenize run`. Raises UserError for values out of range."""
+
+    sources: tuple[str, ...]
+    output: Path
+    codec: str = "tiny_16khz"
+    num_codebooks: int | None = None
+    device: str = "cpu"
+    tasks: int = 1
+    task: int = 0
+    workers: int | None = None
+    """Processes that read and, on a CPU, encode; None is one per core, 0 works in this process."""
+    compress: bool = False
+    """Entropy-code the shards, losslessly."""
+    mel_bands: int | None = None
+    """Store a log-mel plane of so many bands next to the codes."""
+    shard_inputs: int = 8192
+    """Inputs per shard."""
+    block_inputs: int = 2048
+    """Inputs per block, at most: a kill loses a block at most."""
+    block_seconds: float = 7200.0
+    """A block is closed early when it holds this much audio."""
+
+    def __post_init__(self) -> None:
+        if self.tasks < 1 or not 0 <= self.task < self.tasks:
+            raise UserError(f"task {self.task} of {self.tasks}: --task counts from 0 to --tasks - 1")
+        if self.mel_bands is not None and not 1 <= self.mel_bands <= 256:
+            raise UserError(f"--with-mel {self.mel_bands}: must be from 1 to 256 bands")
+        for name in ("shard_inputs", "block_inputs", "block_seconds"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} {getattr(self, name)}: must be above 0")
+        if self.workers is not None and self.workers < 0:
+            raise UserError(f"workers {self.workers}: must be 0 or more")
