@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -86,6 +87,13 @@ def wheel(tmp_path_factory):
     subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=300)
     [path] = folder.glob("*.whl")
     return path
+
+
+def test_every_folder_with_sources_is_a_listed_package():
+    """Else a wheel lacks the folder; and a listed folder that is gone breaks the build."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for stage in STAGES for path in (ROOT / stage).rglob("*.py")}
+    assert set(settings["packages"]) == {"codecssl." + ".".join(folder.parts) for folder in folders}
 
 
 def test_a_regular_install_holds_every_tracked_file_of_the_stages(wheel):

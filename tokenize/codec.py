@@ -150,7 +150,7 @@ class Encoded:
 class StreamEncoder(Protocol):
     """Encode one utterance piece by piece in bounded memory. The codes do not depend on how the wave is cut.
 
-    `backends.chunked_stream.ChunkedStream` is a base class for implementations.
+    `backends.parts.chunked_stream.ChunkedStream` is a base class for implementations.
     """
 
     @property

@@ -68,7 +68,7 @@ def load_codec(name_or_path: str, *, num_codebooks: int | None = None, device: s
     num_codebooks keeps the first (coarsest) codebooks; the default is the backend's own.
     Raises UserError for an unknown name, missing weights, a count out of range, or a device that is not available.
     """
-    from codecssl.tokenize.backends.weights import download, is_url, local
+    from codecssl.tokenize.backends.parts.weights import download, is_url, local
 
     check_device(device)
     name, _, path = name_or_path.partition("@")

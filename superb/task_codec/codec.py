@@ -20,9 +20,9 @@ from torch import Tensor
 
 from codecssl.superb.task_codec.codec_folder import Compressed
 from codecssl.superb.task_codec.codec_folder import load as load_folder
-from codecssl.tokenize.backends.card_fields import versions
-from codecssl.tokenize.backends.chunked_stream import ChunkedStream
-from codecssl.tokenize.backends.precision import full_precision
+from codecssl.tokenize.backends.parts.card_fields import versions
+from codecssl.tokenize.backends.parts.chunked_stream import ChunkedStream
+from codecssl.tokenize.backends.parts.precision import full_precision
 from codecssl.tokenize.codec import Codec, CodecCard, Encoded, keep_codebooks
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.hashing import file_sha256

@@ -24,7 +24,7 @@ from codecssl.superb.task_codec.heads import HEADS
 from codecssl.superb.task_codec.rvq import RvqConfig
 from codecssl.superb.task_codec.states import Kept, Source, after, batched, whole_model
 from codecssl.superb.task_codec.training import Training, load_state, save_state
-from codecssl.tokenize.backends.weights import local
+from codecssl.tokenize.backends.parts.weights import local
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.shards import Shards
 

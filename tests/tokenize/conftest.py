@@ -11,7 +11,8 @@ import pytest
 import soundfile
 from helpers import HASHCODEC, wave
 
-from codecssl.tokenize.backends import table, tiny_16khz, weights
+from codecssl.tokenize.backends import table, tiny_16khz
+from codecssl.tokenize.backends.parts import weights
 
 
 def speechlike(seconds, rate, seed):

@@ -33,7 +33,7 @@ MODULE = '''
 
 import torch
 
-from codecssl.tokenize.backends.chunked_stream import ChunkedStream
+from codecssl.tokenize.backends.parts.chunked_stream import ChunkedStream
 from codecssl.tokenize.codec import Backend, CodecCard, encode_each
 
 TOY = Backend(module="toy_codec", summary="a toy", weights="none needed", model_type="toy")

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codecssl.tokenize.backends.card_fields import policies, versions
-from codecssl.tokenize.backends.chunked_stream import ChunkedStream
-from codecssl.tokenize.backends.precision import full_precision
-from codecssl.tokenize.backends.seanet import Decoder, Encoder
-from codecssl.tokenize.backends.seanet_layers import Lane
-from codecssl.tokenize.backends.weights import fill, load_pretrained, state_sha256, th_file
+from codecssl.tokenize.backends.parts.card_fields import policies, versions
+from codecssl.tokenize.backends.parts.chunked_stream import ChunkedStream
+from codecssl.tokenize.backends.parts.precision import full_precision
+from codecssl.tokenize.backends.parts.seanet import Decoder, Encoder
+from codecssl.tokenize.backends.parts.seanet_layers import Lane
+from codecssl.tokenize.backends.parts.weights import fill, load_pretrained, state_sha256, th_file
 from codecssl.tokenize.codec import CodecCard, Encoded, keep_codebooks
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.hashing import file_sha256

@@ -22,11 +22,11 @@ from encodec.model import EncodecModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codecssl.tokenize.backends.card_fields import policies, versions
-from codecssl.tokenize.backends.chunked_stream import ChunkedStream
 from codecssl.tokenize.backends.encodec_48khz_layers import Layers, layers_of
-from codecssl.tokenize.backends.precision import full_precision
-from codecssl.tokenize.backends.weights import fill, load_pretrained, state_sha256, th_file
+from codecssl.tokenize.backends.parts.card_fields import policies, versions
+from codecssl.tokenize.backends.parts.chunked_stream import ChunkedStream
+from codecssl.tokenize.backends.parts.precision import full_precision
+from codecssl.tokenize.backends.parts.weights import fill, load_pretrained, state_sha256, th_file
 from codecssl.tokenize.codec import CodecCard, Encoded, keep_codebooks
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.hashing import file_sha256

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from codecssl.tokenize.backends.card_fields import policies, versions
-from codecssl.tokenize.backends.chunked_stream import ChunkedStream
+from codecssl.tokenize.backends.parts.card_fields import policies, versions
+from codecssl.tokenize.backends.parts.chunked_stream import ChunkedStream
 from codecssl.tokenize.backends.table import BACKENDS
 from codecssl.tokenize.codec import CodecCard, Encoded, encode_each, keep_codebooks
 from codecssl.tokenize.common.errors import UserError

@@ -19,10 +19,10 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codecssl.tokenize.backends.card_fields import policies, versions
-from codecssl.tokenize.backends.chunked_stream import ChunkedStream
-from codecssl.tokenize.backends.precision import full_precision
-from codecssl.tokenize.backends.weights import load_pretrained, state_sha256
+from codecssl.tokenize.backends.parts.card_fields import policies, versions
+from codecssl.tokenize.backends.parts.chunked_stream import ChunkedStream
+from codecssl.tokenize.backends.parts.precision import full_precision
+from codecssl.tokenize.backends.parts.weights import load_pretrained, state_sha256
 from codecssl.tokenize.codec import CodecCard, Encoded, encode_each, keep_codebooks
 from codecssl.tokenize.common.errors import UserError
 

@@ -18,7 +18,7 @@ from codecssl.tokenize.backends import encodec, tiny_16khz
 from codecssl.tokenize.codec import Codec
 from codecssl.tokenize.codec_training.train import is_held_out
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.measure.stats import entropy
+from codecssl.tokenize.measure.entropies import entropy
 from codecssl.tokenize.registry import load_codec
 from codecssl.tokenize.sources.audio import read_wave
 from codecssl.tokenize.sources.manifest import read_rows

@@ -11,7 +11,7 @@ from encodec.quantization.vq import ResidualVectorQuantizer
 from torch.nn import functional as F
 
 from codecssl.tokenize.backends import encodec, tiny_16khz
-from codecssl.tokenize.backends.seanet_layers import Lane
+from codecssl.tokenize.backends.parts.seanet_layers import Lane
 from codecssl.tokenize.codec import CodecCard, Reference
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.registry import load_codec

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from codecssl.tokenize.backends.chunked_stream import ChunkedStream
-from codecssl.tokenize.backends.precision import full_precision
+from codecssl.tokenize.backends.parts.chunked_stream import ChunkedStream
+from codecssl.tokenize.backends.parts.precision import full_precision
 from codecssl.tokenize.codec import CodecCard
 
 Kept = dict[Any, Tensor]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codecssl.tokenize.backends.precision import full_precision
-from codecssl.tokenize.backends.seanet_layers import Arena, Convolution, Lane, Recurrence, stages_of
+from codecssl.tokenize.backends.parts.precision import full_precision
+from codecssl.tokenize.backends.parts.seanet_layers import Arena, Convolution, Lane, Recurrence, stages_of
 from codecssl.tokenize.common.errors import UserError
 
 WIDTHS = (2, 4, 8, 12, 16, 24, 32)

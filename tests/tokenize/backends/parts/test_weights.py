@@ -2,7 +2,7 @@
 
 import pytest
 
-from codecssl.tokenize.backends import weights
+from codecssl.tokenize.backends.parts import weights
 from codecssl.tokenize.common.errors import UserError
 
 
