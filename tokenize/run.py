@@ -36,7 +36,9 @@ STDIN = "stdin.jsonl"
 SIZES = ("shard_inputs", "block_inputs", "block_seconds")
 
 
-def open_plan(config: TokenizeConfig, card: CodecCard, inputs: int | None, mel: MelSpec | None = None) -> dict[str, Any]:
+def open_plan(
+    config: TokenizeConfig, card: CodecCard, inputs: int | None, mel: MelSpec | None = None
+) -> dict[str, Any]:
     """Read or write plan.json: all that every task of a dataset must agree on.
 
     Raises UserError when the folder was begun with another codec, other sources or other sizes.
