@@ -20,21 +20,30 @@ for; `side` is a folder with the small lists that come from elsewhere:
 from collections.abc import Callable
 from pathlib import Path
 
-from codecssl.superb.corpora import layouts_text, layouts_voices, layouts_words
+from codecssl.superb.corpora import (
+    audio_snips,
+    fluent,
+    iemocap,
+    libri2mix,
+    librispeech,
+    quesst14,
+    speech_commands,
+    voxceleb1,
+)
 from codecssl.superb.corpora.place import Place, Row
 from codecssl.tokenize.common.errors import UserError
 
 READERS: dict[str, Callable[[Place], list[Row]]] = {
-    "pr": layouts_text.pr_rows,
-    "asr": layouts_text.asr_rows,
-    "ks": layouts_words.ks_rows,
-    "qbe": layouts_words.qbe_rows,
-    "sid": layouts_voices.sid_rows,
-    "asv": layouts_voices.asv_rows,
-    "sd": layouts_voices.sd_rows,
-    "ic": layouts_words.ic_rows,
-    "sf": layouts_text.sf_rows,
-    "er": layouts_voices.er_rows,
+    "pr": librispeech.pr_rows,
+    "asr": librispeech.asr_rows,
+    "ks": speech_commands.ks_rows,
+    "qbe": quesst14.qbe_rows,
+    "sid": voxceleb1.sid_rows,
+    "asv": voxceleb1.asv_rows,
+    "sd": libri2mix.sd_rows,
+    "ic": fluent.ic_rows,
+    "sf": audio_snips.sf_rows,
+    "er": iemocap.er_rows,
 }
 WITHOUT = {"asv": {"valid"}, "qbe": {"train"}}
 """Splits that a task has none of, as in SUPERB."""
@@ -54,6 +63,6 @@ def official_rows(task: str, root: Path, side: Path | None = None) -> list[Row]:
     return rows
 
 
-def official_trials(root: Path, side: Path | None = None) -> list[layouts_voices.Trial]:
+def official_trials(root: Path, side: Path | None = None) -> list[voxceleb1.Trial]:
     """SUPERB's verification trials: (1 for the same speaker or 0, path, path), paths as in `official_rows`."""
-    return layouts_voices.asv_trials(Place(root=Path(root), side=side))
+    return voxceleb1.asv_trials(Place(root=Path(root), side=side))

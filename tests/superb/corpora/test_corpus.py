@@ -151,7 +151,7 @@ def test_trials_are_part_of_verifications_identity_only(tmp_path: Path) -> None:
 
 
 def test_an_official_layout_needs_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows and trials come from `layouts`; the identity holds the rows with paths under the root."""
+    """Rows and trials come from `official`; the identity holds the rows with paths under the root."""
     from codecssl.superb.corpora import official
     from codecssl.superb.corpora.asv_trials import Trial, trials_of
 

@@ -1,0 +1,56 @@
+"""Libri2Mix as rows, for sd."""
+
+from pathlib import Path
+
+from codecssl.superb.corpora.place import Place, Row, check_files, make_row, read_lines
+from codecssl.tokenize.common.errors import UserError
+
+KALDI_FILES = ("wav.scp", "segments", "utt2spk", "reco2dur")
+
+
+def sd_rows(place: Place) -> list[Row]:
+    """Libri2Mix's mixtures from Kaldi folders train, dev and test: `segments` (speaker, start, end), `seconds`."""
+    folders = [place.root, place.root / "data", place.root / "Libri2Mix", place.root / "Libri2Mix" / "data"]
+    folders = [place.side, place.side / "data", *folders] if place.side else folders
+    kaldi = [f for f in folders if all((f / part / "segments").is_file() for part in ("train", "dev", "test"))]
+    if not kaldi:
+        raise UserError(
+            f"train/segments, dev/segments and test/segments: not in {', '.join(map(str, folders))}; SUPERB's "
+            "fork of LibriMix writes them (s3prl/LibriMix, scripts/prepare_diarization.py); give --side their folder"
+        )
+    parts = (("train", "train"), ("valid", "dev"), ("test", "test"))
+    return [row for split, part in parts for row in _kaldi(place, split, kaldi[0] / part)]
+
+
+def _kaldi(place: Place, split: str, folder: Path) -> list[Row]:
+    waves, durations, speakers = (_table(folder / name) for name in ("wav.scp", "reco2dur", "utt2spk"))
+    segments: dict[str, list[Row]] = {name: [] for name in waves}
+    for line in read_lines(folder / "segments"):
+        try:
+            utterance, name, start, end = line.split()
+            segments[name].append({"speaker": speakers[utterance], "start": float(start), "end": float(end)})
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{folder}/segments: {line!r} does not fit wav.scp and utt2spk ({error})") from error
+    paths = {name: _moved(place, Path(wave)) for name, wave in waves.items()}
+    check_files(paths.values(), folder / "wav.scp")
+    return [
+        make_row("sd", split, paths[name], id=name, seconds=float(durations[name]), segments=segments[name])
+        for name in waves
+    ]
+
+
+def _table(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise UserError(f"{path}: not there; a Kaldi folder has {', '.join(KALDI_FILES)}")
+    entries = [line.strip().split(maxsplit=1) for line in read_lines(path)]
+    return {entry[0]: entry[-1] for entry in entries}
+
+
+def _moved(place: Place, wave: Path) -> Path:
+    """The file of wav.scp; where it is gone, the one under root whose path ends the same from wav16k on."""
+    if not wave.is_file() and "wav16k" in wave.parts:
+        tail = Path(*wave.parts[wave.parts.index("wav16k") :])
+        for folder in (place.root, place.root / "Libri2Mix"):
+            if (folder / tail).is_file():
+                return (folder / tail).absolute()
+    return wave.absolute()

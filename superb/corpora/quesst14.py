@@ -1,0 +1,53 @@
+"""QUESST14 as rows, for qbe."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from codecssl.superb.corpora.place import Place, Row, check_files, make_row, read_lines
+from codecssl.tokenize.common.errors import UserError
+
+ENGLISH = "nnenglish"  # the part of QUESST14 that SUPERB uses
+
+
+def qbe_rows(place: Place) -> list[Row]:
+    """QUESST14's English part: `role` query has `query`, its own id; `role` document has `queries`, those it holds.
+
+    Development queries are valid, evaluation queries test. Both search the same documents, so a document has
+    two rows, of which each knows the queries of its split.
+    """
+    corpus = place.corpus("QUESST14", ("quesst14Database",), ("scoring", "Audio"))
+    documents = _listed(corpus, "language_key_utterances.lst")
+    rows = []
+    for split, part in (("valid", "dev"), ("test", "eval")):
+        queries, held = _listed(corpus, f"language_key_{part}.lst"), _ground_truth(corpus, part)
+        known = {path.stem for path in queries}
+        for path in queries:
+            rows.append(make_row("qbe", split, path, id=path.stem, role="query", query=path.stem))
+        for path in documents:
+            found = sorted(held[path.stem] & known)
+            rows.append(make_row("qbe", split, path, id=f"{part}-{path.stem}", role="document", queries=found))
+    return rows
+
+
+def _listed(corpus: Path, name: str) -> list[Path]:
+    listed = corpus / "scoring" / name
+    if not listed.is_file():
+        raise UserError(f"{listed}: not there; unpack quesst14Database.tgz again (speech.fit.vutbr.cz)")
+    entries = [line.split() for line in read_lines(listed)]
+    paths = [corpus / entry[0].partition("/")[2] for entry in entries if entry[1] == ENGLISH]
+    check_files(paths, listed)
+    return paths
+
+
+def _ground_truth(corpus: Path, part: str) -> dict[str, set[str]]:
+    """Document id -> ids of the queries in it, of lines `LEXEME document ... query ...` (NIST's RTTM)."""
+    path = corpus / "scoring" / f"groundtruth_quesst14_{part}" / f"quesst14_{part}.rttm"
+    if not path.is_file():
+        raise UserError(f"{path}: not there; the eval part is its own archive at speech.fit.vutbr.cz")
+    held: dict[str, set[str]] = defaultdict(set)
+    for line in read_lines(path):
+        query = re.search(rf"\bquesst14_{part}_\d+\b", line)
+        if line.startswith("LEXEME") and query:
+            held[line.split()[1]].add(query.group())
+    return held
