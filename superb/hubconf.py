@@ -37,9 +37,30 @@ def register() -> None:
     hub.codecssl = codecssl
 
 
+def refuse_trainable() -> None:
+    """Make s3prl's runner refuse to fine-tune `codecssl`, which is frozen by construction; idempotent.
+
+    Without this, the option would be accepted, and frozen results would pass as fine-tuned ones.
+    """
+    from s3prl.downstream.runner import Runner
+
+    build = Runner._get_upstream
+    if hasattr(build, "refuses_trainable"):
+        return
+
+    def get_upstream(self: Any) -> Any:
+        if self.args.upstream == "codecssl" and self.args.upstream_trainable:
+            raise UserError("upstream codecssl: -f/--upstream_trainable: it is always frozen; leave the option out")
+        return build(self)
+
+    get_upstream.refuses_trainable = True  # type: ignore[attr-defined]
+    Runner._get_upstream = get_upstream
+
+
 def main() -> None:
     """s3prl's classic runner, with `codecssl` among its upstreams."""
     register()
+    refuse_trainable()
     from s3prl.run_downstream import main as run_downstream
 
     try:

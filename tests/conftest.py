@@ -1,6 +1,7 @@
 """For all tests: one thread, since two that wait for each other on a busy machine take ten times as long."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+_CACHE = tempfile.TemporaryDirectory(prefix="codecssl-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name  # tests remember no weights in the user's own cache
 
 
 @pytest.fixture(scope="session")

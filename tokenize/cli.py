@@ -131,7 +131,8 @@ def _add_dataset(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_codec_commands(command: Command) -> None:
-    command("codecs", "list the codecs")
+    sub = command("codecs", "list the codecs, or load one, print its card and remember the path of its weights")
+    sub.add_argument("codec", nargs="?", metavar="NAME@PATH", help=CODEC)
     sub = command("check-codec", "how many codes change on this device with the batch, the cut, the implementation")
     sub.add_argument("codec", metavar="NAME|PATH", help=CODEC)
     sub.add_argument("sources", nargs="*", metavar="SOURCE", help="audio to check with (default: noise and tones)")

@@ -220,8 +220,11 @@ def decode(args: Namespace) -> int:
 
 
 def codecs(args: Namespace) -> int:
-    from codecssl.tokenize.registry import backends
+    from codecssl.tokenize.registry import backends, load_codec
 
+    if args.codec is not None:
+        print(json.dumps(load_codec(args.codec).card.to_dict(), indent=1))
+        return 0
     for name, backend in backends().items():
         print(f"{name:<16} {backend.summary}\n{'':<16} weights: {backend.weights}")
     return 0

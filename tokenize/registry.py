@@ -12,7 +12,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import os
 import warnings
+from contextlib import nullcontext
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -20,6 +22,7 @@ from pathlib import Path
 from codecssl.tokenize.backends.table import BACKENDS
 from codecssl.tokenize.codec import Backend, Codec, CodecCard
 from codecssl.tokenize.common.errors import UserError, one_line
+from codecssl.tokenize.trusted_weights import is_known, remember
 
 GROUP = "codecssl.codecs"
 """Entry-point group of codecs in other packages."""
@@ -66,6 +69,7 @@ def load_codec(name_or_path: str, *, num_codebooks: int | None = None, device: s
     """Load a codec by NAME, by the PATH or URL of its weights, or by NAME@PATH if a path alone is ambiguous.
 
     num_codebooks keeps the first (coarsest) codebooks; the default is the backend's own.
+    Only for names that the user gave: a path is recorded in `trusted_weights`; for names in a card, `load_codec_for`.
     Raises UserError for an unknown name, missing weights, a count out of range, or a device that is not available.
     """
     from codecssl.tokenize.backends.parts.weights import download, is_url, local
@@ -74,11 +78,11 @@ def load_codec(name_or_path: str, *, num_codebooks: int | None = None, device: s
     name, _, path = name_or_path.partition("@")
     if name in names():
         path = str(download(path)) if is_url(path) else local(path) if path else ""
-        return _load(name, path or None, num_codebooks, device)
+        return _load_given(name, path, num_codebooks, device)
     if is_url(name_or_path):
         name_or_path = str(download(name_or_path))
     if Path(name_or_path).exists():
-        return _load(identify(Path(name_or_path)), local(name_or_path), num_codebooks, device)
+        return _load_given(identify(Path(name_or_path)), local(name_or_path), num_codebooks, device)
     if "/" in name_or_path or name_or_path.startswith("."):
         raise UserError(f"codec {name_or_path!r}: no such file or folder; give a path that exists or a codec's name")
     near = difflib.get_close_matches(name, names(), n=1)
@@ -89,22 +93,51 @@ def load_codec(name_or_path: str, *, num_codebooks: int | None = None, device: s
 def load_codec_for(card: CodecCard, *, device: str = "cpu", weights: str | None = None) -> Codec:
     """Load the codec that wrote `card`, from `weights` if the card's own source has moved.
 
-    Raises UserError if the weights differ from the card's (by sha256).
+    Without `weights`, the card alone names them, and it may come from a stranger. So nothing is downloaded but the
+    codec's own weights by its name; a path must be one that the user named before (`trusted_weights`).
+    Raises UserError for another source, and if the weights differ from the card's (by sha256).
     """
-    source = weights or card.weights
-    codec = load_codec(named_source(card, source), num_codebooks=card.num_codebooks, device=device)
+    from codecssl.tokenize.backends.weights import cache_only
+
+    by_card = weights is None and card.weights not in names()
+    with cache_only() if by_card else nullcontext():
+        codec = load_codec(named_source(card, weights), num_codebooks=card.num_codebooks, device=device)
     if codec.card.weights_sha256 != card.weights_sha256:
         raise UserError(
-            f"codec {card.name}: {source} has weights {codec.card.weights_sha256[:12]}, the data was written with "
-            f"{card.weights_sha256[:12]}; give the original weights"
+            f"codec {card.name}: {weights or card.weights} has weights {codec.card.weights_sha256[:12]}, the data was "
+            f"written with {card.weights_sha256[:12]}; give the original weights"
         )
     return codec
 
 
 def named_source(card: CodecCard, source: str | None = None) -> str:
-    """Return `source`, by default the card's weights, as an argument of `load_codec`: NAME or NAME@PATH."""
-    source = source or card.weights
-    return source if source.partition("@")[0] in names() else f"{card.name}@{source}"
+    """Return `source`, by default the card's weights, as an argument of `load_codec`: NAME or NAME@PATH.
+
+    Raises UserError if the card itself names a path or a URL that the user has not given before.
+    """
+    named = source or card.weights
+    name, _, path = (named if named.partition("@")[0] in names() else f"{card.name}@{named}").partition("@")
+    if name not in names():
+        raise UserError(f"unknown codec {name!r}: the data was written with it; install the package that has it")
+    if source is None and path:
+        _check_known(name, path)
+    return f"{name}@{path}" if path else name
+
+
+def _check_known(name: str, path: str) -> None:
+    """Refuse a path or a URL that only a card names."""
+    from codecssl.tokenize.backends.weights import downloaded, is_url
+
+    place = downloaded(path) if is_url(path) else Path(path)
+    try:
+        known = is_known(str(place)) if is_url(path) or os.path.lexists(place) else True
+    except (OSError, ValueError):  # a name that no file can have
+        known = False
+    if not known:
+        raise UserError(
+            f"codec {name}: the data names its weights by {path!r}, which you have not given on this machine, or which "
+            f"changed since; if you trust it, load it once by `codecssl-tokenize codecs {name}@PATH`"
+        )
 
 
 def check_device(device: str) -> None:
@@ -140,6 +173,14 @@ def identify(path: Path) -> str:
         if path.is_file() and entry.file and path.match(entry.file):
             return name
     raise UserError(f"{path}: no codec recognised; say which with NAME@{path}, NAME one of {', '.join(known)}")
+
+
+def _load_given(name: str, path: str, num_codebooks: int | None, device: str) -> Codec:
+    """Load from a path that the user named, "" for the codec's own weights, and record the path."""
+    codec = _load(name, path or None, num_codebooks, device)
+    if path:
+        remember(path)
+    return codec
 
 
 def _load(name: str, weights: str | None, num_codebooks: int | None, device: str) -> Codec:

@@ -55,7 +55,18 @@ def _memory_errors() -> None:
     base.ACCEPTABLE_ERRORS.clear()
 
 
+def _restricted_pickle() -> None:
+    from codecssl.superb.patches import restricted_pickle
+
+    restricted_pickle.install()
+
+
 PATCHES = (
+    Patch(
+        name="restricted_pickle",
+        reason="a resumed run unpickles encoder.pkl and the task's arguments, which in a foreign folder may run code",
+        apply=_restricted_pickle,
+    ),
     Patch(
         name="token_errors",
         reason="character and word error rates divide by the number of reference tokens, which is zero where a "

@@ -129,7 +129,7 @@ def _diarised(folder: Path, tested: Sequence[Example], rate: int) -> None:
         if (path := found / f"rec{number:06d}.pt").is_file():
             name = example.id.removeprefix("utt:").replace("/", "-")
             with h5py.File(target / f"{name}.h5", "w") as file:
-                file.create_dataset("T_hat", data=torch.load(path).numpy())
+                file.create_dataset("T_hat", data=torch.load(path, weights_only=True).numpy())
 
 
 def write_detections(folder: Path, queries: Sequence[Path], documents: Sequence[Path], scores: Any) -> None:

@@ -5,12 +5,12 @@ lexicon is the language model's words that the task's characters can spell.
 """
 
 import gzip
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from codecssl.superb import results
+from codecssl.superb.patches import restricted_pickle
 from codecssl.superb.reporting.predictions import ANSWERS_LM
 from codecssl.tokenize.common.errors import UserError
 
@@ -36,7 +36,8 @@ def word_errors(problem: Any, folder: Path, language_model: Path, device: str, m
 
     check_decoder()
     tokenizer_path = next(folder.glob("*.tokenizer.pkl"))
-    tokenizer = pickle.loads(tokenizer_path.read_bytes())
+    with tokenizer_path.open("rb") as file:
+        tokenizer = restricted_pickle.load(file)
     decoder = make_decoder([tokenizer.idx_to_vocab(i) for i in range(tokenizer.vocab_size)], language_model, folder)
     _, task = problem.load_model_and_task(folder / "train" / "valid_best")
     dataset = problem.build_dataset({}, folder, folder / "cache", "test", folder / "test.csv", tokenizer_path)

@@ -57,7 +57,7 @@ def _verification(folder: Path, task: Task) -> Row:
 def _layer_weights(checkpoint: Path) -> list[float] | None:
     import torch
 
-    state = torch.load(checkpoint / "model" / "state_dict.pt", map_location="cpu")
+    state = torch.load(checkpoint / "model" / "state_dict.pt", map_location="cpu", weights_only=True)
     weights = state.get("featurizer.weights")
     return None if weights is None else [round(w, 5) for w in weights.softmax(-1).tolist()]
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
-import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 
 from codecssl.tokenize.backends.table import BACKENDS
 from codecssl.tokenize.common.errors import UserError, one_line
-from codecssl.tokenize.common.files import temporary_for
+from codecssl.tokenize.common.files import atomic_file
+from codecssl.tokenize.trusted_weights import cache_folder
+
+MOST_BYTES = 16 << 30
+"""Largest file that `download` fetches; the largest weights of a codec here have 6 GB."""
+
+_CACHE_ONLY = ContextVar("cache_only", default=False)
 
 
 def missing(name: str, source: str, why: str = "") -> UserError:
@@ -55,7 +64,9 @@ def _from_disk_or_hub(kind: Any, source: str) -> Any:
 
 def ask_hub(repository: str) -> None:
     """Raises OSError or ValueError when the hub does not answer or has no such repository: downloads would ask it
-    again and again, for most of a minute."""
+    again and again, for most of a minute. Raises OSError while only the cache may be used (`cache_only`)."""
+    if _CACHE_ONLY.get():
+        raise OSError(f"{repository} is named by a file, not by you: it is taken from the hub's cache only")
     from huggingface_hub import model_info
 
     model_info(repository, timeout=10)
@@ -91,20 +102,47 @@ def is_url(source: str) -> bool:
     return urllib.parse.urlparse(source).scheme in ("http", "https", "file")
 
 
-def download(url: str) -> Path:
-    """A file fetched once into the cache ($XDG_CACHE_HOME/codecssl); whole or not there. Raises UserError."""
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "codecssl"
+def downloaded(url: str) -> Path:
+    """The file in the cache ($XDG_CACHE_HOME/codecssl) to which `download` writes a URL."""
     name = Path(urllib.parse.urlparse(url).path).name or "weights"
-    target = root / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+    return cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+
+
+def download(url: str) -> Path:
+    """Fetch a file once into the cache; it is there whole or not at all.
+
+    Only for a URL that the user gave. Raises UserError if it cannot be fetched or has more than MOST_BYTES.
+    """
+    target = downloaded(url)
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_for(target)
     try:
-        urllib.request.urlretrieve(url, temporary)  # raises ContentTooShortError for half a file
-        temporary.replace(target)
-    except (urllib.error.URLError, OSError) as error:
+        with atomic_file(target) as file, urllib.request.urlopen(url, timeout=60) as answer:
+            _copy(answer, file, url)
+    except (http.client.HTTPException, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{url}: cannot be fetched ({error}); fetch it by hand and give the file") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
+
+
+def _copy(answer: Any, file: BinaryIO, url: str) -> None:
+    announced, size = answer.headers.get("Content-Length"), 0
+    while block := answer.read(1 << 20):
+        size += len(block)
+        if size > MOST_BYTES:
+            raise UserError(f"{url}: more than {MOST_BYTES >> 30} GiB; fetch it by hand and give the file")
+        file.write(block)
+    if announced is not None and int(announced) != size:
+        raise OSError(f"{size} of {announced} bytes came")
+
+
+@contextmanager
+def cache_only() -> Iterator[None]:
+    """While open, weights come from the disk and the hub's cache; no network is asked."""
+    token = _CACHE_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _CACHE_ONLY.reset(token)

@@ -1,0 +1,76 @@
+"""Paths of weights that the user has named on this machine.
+
+A codec card in a dataset or a model names the weights that wrote it. The card may come from a stranger, so a path in it
+is used only if the user has given the same path to a command before, and if the files are still the same. The record
+is one small file per path in $XDG_CACHE_HOME/codecssl/weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+from codecssl.tokenize.common.files import write_atomic
+from codecssl.tokenize.common.hashing import file_sha256
+
+MOST_FILES = 1000
+"""A folder with more files is not recorded."""
+
+
+def cache_folder() -> Path:
+    """Return the folder in which codecssl keeps downloads and records: $XDG_CACHE_HOME/codecssl."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codecssl"
+
+
+def remember(source: str) -> None:
+    """Record that the user gave `source`, a file or folder of weights, and the sha256 of its content."""
+    path = Path(source).resolve()
+    files = _files(path)
+    if not files:
+        return
+    sizes = _sizes(files)
+    known = _read(_record(path))
+    if known.get("sizes") != sizes:
+        with suppress(OSError):  # without a home that can be written, the user names the weights each time
+            record = _record(path)
+            record.parent.mkdir(parents=True, exist_ok=True)
+            content = {"path": str(path), "sizes": sizes, "sha256": file_sha256(*files)}
+            write_atomic(record, json.dumps(content).encode())
+
+
+def is_known(source: str) -> bool:
+    """Return whether the user gave `source` before and its files have the same sha256 as then."""
+    path = Path(source).resolve()
+    known = _read(_record(path))
+    files = _files(path) if known else []
+    return bool(files) and known.get("sha256") == file_sha256(*files)
+
+
+def _record(path: Path) -> Path:
+    key = hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
+    return cache_folder() / "weights" / f"{key}.json"
+
+
+def _read(record: Path) -> dict[str, object]:
+    try:
+        found = json.loads(record.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, or the regular files of a folder at any depth; [] for anything else and for too many."""
+    if path.is_file():
+        return [path]
+    found = list(islice((p for p in path.rglob("*") if p.is_file()), MOST_FILES + 1)) if path.is_dir() else []
+    return sorted(found) if len(found) <= MOST_FILES else []
+
+
+def _sizes(files: list[Path]) -> list[list[object]]:
+    """Name, size and time of change of each file: equal ones need not be hashed again."""
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
