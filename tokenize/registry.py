@@ -22,7 +22,7 @@ from pathlib import Path
 from codecssl.tokenize.backends.table import BACKENDS
 from codecssl.tokenize.codec import Backend, Codec, CodecCard
 from codecssl.tokenize.common.errors import UserError, one_line
-from codecssl.tokenize.trusted_weights import is_known, remember
+from codecssl.tokenize.common.trusted_weights import is_known, remember
 
 GROUP = "codecssl.codecs"
 """Entry-point group of codecs in other packages."""
@@ -97,7 +97,7 @@ def load_codec_for(card: CodecCard, *, device: str = "cpu", weights: str | None 
     codec's own weights by its name; a path must be one that the user named before (`trusted_weights`).
     Raises UserError for another source, and if the weights differ from the card's (by sha256).
     """
-    from codecssl.tokenize.backends.weights import cache_only
+    from codecssl.tokenize.backends.parts.weights import cache_only
 
     by_card = weights is None and card.weights not in names()
     with cache_only() if by_card else nullcontext():
@@ -126,7 +126,7 @@ def named_source(card: CodecCard, source: str | None = None) -> str:
 
 def _check_known(name: str, path: str) -> None:
     """Refuse a path or a URL that only a card names."""
-    from codecssl.tokenize.backends.weights import downloaded, is_url
+    from codecssl.tokenize.backends.parts.weights import downloaded, is_url
 
     place = downloaded(path) if is_url(path) else Path(path)
     try:

@@ -19,7 +19,7 @@ from torch import nn
 from codecssl.tokenize.backends.table import BACKENDS
 from codecssl.tokenize.common.errors import UserError, one_line
 from codecssl.tokenize.common.files import atomic_file
-from codecssl.tokenize.trusted_weights import cache_folder
+from codecssl.tokenize.common.trusted_weights import cache_folder
 
 MOST_BYTES = 16 << 30
 """Largest file that `download` fetches; the largest weights of a codec here have 6 GB."""

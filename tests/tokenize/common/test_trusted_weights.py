@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from codecssl.tokenize.backends import weights
+from codecssl.tokenize.backends.parts import weights
 from codecssl.tokenize.cli import main
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
