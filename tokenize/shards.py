@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
-import mmap
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +41,7 @@ from codecssl.tokenize.format.layout import (
     to_planes,
     utterance_bytes,
 )
+from codecssl.tokenize.format.shard_files import ShardFiles
 from codecssl.tokenize.mel import MelSpec
 
 __all__ = [
@@ -63,6 +62,8 @@ __all__ = [
     "utterance_bytes",
 ]
 
+WHOLE_BYTES = 1 << 16
+"""Packed codes up to this size are read whole; of longer utterances only the bytes of the frames that are asked for."""
 OFFSETS_CACHED = 4096
 """Blocks whose offsets are kept: the reader's working set, about 4 bytes an utterance."""
 
@@ -91,19 +92,23 @@ class Utterance:
 class Shards:
     """A finished dataset of token shards: `len`, `frames`, `codes(i)`, `utterance(i)`.
 
-    Opening costs a few small files whatever the corpus; codes are read through mmap. Safe to pickle and to fork.
-    Raises UserError when the folder holds no finished dataset.
+    Opening costs a few small files whatever the corpus. Safe to pickle and to fork.
+
+    check: compare a block of utterances with its CRC-32, and the index with the block's own columns, the first time
+    that codes of it are read. retry_seconds: how long a shard is tried again while its disk is away.
+    Raises UserError when the folder holds no finished dataset, and for what is damaged when it is read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, check: bool = True, retry_seconds: float = 0.0) -> None:
         self.path = Path(path)
+        self._check, self._files = check, ShardFiles(self.path, retry_seconds=retry_seconds)
         self.header = read_header(self.path)
         self.card = CodecCard.from_dict(self.header["codec"])
         self.compressed = bool(self.header.get("compression"))
         self.mel_spec = MelSpec.from_dict(self.header["mel"]) if "mel" in self.header else None
         """The log-mel plane next to the codes, or None."""
-        self.frames: NDArray[np.integer] = self._load("index.npy", mmap_mode="r").view(np.ndarray)
-        """[N], of each utterance; mapped, not read."""
+        self.frames: NDArray[np.integer] = self._load("index.npy")
+        """[N], of each utterance."""
         self.blocks = self._load("blocks.npy")
         if len(self.frames) != self.header["totals"]["utterances"]:
             raise UserError(
@@ -113,18 +118,18 @@ class Shards:
         self._firsts: list[int] = self.blocks["first"].tolist()
         self._places: list[tuple[int, int]] = self.blocks[["shard", "codes_offset"]].tolist()
         self._runs = _runs(self.card)
+        self._sound = bytearray(len(self.blocks))
         self._open_caches()
 
-    def _load(self, name: str, **options: Any) -> Any:
+    def _load(self, name: str) -> Any:
         try:
-            return np.load(self.path / name, **options)
+            return np.load(self.path / name)
         except (OSError, ValueError, EOFError) as error:
             remedy = f"`codecssl-tokenize repair {self.path}` writes it again"
             raise UserError(f"{self.path / name}: cannot be read ({error}); {remedy}") from error
 
     def _open_caches(self) -> None:
-        # per instance, so that a closed dataset frees its maps
-        self._map = lru_cache(maxsize=256)(self._map_shard)
+        # per instance, so that a closed dataset frees its memory
         self._offsets = lru_cache(maxsize=OFFSETS_CACHED)(self._block_offsets)
         self._streams = lru_cache(maxsize=OFFSETS_CACHED)(self._block_streams)
         self._mel = lru_cache(maxsize=OFFSETS_CACHED)(self._block_mel)
@@ -133,10 +138,10 @@ class Shards:
         self._segment = lru_cache(maxsize=64)(self._decode_segment)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
+        return {"path": self.path, "check": self._check, "retry_seconds": self._files.retry_seconds}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -188,13 +193,13 @@ class Shards:
         offset = mel_offset(int(row["codes_offset"]), int(row["codes_bytes"])) + bands * int(
             self._mel(block)[0][within]
         )
-        content = self._map(int(row["shard"]))[offset : offset + frames * bands]
+        content = self._files.read(int(row["shard"]), offset, frames * bands)
         if zlib.crc32(content) != int(self._mel(block)[1][within]):
             raise UserError(
                 f"{shard_path(self.path, int(row['shard']))}: the log-mel plane of utterance {index} is damaged; "
                 f"run `codecssl-tokenize verify {self.path}`"
             )
-        return content.reshape(frames, bands)[start:stop]
+        return np.frombuffer(content, np.uint8).reshape(frames, bands)[start:stop]
 
     def utterance(self, index: int) -> Utterance:
         """Id, source and labels of one utterance."""
@@ -255,17 +260,39 @@ class Shards:
         """The planes, those of one width and rate stacked: they are unpacked at once."""
         frames = int(self.frames[index])
         block, within = self._find(index)
+        self._check_block(block)
         shard, offset = self._places[block]
-        buffer, offset = self._map(shard), offset + int(self._offsets(block)[within])
+        offset += int(self._offsets(block)[within])
+        size = sum(run.count * packed_size(frames * run.rate, run.bits) for run in self._runs)
+        if size > WHOLE_BYTES:
+            return self._unpacked_long(shard, offset, frames, kept, start, stop)
+        whole, at = np.frombuffer(self._files.read(shard, offset, size), np.uint8), 0
         stacks: list[NDArray[np.uint16]] = []
         for run in self._runs:
             count = min(run.count, kept - run.first)
             if count <= 0:
                 break
             size = packed_size(frames * run.rate, run.bits)
-            packed = buffer[offset : offset + count * size].reshape(count, size)
+            packed = whole[at : at + count * size].reshape(count, size)
             stacks.append(unpack(packed, run.bits, start * run.rate, stop * run.rate))
-            offset += count * size
+            at += count * size
+        return stacks
+
+    def _unpacked_long(
+        self, shard: int, offset: int, frames: int, kept: int, start: int, stop: int
+    ) -> list[NDArray[np.uint16]]:
+        """The same of a long utterance, of which only the bytes of the frames asked for are read."""
+        stacks: list[NDArray[np.uint16]] = []
+        for run in self._runs:
+            first, last = start * run.rate // 8 * 8, stop * run.rate  # eight codes of any width end on a byte
+            begin, end = first * run.bits // 8, packed_size(last, run.bits)
+            size, rows = packed_size(frames * run.rate, run.bits), list[bytes]()
+            for _ in range(min(run.count, kept - run.first)):
+                rows.append(self._files.read(shard, offset + begin, end - begin))
+                offset += size
+            if rows:
+                packed = np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), end - begin)
+                stacks.append(unpack(packed, run.bits, start * run.rate - first, last - first))
         return stacks
 
     def _decoded(self, index: int, kept: int, start: int, stop: int) -> list[NDArray[np.uint16]]:
@@ -282,14 +309,16 @@ class Shards:
 
     def _decode_segment(self, index: int, segment: int, kept: int) -> list[NDArray[np.uint16]]:
         block, within = self._find(index)
+        self._check_block(block)
         shard, offset = self._places[block]
         ends, firsts = self._streams(block)
         number = int(firsts[within]) + segment
-        words = self._map(shard)[offset + int(ends[number]) : offset + int(ends[number + 1])]
+        begin, end = int(ends[number]), int(ends[number + 1])
+        words = self._files.read(shard, offset + begin, end - begin)
         frames = min(SEGMENT_FRAMES, int(self.frames[index]) - segment * SEGMENT_FRAMES)
         coder = self._coder(shard)
         try:
-            return coder.decode(np.frombuffer(words.tobytes(), "<u4"), frames, kept)
+            return coder.decode(np.frombuffer(words, "<u4"), frames, kept)
         except (AssertionError, IndexError) as error:  # no such stream was ever written
             raise UserError(
                 f"{shard_path(self.path, shard)}: utterance {index} cannot be decompressed; "
@@ -297,6 +326,30 @@ class Shards:
             ) from error
 
     # ------------------------------------------------------------ inside
+
+    def _check_block(self, block: int) -> None:
+        """Compare a block with its CRC-32 and its part of the index with its columns, once.
+
+        Another thread may do the same at the same time.
+        """
+        if not self._check or self._sound[block]:
+            return
+        row = self.blocks[block]
+        shard, offset, size = int(row["shard"]), int(row["codes_offset"]), int(row["codes_bytes"])
+        path = shard_path(self.path, shard)
+        if self._files.crc32(shard, offset, size) != int(row["crc32"]):
+            first, last = self._firsts[block], self._firsts[block] + int(row["count"]) - 1
+            raise UserError(
+                f"{path}: the codes of utterances {first} to {last} are damaged (CRC-32 of bytes {offset} to"
+                f" {offset + size}); run `codecssl-tokenize verify {self.path}`, then `repair`"
+            )
+        samples = self._files.parse(shard, lambda file: read_numbers(file, int(row["offset"]))["samples"])
+        if not np.array_equal(self.card.frames_of(samples.astype(np.int64)), self._frames_of(block)):
+            raise UserError(
+                f"{self.path / 'index.npy'}: its frames are not those of {path}; `codecssl-tokenize repair"
+                f" {self.path}` writes it again"
+            )
+        self._sound[block] = True
 
     def _find(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self.frames):
@@ -314,49 +367,31 @@ class Shards:
 
     def _block_streams(self, block: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.unsignedinteger]]:
         """[segments + 1] where each segment's stream begins in the block, and [count] each utterance's first one."""
-        with self._open(block) as (file, offset):
-            words = read_numbers(file, offset)["stream_words"]
+        shard, offset = self._members(block)
+        words = self._files.parse(shard, lambda file: read_numbers(file, offset)["stream_words"])
         return _starts(words.astype(np.int64) * 4), _starts(segments_of(self._frames_of(block)))
 
     def _block_mel(self, block: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.uint32]]:
         """[count + 1] first frame of each utterance in the block's plane, and [count] the crc32 of each."""
-        with self._open(block) as (file, offset):
-            return _starts(self._frames_of(block).astype(np.int64)), read_numbers(file, offset)[MEL_CRC32]
-
-    def _map_shard(self, shard: int) -> NDArray[np.uint8]:
-        rows = self.blocks[self.blocks["shard"] == shard]
-        size = int((rows["codes_offset"] + rows["codes_bytes"]).max())
-        with self._readable(shard) as path, path.open("rb") as file:
-            content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-            if len(content) < size:
-                raise ValueError(f"{len(content)} bytes of at least {size}")
-            return content
+        shard, offset = self._members(block)
+        sums = self._files.parse(shard, lambda file: read_numbers(file, offset)[MEL_CRC32])
+        return _starts(self._frames_of(block).astype(np.int64)), sums
 
     def _read_coder(self, shard: int) -> Coder:
-        return read_coder(shard_path(self.path, shard), self.card)
+        return self._files.parse(shard, lambda file: read_coder(Path(file.name), self.card))
 
     def _read_columns(self, block: int) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        with self._open(block) as (file, offset):
-            return read_columns(file, offset)
+        shard, offset = self._members(block)
+        return self._files.parse(shard, lambda file: read_columns(file, offset))
 
     def _read_text(self, block: int) -> bytes:
-        with self._open(block) as (file, offset):
-            return gzip.decompress(read_members(file, offset, 1)[0])
+        shard, offset = self._members(block)
+        return self._files.parse(shard, lambda file: gzip.decompress(read_members(file, offset, 1)[0]))
 
-    @contextmanager
-    def _open(self, block: int) -> Iterator[tuple[BinaryIO, int]]:
+    def _members(self, block: int) -> tuple[int, int]:
+        """(shard, offset of the block's first member in its tar)."""
         row = self.blocks[block]
-        with self._readable(int(row["shard"])) as path, path.open("rb") as file:
-            yield file, int(row["offset"])
-
-    @contextmanager
-    def _readable(self, shard: int) -> Iterator[Path]:
-        """A shard's tar, and one line for whatever comes of it: a flipped bit can break tar, gzip, zip or JSON."""
-        path = shard_path(self.path, shard)
-        try:
-            yield path
-        except Exception as error:
-            raise UserError(f"{path}: cannot be read ({error}); run `codecssl-tokenize verify {self.path}`") from error
+        return int(row["shard"]), int(row["offset"])
 
 
 @dataclass(frozen=True)

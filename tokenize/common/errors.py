@@ -5,6 +5,13 @@ class UserError(ValueError):
     """Bad input of the user's. The text names what, which value, which bound, and what to do."""
 
 
+class TransientError(UserError):
+    """A fault of the machine that may be over at the next try: a disk or a network that was away.
+
+    Commands print it on one line as well, and exit with `process.CRASHED`: the batch scripts requeue the job.
+    """
+
+
 def one_line(error: BaseException) -> str:
     """The first line of what went wrong; where `datasets` only says that generating failed, of its cause."""
     while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
