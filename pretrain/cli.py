@@ -9,7 +9,8 @@ from pathlib import Path
 
 from codecssl.configs.load import load_config, names, to_yaml
 from codecssl.pretrain.config import RunConfig
-from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.errors import TransientError, UserError
+from codecssl.tokenize.common.process import CRASHED, StopSignal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.action(arguments, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return CRASHED if isinstance(error, TransientError) else 1
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not full and error.filename is None:
@@ -74,9 +75,10 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
         return
     if arguments.output is None:
         raise UserError("--output: not given; name the run's folder with --output RUN")
-    from codecssl.pretrain.run import run
+    with StopSignal() as stop:  # from here on: importing torch and DeepSpeed takes long enough for a signal to come
+        from codecssl.pretrain.run import run
 
-    run(config, arguments.output, profile=arguments.profile)
+        run(config, arguments.output, profile=arguments.profile, stop=stop)
 
 
 def _export(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -326,9 +326,12 @@ class LogConfig:
     """Newest checkpoints kept."""
     stall_minutes: float = 30.0
     """The run ends with an error when no step, validation batch or checkpoint was finished for so long; 0 is never."""
+    retry_seconds: float = 120.0
+    """How long a read or a write is tried again while a disk is away; after that the run saves and exits with 70."""
 
     def __post_init__(self) -> None:
-        _at_least("log.stall_minutes", self.stall_minutes, 0.0)
+        for key in ("stall_minutes", "retry_seconds"):
+            _at_least(f"log.{key}", getattr(self, key), 0.0)
         for key in ("log_every", "valid_every", "checkpoint_every", "keep_checkpoints"):
             _at_least(f"log.{key}", getattr(self, key), 1)
 

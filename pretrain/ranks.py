@@ -72,11 +72,18 @@ def find_meeting(environment: Mapping[str, str] = os.environ) -> tuple[str, int]
 def choose_backend(gpus: int, environment: Mapping[str, str] = os.environ) -> str:
     """nccl where this process sees GPUs, else gloo; DS_ACCELERATOR=cpu asks for gloo in spite of them.
 
-    Raises UserError when DS_ACCELERATOR asks for GPUs that are not there.
+    Raises UserError when DS_ACCELERATOR asks for GPUs that are not there, or Slurm gave the job some that torch does
+    not see: a driver or a container without CUDA would else train on the CPUs for days.
     """
     asked = environment.get("DS_ACCELERATOR")
     if asked == "cuda" and not gpus:
         raise UserError("DS_ACCELERATOR cuda: this process sees no GPU; ask for some (--gpus-per-node), or unset it")
+    given = environment.get("SLURM_GPUS_ON_NODE", "0")
+    if given not in ("", "0") and not gpus and asked != "cpu":
+        raise UserError(
+            f"SLURM_GPUS_ON_NODE {given}: this process sees no GPU; check the driver, torch's CUDA build and the"
+            " container's --nv, or set DS_ACCELERATOR=cpu to train on CPUs"
+        )
     return "nccl" if gpus and asked != "cpu" else "gloo"
 
 

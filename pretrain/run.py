@@ -24,36 +24,43 @@ from codecssl.pretrain.objectives.objective import Objective
 from codecssl.pretrain.objectives.targets import make_target
 from codecssl.pretrain.training import Training
 from codecssl.tokenize.common.process import StopSignal, Watchdog
+from codecssl.tokenize.common.retry import patiently
 
 _STUCK = "the same command goes on from the newest checkpoint (log.stall_minutes says how long to wait)"
 
 
-def run(config: RunConfig, output: Path, *, profile: bool = False) -> None:
+def run(config: RunConfig, output: Path, *, profile: bool = False, stop: StopSignal | None = None) -> None:
     """Train as the config says, from the newest checkpoint in `output` if there is one, to the last step.
 
-    Every process of the run calls it. profile: also trace some steps into output/profile. Raises UserError on rank 0
-    and SystemExit elsewhere for what the user can mend, and SystemExit(PREEMPTED) after SIGTERM or SIGUSR2.
+    Every process of the run calls it. profile: also trace some steps into output/profile. stop: signals are noted there
+    already, before this is called. Raises UserError on rank 0 and SystemExit elsewhere for what the user can fix, and
+    SystemExit(PREEMPTED) after SIGTERM or SIGUSR2.
     """
     peers = join_ranks()
-    train, valid, held_out = peers.together(lambda: open_data(config, peers.ranks))
+    train, valid, held_out = peers.together(lambda: _open(config, output, peers))
     targets = peers.once(lambda: _check(config, train))
     with ExitStack() as stack:
         peers.once(lambda: stack.enter_context(run_folder.alone(output)))
-        found, warnings = peers.once(lambda: _claim(config, output, train, held_out))
+        found, warnings, changes = peers.once(lambda: _claim(config, output, train, held_out))
         objective, saved = peers.together(lambda: _objective(config, train.corpus, found))
         state = saved.state
-        telemetry = Telemetry(output, step=saved.step) if peers.first else Mute()
+        telemetry = (
+            Telemetry(output, step=saved.step, retry_seconds=config.log.retry_seconds) if peers.first else Mute()
+        )
         stack.callback(telemetry.close)
         for warning in warnings:
             telemetry.warn(warning)
+        for change in changes:
+            telemetry.say(f"config: {change}")
         telemetry.say(model_report(objective, train.corpus.card, peers.device))
         telemetry.say(data_report(train, valid, config, targets))
         telemetry.say(_engine_report(config, peers, found))
         curve = find(curve_key(config, train.corpus.card.weights_sha256, train.plan.frames_per_epoch))
         telemetry.expected = curve.losses if curve else {}
-        engine = start_engine(objective, config, step=saved.step, moments=saved.moments)
+        with peers.hearing():
+            engine = start_engine(objective, config, step=saved.step, moments=saved.moments)
         del saved  # two thirds of it are the engine's now, the rest is not needed
-        stop = stack.enter_context(StopSignal())
+        stop = stop or stack.enter_context(StopSignal())
         beat = output / "ranks" / f"{peers.rank:05d}.json"
         watch = stack.enter_context(Watchdog(config.log.stall_minutes, rank=peers.rank, hint=_STUCK, beat=beat))
         tracer = stack.enter_context(Tracer(output / "profile")) if profile and peers.first else None
@@ -91,19 +98,33 @@ def _check(config: RunConfig, train: Loader) -> list[Tensor]:
     return check_targets(whole, make_target(config.objective, train.corpus.card, train.corpus.label_sizes))
 
 
-def _claim(config: RunConfig, output: Path, train: Loader, held_out: Corpus) -> tuple[Path | None, list[str]]:
-    """Make the folder the run's own; the checkpoint to go on from, and what to warn of."""
+def _open(config: RunConfig, output: Path, peers: Peers) -> tuple[Loader, Loader | None, Corpus]:
+    """Open the data; on a resume wait for folders that were there at the last start."""
+    if run_folder.has_begun(output):
+        before = run_folder.read_config(output).data
+        data, known = config.data, {*before.dirs, *before.labels, *before.valid_dirs, *before.valid_labels}
+        for folder in (*data.dirs, *data.labels, *data.valid_dirs, *data.valid_labels):
+            if folder in known:
+                patiently((Path(folder) / "dataset.json").stat, folder, seconds=config.log.retry_seconds)
+    return open_data(config, peers.ranks)
+
+
+def _claim(
+    config: RunConfig, output: Path, train: Loader, held_out: Corpus
+) -> tuple[Path | None, list[str], list[str]]:
+    """Make the folder the run's own; returns the checkpoint to resume from, warnings, and changes of the config."""
     valid = held_out.fingerprints if config.data.valid_dirs else []
     data = {"codec": train.corpus.card.to_dict(), "train": train.corpus.fingerprints, "valid": valid}
     if (mel := train.corpus.require_mel(config.model.input)) is not None:
         data["mel"] = mel.to_dict()
-    run_folder.claim(output, config, data)
     found, corrupt = checkpoint.newest_intact(output / "checkpoints")
-    return found, [
+    changes = run_folder.claim(output, config, data, step=int(checkpoint.read_state(found)["step"]) if found else 0)
+    warnings = [
         f"{path.name}: {checkpoint.damage(path)} is corrupt; the run goes on from {found and found.name}, and it is now"
         f" {checkpoint.set_aside(path).name}"
         for path in corrupt
     ]
+    return found, warnings, changes
 
 
 def _objective(config: RunConfig, corpus: Corpus, found: Path | None) -> tuple[Objective, Saved]:

@@ -1,9 +1,10 @@
-"""The run folder's own papers: which config, which data and which library versions made it.
+"""The records of a run folder: which config, which data and which library versions made it.
 
-RUN/config.yaml  the whole config, defaults spelled out      RUN/data.json  codec card, fingerprints of the
-shards
-RUN/versions.json                                            RUN/checkpoints, metrics.jsonl, ...: see their
-files
+RUN/config.yaml     the whole config of the last start, defaults spelled out
+RUN/data.json       codec card, fingerprints of the shards
+RUN/versions.json   versions of Python and of the libraries
+RUN/changes.jsonl   settings that changed on a resume, with the step
+RUN/checkpoints, RUN/metrics.jsonl, ...: see `engine.checkpoint`, `monitor.telemetry`
 """
 
 import json
@@ -18,22 +19,29 @@ import yaml
 
 from codecssl.configs.load import differences, from_dict, to_yaml
 from codecssl.pretrain.config import RunConfig
+from codecssl.tokenize.codec import file_sha256
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
 
-# What may change when a run is resumed: where data lies and how it is fetched, how often the run speaks and
-# saves, and how the same global batches are divided and computed.
+# What may change when a run is resumed: where data lies and how it is fetched (fingerprints say which data it is), how
+# often the run logs and saves, and how the same global batches are divided and computed.
 FREE = (
-    *("log.", "data.dirs", "data.valid_dirs", "data.workers", "data.prefetch", "data.codec_weights"),
+    *("log.", "data.dirs", "data.valid_dirs", "data.labels", "data.valid_labels"),
+    *("data.workers", "data.prefetch", "data.codec_weights", "optim.start_from"),
     *("engine.accumulation", "engine.zero_stage", "engine.activation_checkpointing", "engine.compile"),
 )
+RECORDED = ("optim.lr", "optim.clip_norm", "optim.steps")
+"""Settings that may change too, and make another run of it: each change is recorded with its step."""
+_CHANGES = "changes.jsonl"
 _PACKAGES = ("codecssl", "torch", "fairseq2", "fairseq2n", "deepspeed", "numpy")
 
 
 @contextmanager
 def alone(run: Path) -> Iterator[None]:
-    """No other process trains in this folder while the context is open. UserError where one does, and for a folder
-    that is none of ours."""
+    """Keep other processes from training in this folder while the context is open.
+
+    Raises UserError where one does already, and for a folder that is not a run folder.
+    """
     begun = {"data.json", "versions.json"}  # of a start that was killed
     if run.exists() and not (run / "config.yaml").exists() and names_in(run) - begun:
         raise UserError(f"{run}: has files in it but is not a run folder; give another --output")
@@ -41,18 +49,31 @@ def alone(run: Path) -> Iterator[None]:
         yield
 
 
-def claim(run: Path, config: RunConfig, data: dict[str, Any]) -> None:
-    """Make `run` the folder of this config and this data, or check that it already is; until a step has been told or
-    saved there, both may still change.
+def claim(run: Path, config: RunConfig, data: dict[str, Any], *, step: int = 0) -> list[str]:
+    """Make `run` the folder of this config and this data, or check that it already is.
 
-    data: {"codec": card as a dict, "train": fingerprints, "valid": fingerprints}.
+    Both may change until a step has been logged or saved there; later only what FREE and RECORDED name.
+    data: {"codec": card as a dict, "train": fingerprints, "valid": fingerprints}. step: of the checkpoint from which
+    the run resumes. Returns the changes since the last start, for the user.
     """
-    if (run / "config.yaml").exists() and _has_begun(run):
-        _check_config(run, config)
-        _check_data(run, data)
+    changes: list[str] = []
+    data = data | {"start_from": _weights_sha256(config.optim.start_from)}
+    if has_begun(run):
+        changes = _check_config(run, config, step)
+        data = _check_data(run, data)
     write_atomic(run / "data.json", json.dumps(data, indent=1).encode())
     write_atomic(run / "versions.json", json.dumps(versions(), indent=1).encode())
     write_atomic(run / "config.yaml", to_yaml(config).encode())
+    return changes
+
+
+def read_changes(run: Path) -> list[dict[str, Any]]:
+    """Rows {"step", "key", "old", "new"} of the settings that changed on a resume, in order."""
+    path = run / _CHANGES
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); bring it back from a backup, or remove it") from None
 
 
 def read_config(run: Path) -> RunConfig:
@@ -67,7 +88,7 @@ def read_config(run: Path) -> RunConfig:
 
 
 def read_data(run: Path) -> dict[str, Any]:
-    """What `claim` was told of the data."""
+    """The data of a run, as `claim` recorded it."""
     return _read_json(run / "data.json")
 
 
@@ -87,8 +108,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _has_begun(run: Path) -> bool:
-    """Whether there is anything that another config or other data would spoil."""
+def has_begun(run: Path) -> bool:
+    """Whether the folder holds anything that another config or other data would spoil."""
+    if not (run / "config.yaml").exists():
+        return False
     rows, checkpoints = run / "metrics.jsonl", run / "checkpoints"
     return (rows.exists() and rows.stat().st_size > 0) or any(checkpoints.glob("*step-*"))
 
@@ -101,20 +124,47 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _check_config(run: Path, config: RunConfig) -> None:
+def _check_config(run: Path, config: RunConfig, step: int) -> list[str]:
+    """Refuse changes that are not allowed, record those of RECORDED; returns them for the user."""
     changed = {key: pair for key, pair in differences(read_config(run), config).items() if not key.startswith(FREE)}
     for key, (old, new) in changed.items():
-        raise UserError(f"{run}: was made with {key} {old}, this run says {new}; use that value or another --output")
+        if key not in RECORDED:
+            raise UserError(
+                f"{run}: was made with {key} {old}, this run says {new}; use that value or another --output"
+            )
+    # of a start that resumed earlier than an earlier change, that change is undone or made again now
+    rows = [row for row in read_changes(run) if row["step"] <= step]
+    rows += [{"step": step, "key": key, "old": old, "new": new} for key, (old, new) in changed.items()]
+    if rows or (run / _CHANGES).exists():
+        write_atomic(run / _CHANGES, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return [f"from step {step} on {key} is {new}, it was {old}" for key, (old, new) in changed.items()]
 
 
-def _check_data(run: Path, data: dict[str, Any]) -> None:
+def _weights_sha256(model: str | None) -> str | None:
+    """sha256 of an exported model's weights; "gone" where there is no such file."""
+    if model is None:
+        return None
+    path = Path(model) / "model.safetensors"
+    return file_sha256(path) if path.is_file() else "gone"
+
+
+def _check_data(run: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """Compare with what the run was made from, by fingerprints and sha256; returns what is to be recorded.
+
+    Where the folders lie and how their paths are spelled may change.
+    """
     old = read_data(run)
+    kept = old.get("start_from", data["start_from"])
+    if data["start_from"] not in (kept, "gone"):
+        raise UserError(f"{run}: was made with another optim.start_from (weights {_short([kept or 'none'])}, now"
+                        f" {_short([data['start_from'] or 'none'])}); give the same, or another --output")  # fmt: skip
     for part in ("train", "valid"):
         if old[part] != data[part]:
             raise UserError(
                 f"{run}: was made from other {part} shards ({_short(old[part])}, now"
                 f" {_short(data[part])}); give the same --data, in the same order, or another --output"
             )
+    return data | {"start_from": kept}
 
 
 def _short(fingerprints: list[str]) -> str:

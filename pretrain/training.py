@@ -1,9 +1,10 @@
-"""The training loop: steps, rows of metrics, validations, checkpoints, and an end when a signal asks for it."""
+"""The training loop: steps, rows of metrics, validations, checkpoints, and a checkpoint before every end."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from codecssl.pretrain.monitor.telemetry import Row, Telemetry, clock, machine_r
 from codecssl.pretrain.objectives.objective import Scores, merged, summary
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.process import StopSignal, Watchdog
+from codecssl.tokenize.common.retry import patiently
 
 _DROPOUT = 200  # a stream of random numbers
 _ESTIMATED = 5  # steps from which the time that a run takes is estimated, before its first row
@@ -65,7 +67,7 @@ class Training:
     def to_the_end(self, state: dict[str, Any]) -> None:
         """Every step after the saved one: update, and at its times a row, a validation, a checkpoint."""
         log, self.saved, last = self.config.log, int(state["step"]), self.config.optim.steps
-        if self.saved == last:
+        if self.saved >= last:
             self.telemetry.say(f"{self.output}: all {last} steps are done")
             return
         self.window = Window(state["losses"])
@@ -80,13 +82,13 @@ class Training:
                 self.telemetry.say(f"step {done:>6} | estimated time for the other {last - done} steps: {clock(left)}")
             if self.valid and (done % log.valid_every == 0 or done == last):
                 self._log(self.validate(done))
-                self.peers.once(self.telemetry.draw)
+                self._draw()
             if done % log.checkpoint_every == 0 or done == last:
                 self._save(done)
             self.window.started += time.perf_counter() - paused
             if self.tracer:
                 self.tracer.step()
-        self.peers.once(self.telemetry.draw)
+        self._draw()
 
     def update(
         self, step: int, parts: list[Batch], *, detailed: bool
@@ -121,7 +123,11 @@ class Training:
         batches = self.valid.plan.steps_per_epoch
         for turn in range(0, batches, self.peers.world_size):
             index = turn + self.peers.rank
-            for batch in self.valid.step(min(index, batches - 1)):  # ZeRO 3 needs all ranks in every forward pass
+            self._report(f"reading the validation data after step {step}")
+            read, error = self._tried(partial(self.valid.step, min(index, batches - 1)))
+            if (trouble := self.peers.poll(error)[0]) is not None:
+                self._abandon(step, trouble)
+            for batch in read or []:  # ZeRO 3 needs all ranks in every forward pass
                 self._report(f"validating after step {step}")
                 with self.peers.hearing():
                     loss = module(batch.to(self.engine.device), detailed=True, score_visible=True)
@@ -142,23 +148,30 @@ class Training:
     def _batches(self, first: int, last: int) -> Iterator[tuple[float, list[Batch]]]:
         """Each step's micro-batches, with the seconds that they were waited for.
 
-        Between steps the ranks agree whether to go on: an error in reading stops them all; a signal to any of them
-        saves a checkpoint first.
+        Between steps the ranks agree whether to continue: after an error in reading, or a signal to any of them, they
+        save a checkpoint and stop.
         """
-        data, parts = self.config.data, []
+        data = self.config.data
         source = self.train.steps(first, last, workers=data.workers, prefetch=data.prefetch)
         for done in range(first, last):
             self.watch.report(f"waiting for the data of step {done + 1}")
-            started, error = time.perf_counter(), None
-            try:
-                parts = next(source)
-            except UserError as caught:
-                error = str(caught)
+            started = time.perf_counter()
+            parts, error = self._tried(lambda: next(source))
             waited = time.perf_counter() - started
             self._report(f"waiting for the other ranks before step {done + 1}")
-            if self.peers.agree(error, stop=self.stop.asked is not None):
+            trouble, stopped = self.peers.poll(error, stop=self.stop.asked is not None)
+            if trouble is not None:
+                self._abandon(done, trouble)
+            if stopped:
                 self._leave(done)
-            yield waited, parts
+            yield waited, parts or []
+
+    def _tried(self, read: Callable[[], list[Batch]]) -> tuple[list[Batch] | None, UserError | None]:
+        """(what was read, its error)."""
+        try:
+            return read(), None
+        except UserError as error:
+            return None, error
 
     def _step(self, done: int, parts: list[Batch], waited: float, *, due: bool) -> None:
         self._report(f"in step {done}")
@@ -222,11 +235,21 @@ class Training:
         with self.peers.hearing():
             saved = checkpoint.collect(self.engine, {"step": done, "losses": self.window.losses})
         folder, keep = self.output / "checkpoints", self.config.log.keep_checkpoints
-        self.peers.once(lambda: checkpoint.save(saved, folder, keep=keep))
+        retry = self.config.log.retry_seconds
+        self.peers.once(lambda: checkpoint.save(saved, folder, keep=keep, retry_seconds=retry))
         self.saved = done
 
-    def _leave(self, done: int) -> None:
-        """Save, unless that was just done, and end as one who was told to."""
+    def _abandon(self, done: int, error: UserError) -> NoReturn:
+        """Save, unless that was just done, and stop all ranks with the error."""
+        try:
+            if done != self.saved:
+                self._save(done)
+        except UserError as other:
+            raise type(error)(f"{error}; step {done} could not be saved either: {other}") from other
+        self.peers.fail(type(error)(f"{error}; step {done} is saved"))
+
+    def _leave(self, done: int) -> NoReturn:
+        """Save, unless that was just done, and exit with PREEMPTED."""
         if done != self.saved:
             self._save(done)
         signal = self.stop.asked or "a signal to another rank"
@@ -235,6 +258,10 @@ class Training:
 
     def _log(self, row: Row) -> None:
         self.peers.once(lambda: self.telemetry.log(row))
+
+    def _draw(self) -> None:
+        seconds = self.config.log.retry_seconds
+        self.peers.once(lambda: patiently(self.telemetry.draw, self.output / "curves.png", seconds=seconds))
 
     def _report(self, doing: str) -> None:
         self.watch.report(doing, waits_for_others=self.peers.world_size > 1)
@@ -245,11 +272,13 @@ class Training:
             if not np.isfinite(loss):
                 self._not_finite(step, f"the loss is {loss}")
 
-    def _not_finite(self, step: int, what: str) -> None:
+    def _not_finite(self, step: int, what: str) -> NoReturn:
         optim = self.config.optim
         self.peers.fail(
-            f"step {step}: {what}; lower optim.lr (now {optim.lr}) or optim.clip_norm (now {optim.clip_norm}), and"
-            " start again: the last checkpoint is from before"
+            UserError(
+                f"step {step}: {what}; lower optim.lr (now {optim.lr}) or optim.clip_norm (now {optim.clip_norm}), and"
+                " start again: the last checkpoint is from before"
+            )
         )
 
 

@@ -3,8 +3,9 @@
 # What the scripts of this folder share: their options, submitting, and surviving. Sourced, never run.
 #
 # Exit codes of codecssl: 0 done, 1 an error told on one line, 2 wrong usage, 70 a crash, 75 stopped by a signal with
-# all work saved, 76 stuck. 75 goes back into the queue as often as need be; 1 and 2 never; everything else (also 137:
-# SIGKILL, out of memory) CODECSSL_RETRIES times without progress in between.
+# all work saved, 76 stuck. 1 and 2 never go back into the queue; everything else (also 137: SIGKILL, out of memory, and
+# warnings, also those that come before the program listens) as often as need be, but CODECSSL_RETRIES times in a row
+# without progress.
 
 # shellcheck source-path=SCRIPTDIR source=site.sh
 source "$here/site.sh"
@@ -98,7 +99,7 @@ device() { [ "${SLURM_GPUS_ON_NODE:-0}" = 0 ] && echo cpu || echo cuda; }
 # What tells whether a job got anywhere between two crashes; a script may define its own.
 progress() { echo -; }
 
-# What Slurm told this script, and the program to pass it on to.
+# The signal that Slurm sent to this script, and the program to pass it on to.
 warned="" child=""
 heard() {
     warned=$1 interrupted=yes
@@ -122,11 +123,12 @@ survive() {
         0:*) ;;
         1:* | 2:*) exit "$status" ;;
         *:TERM) say "ended by Slurm or scancel" && exit "$status" ;; # Slurm requeues what it preempted itself
-        75:* | *:USR2) requeue "exit code $status after ${warned:-a signal}" ;;
-        *) retry "$status" ;;
+        75:* | *:USR2) retry "$status" " after ${warned:-a signal}, stop" ;;
+        *) retry "$status" ", crash" ;;
     esac
 }
 
+# retry STATUS WHAT: requeue, unless the job came here CODECSSL_RETRIES times before without any progress in between.
 retry() {
     local file="$CODECSSL_LOGS/retries-$SLURM_JOB_ID" before="" count=0 now
     now=$(progress)
@@ -135,9 +137,9 @@ retry() {
     mkdir -p "$CODECSSL_LOGS"
     echo "$now $((count + 1))" >"$file"
     if [ "$count" -ge "$CODECSSL_RETRIES" ]; then
-        say "exit code $1, crash $((count + 1)) without progress; not tried again" && exit "$1"
+        say "exit code $1$2 $((count + 1)) without progress; not tried again" && exit "$1"
     fi
-    requeue "exit code $1, crash $((count + 1)) without progress"
+    requeue "exit code $1$2 $((count + 1)) without progress"
 }
 
 requeue() {

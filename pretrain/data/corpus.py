@@ -18,17 +18,23 @@ class Corpus:
     """The utterances of several shard folders, numbered through; `codes` reads one piece of one of them.
 
     labels: label folders, one for each of `dirs` (see label.py): the same utterances with the same frames.
+    retry_seconds: how long reading is tried again while a disk is away.
     Raises UserError for folders of different codecs, and for labels of other data.
     """
 
     def __init__(
-        self, dirs: Sequence[str | Path], *, num_codebooks: int | None = None, labels: Sequence[str | Path] = ()
+        self,
+        dirs: Sequence[str | Path],
+        *,
+        num_codebooks: int | None = None,
+        labels: Sequence[str | Path] = (),
+        retry_seconds: float = 0.0,
     ) -> None:
         if not dirs:
             raise UserError("data: no shard folder given; add --data DIR")
-        self._shards = [Shards(path) for path in dirs]
+        self._shards, given = ([Shards(path, retry_seconds=retry_seconds) for path in each] for each in (dirs, labels))
         self.card = _common_card(self._shards, num_codebooks)
-        self._labels = _matching(self._shards, [Shards(path) for path in labels]) if labels else []
+        self._labels = _matching(self._shards, given) if given else []
         frames = [shards.frames for shards in self._shards]
         self.frames: npt.NDArray[Any] = frames[0] if len(frames) == 1 else np.concatenate(frames)
         """[N] frames of each utterance; of one folder mapped, so that the ranks of a node share it."""

@@ -22,7 +22,7 @@ def open_data(config: RunConfig, ranks: Ranks) -> tuple[Loader, Loader | None, C
     labels = data.labels if config.objective.target == "labels" else ()
     if config.objective.target == "labels" and not labels:
         raise UserError("data.labels: none given for objective.target labels; make some with codecssl-pretrain label")
-    corpus = Corpus(data.dirs, num_codebooks=data.num_codebooks, labels=labels)
+    corpus = Corpus(data.dirs, num_codebooks=data.num_codebooks, labels=labels, retry_seconds=config.log.retry_seconds)
     with_mel = corpus.require_mel(config.model.input) is not None
     other, held_out = _validation(config, corpus)
     pool = Pool(
@@ -87,7 +87,9 @@ def _validation(config: RunConfig, corpus: Corpus) -> tuple[Corpus, Ints]:
     if not data.valid_dirs:
         return corpus, held_out_utterances(corpus, data)
     labels = data.valid_labels if config.objective.target == "labels" else ()
-    other = Corpus(data.valid_dirs, num_codebooks=data.num_codebooks, labels=labels)
+    other = Corpus(
+        data.valid_dirs, num_codebooks=data.num_codebooks, labels=labels, retry_seconds=config.log.retry_seconds
+    )
     if other.require_mel(config.model.input) != corpus.require_mel(config.model.input):
         raise UserError(f"{data.valid_dirs[0]}: another log-mel plane than the training data; tokenize both alike")
     if other.card.fingerprint != corpus.card.fingerprint:

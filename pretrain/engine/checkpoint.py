@@ -1,4 +1,4 @@
-"""Checkpoints of a run: atomic, the newest few kept, torn and corrupt ones passed over.
+"""Checkpoints of a run: written atomically, the newest few kept, damaged ones named and passed over.
 
     RUN/checkpoints/step-00005000/   model.safetensors (the encoder in fp32, what `export` gives away)
                                      training.safetensors (heads, AdamW's moments, the objective's extra state)
@@ -6,11 +6,13 @@
                                      whole.json (size and CRC-32 of every file: written last)
     RUN/checkpoints/latest           a link to the newest
 
-All values are whole and fp32, whatever the ZeRO stage and the number of ranks divide: any other stage and number goes
-on from them. Rank 0 writes, under another name, to the disk itself, and renames. Random numbers need no state (see
-chance.py), the order of data neither (see plan.py), nor does the schedule (a function of the step).
+All values are whole and fp32, however the ZeRO stage and the ranks divide them: a run resumes from them with any other
+stage and number of ranks. Rank 0 writes under another name, syncs, and renames; it removes under another name as well,
+so that a directory step-* with a file missing was damaged, not interrupted. Random numbers need no state (see
+hashed_random.py), nor does the order of data (plan.py), nor the schedule (a function of the step).
 """
 
+import errno
 import json
 import os
 import re
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from codecssl.pretrain.engine.fp32_state import MOMENTS, masters, moments
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.retry import disk_error, patiently
 
 FORMAT = 2
 _WHOLE, _STATE, _TRAINING, WEIGHTS = "whole.json", "state.json", "training.safetensors", "model.safetensors"
@@ -57,31 +60,42 @@ def collect(engine: Any, state: dict[str, Any]) -> Saved:
     )
 
 
-def save(saved: Saved, folder: Path, *, keep: int) -> Path:
+def save(saved: Saved, folder: Path, *, keep: int, retry_seconds: float = 0.0) -> Path:
     """Write a checkpoint into `folder`, then drop all but the newest `keep`. For rank 0.
 
-    Raises UserError when the disk is full, or weights are not finite; the earlier checkpoints are as they were.
+    retry_seconds: how long writing is tried again while the disk is away. Raises UserError when the disk is full or
+    weights are not finite, TransientError when the disk stays away; the earlier checkpoints are as they were.
     """
     if bad := [name for name, value in saved.weights.items() if not value.isfinite().all()]:
         raise UserError(f"step {saved.step}: {bad[0]} is not finite; lower optim.lr or optim.clip_norm, and start"
                         f" again: {_last(folder)}")  # fmt: skip
     final = folder / f"step-{saved.step:08d}"
     partial = folder / f".{final.name}.partial"
-    for left in folder.glob(".step-*.partial"):
-        shutil.rmtree(left, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        _write(saved, partial)
+        patiently(lambda: _put(saved, partial, final), final, seconds=retry_seconds)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{final}: could not be written ({error.strerror or error}); make room and start again:"
-                        f" {_last(folder)}") from None  # fmt: skip
-    shutil.rmtree(final, ignore_errors=True)  # a torn one of the same step
-    partial.rename(final)
-    _point_latest(folder, final)
+        raise disk_error(f"{final}: could not be written ({error.strerror or error}); make room and start again:"
+                         f" {_last(folder)}", error) from None  # fmt: skip
     for old in whole(folder)[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
+
+
+def _put(saved: Saved, partial: Path, final: Path) -> None:
+    for left in final.parent.glob(".step-*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write(saved, partial)
+    if final.exists():  # a damaged one of the same step
+        shutil.rmtree(final)
+    partial.rename(final)
+    _point_latest(final.parent, final)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; a kill in between leaves no directory of its name."""
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.partial")), ignore_errors=True)
 
 
 def load(checkpoint: Path) -> Saved:
@@ -105,21 +119,22 @@ def load(checkpoint: Path) -> Saved:
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[Path]]:
-    """(the newest checkpoint whose files are as they were written, the newer ones whose are not).
+    """(the newest checkpoint whose files are as they were written, the newer ones that are damaged).
 
-    UserError where none is left of those that there were.
+    Raises UserError where all of them are damaged: a run must not start at step 0 unasked.
     """
     corrupt: list[Path] = []
     if old := next(folder.glob("step-*/engine"), None):
         raise UserError(f"{old.parent}: is DeepSpeed's own, this codecssl writes and reads format {FORMAT}; go on with"
                         " the codecssl that wrote it, or give another --output")  # fmt: skip
-    for path in reversed(whole(folder)):
+    for path in reversed(_all(folder)):
         if damage(path) is None:
             return path, corrupt
         corrupt.append(path)
     if corrupt:
-        raise UserError(f"{corrupt[0]}: {damage(corrupt[0])} is corrupt, and there is no older checkpoint; bring it"
-                        f" back from a backup, or delete {folder} to start from step 0")  # fmt: skip
+        older = "no older one is whole" if len(corrupt) > 1 else "there is no older checkpoint"
+        raise UserError(f"{corrupt[0]}: {damage(corrupt[0])} is corrupt, and {older}; bring it back from a backup, or"
+                        f" delete {folder} to start from step 0")  # fmt: skip
     return None, []
 
 
@@ -131,11 +146,14 @@ def set_aside(corrupt: Path) -> Path:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """The first file of a complete checkpoint whose checksum is wrong."""
-    for name, expected in _read_whole(checkpoint).items():
-        if _described(checkpoint / name) != expected:
-            return name
-    return None
+    """The name of the first file that is missing, cut short or has another CRC-32 than when it was written."""
+    try:
+        files = _read_whole(checkpoint)
+    except (OSError, ValueError):
+        return _WHOLE
+    if not isinstance(files, dict) or not {WEIGHTS, _TRAINING, _STATE} <= files.keys():
+        return _WHOLE
+    return next((name for name, expected in files.items() if _described(checkpoint / name) != expected), None)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -146,7 +164,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def whole(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first: those with all files in full size."""
-    return [path for path in sorted(folder.glob("step-*")) if _is_whole(path)]
+    return [path for path in _all(folder) if _is_whole(path)]
+
+
+def _all(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, damaged ones too."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def newest(folder: Path) -> Path | None:
@@ -180,8 +204,9 @@ def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
 
     try:
         save_file({name: value.contiguous() for name, value in tensors.items()}, path)
-    except SafetensorError as error:  # how it wraps a full disk
-        raise OSError(str(error)) from None
+    except SafetensorError as error:  # how it wraps a full disk, with the number in the text only
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.ENOSPC, str(error)) from None
 
 
 def _described(path: Path) -> dict[str, int]:
@@ -202,8 +227,6 @@ def _read_whole(path: Path) -> dict[str, dict[str, int]]:
 
 
 def _is_whole(path: Path) -> bool:
-    if not re.fullmatch(r"step-\d{8,}", path.name):
-        return False
     try:
         return all((path / name).stat().st_size == file["bytes"] for name, file in _read_whole(path).items())
     except (OSError, ValueError, TypeError, KeyError):

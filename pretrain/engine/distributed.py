@@ -19,13 +19,17 @@ import torch
 from torch import Tensor
 
 from codecssl.pretrain.ranks import Ranks, choose_backend, find_meeting, find_ranks
-from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.common.process import PREEMPTED
+from codecssl.tokenize.common.errors import TransientError, UserError
+from codecssl.tokenize.common.process import CRASHED, PREEMPTED
+from codecssl.tokenize.common.retry import disk_error
 
 __all__ = ["PREEMPTED", "Peers", "join_ranks", "quiet_deepspeed", "silent"]
 
 _MEETING, _FOREVER, _LAST_WORDS = timedelta(minutes=10), timedelta(days=7), timedelta(seconds=20)
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL error", "NCCL communicator")
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
+"""Texts of errors by which a process learns that another one has ended."""
+_FAILED = ("NCCL", "gloo")
+"""Words in other errors of the libraries by which processes exchange data."""
 
 T = TypeVar("T")
 
@@ -56,7 +60,7 @@ class Peers:
         return self._reduced(torch.tensor(values), torch.distributed.ReduceOp.MAX).tolist()
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do the work on every rank; where it fails on any of them, all stop with that error."""
+        """Do the work on every rank; where it fails on any of them, all stop with its error."""
         result, error = _tried(work)
         self.agree(error)
         return result  # type: ignore[return-value]
@@ -71,33 +75,56 @@ class Peers:
                 torch.distributed.broadcast_object_list(box, src=0, group=self._group)
         return box[0]  # type: ignore[return-value]
 
-    def agree(self, error: str | None = None, *, stop: bool = False) -> bool:
-        """Whether any rank was told to stop; where any has an error, all stop with it."""
+    def agree(self, error: UserError | None = None, *, stop: bool = False) -> bool:
+        """Return whether any rank was asked to stop; where any has an error, all stop with it."""
+        error, stopped = self.poll(error, stop=stop)
+        if error is not None:
+            self.fail(error)
+        return stopped
+
+    def poll(self, error: UserError | None = None, *, stop: bool = False) -> tuple[UserError | None, bool]:
+        """Return the error of the first rank that has one, and whether any rank was asked to stop."""
         failed, stopped = self.largest(error is not None, stop)
         if failed:
-            errors: list[str | None] = [error] * self.world_size
+            errors: list[UserError | None] = [error] * self.world_size
             if self._group is not None:
                 with self.hearing():
                     torch.distributed.all_gather_object(errors, error, group=self._group)
-            rank, text = next((rank, text) for rank, text in enumerate(errors) if text is not None)
-            self.fail(text if rank == 0 else f"{text} (rank {rank})")
-        return bool(stopped)
+            rank, error = next((rank, found) for rank, found in enumerate(errors) if found is not None)
+            error = type(error)(f"{error} (rank {rank})") if rank else error
+        return error, bool(stopped)
 
     @contextmanager
     def hearing(self) -> Iterator[None]:
-        """Around what exchanges data with the others: one that has ended is one line, not a traceback."""
+        """Around an exchange of data with the other ranks: its failure is one line instead of a traceback.
+
+        A rank that only sees that another one has ended leaves the word to that one. A rank whose own exchange failed
+        (an error of NCCL or gloo while all ranks live) prints the cause itself. All exit with CRASHED: another start
+        may succeed.
+        """
         try:
             yield
         except RuntimeError as error:
-            if self.world_size == 1 or not any(sign in str(error) for sign in _LOST):
+            text = " ".join(str(error).split())
+            if self.world_size == 1:
                 raise
-            self.fail("another process of this run has ended; what it said before says why")
+            if any(sign in text for sign in _LOST):
+                self.fail(
+                    TransientError(f"another process of this run has ended, its own output says why ({text[:200]})")
+                )
+            if isinstance(error, torch.distributed.DistError) or any(word in text for word in _FAILED):
+                cause = f"rank {self.rank}: exchanging data with the other ranks failed: {text[:600]}"
+                if self.first:
+                    raise TransientError(cause) from error
+                print(f"error: {cause}", file=sys.stderr, flush=True)
+                raise SystemExit(CRASHED) from error  # at once: the others may wait for this rank's data
+            raise
 
-    def fail(self, error: str) -> NoReturn:
-        """Stop all ranks with one error that each of them knows: rank 0 raises it, the others are mute."""
+    def fail(self, error: UserError) -> NoReturn:
+        """Stop all ranks with an error that each of them has: rank 0 raises it, the others exit silently."""
         if self.first:
-            raise UserError(error)
-        self.leave(1)
+            raise error
+        self.leave(CRASHED if isinstance(error, TransientError) else 1)
 
     def leave(self, code: int) -> NoReturn:
         """End with this exit code. Rank 0 goes first: a launcher that sees another one end may kill it mid-sentence."""
@@ -114,17 +141,15 @@ class Peers:
         return values
 
 
-def _tried(work: Callable[[], T]) -> tuple[T | None, str | None]:
-    """(what the work gave, its error): bad input, or a file system that refuses."""
+def _tried(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
+    """(the work's result, its error): bad input, or a file system that refuses."""
     try:
         return work(), None
     except UserError as error:
-        return None, str(error)
+        return None, error
     except OSError as error:
-        return (
-            None,
-            f"{error.filename or 'a file'}: {error.strerror or error}; make it readable, or make room, and go on",
-        )
+        remedy = "make it readable, or make room, and run the same command again"
+        return None, disk_error(f"{error.filename or 'a file'}: {error.strerror or error}; {remedy}", error)
 
 
 def join_ranks(environment: Mapping[str, str] | None = None) -> Peers:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from codecssl.tokenize.common.retry import patiently
+
 Row = dict[str, Any]
 
 # Dense bf16 peak of the datasheets, FLOP/s. Elsewhere the utilisation is not known and not reported.
@@ -27,17 +29,23 @@ _PEAK_BF16 = {
 class Telemetry:
     """Takes rows ({"split", "step", metrics}); a list in a row holds one number per codebook.
 
-    On resume, rows of steps after `step` are cut off first, so that no step is told twice.
+    On resume, rows of steps after `step` are removed first, so that no step is recorded twice. retry_seconds: how long
+    writing a row is tried again while the disk is away.
     """
 
-    def __init__(self, run: Path, *, step: int) -> None:
+    def __init__(self, run: Path, *, step: int, retry_seconds: float = 0.0) -> None:
         from rich.console import Console
         from torch.utils.tensorboard import SummaryWriter
 
-        self._path, self._curves = run / "metrics.jsonl", run / "curves.png"
-        self.rows = [row for row in read_rows(self._path) if row["step"] <= step]
-        _rewrite(self._path, self.rows)
+        self._path, self._curves, self._retry_seconds = run / "metrics.jsonl", run / "curves.png", retry_seconds
         self._console = Console(highlight=False, soft_wrap=True)
+        damaged: list[int] = []
+        self.rows = [row for row in read_rows(self._path, damaged) if row["step"] <= step]
+        if damaged:
+            self.warn(
+                f"{self._path}: line(s) {', '.join(map(str, damaged))} are damaged and left out; the rest is kept"
+            )
+        _rewrite(self._path, self.rows)
         self.expected: Mapping[str, Sequence[Sequence[float]]] = {}
         """Stored losses of a run like this one, by split: [[step, loss], ...]; drawn beside its own."""
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
@@ -53,12 +61,18 @@ class Telemetry:
     def log(self, row: Row) -> None:
         """Record a row everywhere but in the curves."""
         self.rows.append(row)
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        patiently(lambda: self._append(row), self._path, seconds=self._retry_seconds)
         for key, value in row.items():
             for name, number in _scalars(f"{row['split']}/{key}", value):
                 self._board.add_scalar(name, number, row["step"])
         self.say(console_line(row))
+
+    def _append(self, row: Row) -> None:
+        with self._path.open("ab+") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            begun = file.read(1) not in (b"", b"\n")  # a line that an error cut short
+            file.write((("\n" if begun else "") + json.dumps(row) + "\n").encode())
 
     def draw(self) -> None:
         """Bring curves.png up to date."""
@@ -69,14 +83,25 @@ class Telemetry:
         self._board.close()
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl; a last line that was cut short by a crash is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+def read_rows(path: Path, damaged: list[int] | None = None) -> list[Row]:
+    """The rows of a metrics.jsonl; lines that are no rows are left out, and the later ones are kept.
+
+    damaged: takes the numbers of those lines (from 1), but for a last line that a crash cut short.
+    """
+    rows, bad = list[Row](), list[int]()
+    content = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = content.split("\n")
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line) if line else None
         except ValueError:
-            break
+            row = {}
+        if isinstance(row, dict) and row.keys() >= {"split", "step", "loss"} and isinstance(row["step"], int):
+            rows.append(row)
+        elif row is not None and number < len(lines):
+            bad.append(number)
+    if damaged is not None:
+        damaged += bad
     return rows
 
 

@@ -78,9 +78,19 @@ def test_a_mistake_is_not_tried_again(job, code):
 
 
 def test_a_run_that_was_stopped_goes_back_as_often_as_it_takes(job):
+    save = 'mkdir -p run/checkpoints; ln -sfn "step-$(date +%N)" run/checkpoints/latest; exit 75'
     for turn in range(1, 6):
-        assert "goes back into the queue" in job.run("exit 75")[1]
+        assert "goes back into the queue" in job.run(save)[1]
         assert job.requeues == turn
+
+
+def test_a_run_that_is_always_stopped_before_its_first_step_does_not_go_back_for_ever(job):
+    """A time limit below the time of the warning, say."""
+    for turn in (1, 2):
+        assert f"after a signal, stop {turn} without progress" in job.run("exit 75")[1]
+    code, said = job.run("exit 75")
+    assert "after a signal, stop 3 without progress; not tried again" in said
+    assert (code, job.requeues) == (75, 2)
 
 
 @pytest.mark.parametrize("crash", ["exit 76", "exit 70", "kill -9 $$"])
@@ -129,15 +139,29 @@ def signalled(job: Job, program: str, number: signal.Signals) -> tuple[int, str]
 def test_a_warning_reaches_the_program_which_may_take_its_time(job):
     said = signalled(job, WAITS.format(trap="sleep 1; touch saved; exit 75"), signal.SIGUSR2)[1]
     assert (job.folder / "saved").exists(), "the script waited for it"
-    assert "exit code 75 after USR2" in said
+    assert "exit code 75 after USR2, stop 1" in said
     assert job.requeues == 1
 
 
-def test_a_program_that_a_warning_ends_at_once_goes_back_uncounted(job):
-    said = signalled(job, "touch ready; exec sleep 30", signal.SIGUSR2)[1]
-    assert "exit code 140 after USR2" in said
-    assert job.requeues == 1
-    assert not list(job.folder.glob("logs/retries-*"))
+def test_a_warning_before_the_program_listens_is_not_a_requeue_for_ever(job):
+    for turn in (1, 2):
+        said = signalled(job, "touch ready; exec sleep 30", signal.SIGUSR2)[1]
+        assert f"exit code 140 after USR2, stop {turn} without progress" in said
+        (job.folder / "ready").unlink()
+    code, said = signalled(job, "touch ready; exec sleep 30", signal.SIGUSR2)
+    assert "3 without progress; not tried again" in said
+    assert (code, job.requeues) == (140, 2)
+
+
+def test_checkpoints_of_s3prl_are_progress_of_superb(tmp_path):
+    arguments = ("--upstream", "m", "--tasks", "ks", "--data", "d", "--output", "out")
+    job = Job(tmp_path, "superb.sbatch", *arguments)
+    for turn in (1, 2):
+        assert f"crash {turn} without progress" in job.run("exit 70")[1]
+    train = "mkdir -p out/runs/m/ks/r/train/step_3; touch out/runs/m/ks/r/train/step_3/optimizer.pt; exit 70"
+    assert "crash 1 without progress" in job.run(train)[1]
+    assert "crash 2 without progress" in job.run("exit 70")[1]
+    assert "crash 1 without progress" in job.run("touch out/runs/m/ks/r/result.json; exit 70")[1]
 
 
 def test_a_warning_between_two_programs_is_not_lost(job):

@@ -1,13 +1,20 @@
-"""Retry file operations while a disk or a file server is away."""
+"""Disks and file servers that are away: which errors may be over at the next try, and trying again for a while."""
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from codecssl.tokenize.common.errors import TransientError
+from codecssl.tokenize.common.errors import TransientError, UserError
 
+TRANSIENT = frozenset({
+    errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENOTCONN,
+    errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+    errno.ENETDOWN, errno.ENETUNREACH, errno.EREMOTEIO, errno.ECOMM, errno.ENOENT,
+})  # fmt: skip
+"""Errors of a disk or a file server that is away; ENOENT of a file that was there before."""
 PAUSES = (0.1, 0.5, 1.0, 2.0, 5.0)
 """Seconds between tries; the last one repeats."""
 
@@ -15,23 +22,28 @@ T = TypeVar("T")
 
 
 def patiently(work: Callable[[], T], what: object, *, seconds: float) -> T:
-    """Return what `work` returns; call it again after an OSError, for `seconds`.
+    """Return what `work` returns; call it again after an OSError of TRANSIENT, for `seconds`.
 
-    what: the file, for the message. With 0 seconds the first OSError is raised. Raises TransientError with the last
-    cause when the time is over.
+    what: the file, for the message. With 0 seconds there is one try, and its OSError is raised. Raises TransientError
+    with the last cause when the time is over.
     """
     began, tries = time.monotonic(), 0
     while True:
         try:
             return work()
         except OSError as error:
-            left = began + seconds - time.monotonic()
-            if not seconds:
+            if not seconds or error.errno not in TRANSIENT:
                 raise
+            left = began + seconds - time.monotonic()
             if left <= 0:
                 raise TransientError(
-                    f"{what}: cannot be read ({error.strerror or error}), tried for {seconds:g} s; bring the disk back,"
-                    " then run the same command again"
+                    f"{what}: {error.strerror or error}, tried for {seconds:g} s; bring the disk back, then run the"
+                    " same command again"
                 ) from error
             time.sleep(min(left, PAUSES[min(tries, len(PAUSES) - 1)]))
             tries += 1
+
+
+def disk_error(text: str, error: OSError) -> UserError:
+    """The exception for a file operation that failed: a TransientError where another try may help."""
+    return (TransientError if error.errno in TRANSIENT else UserError)(text)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, TypeVar, cast
+from typing import BinaryIO, TypeVar
 
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.retry import patiently
@@ -84,4 +84,4 @@ class ShardFiles:
         return content
 
     def _open(self, shard: int) -> FileIO:
-        return cast(FileIO, shard_path(self.root, shard).open("rb", buffering=0))
+        return shard_path(self.root, shard).open("rb", buffering=0)
