@@ -76,7 +76,7 @@ class Mute(Telemetry):
     """The telemetry of the ranks that do not speak."""
 
     def __init__(self) -> None:
-        self.rows, self.expected = [], {}
+        self.rows, self.expected, self.unheard = [], {}, False
 
     def say(self, text: str) -> None:
         pass

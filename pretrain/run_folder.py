@@ -19,9 +19,9 @@ import yaml
 
 from codecssl.configs.load import differences, from_dict, to_yaml
 from codecssl.pretrain.config import RunConfig
-from codecssl.tokenize.codec import file_sha256
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
+from codecssl.tokenize.common.hashing import file_sha256
 
 # What may change when a run is resumed: where data lies and how it is fetched (fingerprints say which data it is), how
 # often the run logs and saves, and how the same global batches are divided and computed.

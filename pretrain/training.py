@@ -159,6 +159,8 @@ class Training:
             parts, error = self._tried(lambda: next(source))
             waited = time.perf_counter() - started
             self._report(f"waiting for the other ranks before step {done + 1}")
+            if error is None and self.telemetry.unheard:
+                error = UserError("standard output was closed by its reader; run the same command again to continue")
             trouble, stopped = self.peers.poll(error, stop=self.stop.asked is not None)
             if trouble is not None:
                 self._abandon(done, trouble)
@@ -246,7 +248,7 @@ class Training:
                 self._save(done)
         except UserError as other:
             raise type(error)(f"{error}; step {done} could not be saved either: {other}") from other
-        self.peers.fail(type(error)(f"{error}; step {done} is saved"))
+        self.peers.fail(type(error)(f"{error}; step {done} is saved") if done else error)
 
     def _leave(self, done: int) -> NoReturn:
         """Save, unless that was just done, and exit with PREEMPTED."""

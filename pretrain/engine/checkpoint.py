@@ -85,7 +85,8 @@ def save(saved: Saved, folder: Path, *, keep: int, retry_seconds: float = 0.0) -
 def _put(saved: Saved, partial: Path, final: Path) -> None:
     for left in final.parent.glob(".step-*.partial"):
         shutil.rmtree(left, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.parent.mkdir(exist_ok=True)  # not the run's folder, whose disk may be away
+    partial.mkdir()
     _write(saved, partial)
     if final.exists():  # a damaged one of the same step
         shutil.rmtree(final)

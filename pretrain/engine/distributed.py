@@ -110,7 +110,7 @@ class Peers:
                 raise
             if any(sign in text for sign in _LOST):
                 self.fail(
-                    TransientError(f"another process of this run has ended, its own output says why ({text[:200]})")
+                    TransientError(f"another process of this run has ended; its own output says why ({text[:200]})")
                 )
             if isinstance(error, torch.distributed.DistError) or any(word in text for word in _FAILED):
                 cause = f"rank {self.rank}: exchanging data with the other ranks failed: {text[:600]}"

@@ -22,12 +22,13 @@ from codecssl.pretrain.monitor.telemetry import read_rows
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import names_in, write_atomic
+from codecssl.tokenize.common.hashing import file_sha256
 from codecssl.tokenize.mel import MelSpec
 from codecssl.tokenize.shards import Shards
 
-FORMAT, VERSION = "codecssl-model", 1
+FORMAT, VERSION, WEIGHTS = "codecssl-model", 1, "model.safetensors"
 _CURVES = "curves.png"
-_FILES = {"model.safetensors", "config.json", "README.md", _CURVES}
+_FILES = {WEIGHTS, "config.json", "README.md", _CURVES}
 
 
 def export(run_dir: str | Path, output_dir: str | Path) -> None:
@@ -54,11 +55,13 @@ def export(run_dir: str | Path, output_dir: str | Path) -> None:
         "codec": data["codec"],
         **({"mel": data["mel"]} if "mel" in data else {}),
         "training": {"step": step, "config": dataclasses.asdict(config), "data": data["train"],
+                     "changes": [row for row in run_folder.read_changes(run) if row["step"] <= step],
                      "metrics": _last_rows(run, step), "versions": run_folder.read_versions(run)},
+        "weights_sha256": file_sha256(newest / checkpoint.WEIGHTS),
     }  # fmt: skip
     # Removed first and written last: a folder without it is not taken for a model.
     (output / "config.json").unlink(missing_ok=True)
-    shutil.copyfile(newest / checkpoint.WEIGHTS, output / "model.safetensors")
+    shutil.copyfile(newest / checkpoint.WEIGHTS, output / WEIGHTS)
     if (run / _CURVES).is_file():
         shutil.copyfile(run / _CURVES, output / _CURVES)
     (output / "README.md").write_text(model_card(output.resolve().name, description, _folders(config, data["train"])))
@@ -70,24 +73,35 @@ def is_export_of(run: Path, folder: Path) -> bool:
     newest, _ = checkpoint.newest_intact(run / "checkpoints")
     if newest is None or not (folder / "config.json").is_file():
         return False
-    return filecmp.cmp(newest / checkpoint.WEIGHTS, folder / "model.safetensors", shallow=False)
+    return filecmp.cmp(newest / checkpoint.WEIGHTS, folder / WEIGHTS, shallow=False)
 
 
 def load_pretrained(path: str | Path) -> CodecModel:
-    """The exported model, fp32 on the CPU, in evaluation mode; its codec's card is `model.card`."""
+    """The exported model, fp32 on the CPU, in evaluation mode; its codec's card is `model.card`.
+
+    Raises UserError where the weights are not those that were exported (by sha256; old exports have none).
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(path)
     description = _read_description(folder)
+    _check_weights(folder, description.get("weights_sha256"))
     mel = MelSpec.from_dict(description["mel"]) if "mel" in description else None
     model = CodecModel(from_dict(ModelConfig, description["model"]), CodecCard.from_dict(description["codec"]), mel)
     try:
-        weights = load_file(folder / "model.safetensors")
+        weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: model.safetensors is missing or damaged ({error}); export it again") from None
     load_weights(model, weights, folder)
     return model.eval()
+
+
+def _check_weights(folder: Path, expected: str | None) -> None:
+    path = folder / WEIGHTS
+    if expected is not None and path.is_file() and file_sha256(path) != expected:
+        found = "its sha256 is not the one in config.json"
+        raise UserError(f"{folder}: {WEIGHTS} is missing or damaged ({found}); copy it again, or export it again")
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def model_card(name: str, description: Mapping[str, Any], data: Iterable[Mapping
         _trained_on(card, data, training["data"]),
         _figures(training["metrics"]),
         "## Curves\n\n![loss, accuracy and variety of the guesses](curves.png)",
-        _config(config, training["versions"]),
+        _config(config, training["versions"], training.get("changes", ())),
     )
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -83,8 +83,9 @@ def _figures(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(("## Figures at masked frames\n", head, "|---|--:|--:|--:|--:|---|", *lines))
 
 
-def _config(config: RunConfig, versions: Mapping[str, str]) -> str:
+def _config(config: RunConfig, versions: Mapping[str, str], changes: Iterable[Mapping[str, Any]]) -> str:
     changed = {key: new for key, (_, new) in differences(RunConfig(), config).items() if key != "data.dirs"}
     lines = "\n".join(f"- `{key}`: {value}" for key, value in sorted(changed.items()))
+    lines += "".join(f"\n- from step {r['step']}: `{r['key']}` {r['new']}, before {r['old']}" for r in changes)
     built = ", ".join(f"{package} {number}" for package, number in versions.items())
     return f"## Config, where it differs from the defaults\n\n{lines}\n\nVersions: {built}."

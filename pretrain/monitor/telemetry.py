@@ -6,11 +6,13 @@ import os
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from codecssl.tokenize.common.process import drop_stdout
 from codecssl.tokenize.common.retry import patiently
 
 Row = dict[str, Any]
@@ -34,37 +36,41 @@ class Telemetry:
     """
 
     def __init__(self, run: Path, *, step: int, retry_seconds: float = 0.0) -> None:
-        from rich.console import Console
         from torch.utils.tensorboard import SummaryWriter
 
         self._path, self._curves, self._retry_seconds = run / "metrics.jsonl", run / "curves.png", retry_seconds
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = _console()
+        self.unheard = False
+        """Whether the reader of the standard output is gone (`| head`); the run then saves and stops."""
         damaged: list[int] = []
         self.rows = [row for row in read_rows(self._path, damaged) if row["step"] <= step]
         if damaged:
-            self.warn(
-                f"{self._path}: line(s) {', '.join(map(str, damaged))} are damaged and left out; the rest is kept"
-            )
+            self.warn(f"{self._path}: line(s) {', '.join(map(str, damaged))} damaged and left out; the rest is kept")
         _rewrite(self._path, self.rows)
         self.expected: Mapping[str, Sequence[Sequence[float]]] = {}
         """Stored losses of a run like this one, by split: [[step, loss], ...]; drawn beside its own."""
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def say(self, text: str) -> None:
-        """A line for the reader at the console."""
-        self._console.print(text, markup=False)
+        """Print a line."""
+        self._print(text)
 
     def warn(self, text: str) -> None:
-        """A line that must not be overlooked."""
-        self._console.print(f"warning: {text}", markup=False, style="bold yellow")
+        """Print a warning."""
+        self._print(f"warning: {text}", style="bold yellow")
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        try:
+            self._console.print(text, markup=False, style=style)
+        except BrokenPipeError:
+            self.unheard = True
+            drop_stdout()
 
     def log(self, row: Row) -> None:
         """Record a row everywhere but in the curves."""
         self.rows.append(row)
         patiently(lambda: self._append(row), self._path, seconds=self._retry_seconds)
-        for key, value in row.items():
-            for name, number in _scalars(f"{row['split']}/{key}", value):
-                self._board.add_scalar(name, number, row["step"])
+        self._chart(row)
         self.say(console_line(row))
 
     def _append(self, row: Row) -> None:
@@ -77,10 +83,35 @@ class Telemetry:
     def draw(self) -> None:
         """Bring curves.png up to date."""
         draw_curves(self.rows, self._curves, self.expected)
-        self._board.flush()
+        with suppress(OSError):
+            self._board.flush()
 
     def close(self) -> None:
-        self._board.close()
+        with suppress(OSError):
+            self._board.close()
+
+    def _chart(self, row: Row) -> None:
+        """Pass a row to TensorBoard. Its writer never recovers from an error, so that another one follows it."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            for key, value in row.items():
+                for name, number in _scalars(f"{row['split']}/{key}", value):
+                    self._board.add_scalar(name, number, row["step"])
+        except OSError:
+            if self._path.exists():
+                self._board = SummaryWriter(str(self._path.with_name("tensorboard")))
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            """rich's own exits with 1 here, in the middle of a step."""
+            raise BrokenPipeError
+
+    return Plain(highlight=False, soft_wrap=True)
 
 
 def read_rows(path: Path, damaged: list[int] | None = None) -> list[Row]:

@@ -35,8 +35,10 @@ def utterances(count: int, seed: int) -> Iterator[tuple[str, np.ndarray, dict[st
 
 @pytest.fixture
 def make_shards(tmp_path: Path) -> Callable[..., Path]:
-    def make(name: str = "shards", *, count: int = 40, seed: int = 0, codec: str = "synthetic") -> Path:
-        write_shards(tmp_path / name, card(codec), utterances(count, seed))
+    def make(
+        name: str = "shards", *, count: int = 40, seed: int = 0, codec: str = "synthetic", per_shard: int = 8192
+    ) -> Path:
+        write_shards(tmp_path / name, card(codec), utterances(count, seed), per_shard)
         return tmp_path / name
 
     return make

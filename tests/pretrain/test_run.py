@@ -324,8 +324,8 @@ def test_another_config_or_other_data_is_refused(make_shards: Make, small_config
     run(
         small_config(dirs, optim={"steps": 2}, log={"log_every": 1}), tmp_path / "run"
     )  # how often it speaks may change
-    with pytest.raises(UserError, match=r"was made with optim.lr 0.003, this run says 0.1"):
-        run(small_config(dirs, optim={"steps": 2, "lr": 0.1}), tmp_path / "run")
+    with pytest.raises(UserError, match=r"was made with optim.eps 1e-06, this run says 0.1"):
+        run(small_config(dirs, optim={"steps": 2, "eps": 0.1}), tmp_path / "run")
     with pytest.raises(UserError, match="other train shards"):
         run(small_config(make_shards("other", seed=5), optim={"steps": 2}), tmp_path / "run")
     (tmp_path / "mine").mkdir()
@@ -343,8 +343,8 @@ def test_a_start_that_failed_does_not_keep_its_folder(make_shards: Make, small_c
     right = small_config(make_shards("other"), optim={"steps": 2}, log={"log_every": 1, "checkpoint_every": 2})
     run(right, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # what was told of steps counts too
-    with pytest.raises(UserError, match="was made with optim.lr 0.003"):
-        run(small_config(tmp_path / "other", optim={"steps": 2, "lr": 0.1}), tmp_path / "run")
+    with pytest.raises(UserError, match="was made with optim.eps 1e-06"):
+        run(small_config(tmp_path / "other", optim={"steps": 2, "eps": 0.1}), tmp_path / "run")
 
 
 @pytest.mark.parametrize("file", ["config.yaml", "data.json", "versions.json"])

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
-from conftest import SMALL, card, utterances
 from safetensors.torch import load_file
 
+from codecssl.configs.load import to_yaml
 from codecssl.pretrain.cli import main
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.engine import checkpoint
@@ -27,16 +26,15 @@ from codecssl.pretrain.run import run
 from codecssl.pretrain.run_folder import read_changes
 from codecssl.pretrain.training import Training
 from codecssl.tokenize.common.errors import TransientError, UserError
-from codecssl.tokenize.format.writer import write_shards
 
 Config = Callable[..., RunConfig]
+Make = Callable[..., Path]
 
 
 @pytest.fixture
-def shards(tmp_path: Path) -> Path:
+def shards(make_shards: Make) -> Path:
     """Many shards, of which most are opened late in a run."""
-    write_shards(tmp_path / "shards", card(), utterances(120, 0), per_shard=1)
-    return tmp_path / "shards"
+    return make_shards(count=120, per_shard=1)
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -68,12 +66,12 @@ def test_a_disk_that_is_away_for_a_second_changes_nothing(
 
 
 def test_a_disk_that_stays_away_ends_the_run_saved_with_70_and_the_cause(
-    shards: Path, small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shards: Path, small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
+    log = {"retry_seconds": 0.3, "checkpoint_every": 100}
     file = tmp_path / "config.yaml"
-    log = {**SMALL["log"], "retry_seconds": 0.3, "checkpoint_every": 100}
-    values = {**SMALL, "data": {**SMALL["data"], "prefetch": 1, "workers": 1}, "log": log}
-    file.write_text(yaml.safe_dump(values))
+    file.write_text(to_yaml(small_config(shards, data={"prefetch": 1, "workers": 1}, log=log)))
     command = ["run", str(file), "--data", str(shards), "--optim.steps=12", "--output"]
     assert main([*command, str(tmp_path / "undisturbed")]) == 0
     with monkeypatch.context() as patch:
@@ -104,9 +102,9 @@ def test_a_folder_that_never_was_there_is_not_waited_for(small_config: Config, t
 
 
 def test_a_validation_that_cannot_be_read_saves_first(
-    shards: Path, small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shards: Path, make_shards: Make, small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_shards(tmp_path / "valid", card(), utterances(9, 3), per_shard=1)
+    make_shards("valid", count=9, seed=3, per_shard=1)
     away_at(3, monkeypatch, tmp_path / "valid", None)
     config = small_config(
         shards, data={"valid_dirs": [str(tmp_path / "valid")]}, optim={"steps": 8},
@@ -281,7 +279,7 @@ def test_flipped_bytes_of_an_exported_model_are_found(shards: Path, small_config
         content = bytearray(whole)
         content[at] ^= 1 << int(rng.integers(8))
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"model\.safetensors is not the file that was exported.*export it again"):
+        with pytest.raises(UserError, match=r"model\.safetensors is missing or damaged \(its sha256 .*export it again"):
             load_pretrained(tmp_path / "model")
     old = json.loads(config.read_text())
     assert len(old.pop("weights_sha256")) == 64
@@ -294,11 +292,10 @@ def test_flipped_bytes_of_an_exported_model_are_found(shards: Path, small_config
 # ---------------------------------------------------------------- signals and pipes
 
 
-def _start(tmp_path: Path, shards: Path, *more: str, **options: Any) -> "subprocess.Popen[str]":
+def _start(tmp_path: Path, config: RunConfig, **options: Any) -> "subprocess.Popen[str]":
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump({**SMALL, "log": {**SMALL["log"], "log_every": 1}}))
-    command = [sys.executable, "-m", "codecssl.pretrain", "run", str(file), "--data", str(shards), "--output",
-               str(tmp_path / "run"), *more]  # fmt: skip
+    file.write_text(to_yaml(config))
+    command = [sys.executable, "-m", "codecssl.pretrain", "run", str(file), "--output", str(tmp_path / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **options)
 
@@ -308,9 +305,9 @@ def _listens(process: int, number: signal.Signals) -> bool:
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
-def test_a_warning_while_the_run_starts_is_heard(tmp_path: Path, shards: Path) -> None:
+def test_a_warning_while_the_run_starts_is_heard(tmp_path: Path, shards: Path, small_config: Config) -> None:
     """Importing torch and DeepSpeed takes seconds; a USR2 in that time ended the process without a word."""
-    process = _start(tmp_path, shards, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = _start(tmp_path, small_config(shards), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not _listens(process.pid, signal.SIGUSR2):
         assert time.monotonic() < deadline
@@ -322,9 +319,12 @@ def test_a_warning_while_the_run_starts_is_heard(tmp_path: Path, shards: Path) -
     assert "stopped by SIGUSR2 after step 0" in out
 
 
-def test_a_reader_that_leaves_ends_the_run_saved_with_one_line(tmp_path: Path, shards: Path) -> None:
+def test_a_reader_that_leaves_ends_the_run_saved_with_one_line(
+    tmp_path: Path, shards: Path, small_config: Config
+) -> None:
     """`codecssl-pretrain run ... | head -3`."""
-    process = _start(tmp_path, shards, "--optim.steps=100000", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    config = small_config(shards, optim={"steps": 100_000}, log={"log_every": 1})
+    process = _start(tmp_path, config, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
     while "step" not in process.stdout.readline():

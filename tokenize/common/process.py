@@ -45,6 +45,13 @@ def guarded(main: Callable[[], int]) -> int:
         return CRASHED
 
 
+def drop_stdout() -> None:
+    """Send what is still printed to nowhere, once the reader of a pipe is gone: Python flushes once more at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+
+
 class StopSignal:
     """While entered, SIGNALS only set `asked`; the run looks at it between steps."""
 
@@ -132,6 +139,6 @@ class Watchdog:
         }
         part = self._beat.with_name(f".{self._beat.name}")
         with suppress(OSError):
-            self._beat.parent.mkdir(parents=True, exist_ok=True)
+            self._beat.parent.mkdir(exist_ok=True)  # not the run's folder, whose disk may be away
             part.write_text(json.dumps(row))
             part.replace(self._beat)

@@ -65,11 +65,11 @@ def test_a_corrupt_checkpoint_is_found_and_set_aside(tmp_path: Path, file: str) 
     for step in (1, 2, 3):
         checkpoint.save(saved(step), tmp_path, keep=3)
     flip(tmp_path / "step-00000003" / file)
-    (tmp_path / "step-00000002" / file).unlink()  # torn: not even looked at
+    (tmp_path / "step-00000002" / file).unlink()
     found, corrupt = checkpoint.newest_intact(tmp_path)
     assert found == tmp_path / "step-00000001"
-    assert corrupt == [tmp_path / "step-00000003"]
-    assert checkpoint.damage(corrupt[0]) == file
+    assert corrupt == [tmp_path / "step-00000003", tmp_path / "step-00000002"]
+    assert [checkpoint.damage(path) for path in corrupt] == [file, file]
     checkpoint.set_aside(corrupt[0])
     checkpoint.save(saved(2), tmp_path, keep=2)  # the corrupt one must not count
     assert names(tmp_path) == ["corrupt-step-00000003", "latest", "step-00000001", "step-00000002"]

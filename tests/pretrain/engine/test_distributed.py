@@ -83,7 +83,7 @@ def _work(job: Job, rank: int) -> dict[str, Any]:
     from codecssl.configs.load import from_dict
     from codecssl.pretrain.config import RunConfig
     from codecssl.pretrain.run import run
-    from codecssl.tokenize.common.errors import UserError
+    from codecssl.tokenize.common.errors import TransientError, UserError
 
     output = Path(job["output"])
     if rank == 0 and "begin" in job:
@@ -93,7 +93,7 @@ def _work(job: Job, rank: int) -> dict[str, Any]:
         try:
             run(from_dict(RunConfig, job["config"]), output)
         except UserError as error:
-            said["code"], said["error"] = 1, str(error)
+            said["code"], said["error"] = 70 if isinstance(error, TransientError) else 1, str(error)
         except SystemExit as end:
             said["code"] = end.code
         except BaseException:
@@ -112,17 +112,19 @@ def _copy(run: Path, step: int, output: Path) -> None:
 @contextmanager
 def _trouble(rank: int, read: dict[int, list[str]], kind: str = "", at: int = 0, on: int = 0) -> Iterator[None]:
     """Note what is read; and before step `at` (0, 1, ...) let something happen on one rank."""
+    import torch
+
     from codecssl.pretrain import training
     from codecssl.pretrain.data.loader import Loader
     from codecssl.pretrain.objectives import codec2vec
-    from codecssl.tokenize.common.errors import UserError
+    from codecssl.tokenize.common.errors import TransientError, UserError
 
     step, update, forward = Loader.step, training.Training.update, codec2vec.MaskedPrediction.forward
     now = {"step": -1}
 
     def noted(self: Any, number: int) -> Any:
-        if (kind, number, rank) == ("unreadable", at, on):
-            raise UserError("shard 00017: is gone; bring it back")
+        if (kind, number, rank) in (("unreadable", at, on), ("away", at, on)):
+            raise (TransientError if kind == "away" else UserError)("shard 00017: is gone; bring it back")
         batches = step(self, number)
         if not self._fixed:  # the training loader
             read[number] = [hashlib.sha256(b.codes[i, :, :n].numpy().tobytes()).hexdigest()
@@ -136,6 +138,8 @@ def _trouble(rank: int, read: dict[int, list[str]], kind: str = "", at: int = 0,
         return update(self, number, *args, **kwargs)
 
     def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (kind, now["step"], rank) == ("nccl", at, on):
+            raise torch.distributed.DistBackendError("NCCL error in: x.cpp:3,\n unhandled cuda error, Xid 94 on n7")
         loss = forward(self, *args, **kwargs)
         bad = (kind, now["step"], rank) == ("nan", at, on)
         return replace(loss, total=loss.total * float("nan")) if bad else loss
@@ -241,7 +245,7 @@ def sessions(tmp_path_factory: pytest.TempPathFactory, write_learnable: Callable
     made.add("stopped", exact(shards, 1, "fp32"), trouble={"kind": "signal", "at": 5, "on": 1})
     made.session(2)
     made.add("stopped-resumed", exact(shards, 1, "fp32"), begin=("stopped", 99))
-    for kind, stage in (("nan", 0), ("nan", 2), ("unreadable", 0), ("full", 1)):
+    for kind, stage in (("nan", 0), ("nan", 2), ("unreadable", 0), ("away", 0), ("nccl", 0), ("full", 1)):
         made.session(2)
         trouble = {"kind": kind, "at": 6, "on": 0 if kind == "full" else 1}
         values = config(shards, engine={"zero_stage": stage}, log={"log_every": 8})
@@ -327,23 +331,34 @@ def test_a_signal_to_one_rank_saves_and_stops_all(sessions: Sessions) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says", "saved"),
+    ("name", "says", "saved", "code"),
     [
-        ("nan-0", "step 7: the loss is nan; lower optim.lr (now 0.003)", 4),
-        ("nan-2", "step 7: the loss is nan; lower optim.lr (now 0.003)", 4),
-        ("unreadable-0", "shard 00017: is gone; bring it back (rank 1)", 4),
-        ("full-1", "step-00000004: could not be written", None),
+        ("nan-0", "step 7: the loss is nan; lower optim.lr (now 0.003)", [4], 1),
+        ("nan-2", "step 7: the loss is nan; lower optim.lr (now 0.003)", [4], 1),
+        ("unreadable-0", "shard 00017: is gone; bring it back (rank 1); step 6 is saved", [4, 6], 1),
+        ("away-0", "shard 00017: is gone; bring it back (rank 1); step 6 is saved", [4, 6], 70),
+        ("full-1", "step-00000004: could not be written", [], 1),
     ],
 )
 def test_trouble_on_one_rank_stops_all_with_one_line(
-    sessions: Sessions, name: str, says: str, saved: int | None
+    sessions: Sessions, name: str, says: str, saved: list[int], code: int
 ) -> None:
     first, second = sessions.outcomes(name)
     assert says in first["error"]
     assert "\n" not in first["error"]
-    assert (first["code"], second["code"], second["error"]) == (1, 1, None)
+    assert (first["code"], second["code"], second["error"]) == (code, code, None)
     found = sorted(path.name for path in (sessions.folder / name / "checkpoints").iterdir())
-    assert found == (["latest", f"step-{saved:08d}"] if saved else [])
+    assert found == (["latest", *(f"step-{step:08d}" for step in saved)] if saved else [])
+
+
+def test_an_error_of_nccl_is_told_by_the_rank_that_has_it(sessions: Sessions) -> None:
+    """All ranks live: "another process has ended" on each of them would hide the cause."""
+    first, second = sessions.outcomes("nccl-0")
+    assert "error: rank 1: exchanging data with the other ranks failed: NCCL error in: x.cpp:3," in second["err"]
+    assert "Xid 94 on n7" in second["err"]
+    assert len(second["err"].splitlines()) == 1
+    assert "another process of this run has ended; its own output says why" in first["error"]
+    assert (first["code"], second["code"]) == (70, 70)
 
 
 if __name__ == "__main__":
