@@ -15,8 +15,8 @@ from helpers import card
 
 from codecssl.tokenize.common.errors import TransientError, UserError
 from codecssl.tokenize.format import shard_files
-from codecssl.tokenize.format.writer import write_shards
 from codecssl.tokenize.shards import Shards
+from codecssl.tokenize.write_codes import write_shards
 
 
 def codes(count, frames=100, seed=0, sizes=(1024, 60, 2)):
