@@ -11,7 +11,7 @@ from codecssl.tokenize.cli import Parser
 from codecssl.tokenize.common.errors import UserError
 
 UPSTREAMS = (
-    "an exported model's folder, fbank, codes (the codec's latents), random (an untrained encoder), "
+    "an exported model's folder, fbank, logmel, mfcc, codes (the codec's latents), random (an untrained encoder), "
     "codes:MODEL, codes:CODEC, random:MODEL, NAME@s3prl, or hf:PATH|NAME (transformers); bare codes and random follow "
     "the first model named; repeat to compare"
 )
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run.add_command(commands, shape, _common)
 
-    probe = commands.add_parser("probe", help="linear probes of frozen, mean-pooled features", formatter_class=shape)
+    probe = commands.add_parser("probe", help="linear probes of frozen features", formatter_class=shape)
     probe.set_defaults(command=_probe)
     _common(probe)
     probe.add_argument(
@@ -60,6 +60,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     probe.add_argument("--seeds", type=run.integers, default=(0, 1, 2), help="of the folds, comma-separated")
     probe.add_argument("--folds", type=int, default=4)
+    probe.add_argument(
+        "--pool",
+        choices=("meanstd", "mean"),
+        default="meanstd",
+        help="over time: mean and deviation, or the mean alone",
+    )
+    probe.add_argument(
+        "--C",
+        type=run.numbers,
+        default=(1e-3, 1e-2, 1e-1, 1.0, 10.0),
+        metavar="C,C,...",
+        help="inverse strengths of the L2 penalty; the training folds choose one; one value fixes it",
+    )
 
     report.add_command(commands)
 
@@ -98,15 +111,23 @@ def _positive(text: str) -> int:
 def _probe(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from codecssl.superb.probe import probe
+    from codecssl.superb.probe import probe, tables
     from codecssl.superb.probe.crossvalidate import Settings
 
-    settings = Settings(folds=arguments.folds, seeds=arguments.seeds, device=arguments.device, jobs=arguments.jobs)
+    settings = Settings(
+        folds=arguments.folds,
+        seeds=arguments.seeds,
+        C=arguments.C,
+        pool=arguments.pool,
+        device=arguments.device,
+        jobs=arguments.jobs,
+    )
     probes = probe.load_probes(arguments.probes)
     console = Console(highlight=False)
     rows = probe.run(arguments.upstream, arguments.data, probes, arguments.output, settings, report=console.print)
-    console.print(probe.console_table(rows))
-    console.print(f"wrote {probe.write_markdown(rows, arguments.output)}", soft_wrap=True)
+    for each in tables.console_tables(rows):
+        console.print(each)
+    console.print(f"wrote {tables.write_markdown(arguments.output)}", soft_wrap=True)
     return 0
 
 

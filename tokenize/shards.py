@@ -229,6 +229,10 @@ class Shards:
         for block in range(len(self.blocks)):
             yield from json.loads(self._read_text(block))["id"]
 
+    def source_hashes(self) -> Iterator[NDArray[np.uint8]]:
+        """sha256 [n, 32] of the utterances' audio files, in order, a block at a time."""
+        return (self._columns(block)[1]["sha256"] for block in range(len(self.blocks)))
+
     def find(self, id: str) -> int:
         """The index of an utterance by its id: a scan of the text, not of the codes.
 

@@ -16,6 +16,7 @@ from codecssl.pretrain import run_folder
 from codecssl.pretrain.config import ModelConfig, RunConfig
 from codecssl.pretrain.engine import checkpoint
 from codecssl.pretrain.engine.fp32_state import load_weights
+from codecssl.pretrain.export import sources
 from codecssl.pretrain.export.model_card import model_card
 from codecssl.pretrain.model.model import CodecModel
 from codecssl.pretrain.monitor.telemetry import read_rows
@@ -28,7 +29,7 @@ from codecssl.tokenize.shards import Shards
 
 FORMAT, VERSION, WEIGHTS = "codecssl-model", 1, "model.safetensors"
 _CURVES = "curves.png"
-_FILES = {WEIGHTS, "config.json", "README.md", _CURVES}
+_FILES = {WEIGHTS, "config.json", "README.md", _CURVES, sources.FILE}
 
 
 def export(run_dir: str | Path, output_dir: str | Path) -> None:
@@ -64,7 +65,11 @@ def export(run_dir: str | Path, output_dir: str | Path) -> None:
     shutil.copyfile(newest / checkpoint.WEIGHTS, output / WEIGHTS)
     if (run / _CURVES).is_file():
         shutil.copyfile(run / _CURVES, output / _CURVES)
-    (output / "README.md").write_text(model_card(output.resolve().name, description, _folders(config, data["train"])))
+    shards = _open_shards(config, data["train"])
+    (output / sources.FILE).unlink(missing_ok=True)
+    if shards:
+        sources.write_sources(shards, output)
+    (output / "README.md").write_text(model_card(output.resolve().name, description, map(_contents, shards)))
     write_atomic(output / "config.json", json.dumps(description, indent=1).encode())
 
 
@@ -118,8 +123,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _folders(config: RunConfig, fingerprints: list[str]) -> list[dict[str, Any]]:
-    """What the training folders hold, where they are still there and still the same."""
+def _open_shards(config: RunConfig, fingerprints: list[str]) -> list[Shards]:
+    """The training folders, where all of them are still there and still the same; else none."""
     found = []
     for path in config.data.dirs:
         try:
@@ -128,9 +133,14 @@ def _folders(config: RunConfig, fingerprints: list[str]) -> list[dict[str, Any]]
             return []
         if shards.fingerprint not in fingerprints:
             return []
-        hours = float(int(shards.frames.sum(dtype="int64")) / shards.card.frame_rate) / 3600
-        found.append({"name": Path(path).resolve().name, "utterances": len(shards), "hours": hours})
+        found.append(shards)
     return found
+
+
+def _contents(shards: Shards) -> dict[str, Any]:
+    """A row of the model card's table of data."""
+    hours = float(int(shards.frames.sum(dtype="int64")) / shards.card.frame_rate) / 3600
+    return {"name": shards.path.resolve().name, "utterances": len(shards), "hours": hours}
 
 
 def _last_rows(run: Path, step: int) -> dict[str, Any]:

@@ -58,6 +58,17 @@ def integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text}: whole numbers are meant, as in 0,1,2") from None
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """Positive numbers, comma-separated."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = (0.0,)
+    if not all(0 < number < float("inf") for number in found):
+        raise argparse.ArgumentTypeError(f"{text}: positive numbers are meant, as in 1e-3,1e-1,10") from None
+    return found
+
+
 def _runs(arguments: argparse.Namespace) -> "list[Run]":
     from codecssl.superb.reporting.tables import SAMPLE
     from codecssl.superb.runner.sweep import Sweep, part

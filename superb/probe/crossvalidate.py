@@ -1,81 +1,109 @@
-"""Accuracy of a linear reader of features, layer by layer, with the layer chosen inside the training folds.
+"""Accuracy of a linear reader of features, layer by layer, by nested cross-validation.
 
-Features are standardised on the training folds and read by logistic regression. Folds keep the values of a
-group column apart (unseen speakers), else they are stratified.
+Features are standardised on the training folds and read by logistic regression. The training folds alone choose the
+strength of its penalty, and the layer. Folds keep the values of a group column apart (unseen speakers), else they are
+stratified.
 """
 
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
+from codecssl.superb.probe.logistic import fit_predict
 from codecssl.superb.results import Row
 from codecssl.tokenize.common.errors import UserError
+
+GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to probe. C is the inverse strength of the L2 penalty on standardised features."""
+    """How to probe. C: inverse strengths of the L2 penalty on standardised features, of which the training folds choose
+    one. pool: statistics over time of each feature, its mean and standard deviation or its mean alone.
+    """
 
     folds: int = 4
     seeds: tuple[int, ...] = (0, 1, 2)
-    C: float = 0.1
-    max_iterations: int = 1000
+    C: tuple[float, ...] = GRID
+    pool: Literal["meanstd", "mean"] = "meanstd"
     device: str = "cpu"
     jobs: int = 1
 
     def __post_init__(self) -> None:
         if self.folds < 3:
             raise UserError(f"folds {self.folds}: at least 3, since layers are chosen by the folds that remain")
+        if not self.C or min(self.C) <= 0:
+            raise UserError(f"C {self.C}: give at least one value, each above 0")
 
 
 def evaluate(features: np.ndarray, labels: np.ndarray, groups: np.ndarray | None, settings: Settings) -> Row:
     """Accuracies of pooled features [N, L, D].
 
-    "layers": mean over seeds per layer; "best_layer": of the layer that the training folds chose, fold by
-    fold; "optimistic_layer": of the layer that is best in "layers", which has seen the test folds.
+    "layers": mean over seeds per layer, C chosen by the training folds; "best_layer": of the layer and C that the
+    training folds chose, fold by fold; "optimistic_layer": of the layer that is best in "layers", which has seen the
+    test folds; "right": per seed a string of N digits, 1 where the answer behind "best_layer" is right.
     """
+    features = np.asarray(features, dtype=np.float64)
     by_seed = [_one_seed(features, labels, groups, settings, seed) for seed in settings.seeds]
-    layers = np.mean([layers for layers, _, _ in by_seed], axis=0)
-    nested = [accuracy for _, accuracy, _ in by_seed]
+    layers = np.mean([seed.layers for seed in by_seed], axis=0)
+    nested = [float(seed.right.mean()) for seed in by_seed]
     return {
         "layers": [round(float(value), 5) for value in layers],
         "best_layer": round(float(np.mean(nested)), 5),
         "best_layer_deviation": round(float(np.std(nested)), 5),
-        "chosen_layers": [chosen for _, _, chosen in by_seed],
+        "chosen_layers": [seed.chosen_layers for seed in by_seed],
+        "chosen_C": [seed.chosen_strengths for seed in by_seed],
         "optimistic_layer": round(float(layers.max()), 5),
+        "right": ["".join("1" if right else "0" for right in seed.right) for seed in by_seed],
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seed:
+    layers: np.ndarray
+    """[L]"""
+    right: np.ndarray
+    """[N], bool"""
+    chosen_layers: list[int]
+    chosen_strengths: list[float]
 
 
 def _one_seed(
     features: np.ndarray, labels: np.ndarray, groups: np.ndarray | None, settings: Settings, seed: int
-) -> tuple[np.ndarray, float, list[int]]:
-    """Accuracy per layer, accuracy with the layer chosen in each fold's training part, those layers.
+) -> _Seed:
+    """Test accuracies with layer and C chosen in each fold's training part.
 
-    The model that chooses a layer for test fold f by validation fold g is trained on all other folds; it is
-    the same one that chooses for g by f, so that each pair is fitted once.
+    The models that choose for test fold f by validation fold g are trained on all other folds; they are the same ones
+    that choose for g by f, so that each pair of folds is fitted once.
     """
     from joblib import Parallel, delayed
 
-    fold, count = assign_folds(labels, groups, settings.folds, seed), features.shape[1]
-    held_out = [(f,) for f in range(settings.folds)] + list(combinations(range(settings.folds), 2))
-    work = [(layer, out) for layer in range(count) for out in held_out]
-    fits = Parallel(n_jobs=settings.jobs)(
-        delayed(_right)(features[:, layer], labels, np.isin(fold, out), settings) for layer, out in work
-    )
-    right = dict(zip(work, fits, strict=True))  # (layer, folds held out) -> [N], NaN where trained on
-    tested = np.stack(
-        [np.nansum([right[layer, (f,)] == 1 for f in range(settings.folds)], axis=0) for layer in range(count)]
-    )
-    chosen = []
+    fold, layers = assign_folds(labels, groups, settings.folds, seed), range(features.shape[1])
+    run = Parallel(n_jobs=settings.jobs)
+    pairs = [(layer, out) for layer in layers for out in combinations(range(settings.folds), 2)]
+    fits = run(delayed(_right)(features[:, la], labels, np.isin(fold, out), settings.C) for la, out in pairs)
+    inner = dict(zip(pairs, fits, strict=True))  # (layer, folds held out) -> [C, N], NaN where trained on
+    scores = np.zeros((settings.folds, len(layers), len(settings.C)))
     for f in range(settings.folds):
-        others = [g for g in range(settings.folds) if g != f]
-        inner = [
-            np.mean([right[layer, (min(f, g), max(f, g))][fold == g].mean() for g in others]) for layer in range(count)
-        ]
-        chosen.append(int(np.argmax(inner)))
-    nested = np.concatenate([tested[chosen[f], fold == f] for f in range(settings.folds)])
-    return tested.mean(axis=1), float(nested.mean()), chosen
+        for layer in layers:
+            others = [g for g in range(settings.folds) if g != f]
+            found = [inner[layer, (min(f, g), max(f, g))][:, fold == g].mean(axis=1) for g in others]
+            scores[f, layer] = np.mean(found, axis=0)
+    strength = scores.argmax(axis=2)  # [F, L]
+    work = [(layer, f) for layer in layers for f in range(settings.folds)]
+    fits = run(
+        delayed(_right)(features[:, layer], labels, fold == f, (settings.C[strength[f, layer]],)) for layer, f in work
+    )
+    tested = np.zeros((len(layers), len(labels)), dtype=bool)
+    for (layer, f), right in zip(work, fits, strict=True):
+        tested[layer, fold == f] = right[0, fold == f] == 1
+    chosen = [int(scores[f].max(axis=1).argmax()) for f in range(settings.folds)]
+    right = np.array([tested[chosen[f], i] for i, f in enumerate(fold)])
+    strengths = [settings.C[strength[f, layer]] for f, layer in enumerate(chosen)]
+    return _Seed(layers=tested.mean(axis=1), right=right, chosen_layers=chosen, chosen_strengths=strengths)
 
 
 def assign_folds(labels: np.ndarray, groups: np.ndarray | None, folds: int, seed: int) -> np.ndarray:
@@ -89,14 +117,10 @@ def assign_folds(labels: np.ndarray, groups: np.ndarray | None, folds: int, seed
     return fold
 
 
-def _right(features: np.ndarray, labels: np.ndarray, out: np.ndarray, settings: Settings) -> np.ndarray:
-    """Fit on the rows not held out; 1 or 0 for each row that is, NaN for the others."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=settings.C, max_iter=settings.max_iterations))
-    model.fit(features[~out], labels[~out])
-    right = np.full(len(labels), np.nan)
-    right[out] = model.predict(features[out]) == labels[out]
-    return right
+def _right(features: np.ndarray, labels: np.ndarray, out: np.ndarray, grid: tuple[float, ...]) -> NDArray[np.float64]:
+    """Fit on the rows not held out; for each C [C, N] 1 or 0 for each row that is held out, NaN for the others."""
+    classes, known = np.unique(labels[~out], return_inverse=True)
+    found = np.full((len(grid), len(labels)), np.nan)
+    predicted = fit_predict(features[~out], known, features[out], grid)
+    found[:, out] = classes[predicted] == labels[out]
+    return found

@@ -1,4 +1,4 @@
-"""What a probe reads: a manifest of audio files, or token shards whose columns are the labels."""
+"""The data of a probe: a manifest of audio files, or token shards whose columns are the labels."""
 
 import hashlib
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import numpy as np
 from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE
 from codecssl.superb.upstreams.expert import Shelf, Upstream
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.hashing import file_sha256
 from codecssl.tokenize.sources.manifest import read_rows
 
 SHORTEST = 800  # samples: what s3prl pads its shortest waves to
@@ -22,6 +23,10 @@ class AudioRows:
         self.manifest = manifest
         self.fingerprint = hashlib.sha256(manifest.read_bytes()).hexdigest()
         self.rows = read_rows(manifest, "path")
+
+    def source_sha256(self, index: int) -> str:
+        """Of the audio file of a row."""
+        return file_sha256(self.manifest.parent / self.rows[index]["path"])
 
     def features(self, upstream: Upstream, shelf: Shelf) -> Callable[[int], list[np.ndarray]]:
         """A function from a row's number to its hidden states [T, D]."""
@@ -49,6 +54,10 @@ class ShardRows:
         self.shards: Shards = Shards(folder)
         self.fingerprint = self.shards.fingerprint
         self.rows: list[dict[str, Any]] = [{"path": u.path, **u.labels} for u in self.shards.utterances()]
+
+    def source_sha256(self, index: int) -> str:
+        """Of the audio file of a row."""
+        return str(self.shards.utterance(index).source_sha256)
 
     def features(self, upstream: Upstream, shelf: Shelf) -> Callable[[int], list[np.ndarray]]:
         """A function from a row's number to its hidden states [T, D]."""

@@ -1,9 +1,8 @@
 """Linear probes: how much of a label can be read off frozen features, layer by layer.
 
-Features are averaged over time, standardised on the training folds, and read by logistic regression. Folds
-keep the values of a group column apart (unseen speakers), else they are stratified. "Best layer" is chosen
-inside the training folds; the layer that looks best on the test folds is reported too, under the name it
-deserves: optimistic.
+The features of an utterance are the mean and standard deviation over time of each dimension. They are standardised on
+the training folds and read by logistic regression. The training folds choose the layer and the strength of the penalty.
+The accuracy of the layer that is best on the test folds is reported too, as optimistic.
 """
 
 import fnmatch
@@ -12,35 +11,58 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from codecssl.pretrain.export.sources import seen_sources
 from codecssl.superb import results
 from codecssl.superb.probe.crossvalidate import Settings, evaluate
 from codecssl.superb.probe.features import open_rows
+from codecssl.superb.reporting.comparison import BASELINES
 from codecssl.superb.upstreams.expert import Shelf, Upstream, parse_all
 from codecssl.tokenize.common.errors import UserError
 
-if TYPE_CHECKING:
-    from rich.table import Table
+
+class Rows(Protocol):
+    """The data of probes: label columns, features, and the sha256 of each row's audio file."""
+
+    @property
+    def rows(self) -> Sequence[dict[str, Any]]: ...
+
+    def features(self, upstream: Upstream, shelf: Shelf) -> Callable[[int], list[np.ndarray]]: ...
+
+    def source_sha256(self, index: int) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Which rows, what to predict, and what to keep apart."""
+    """The rows of a probe, the column to predict, and the column whose values no two folds share.
+
+    where: patterns as in file names for columns, one or a list of which one must match; those that begin with "!" must
+    not match.
+    """
 
     name: str
     label: str
     task: str | None = None
     group: str | None = None
-    where: dict[str, str] = field(default_factory=dict)
+    where: dict[str, str | list[str]] = field(default_factory=dict)
 
     def takes(self, row: dict[str, Any]) -> bool:
+        """Whether a row of the manifest belongs to the probe."""
         in_task = self.task is None or self.task in str(row.get("task", "")).split(",")
-        return in_task and all(fnmatch.fnmatch(str(row.get(key, "")), glob) for key, glob in self.where.items())
+        return in_task and all(_matches(str(row.get(key, "")), globs) for key, globs in self.where.items())
+
+
+def _matches(value: str, globs: str | list[str]) -> bool:
+    given = [globs] if isinstance(globs, str) else [str(glob) for glob in globs]
+    without = [glob[1:] for glob in given if glob.startswith("!")]
+    wanted = [glob for glob in given if not glob.startswith("!")] or ["*"]
+    return any(fnmatch.fnmatch(value, glob) for glob in wanted) and not any(
+        fnmatch.fnmatch(value, glob) for glob in without
+    )
 
 
 def load_probes(name: str) -> list[Probe]:
@@ -78,11 +100,12 @@ def run(
             path = output / "probes" / probe.name / digest / "result.json"
             if not path.is_file():
                 features = features or source.features(upstream, shelf)
-                row = {**identity, "data": str(data), **_measure(source.rows, probe, features, settings)}
+                found = _measure(source.rows, probe, features, settings)
+                row = {**identity, "data": str(data), **found, **_seen(source, upstream, probe)}
                 results.write_json(path, row)
                 results.publish(output)
             rows.append(json.loads(path.read_text(encoding="utf-8")))
-            report(f"{upstream.name}  {probe.name}  best layer {percent(rows[-1]['best_layer'])} %")
+            report(f"{upstream.name}  {probe.name}  best layer {100 * rows[-1]['best_layer']:.1f} %")
     return rows
 
 
@@ -106,13 +129,35 @@ def _measure(
     labels = np.array([_column(rows[i], probe, probe.label) for i in chosen])
     groups = np.array([_column(rows[i], probe, probe.group) for i in chosen]) if probe.group else None
     check(probe, labels, groups, settings.folds)
-    pooled = np.stack([np.stack([layer.mean(axis=0) for layer in features(i)]) for i in chosen])  # [N, L, D]
+    pooled = np.stack([np.stack([pool(layer, settings.pool) for layer in features(i)]) for i in chosen])  # [N, L, D]
     return {
         "utterances": len(chosen),
         "classes": len(set(labels)),
         "groups": len(set(groups)) if groups is not None else None,
         "chance": max(Counter(labels.tolist()).values()) / len(labels),
         **evaluate(pooled, labels, groups, settings),
+    }
+
+
+def pool(states: np.ndarray, how: str) -> np.ndarray:
+    """Hidden states [T, D] -> their mean over time [D], or mean and standard deviation [2 D]."""
+    mean = states.mean(axis=0, dtype=np.float64)
+    return mean if how == "mean" else np.concatenate([mean, states.std(axis=0, dtype=np.float64)])
+
+
+def _seen(source: Rows, upstream: Upstream, probe: Probe) -> results.Row:
+    """How many of the probe's clips a pretrained model was trained on: [clips, clips that can be told], or None where
+    the model does not say. Nothing for a baseline.
+    """
+    if upstream.kind in BASELINES:
+        return {}
+    known = seen_sources(Path(upstream.argument or "")) if upstream.kind == "model" else None
+    if known is None:
+        return {"in_pretraining": None}
+    return {
+        "in_pretraining": known.count(
+            [source.source_sha256(i) for i, row in enumerate(source.rows) if probe.takes(row)]
+        )
     }
 
 
@@ -134,53 +179,3 @@ def check(probe: Probe, labels: np.ndarray, groups: np.ndarray | None, folds: in
         raise UserError(
             f"{what}: {len(set(groups.tolist()))} values of {probe.group} for {folds} folds; give fewer folds"
         )
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def table_lines(rows: Sequence[results.Row]) -> tuple[list[str], list[list[str]]]:
-    header = [
-        "probe",
-        "upstream",
-        "best layer %",
-        "± seeds",
-        "chosen",
-        "optimistic %",
-        "layers %",
-        "chance %",
-        "rows",
-    ]
-    body = []
-    for row in sorted(rows, key=lambda row: row["probe"]["name"]):
-        chosen = " ".join(f"{layer}x{n}" for layer, n in sorted(Counter(chain(*row["chosen_layers"])).items()))
-        line = [row["probe"]["name"], row["upstream"]["name"], percent(row["best_layer"])]
-        line += [percent(row["best_layer_deviation"]), chosen, percent(row["optimistic_layer"])]
-        line += [" ".join(percent(v) for v in row["layers"]), percent(row["chance"])]
-        body.append([*line, f"{row['utterances']}, {row['classes']} classes"])
-    return header, body
-
-
-def console_table(rows: Sequence[results.Row]) -> "Table":
-    from rich.table import Table
-
-    header, body = table_lines(rows)
-    table = Table(*header, title="Linear probes of frozen, mean-pooled features", caption=NOTE)
-    for line in body:
-        table.add_row(*line)
-    return table
-
-
-def write_markdown(rows: Sequence[results.Row], output: Path) -> Path:
-    header, body = table_lines(rows)
-    lines = ["# Linear probes", "", NOTE, ""]
-    lines += [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *body)]
-    (output / "probe.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return output / "probe.md"
-
-
-NOTE = (
-    "Best layer: chosen inside the training folds. Optimistic: the best layer on the test folds themselves. "
-    "fbank is taken without its per-utterance normalisation, which would leave a mean of zero."
-)

@@ -15,7 +15,7 @@ from codecssl.superb import results
 from codecssl.superb.tasks import TASKS, Budget, Metric
 from codecssl.tokenize.common.errors import UserError
 
-BASELINES = ("fbank", "codes", "random")
+BASELINES = ("fbank", "logmel", "mfcc", "codes", "random")
 SAMPLE = "sample corpus (synthetic speech)"
 Column = tuple[str, Metric]
 """A task's name and one of its metrics."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE, at_codec_rate, encode
 from codecssl.superb.tokens.codes import CodeCache
 from codecssl.superb.tokens.token_cache import TokenCache
-from codecssl.superb.upstreams import s3prl_upstreams, transformers_upstreams
+from codecssl.superb.upstreams import s3prl_upstreams, spectral, transformers_upstreams
 from codecssl.tokenize.codec import Codec, CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.mel import MelSpec, mel_plane
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 DEFAULT_CODEC = "tiny_16khz"  # of bare `codes` and `random` where no model is named beside them,
 DEFAULT_CONFIG = "codec2vec_tiny_codes"  # and the architecture of that `random`
 NAMES = (
-    "an exported model's folder, a codec's of compress, fbank, codes, random, codes:MODEL, codes:CODEC, random:MODEL, "
-    "NAME@s3prl, or hf:PATH|NAME for a HuBERT, wav2vec2 or WavLM of transformers"
+    "an exported model's folder, a codec's of compress, fbank, logmel, mfcc, codes, random, codes:MODEL, codes:CODEC, "
+    "random:MODEL, NAME@s3prl, or hf:PATH|NAME for a HuBERT, wav2vec2 or WavLM of transformers"
 )
 
 
@@ -149,7 +149,7 @@ class Upstream:
     """
 
     name: str
-    kind: Literal["model", "fbank", "codes", "random", "s3prl", "hf"]
+    kind: Literal["model", "fbank", "logmel", "mfcc", "codes", "random", "s3prl", "hf"]
     argument: str | None = None
 
     @property
@@ -169,8 +169,8 @@ def parse(name: str) -> Upstream:
     head, _, tail = name.partition(":")
     if name.endswith("@s3prl"):
         return Upstream(name=name, kind="s3prl", argument=name.removesuffix("@s3prl"))
-    if name == "fbank":
-        return Upstream(name=name, kind="fbank")
+    if name in ("fbank", "logmel", "mfcc"):
+        return Upstream(name=name, kind=name)  # type: ignore[arg-type]
     if head == "hf" and tail:
         return Upstream(name=name, kind="hf", argument=tail)
     if head == "codes":
@@ -240,6 +240,8 @@ class Shelf:
         """The upstream, frozen and on the device."""
         if upstream.kind == "fbank":
             return s3prl_upstreams.fbank("fbank").to(self.device)
+        if upstream.kind in ("logmel", "mfcc"):
+            return (spectral.LogMel() if upstream.kind == "logmel" else spectral.Mfcc()).to(self.device)
         if upstream.kind == "s3prl":
             return s3prl_upstreams.from_s3prl(upstream.argument or "").to(self.device)
         if upstream.kind == "hf":

@@ -26,6 +26,7 @@ from codecssl.pretrain.engine.distributed import PREEMPTED
 from codecssl.pretrain.engine.engine import schedule
 from codecssl.pretrain.export.export import export, load_pretrained
 from codecssl.pretrain.export.pretrained import from_pretrained
+from codecssl.pretrain.export.sources import seen_sources
 from codecssl.pretrain.monitor.telemetry import read_rows
 from codecssl.pretrain.ranks import Ranks
 from codecssl.pretrain.run import run
@@ -169,6 +170,10 @@ def test_export_loads_without_deepspeed_and_is_the_checkpoint(
     for part in ("| `shards` | 40 |", "| train | 4 | " + f"{loss:.4f}", "`engine.precision`: bf16", "(16 12 8)"):
         assert part in card, part
     assert (tmp_path / "model" / "curves.png").read_bytes() == (tmp_path / "run" / "curves.png").read_bytes()
+    heard = [utterance.source_sha256 for utterance in Shards(config.data.dirs[0]).utterances()]
+    told = seen_sources(tmp_path / "model")
+    assert told is not None
+    assert told.count([*heard, "0" * 64]) == (40, 41)
     first = (tmp_path / "model" / "config.json").read_bytes()
     (tmp_path / "model" / ".config.json.0a1b.tmp").touch()  # of an export that was killed
     export(tmp_path / "run", tmp_path / "model")  # again: replaced by the same

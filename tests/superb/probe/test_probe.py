@@ -1,6 +1,7 @@
 """Probes: folds that keep groups apart, layers chosen without the test folds, shards and audio alike."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 from helpers import codes_of
 
 from codecssl.superb import results
-from codecssl.superb.probe import probe
+from codecssl.superb.probe import probe, tables
 from codecssl.superb.probe.crossvalidate import Settings, assign_folds, evaluate
 from codecssl.superb.probe.features import open_rows
-from codecssl.superb.probe.probe import Probe, load_probes
+from codecssl.superb.probe.logistic import fit_predict
+from codecssl.superb.probe.probe import Probe, load_probes, pool
 from codecssl.tokenize.common.errors import UserError
 
 KS = Probe(name="ks", label="keyword", task="ks")
@@ -25,9 +27,13 @@ def test_the_shipped_probes() -> None:
         "keywords": ("label", None),
         "emotion": ("label", "speaker"),
         "speaker": ("speaker", None),
+        "speaker_across_emotions": ("speaker", "label"),
         "language": ("label", None),
         "intent": ("label", None),
+        "environment": ("label", None),
     }
+    assert probes["environment"].takes({"task": "env", "fold": "2"})
+    assert not probes["environment"].takes({"task": "env", "fold": "1"})
     assert probes["speaker"].takes({"task": "asr,pr,sid", "path": "asr_pr_sid_speechocean/1/2.flac"})
     assert not probes["speaker"].takes({"task": "asr,sid", "path": "asr_cv_en/2.mp3"})
     assert not probes["keywords"].takes({"task": "kws2"})
@@ -48,51 +54,82 @@ def test_without_groups_folds_are_stratified_and_follow_the_seed() -> None:
     assert (folds[0] != folds[2]).any()
 
 
-def test_accuracy_is_what_scikit_learn_says() -> None:
-    """Of one layer: cross_val_score of the same pipeline on the same folds."""
-    from sklearn.datasets import make_classification
+def scikit_learn(C: float) -> Any:
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=5000, tol=1e-6))
+
+
+@pytest.mark.parametrize(("rows", "columns", "classes"), [(150, 20, 3), (60, 90, 4), (120, 10, 2)])
+def test_the_solver_predicts_what_scikit_learn_predicts(rows: int, columns: int, classes: int) -> None:
+    """More rows than columns, fewer, and two classes (one weight vector there, two here); a constant column too."""
+    from sklearn.datasets import make_classification
+
+    options = {"n_informative": 5, "n_classes": classes, "flip_y": 0.3, "random_state": 0}
+    features, labels = make_classification(rows + 400, columns, **options)
+    features[:, -1] = 3.1
+    grid = (1.0, 1e-3, 1e-1)
+    found = fit_predict(features[:rows], labels[:rows], features[rows:], grid)
+    expected = [scikit_learn(C).fit(features[:rows], labels[:rows]).predict(features[rows:]) for C in grid]
+    assert (found == expected).mean() > 0.997
+    assert (found[0] != found[1]).mean() > 0.05
+
+
+def test_accuracy_is_what_scikit_learn_says() -> None:
+    """Of one layer and one C: cross_val_predict of the same pipeline on the same folds."""
+    from sklearn.datasets import make_classification
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
     features, labels = make_classification(200, 20, n_informative=4, n_classes=3, flip_y=0.3, random_state=0)
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
     folds = StratifiedKFold(4, shuffle=True, random_state=5)
-    expected = (cross_val_predict(model, features, labels, cv=folds) == labels).mean()
-    row = evaluate(features[:, None], labels, None, Settings(seeds=(5,)))
-    assert row["layers"] == [pytest.approx(expected, abs=1e-5)]
+    expected = cross_val_predict(scikit_learn(0.1), features, labels, cv=folds) == labels
+    row = evaluate(features[:, None], labels, None, Settings(seeds=(5,), C=(0.1,)))
+    assert row["layers"] == [pytest.approx(expected.mean(), abs=1e-5)]
     assert row["best_layer"] == row["optimistic_layer"] == row["layers"][0]
+    assert row["right"] == ["".join("1" if right else "0" for right in expected)]
+    assert row["chosen_C"] == [[0.1] * 4]
 
 
-def test_the_layer_is_chosen_without_the_test_folds() -> None:
+def test_layer_and_strength_are_chosen_without_the_test_folds() -> None:
     """Against a plain nested cross-validation, on noise where the optimistic figure is far above it."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
     generator = np.random.default_rng(0)
-    features, labels = generator.standard_normal((60, 12, 5)), np.array([0, 1] * 30)
-    row = evaluate(features, labels, None, Settings(seeds=(0,)))
+    features, labels, grid = generator.standard_normal((60, 8, 5)), np.array([0, 1] * 30), (1e-3, 1e-1, 10.0)
+    row = evaluate(features, labels, None, Settings(seeds=(0,), C=grid))
     fold, right, chosen = assign_folds(labels, None, 4, 0), 0.0, []
     for f in range(4):
-        scores = []
-        for layer in range(12):
+        scores = {}
+        for layer, C in product(range(8), grid):
             inner = []
-            for g in range(4):
-                if g != f:
-                    train = (fold != f) & (fold != g)
-                    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-                    model.fit(features[train, layer], labels[train])
-                    inner.append(model.score(features[fold == g, layer], labels[fold == g]))
-            scores.append(np.mean(inner))
-        chosen.append(int(np.argmax(scores)))
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-        model.fit(features[fold != f, chosen[-1]], labels[fold != f])
-        right += (model.predict(features[fold == f, chosen[-1]]) == labels[fold == f]).sum()
-    assert row["chosen_layers"] == [chosen]
+            for g in set(range(4)) - {f}:
+                train = (fold != f) & (fold != g)
+                model = scikit_learn(C).fit(features[train, layer], labels[train])
+                inner.append(model.score(features[fold == g, layer], labels[fold == g]))
+            scores[layer, C] = np.mean(inner)
+        layer, C = max(scores, key=lambda key: scores[key])
+        chosen.append((layer, C))
+        model = scikit_learn(C).fit(features[fold != f, layer], labels[fold != f])
+        right += (model.predict(features[fold == f, layer]) == labels[fold == f]).sum()
+    assert row["chosen_layers"] == [[layer for layer, _ in chosen]]
+    assert row["chosen_C"] == [[C for _, C in chosen]]
     assert row["best_layer"] == pytest.approx(right / 60, abs=1e-5)
-    assert row["optimistic_layer"] > row["best_layer"] + 0.05
+    assert row["optimistic_layer"] > row["best_layer"] + 0.03
+
+
+def test_mean_and_deviation_over_time() -> None:
+    states = np.random.default_rng(0).standard_normal((7, 3))
+    assert np.allclose(pool(states, "meanstd"), [*states.mean(0), *states.std(0)])
+    assert np.allclose(pool(states, "mean"), states.mean(0))
+
+
+@pytest.mark.parametrize(
+    ("where", "values"),
+    [("a*", ["ab"]), ("!a*", ["b", "c"]), (["a*", "b"], ["ab", "b"]), (["*", "!b"], ["ab", "c"])],
+)
+def test_patterns_of_columns(where: Any, values: list[str]) -> None:
+    taken = [v for v in ("ab", "b", "c") if Probe(name="p", label="x", where={"column": where}).takes({"column": v})]
+    assert taken == values
 
 
 def test_probing_audio_finds_what_is_there_and_is_not_done_twice(
@@ -107,7 +144,7 @@ def test_probing_audio_finds_what_is_there_and_is_not_done_twice(
     assert rows[0]["utterances"] == 48
     assert rows[0]["chance"] == 0.25
     assert len(results.publish(tmp_path)) == 2
-    assert "| pitch | fbank |" in probe.write_markdown(rows, tmp_path).read_text()
+    assert "| pitch | fbank |" in tables.write_markdown(tmp_path).read_text()
     monkeypatch.setattr(probe, "_measure", None)
     assert probe.run(["fbank"], corpus, [pitch, KS], tmp_path, settings, report=said.append) == rows
     assert len(said) == 4
