@@ -1,10 +1,13 @@
 """The shape of the project: what would break imports, a wheel, or the README if it slipped in."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,36 @@ def test_imports_follow_the_layers_and_have_no_cycle(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Contracts: 5 kept, 0 broken" in done.stdout
+
+
+UNDECLARED = {"semanticodec"}
+"""Imported where the user installed it; in no registry."""
+OPTIONAL = {"ai_edge_litert": "ai-edge-litert", "flashlight": "flashlight-text", "kenlm": "kenlm", "snac": "snac"}
+"""Of the extras, which may not be installed here."""
+
+
+def test_every_imported_package_is_declared():
+    """What another package brings along today may be gone with its next release."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    declared = {_normalized(re.match(r"[\w.-]+", line)[0]) for line in lines}
+    providers = packages_distributions()
+    for stage in STAGES:
+        for path in (ROOT / stage).rglob("*.py"):
+            for module in _imported(path) - set(sys.stdlib_module_names) - {"codecssl"} - UNDECLARED:
+                names = {_normalized(name) for name in providers.get(module, [OPTIONAL.get(module, module)])}
+                assert names & declared, f"{path} imports {module}; add {sorted(names)} to pyproject.toml"
+
+
+def _imported(path):
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    return {module.partition(".")[0] for module in modules}
+
+
+def _normalized(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def test_a_script_at_the_root_still_finds_the_standard_librarys_tokenize():
