@@ -6,7 +6,6 @@ A wave's codes depend on that wave alone, so that it does not matter who is enco
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from codecssl.tokenize.codec import Codec, CodecCard, Encoded
+from codecssl.tokenize.common.cores import available_cores
 from codecssl.tokenize.common.errors import UserError, one_line
 from codecssl.tokenize.format.layout import to_planes
 from codecssl.tokenize.format.records import EncodedUtterance, Failure
@@ -284,4 +284,4 @@ def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 def default_workers() -> int:
     """One per core: on a CPU they encode, for a GPU they read."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return available_cores()

@@ -14,6 +14,7 @@ from codecssl.pretrain.data.hashed_random import hashed
 from codecssl.pretrain.data.masking import kept_codebooks, span_mask
 from codecssl.pretrain.data.plan import Pieces, Plan, cut
 from codecssl.pretrain.model.fairseq2_parts import NATIVE_DATA, DataPipelineError, read_sequence
+from codecssl.pretrain.model.lengths import lengths_to_mask
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Batch:
         labels: Tensor | None = None, mel: Tensor | None = None,
     ) -> "Batch":  # fmt: skip
         """The batch with this mask."""
-        seen = (torch.arange(mask.shape[1]) < torch.tensor(frames)[:, None]) & ~mask
+        seen = lengths_to_mask(frames, mask.shape[1]) & ~mask
         masked, visible = (where.flatten().nonzero().flatten() for where in (mask, seen))
         counts = seen.sum(1).tolist()
         return cls(codes, frames, mask, kept, masked, visible, counts, masked_total, visible_total, labels, mel)

@@ -24,6 +24,7 @@ from codecssl.pretrain.model.fairseq2_parts import (
     StandardLayerNorm,
     Wav2Vec2PositionEncoder,
 )
+from codecssl.pretrain.model.layer_outputs import layer_outputs
 from codecssl.pretrain.model.layers import SinusoidalPositions, make_encoder
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
@@ -154,19 +155,9 @@ class CodecModel(nn.Module):
         mean nothing. The model is in evaluation mode afterwards.
         """
         self.eval()
-        states: list[Tensor] = []
-
-        def keep(layer_idx: int, layer_output: Tensor, layer_output_layout: BatchLayout, num_layers: int) -> bool:
-            states.append(layer_output)
-            return True
-
         first, layout = self.front(codes, frames, mel=mel)
-        hook = self.encoder.register_layer_hook(keep)
-        try:
-            last = self.encoder(first, layout)
-        finally:
-            hook.remove()
-        return [first, *states[:-1], last]
+        *outputs, _, last = layer_outputs(self.encoder, first, layout)
+        return [first, *outputs, last]
 
     def front_parameters(self) -> int:
         """Weights of the projections before the layers, whose cost is one product a frame."""

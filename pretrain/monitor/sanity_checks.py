@@ -9,6 +9,7 @@ from torch import Tensor
 
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.data.loader import Batch, Loader
+from codecssl.pretrain.model.lengths import lengths_to_mask
 from codecssl.pretrain.objectives.objective import Objective, histogram_perplexity, parameters
 from codecssl.pretrain.objectives.targets import Target
 from codecssl.tokenize.codec import CodecCard
@@ -30,7 +31,7 @@ def check_targets(train: Loader, target: Target | None) -> list[Tensor]:
     counts = [torch.zeros(size, dtype=torch.int64) for size in target.sizes]
     for step in range(min(_SAMPLED_STEPS, train.plan.steps_per_epoch)):
         for batch in train.step(step):
-            seen = torch.arange(batch.mask.shape[1])[None, :] < torch.tensor(batch.frames)[:, None]
+            seen = lengths_to_mask(batch.frames, batch.mask.shape[1])
             labels = target.labels(batch).transpose(1, 2)[seen]  # [N, S]
             for stream, count in enumerate(counts):
                 count += torch.bincount(labels[:, stream], minlength=len(count))

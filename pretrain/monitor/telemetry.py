@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ import torch
 
 from codecssl.tokenize.common.process import drop_stdout
 from codecssl.tokenize.common.retry import patiently
+from codecssl.tokenize.common.files import atomic_file, write_atomic
 
 Row = dict[str, Any]
 
@@ -165,10 +165,9 @@ def draw_curves(
         axis.set(title=title, xlabel="step")
         if axis.lines:
             axis.legend(fontsize="x-small")
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=100, format="png")
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=100, format="png")
     pyplot.close(figure)
-    temporary.replace(path)
 
 
 def machine_row(flops_per_second: float, precision: str) -> Row:
@@ -218,9 +217,4 @@ def clock(seconds: float) -> str:
 
 
 def _rewrite(path: Path, rows: Sequence[Row]) -> None:
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

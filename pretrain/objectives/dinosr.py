@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from codecssl.pretrain.config import OnlineConfig
 from codecssl.pretrain.data.loader import Batch
-from codecssl.pretrain.model.fairseq2_parts import BatchLayout, Linear, init_bert_projection
+from codecssl.pretrain.model.fairseq2_parts import Linear, init_bert_projection
+from codecssl.pretrain.model.layer_outputs import layer_outputs
 from codecssl.pretrain.model.layers import make_encoder
 from codecssl.pretrain.model.model import CodecModel
 from codecssl.pretrain.objectives.objective import (
@@ -74,18 +75,9 @@ class OnlineClusters(Objective):
         """For each stream the hidden states [B, T, D] that its head sees."""
         if self.config.variant == "dinosr":
             return [self.model(batch.codes, batch.frames, batch.mask, batch.kept, batch.mel)] * len(self.sizes)
-        states: list[Tensor] = []
-
-        def keep(layer_idx: int, layer_output: Tensor, layer_output_layout: BatchLayout, num_layers: int) -> bool:
-            states.append(layer_output)
-            return True
-
-        hook = self.model.encoder.register_layer_hook(keep)
-        try:
-            self.model(batch.codes, batch.frames, batch.mask, batch.kept, batch.mel)
-        finally:
-            hook.remove()
-        return states[-len(self.sizes) :]
+        first, layout = self.model.front(batch.codes, batch.frames, batch.mask, batch.kept, batch.mel)
+        *outputs, _ = layer_outputs(self.model.encoder, first, layout)
+        return outputs[-len(self.sizes) :]
 
     def _score(self, states: Sequence[Tensor], features: Sequence[Tensor], where: Tensor, detailed: bool) -> Scores:
         labels = torch.stack([self.assign(k, frames_at(feature, where)) for k, feature in enumerate(features)], dim=1)

@@ -14,6 +14,7 @@ from codecssl.pretrain.config import MaeConfig, ObjectiveConfig
 from codecssl.pretrain.data.loader import Batch
 from codecssl.pretrain.model.fairseq2_parts import BatchLayout
 from codecssl.pretrain.model.layers import SinusoidalPositions, make_encoder
+from codecssl.pretrain.model.lengths import lengths_to_mask
 from codecssl.pretrain.model.model import CodecModel
 from codecssl.pretrain.objectives.objective import (
     Loss,
@@ -93,4 +94,4 @@ class EncodecMae(Objective):
 
 def _packed(counts: Sequence[int]) -> Tensor:
     """int64 [sum of counts], where frames stand when each item's are moved to its beginning: b max(counts) + t."""
-    return (torch.arange(max(counts)) < torch.tensor(counts)[:, None]).flatten().nonzero().flatten()
+    return lengths_to_mask(counts, max(counts)).flatten().nonzero().flatten()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from codecssl.pretrain.config import ENCODECMAE_GAMMA, ObjectiveConfig
 from codecssl.pretrain.data.loader import Batch
 from codecssl.pretrain.model.fairseq2_parts import Linear, init_bert_projection
+from codecssl.pretrain.model.lengths import lengths_to_mask
 from codecssl.pretrain.model.model import CodecModel
 from codecssl.tokenize.common.errors import UserError
 
@@ -206,5 +207,4 @@ def frames_at(x: Tensor, where: Tensor) -> Tensor:
 
 
 def not_padding(batch: Batch) -> Tensor:
-    frames = torch.tensor(batch.frames, device=batch.mask.device)
-    return torch.arange(batch.mask.shape[1], device=batch.mask.device)[None, :] < frames[:, None]
+    return lengths_to_mask(batch.frames, batch.mask.shape[1], batch.mask.device)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codecssl.superb.tasks import BUDGETS, TASKS, choose
-from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.cores import available_cores
+from codecssl.tokenize.common.errors import UserError, message_on_one_line
 
 if TYPE_CHECKING:
     from codecssl.superb.runner.run import Run
@@ -118,7 +119,7 @@ def _run(arguments: argparse.Namespace) -> int:
         show([arguments.output])
     if failures:
         first = next(iter(failures.values()))
-        raise UserError(f"{len(failures)} of {len(runs)} runs failed, the first with: {one_line(first)}")
+        raise UserError(f"{len(failures)} of {len(runs)} runs failed, the first with: {message_on_one_line(first)}")
     return 0
 
 
@@ -136,7 +137,8 @@ def _do(arguments: argparse.Namespace, runs: "list[Run]", console: Any) -> dict[
 
     def report(run: Run, outcome: Any) -> None:
         if isinstance(outcome, Exception):
-            console.print(f"{title(run)}  [red]failed[/]: {one_line(outcome)} (see {run.folder / 'run.log'})")
+            reason = message_on_one_line(outcome)
+            console.print(f"{title(run)}  [red]failed[/]: {reason} (see {run.folder / 'run.log'})")
         else:
             console.print(f"{title(run)}  {_figures(run, outcome)} ({outcome['seconds']:.0f} s)")
 
@@ -163,11 +165,4 @@ def _figures(run: "Run", row: dict[str, Any]) -> str:
 
 
 def _threads(jobs: int) -> int | None:
-    import os
-
-    return None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
-
-
-def one_line(error: Exception) -> str:
-    """Its message without line breaks."""
-    return " ".join(str(error).split())
+    return None if jobs == 1 else max(1, available_cores() // jobs)

@@ -1,7 +1,6 @@
 """What to put into the token cache for a comparison: each codec of its upstreams, each task, and how it is loaded."""
 
 import functools
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from codecssl.superb.tokens.fill import Job, fill
 from codecssl.superb.tokens.waves import Wave, waves_of
 from codecssl.superb.upstreams.expert import Shelf, Upstream, frame_shift
 from codecssl.tokenize.codec import Codec
+from codecssl.tokenize.common.cores import available_cores
 
 FEW_WAVES = 512
 """Fewer are encoded in this process: starting another costs seconds."""
@@ -57,7 +57,7 @@ def task_waves(task: Task, corpus: Corpus, frame_shift: int) -> list[Wave]:
 
 
 def _workers(waves: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     return 0 if waves < FEW_WAVES or cores == 1 else cores
 
 

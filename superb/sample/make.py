@@ -40,6 +40,7 @@ from codecssl.superb.sample.voice import (
     speak,
 )
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.files import atomic_file
 
 SEED = 20
 SPLITS = {"train": SPEAKERS[:12], "valid": SPEAKERS[12:16], "test": SPEAKERS[16:]}
@@ -273,13 +274,11 @@ def _opus(wave: Pcm, bitrate: int) -> bytes:
 
 def _write_tar(output: Path, members: dict[str, bytes]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
+    with atomic_file(output) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name, blob in members.items():
             info = tarfile.TarInfo(name)
             info.size, info.mode = len(blob), 0o644
             archive.addfile(info, io.BytesIO(blob))
-    partial.replace(output)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codecssl.pretrain.model.fairseq2_parts import AttentionBiasCache, BatchLayout
+from codecssl.pretrain.model.layer_outputs import layer_outputs
 from codecssl.pretrain.model.layers import ResidualEncoder
+from codecssl.pretrain.model.lengths import lengths_to_mask
 from codecssl.pretrain.model.model import CodecModel
 from codecssl.superb.task_codec.rvq import Rvq, RvqConfig, least_squares
 from codecssl.tokenize.codec import CodecCard
@@ -75,7 +77,7 @@ class Bottleneck(nn.Module):
     def pooled(self, states: Tensor, frames: Sequence[int]) -> tuple[Tensor, Tensor]:
         """[B, T, D] and real frames of each -> means [B, ceil(T / pool), D], and which of them are real, bool."""
         normed = F.layer_norm(states, (self.dim,))
-        real = frame_mask(frames, states.shape[1], states.device)
+        real = lengths_to_mask(frames, states.shape[1], states.device)
         rest = -states.shape[1] % self.pool
         normed = F.pad(normed * real[..., None], (0, 0, 0, rest)).unflatten(1, (-1, self.pool))
         counts = F.pad(real, (0, rest)).unflatten(1, (-1, self.pool)).sum(dim=2)  # [B, T']
@@ -105,8 +107,8 @@ class Bottleneck(nn.Module):
         """
         pooled, real = self.pooled(states, frames)
         self.rvq.fit(pooled[real], generator, wanted)
-        whole = torch.tensor([n // self.pool for n in frames], device=states.device)
-        take = torch.arange(pooled.shape[1], device=states.device) < whole[:, None]  # groups that are not cut
+        whole = [n // self.pool for n in frames]  # groups that are not cut
+        take = lengths_to_mask(whole, pooled.shape[1], states.device)
         if not bool(take.any()):
             return
         features = self.rvq.dequantise(self.rvq.encode(pooled))[take]
@@ -115,11 +117,6 @@ class Bottleneck(nn.Module):
         weight, bias = least_squares(features, targets, ridge=1e-3)
         self.out.weight.copy_(weight.T)
         self.out.bias.copy_(bias)
-
-
-def frame_mask(frames: Sequence[int], length: int, device: torch.device) -> Tensor:
-    """bool [B, length], true for the frames that each item has."""
-    return torch.arange(length, device=device) < torch.tensor(list(frames), device=device)[:, None]
 
 
 # ---------------------------------------------------------------- the model's two halves
@@ -154,15 +151,5 @@ def later_states(model: CodecModel, state: Tensor, frames: Sequence[int], layer:
 
 
 def _residual_states(model: CodecModel, state: Tensor, layout: BatchLayout) -> list[Tensor]:
-    found = [state]
-
-    def keep(layer_idx: int, layer_output: Tensor, layer_output_layout: BatchLayout, num_layers: int) -> bool:
-        found.append(layer_output)
-        return True
-
-    hook = model.encoder.register_layer_hook(keep)
-    try:
-        last = model.encoder(state, layout)
-    finally:
-        hook.remove()
-    return [*found[:-1], last]
+    *outputs, _, last = layer_outputs(model.encoder, state, layout)
+    return [state, *outputs, last]

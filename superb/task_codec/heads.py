@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codecssl.superb.task_codec.bottleneck import frame_mask
+from codecssl.pretrain.model.lengths import lengths_to_mask
 
 BLANK = 0
 """CTC's label of no label."""
@@ -73,7 +73,7 @@ class ClassHead(_Linear):
 
     def summary(self, states: Sequence[Tensor], frames: Sequence[int]) -> Tensor:
         normed = super().summary(states, frames)
-        mask = frame_mask(frames, normed.shape[2], normed.device)[:, None, :, None]
+        mask = lengths_to_mask(frames, normed.shape[2], normed.device)[:, None, :, None]
         return (normed * mask).sum(dim=2, keepdim=True) / mask.sum(dim=2, keepdim=True)
 
     def read(self, summary: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class CtcHead(_Linear):
 
     def divergence(self, logits: Tensor, teacher: Tensor, frames: Sequence[int]) -> Tensor:
         length = min(logits.shape[1], teacher.shape[1])
-        mask = frame_mask(frames, length, logits.device)
+        mask = lengths_to_mask(frames, length, logits.device)
         return (_divergence(logits[:, :length], teacher[:, :length]) * mask).sum() / mask.sum()
 
     def answers(self, logits: Tensor, frames: Sequence[int]) -> list[list[int]]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from codecssl.tokenize.backends.parts.lloyd import lloyd
 from codecssl.tokenize.common.errors import UserError
 
 
@@ -185,22 +186,19 @@ def quantizer_dropout(batch: int, num_codebooks: int, share: float, generator: t
 
 
 def kmeans(frames: Tensor, size: int, iterations: int, generator: torch.Generator) -> Tensor:
-    """Entries [size, W] of frames [N, W]: assigned by cosine, each the mean of its own; an empty one is drawn anew."""
+    """Fit entries [size, W] to frames [N, W], assigned by cosine. An entry without frames becomes a random frame."""
 
     def draw(count: int) -> Tensor:
         if len(frames) >= count:
-            return torch.randperm(len(frames), generator=generator)[:count]
-        return torch.randint(len(frames), (count,), generator=generator)
+            picks = torch.randperm(len(frames), generator=generator)[:count]
+        else:
+            picks = torch.randint(len(frames), (count,), generator=generator)
+        return frames[picks.to(frames.device)]
 
-    entries = frames[draw(size).to(frames.device)].clone()
-    for _ in range(iterations):
-        nearest = (F.normalize(frames, dim=-1) @ F.normalize(entries, dim=-1).T).argmax(dim=-1)
-        counts = torch.bincount(nearest, minlength=size)
-        sums = torch.zeros_like(entries).index_add_(0, nearest, frames)
-        entries = sums / counts.clamp(min=1)[:, None]
-        if len(empty := torch.nonzero(counts == 0)[:, 0]):
-            entries[empty] = frames[draw(len(empty)).to(frames.device)]
-    return entries
+    def nearest(frames: Tensor, entries: Tensor) -> Tensor:
+        return (F.normalize(frames, dim=-1) @ F.normalize(entries, dim=-1).T).argmax(dim=-1)
+
+    return lloyd(frames, draw(size).clone(), iterations, nearest, draw)[0]
 
 
 def least_squares(x: Tensor, y: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from codecssl.pretrain.model.lengths import lengths_to_mask
 from codecssl.pretrain.model.model import CodecModel
-from codecssl.superb.task_codec.bottleneck import Bottleneck, frame_mask, later_states
+from codecssl.superb.task_codec.bottleneck import Bottleneck, later_states
 from codecssl.superb.task_codec.config import TrainConfig
 from codecssl.superb.task_codec.examples import Examples
 from codecssl.superb.task_codec.head_training import (
@@ -132,7 +133,7 @@ class Training:
     def _losses_a(self, rows: list[int]) -> dict[str, Tensor]:
         teacher, frames = batch(self.source, rows)
         later, _, vq = self._through(teacher[0], frames)
-        mask = frame_mask(frames, teacher[0].shape[1], teacher[0].device)
+        mask = lengths_to_mask(frames, teacher[0].shape[1], teacher[0].device)
         first = 1 if len(teacher) > 1 else 0  # the layers after L, where there are any
         cut = [state[:, : mask.shape[1]] for state in later]
         distance = distillation(cut[first:], teacher[first:], mask)

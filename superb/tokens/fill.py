@@ -22,7 +22,7 @@ from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE, at_codec_rate, en
 from codecssl.superb.tokens.token_cache import KeyedShards, TokenCache, codec_folder, wave_key
 from codecssl.superb.tokens.waves import Wave
 from codecssl.tokenize.codec import Codec, CodecCard, Encoded
-from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.errors import UserError, one_line
 from codecssl.tokenize.common.files import NO_LOCKS, locked
 from codecssl.tokenize.format.layout import shard_path, to_planes
 from codecssl.tokenize.format.records import EncodedUtterance, Failure
@@ -209,8 +209,7 @@ def _heard(wave: Wave) -> _Heard | Failure | None:
     except MemoryError:
         raise
     except Exception as error:  # whatever a decoder may raise costs its file, not the rest
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-        return Failure(id=wave.path, path=wave.path, reason=reason)
+        return Failure(id=wave.path, path=wave.path, reason=one_line(error))
     if samples is not None and not len(samples):
         return Failure(id=wave.path, path=wave.path, reason="no samples")
     return None if samples is None else _Heard(wave=wave, key=wave_key(samples), samples=samples)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from codecssl.pretrain.model.lengths import lengths_to_mask
 from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE
 from codecssl.tokenize.common.errors import UserError
 
@@ -58,7 +59,7 @@ class CheckpointExpert(nn.Module):
         front = self._front([self._normalised(wav) for wav in wavs])
         frames = [len(x) for x in front]
         x = nn.utils.rnn.pad_sequence(front, batch_first=True)
-        mask = torch.arange(x.shape[1], device=x.device) < torch.tensor(frames, device=x.device)[:, None]
+        mask = lengths_to_mask(frames, x.shape[1], x.device)
         x = self.model.feature_projection(x)
         x = x[0] if isinstance(x, tuple) else x
         states = self.model.encoder(x, attention_mask=mask, output_hidden_states=True).hidden_states

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from codecssl.tokenize.backends.encodec import EncodecCodec, from_encodec, make_card
+from codecssl.tokenize.backends.parts.lloyd import lloyd
 from codecssl.tokenize.codec import keep_codebooks
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.hashing import file_sha256
@@ -115,16 +116,12 @@ def fit_codebooks(model: EncodecModel, latents: Tensor, iterations: int = 10) ->
     for layer in model.quantizer.vq.layers:
         codebook = layer._codebook
         start = residual[torch.randperm(len(residual))[: codebook.codebook_size]].clone()
-        for _ in range(iterations):
-            nearest = torch.cdist(residual, start).argmin(1)
-            counts = torch.bincount(nearest, minlength=len(start)).unsqueeze(1)
-            sums = torch.zeros_like(start).index_add_(0, nearest, residual)
-            start = torch.where(counts > 0, sums / counts.clamp(min=1), start)
-        codebook.embed.copy_(start)
-        codebook.cluster_size.copy_(counts.squeeze(1).float())
-        codebook.embed_avg.copy_(start * counts)
+        entries, counts = lloyd(residual, start, iterations, lambda x, y: torch.cdist(x, y).argmin(1))
+        codebook.embed.copy_(entries)
+        codebook.cluster_size.copy_(counts.float())
+        codebook.embed_avg.copy_(entries * counts[:, None])
         codebook.inited.fill_(1)
-        residual = residual - start[codebook.quantize(residual)]
+        residual = residual - entries[codebook.quantize(residual)]
 
 
 def random_network(seed: int = 0) -> EncodecModel:

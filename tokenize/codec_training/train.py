@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from codecssl.tokenize.backends import tiny_16khz
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.files import atomic_file
 from codecssl.tokenize.sources.manifest import read_rows
 
 FIT_BATCHES = 20
@@ -245,8 +246,8 @@ def train(pool: AudioPool, config: TrainConfig, work: Path, log: Callable[[str],
                 file.write(json.dumps(row) + "\n")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == config.steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save({**state, "config": asdict(config)}, work / "tmp.pt")
-            (work / "tmp.pt").replace(checkpoint)
+            with atomic_file(checkpoint) as file:
+                torch.save({**state, "config": asdict(config)}, file)
     return model.eval()
 
 

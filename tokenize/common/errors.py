@@ -12,6 +12,11 @@ class TransientError(UserError):
     """
 
 
+def message_on_one_line(error: BaseException) -> str:
+    """Return the whole message of an error, its line breaks replaced by spaces."""
+    return " ".join(str(error).split())
+
+
 def one_line(error: BaseException) -> str:
     """The first line of what went wrong; where `datasets` only says that generating failed, of its cause."""
     while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
