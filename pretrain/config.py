@@ -9,6 +9,10 @@ remedy.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from codecssl.pretrain.bounds import above_zero as _above_zero
+from codecssl.pretrain.bounds import at_least as _at_least
+from codecssl.pretrain.bounds import probability as _probability
+from codecssl.pretrain.engine_config import EngineConfig, LogConfig
 from codecssl.tokenize.common.errors import UserError
 
 ENCODECMAE_GAMMA = (
@@ -22,21 +26,6 @@ ENCODECMAE_GAMMA = (
     0.06589669,
 )
 """Codebook weights of EnCodecMAE's loss (arXiv 2309.07391, released configuration): eight, sum 1."""
-
-
-def _at_least(key: str, value: float, bound: float) -> None:
-    if value < bound:
-        raise UserError(f"{key}: {value}, must be at least {bound}")
-
-
-def _above_zero(key: str, value: float) -> None:
-    if value <= 0.0:
-        raise UserError(f"{key}: {value}, must be above 0")
-
-
-def _probability(key: str, value: float) -> None:
-    if not 0.0 <= value < 1.0:
-        raise UserError(f"{key}: {value}, must be at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,49 +280,6 @@ class OptimConfig:
                 f"optim.hold_fraction: {self.hold_fraction}, with the warm-up"
                 f" ({self.warmup_fraction}) must not be above 1"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """How the steps are executed; the DeepSpeed dictionary is derived from it."""
-
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: bfloat16 weights and activations, with fp32 master weights in the optimizer; the loss is fp32."""
-    accumulation: int = 1
-    """Micro-batches that make up one global batch on one rank."""
-    zero_stage: int | None = None
-    """DeepSpeed's ZeRO: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights are divided among ranks; null is
-    0 in fp32 and 1 in bf16."""
-    activation_checkpointing: bool = False
-    """Compute the layers' activations twice instead of keeping them: less memory, a third more time."""
-    compile: bool = False
-    """torch.compile the layers."""
-
-    def __post_init__(self) -> None:
-        _at_least("engine.accumulation", self.accumulation, 1)
-        if self.zero_stage not in (None, 0, 1, 2, 3):
-            raise UserError(f"engine.zero_stage: {self.zero_stage}, must be 0, 1, 2 or 3, or null for the usual one")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    """How often the run speaks and saves, in steps."""
-
-    log_every: int = 100
-    valid_every: int = 5_000
-    checkpoint_every: int = 5_000
-    keep_checkpoints: int = 3
-    """Newest checkpoints kept."""
-    stall_minutes: float = 30.0
-    """The run ends with an error when no step, validation batch or checkpoint was finished for so long; 0 is never."""
-    retry_seconds: float = 120.0
-    """How long a read or a write is tried again while a disk is away; after that the run saves and exits with 70."""
-
-    def __post_init__(self) -> None:
-        for key in ("stall_minutes", "retry_seconds"):
-            _at_least(f"log.{key}", getattr(self, key), 0.0)
-        for key in ("log_every", "valid_every", "checkpoint_every", "keep_checkpoints"):
-            _at_least(f"log.{key}", getattr(self, key), 1)
 
 
 @dataclass(frozen=True, kw_only=True)

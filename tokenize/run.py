@@ -19,12 +19,11 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
 from codecssl.tokenize.config import TokenizeConfig
 from codecssl.tokenize.encode import Device, default_workers, encode_inputs
-from codecssl.tokenize.format.layout import COMPRESSION, sealed
+from codecssl.tokenize.format.layout import COMPRESSION, load_json, sealed, shard_path
 from codecssl.tokenize.format.records import EncodedUtterance, Failure
 from codecssl.tokenize.format.writer import ShardWriter, finish_dataset, tidy, to_json
 from codecssl.tokenize.mel import MelSpec
 from codecssl.tokenize.progress import Progress, reported
-from codecssl.tokenize.shards import load_json, shard_path
 from codecssl.tokenize.sources.sources import is_stream, read_sources
 from codecssl.tokenize.worklist import Todo
 

@@ -21,13 +21,8 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format.bits import packed_size, unpack
 from codecssl.tokenize.format.entropy import SEGMENT_FRAMES, Coder
 from codecssl.tokenize.format.layout import (
-    BLOCK,
-    COMPRESSION,
-    FORMAT,
-    FORMAT_VERSION,
     MEL_CRC32,
     from_planes,
-    load_json,
     mel_offset,
     read_coder,
     read_columns,
@@ -37,30 +32,12 @@ from codecssl.tokenize.format.layout import (
     scales_of,
     segments_of,
     shard_path,
-    stored_bytes,
-    to_planes,
     utterance_bytes,
 )
 from codecssl.tokenize.format.shard_files import ShardFiles
 from codecssl.tokenize.mel import MelSpec
 
-__all__ = [
-    "BLOCK",
-    "COMPRESSION",
-    "FORMAT",
-    "FORMAT_VERSION",
-    "Shards",
-    "Utterance",
-    "from_planes",
-    "load_json",
-    "read_coder",
-    "read_columns",
-    "read_header",
-    "shard_path",
-    "stored_bytes",
-    "to_planes",
-    "utterance_bytes",
-]
+__all__ = ["Shards", "Utterance"]
 
 WHOLE_BYTES = 1 << 16
 """Packed codes up to this size are read whole; of longer utterances only the bytes of the frames that are asked for."""

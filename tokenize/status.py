@@ -13,7 +13,7 @@ from typing import Any
 
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.shards import load_json
+from codecssl.tokenize.format.layout import load_json
 
 RECENT = 256
 """Writes over which the speed is measured: the latest ones."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,9 @@ from typing import Any
 
 import torch
 
+from codecssl.tokenize.common.files import atomic_file, write_atomic
 from codecssl.tokenize.common.process import drop_stdout
 from codecssl.tokenize.common.retry import patiently
-from codecssl.tokenize.common.files import atomic_file, write_atomic
 
 Row = dict[str, Any]
 

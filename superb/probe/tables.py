@@ -12,6 +12,7 @@ import numpy as np
 from codecssl.superb import results
 from codecssl.superb.paired import LEVEL, sign_flip_p, verdict
 from codecssl.superb.reporting.comparison import BASELINES
+from codecssl.superb.reporting.tables import percent
 from codecssl.superb.results import Row
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def _pair(one: Row, other: Row, names: dict[str, str]) -> Pair:
 
 def _answers(row: Row) -> np.ndarray:
     """Right answers of each clip, over the seeds."""
-    return np.sum([np.frombuffer(seed.encode(), np.uint8) - ord("0") for seed in row["right"]], axis=0, dtype=np.int64)
+    seeds = [np.frombuffer(seed.encode(), np.uint8) - ord("0") for seed in row["right"]]
+    return np.stack(seeds).sum(axis=0, dtype=np.int64)
 
 
 def sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[str], list[list[str]], str]]:
@@ -163,10 +165,6 @@ def write_markdown(output: Path) -> Path:
     parts += ["\n".join(f"- {line}" for line in summary(rows))]
     results.write_text(output / "probe.md", "\n\n".join(part for part in parts if part) + "\n")
     return output / "probe.md"
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
 
 
 def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.config import TokenizeConfig
 from codecssl.tokenize.integrity.repair import repair
 from codecssl.tokenize.integrity.verify import examine
 from codecssl.tokenize.mel import HIGH, LOW, MelSpec, MelStream, mel_plane
-from codecssl.tokenize.run import RunConfig, run
+from codecssl.tokenize.run import run
 from codecssl.tokenize.shards import Shards
 
 SPEC = MelSpec.for_codec(80, card((1024,)))
@@ -65,7 +66,7 @@ def dataset(audio_folder, tmp_path, hashcodec):
             sources=(str(audio_folder),), codec="hash_16khz", workers=0, mel_bands=80, shard_inputs=6, block_inputs=4
         )
         for task in range(options.get("tasks", 1)):
-            run(RunConfig(output=tmp_path / name, task=task, **{**config, **options}))
+            run(TokenizeConfig(output=tmp_path / name, task=task, **{**config, **options}))
         return tmp_path / name
 
     return make

@@ -17,19 +17,19 @@ from helpers import card
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format import entropy
 from codecssl.tokenize.format.blocks import packed_again
-from codecssl.tokenize.format.layout import load_json
-from codecssl.tokenize.format.records import EncodedUtterance, Failure
-from codecssl.tokenize.format.writer import ShardWriter, finish_dataset
-from codecssl.tokenize.integrity.verify import verify
-from codecssl.tokenize.shards import (
-    Shards,
+from codecssl.tokenize.format.layout import (
     from_planes,
+    load_json,
     read_coder,
     read_columns,
     stored_bytes,
     to_planes,
     utterance_bytes,
 )
+from codecssl.tokenize.format.records import EncodedUtterance, Failure
+from codecssl.tokenize.format.writer import ShardWriter, finish_dataset
+from codecssl.tokenize.integrity.verify import verify
+from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.write_codes import write_shards
 
 SEGMENT = entropy.SEGMENT_FRAMES

@@ -12,9 +12,10 @@ import numpy as np
 from codecssl.tokenize.codec import Codec, CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format.blocks import packed_again
+from codecssl.tokenize.format.layout import load_json, read_coder, read_columns, shard_path
 from codecssl.tokenize.integrity.shard_check import Damage
 from codecssl.tokenize.registry import load_codec_for
-from codecssl.tokenize.shards import Shards, Utterance, load_json, read_coder, read_columns, shard_path
+from codecssl.tokenize.shards import Shards, Utterance
 from codecssl.tokenize.sources.sources import Input, is_stream, read_sources
 
 READ = 64

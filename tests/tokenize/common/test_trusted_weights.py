@@ -10,10 +10,9 @@ from codecssl.tokenize.backends.parts import weights
 from codecssl.tokenize.cli import main
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.format.layout import sealed
+from codecssl.tokenize.format.layout import load_json, sealed
 from codecssl.tokenize.format.writer import to_json
 from codecssl.tokenize.registry import load_codec, load_codec_for, named_source
-from codecssl.tokenize.shards import load_json
 
 
 @pytest.fixture(autouse=True)
