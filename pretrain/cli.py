@@ -1,59 +1,28 @@
-"""codecssl-pretrain: train on token shards, export the model, look at a run."""
+"""The command line `codecssl-pretrain`: train on token shards, make labels, export models, look at runs."""
 
 import argparse
 import difflib
-import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from codecssl.configs.load import load_config, names, to_yaml
 from codecssl.pretrain.config import RunConfig
-from codecssl.tokenize.common.errors import TransientError, UserError
-from codecssl.tokenize.common.process import CRASHED, StopSignal
+from codecssl.tokenize.common.command_line import CommandLine, add_sharing, positive
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.process import StopSignal, guarded
+
+CONFIG_HELP = f"a YAML file, or one of {', '.join(names('pretrain'))}"
+OVERRIDES = "Any value of the config can be set by --section.key VALUE; `run CONFIG --print_config` shows them all."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns 0 done, 1 an error told on one line, 2 wrong usage (argparse exits with it)."""
-    arguments, overrides = _parser().parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
-    if overrides and arguments.command not in ("run", "bench"):
-        _parser().error(f"unrecognized arguments: {' '.join(overrides)}")
-    try:
-        _no_misspelt_option(overrides)
-        arguments.action(arguments, overrides)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return CRASHED if isinstance(error, TransientError) else 1
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and error.filename is None:
-            raise
-        where = error.filename or getattr(arguments, "output", None) or "the output"
-        how = "disk full; make room and run the same command again, what was saved before is whole"
-        print(f"error: {where}: {how if full else error.strerror}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        how = "; the same command goes on from the newest checkpoint" if arguments.command == "run" else ""
-        print(f"error: interrupted{how}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _joined(argv: Sequence[str]) -> list[str]:
-    """`--section.key VALUE` as one word, which may stand anywhere: argparse would take VALUE for an argument."""
-    words: list[str] = []
-    for word in argv:
-        last = words[-1] if words else ""
-        valueless = last.startswith("--") and "." in last and "=" not in last
-        if valueless and not word.startswith("--"):
-            words[-1] = f"{last}={word}"
-        else:
-            words.append(word)
-    return words
+    """Run a command and return its exit code (see `tokenize.common.command_line`)."""
+    return command_line().main(argv)
 
 
 def _no_misspelt_option(overrides: Sequence[str]) -> None:
-    """UserError for `--otput`, before it is looked for among the sections of the config."""
+    """Raise UserError for `--otput`, before it is looked up among the sections of the config."""
     options = ("--data", "--output", "--profile", "--print_config", "--seed")
     for word in overrides:
         name = word.partition("=")[0]
@@ -62,14 +31,16 @@ def _no_misspelt_option(overrides: Sequence[str]) -> None:
             raise UserError(f"option {name}: unknown; did you mean {near[0]}?")
 
 
-def _config(arguments: argparse.Namespace, overrides: list[str]) -> RunConfig:
+def _config(arguments: argparse.Namespace) -> RunConfig:
+    overrides: list[str] = arguments.overrides
+    _no_misspelt_option(overrides)
     if arguments.data:
         overrides = [*overrides, f"--data.dirs=[{', '.join(_quoted(path) for path in arguments.data)}]"]
     return load_config(RunConfig, "pretrain", arguments.config, overrides)
 
 
-def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    config = _config(arguments, overrides)
+def _run(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
     if arguments.print_config:
         print(to_yaml(config), end="")
         return
@@ -81,15 +52,15 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
         run(config, arguments.output, profile=arguments.profile, stop=stop)
 
 
-def _export(arguments: argparse.Namespace, overrides: list[str]) -> None:
+def _export(arguments: argparse.Namespace) -> None:
     from codecssl.pretrain.export.export import export
 
     export(arguments.run, arguments.output)
     print(f"{arguments.output}: model.safetensors, config.json and a model card written")
 
 
-def _bench(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    config = _config(arguments, overrides)
+def _bench(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
     import json
 
     from codecssl.pretrain.bench import bench, table
@@ -105,7 +76,7 @@ def _bench(arguments: argparse.Namespace, overrides: list[str]) -> None:
         print(row, flush=True)
 
 
-def _label(arguments: argparse.Namespace, overrides: list[str]) -> None:
+def _label(arguments: argparse.Namespace) -> None:
     import json
 
     from codecssl.pretrain.labels.label import LabelConfig, label
@@ -136,7 +107,7 @@ def _label(arguments: argparse.Namespace, overrides: list[str]) -> None:
     print(f'{arguments.output}: train with --objective.target labels --data.labels="[{quoted}]"')
 
 
-def _status(arguments: argparse.Namespace, overrides: list[str]) -> None:
+def _status(arguments: argparse.Namespace) -> None:
     import json
 
     from codecssl.pretrain.monitor.status import lines, status
@@ -149,76 +120,98 @@ def _quoted(path: str) -> str:
     return "'" + path.replace("'", "''") + "'"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="codecssl-pretrain", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser(
-        "run",
-        allow_abbrev=False,
-        help="train; resumes what RUN holds",
-        description="Train as CONFIG says; go on from the newest checkpoint in RUN, if it has one.",
-        epilog="Any value of the config: --section.key VALUE (--print_config shows them all).",
+def command_line() -> CommandLine:
+    """The subcommands and their arguments. Nothing heavy is imported."""
+    line = CommandLine("codecssl-pretrain", "Pretrain encoders on token shards by masked prediction.")
+    _add_run(line)
+    _add_label(line)
+    export = line.command(
+        "export",
+        _export,
+        group="runs",
+        help="write the newest checkpoint as a model folder",
+        example="export run --output model",
     )
-    run.add_argument("config", metavar="CONFIG", help=f"a YAML file, or one of {', '.join(names('pretrain'))}")
+    export.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    export.add_argument("--output", metavar="MODEL", type=Path, required=True, help="a new or empty folder")
+    status = line.command(
+        "status",
+        _status,
+        group="runs",
+        help="a run's progress, speed and late ranks, from its files, also while it runs",
+        example="status run",
+    )
+    status.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    _add_bench(line)
+    return line
+
+
+def _add_run(line: CommandLine) -> None:
+    run = line.command(
+        "run",
+        _run,
+        group="runs",
+        help="train; run it again to resume",
+        description=f"Train a model as CONFIG describes. Resumes from RUN's newest checkpoint.\n{OVERRIDES}",
+        example="run codec2vec_tiny_codes --data shards --output run --optim.steps 2000",
+        resume="resumes from the newest checkpoint",
+        overrides=True,
+    )
+    run.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
     run.add_argument("--data", metavar="DIR", nargs="+", help="folders of token shards, all of one codec")
     run.add_argument("--output", metavar="RUN", type=Path, help="the run's folder")
     run.add_argument("--profile", action="store_true", help="write a torch trace of some steps into RUN/profile")
-    run.add_argument("--print_config", "--print-config", action="store_true", help="print the whole config and stop")
-    label = commands.add_parser(
+    run.add_argument("--print_config", "--print-config", action="store_true", help="print the whole config and exit")
+
+
+def _add_label(line: CommandLine) -> None:
+    label = line.command(
         "label",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        _label,
+        group="runs",
         help="k-means labels of a model's features, as targets of another run",
-        description="Label every frame of token shards by the cluster of its features; one clustering for all data.",
+        description="Label every frame of token shards with the cluster of its features; one clustering for all data.",
+        example="label run --layer 2 --clusters 500 --data shards --output labels",
+        resume="resumes after the last whole shard",
     )
-    label.add_argument("source", metavar="RUN|MODEL|latents|JSONL", help="whose features, or a file of ready labels")
+    label.add_argument("source", metavar="RUN|MODEL|latents|JSONL", help="where features come from, or ready labels")
     label.add_argument("--data", metavar="DIR", nargs="+", type=Path, required=True, help="folders of token shards")
-    label.add_argument(
-        "--output", metavar="LABELS", type=Path, required=True, help="their folder; the same command goes on there"
-    )
-    label.add_argument("--layer", type=int, default=-1, metavar="L", help="0: before the first; -1: the last")
-    label.add_argument("--clusters", type=int, default=500, metavar="C", help="how many")
-    label.add_argument("--sample-frames", type=int, default=300_000, metavar="N", help="frames to fit k-means to")
-    label.add_argument("--utterance-frames", type=int, metavar="N", help="most of them from one utterance")
-    label.add_argument("--clustering", type=Path, metavar="FILE", help="use an earlier clustering.safetensors")
-    label.add_argument(
+    label.add_argument("--output", metavar="LABELS", type=Path, required=True, help="folder of the labels")
+    features = label.add_argument_group("features")
+    features.add_argument("--layer", type=int, default=-1, metavar="L", help="0: input of the first; -1: the last")
+    features.add_argument("--device", default="cpu", help="device of the model")
+    features.add_argument(
         "--codec-weights", metavar="PATH", help="the codec's weights, for latents, where they have moved"
     )
-    label.add_argument("--device", default="cpu", help="where the model runs")
-    label.add_argument("--seed", type=int, default=0, help="of the sample and of k-means")
-    label.add_argument("--tasks", type=int, default=1, metavar="N", help="share the shards among N processes")
-    label.add_argument("--task", type=int, default=0, metavar="I", help="this one's number, from 0 to N - 1")
-    bench = commands.add_parser(
+    kmeans = label.add_argument_group("k-means")
+    kmeans.add_argument("--clusters", type=int, default=500, metavar="C", help="number of clusters")
+    kmeans.add_argument("--sample-frames", type=int, default=300_000, metavar="N", help="frames to fit k-means to")
+    kmeans.add_argument("--utterance-frames", type=int, metavar="N", help="frames to take from one utterance, at most")
+    kmeans.add_argument("--clustering", type=Path, metavar="FILE", help="use an earlier clustering.safetensors")
+    kmeans.add_argument("--seed", type=int, default=0, help="seed of the sample and of k-means")
+    add_sharing(label)
+
+
+def _add_bench(line: CommandLine) -> None:
+    bench = line.command(
         "bench",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        help="time a training step beside a plain loop and a waveform HuBERT",
-        description="Time training steps of CONFIG on random codes, beside the same model without DeepSpeed and a "
-        "waveform HuBERT of the same encoder, in turns in one run; with --data also the loader alone.",
-        epilog="Any value of the config: --section.key VALUE.",
+        _bench,
+        group="measurements",
+        help="time a training step next to a plain loop and a waveform HuBERT",
+        description="Time training steps of CONFIG on random codes, next to the same model without DeepSpeed and a "
+        f"waveform HuBERT with the same encoder, in turns in one run. With --data, also the loader alone.\n{OVERRIDES}",
+        example="bench codec2vec_tiny_codes --seconds 60",
+        overrides=True,
     )
-    bench.add_argument("config", metavar="CONFIG", help="a YAML file, or a name as for run")
+    bench.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
     bench.add_argument("--data", metavar="DIR", nargs="+", help="token shards: their codec, and the loader's speed")
-    bench.add_argument("--seconds", type=float, default=30.0, help="of audio in a step")
-    bench.add_argument("--clip-seconds", type=float, default=15.0, help="of audio in an item of the batch")
-    bench.add_argument("--steps", type=int, default=3, help="each way steps so often, in turns; the fastest counts")
+    bench.add_argument("--seconds", type=float, default=30.0, help="seconds of audio in a step")
+    bench.add_argument("--clip-seconds", type=float, default=15.0, help="seconds of audio in an item of the batch")
+    bench.add_argument("--steps", type=positive, default=3, help="steps of each, in turns; the fastest counts")
     bench.add_argument("--no-hubert", action="store_true", help="leave the waveform HuBERT out")
-    bench.add_argument("--json", action="store_true", help="print JSON, a line per way")
-    export = commands.add_parser("export", allow_abbrev=False, help="write the newest checkpoint as a model folder")
-    export.add_argument("run", metavar="RUN", type=Path)
-    export.add_argument("--output", metavar="MODEL", type=Path, required=True, help="a new or empty folder")
-    status = commands.add_parser(
-        "status", allow_abbrev=False, help="how far a run is, how fast, who is late; from its files, while it runs"
-    )
-    status.add_argument("run", metavar="RUN", type=Path)
-    status.add_argument("--json", action="store_true", help="print JSON")
-    run.set_defaults(action=_run)
-    label.set_defaults(action=_label)
-    bench.set_defaults(action=_bench)
-    export.set_defaults(action=_export)
-    status.set_defaults(action=_status)
-    return parser
+    bench.add_argument("--json", action="store_true", help="print JSON, one line a measurement")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

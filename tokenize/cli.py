@@ -1,196 +1,219 @@
-"""`codecssl-tokenize`: encode audio once, check it, look at it, listen to it."""
+"""The command line `codecssl-tokenize`. `commands` does the work."""
 
 from __future__ import annotations
 
 import argparse
-import errno
-import importlib
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
 
-from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize import commands
+from codecssl.tokenize.common.command_line import CommandLine, Renamed, add_sharing, amount, positive, whole
 from codecssl.tokenize.common.process import guarded
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, *FULL)
-"""What a file system says of paths that a user chose. Other errors of it are a machine's, with a traceback."""
-
-Number = TypeVar("Number", int, float)
-Command = Callable[[str, str], argparse.ArgumentParser]
 
 SOURCES = (
     "folder, glob, audio file, .tsv/.csv/.jsonl manifest (path, [id, start, end in seconds, labels]), "
     "hf:NAME[:CONFIG]:SPLIT (Hugging Face datasets), wds:PATTERN (audio tars), or - (a list of paths on stdin)"
 )
 CODEC = "a codec of `codecssl-tokenize codecs`, the path or URL of its weights, or NAME@PATH"
+CODEBOOKS = "keep the first K codebooks (default: the codec's own number)"
+WEIGHTS = "the codec's weights, where they have moved"
 
 
-def number(kind: Callable[[str], Number], least: Number) -> Callable[[str], Number]:
-    """Reads an argument that must be at least `least`."""
-
-    def read(text: str) -> Number:
-        if not (value := kind(text)) >= least:
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
-        return value
-
-    read.__name__ = getattr(kind, "__name__", "number")  # argparse says it of a text that is none
-    return read
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code (see `common.command_line`)."""
+    return command_line().main(argv)
 
 
-positive, whole, amount = number(int, 1), number(int, 0), number(float, 0.0)
+def command_line() -> CommandLine:
+    """The subcommands and their arguments. Nothing heavy is imported."""
+    line = CommandLine("codecssl-tokenize", "Encode audio once into token shards, check them, decode them.")
+    _add_run(line)
+    _add_dataset_commands(line)
+    _add_codec_commands(line)
+    return line
 
 
-class Parser(argparse.ArgumentParser):
-    """One whose errors are one line, as all others of ours."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells the defaults, where there are some."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        none = action.default is None or action.default is False
-        return action.help if none else super()._get_help_string(action)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command's arguments; nothing heavy is imported for them. Command x-y is done by `commands.x_y`."""
-    main = Parser(prog="codecssl-tokenize", description=__doc__)
-    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, help: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=help, description=help, formatter_class=Help)
-
-    _add_run(command("run", "encode audio into token shards; run it again to resume"))
-    _add_dataset_commands(command)
-    _add_codec_commands(command)
-    return main
-
-
-def _add_run(sub: argparse.ArgumentParser) -> None:
-    add = sub.add_argument
-    add("sources", nargs="+", metavar="SOURCE", help=SOURCES)
-    add("--output", "-o", type=Path, required=True, metavar="DIR", help="the dataset's folder")
-    add("--codec", default="tiny_16khz", metavar="NAME|PATH", help=CODEC)
-    add("--num-codebooks", type=positive, metavar="K", help="keep the first K codebooks (default: the codec's own)")
-    add("--device", default="cpu", metavar="cpu|cuda", help="where the codec runs; cuda:1 is the second GPU")
-    add("--tasks", type=positive, default=1, metavar="N", help="split the work into N tasks")
-    add("--task", type=whole, default=0, metavar="I", help="do task I of 0..N-1")
-    add("--workers", type=whole, metavar="N", help="processes that read and encode (default: one per core; 0: none)")
-    add("--compress", action="store_true", help="entropy-code the shards, losslessly; readers need not know")
-    add("--with-mel", type=positive, metavar="BANDS",
-        help="store an 8-bit log-mel plane of this many bands (80) too, for model.input mel or both")  # fmt: skip
-    add("--shard-inputs", type=positive, default=8192, metavar="N", help="inputs per shard")
-    add(
+def _add_run(line: CommandLine) -> None:
+    run = line.command(
+        "run",
+        commands.run,
+        group="token shards",
+        help="encode audio into token shards; run it again to resume",
+        example="run recordings --output shards --codec tiny_16khz",
+        resume="resumes after the last whole block",
+    )
+    run.add_argument("sources", nargs="+", metavar="SOURCE", help=SOURCES)
+    _add_output(run, "DIR", "the dataset's folder")
+    codec = run.add_argument_group("codec")
+    codec.add_argument("--codec", default="tiny_16khz", metavar="NAME|PATH", help=CODEC)
+    codec.add_argument(
+        "--num-codebooks", type=positive, metavar="K", help="keep the first K codebooks (default: the codec's own)"
+    )
+    codec.add_argument("--device", default="cpu", metavar="cpu|cuda", help="device of the codec; cuda:1: second GPU")
+    codec.add_argument(
+        "--workers", type=whole, metavar="N", help="processes that read and encode (default: one per core; 0: none)"
+    )
+    shards = run.add_argument_group("shards")
+    shards.add_argument("--entropy-code", action="store_true", help="entropy-code the codes, without loss")
+    shards.add_argument("--compress", action=Renamed, const="--entropy-code", dest="entropy_code")
+    shards.add_argument(
+        "--with-mel",
+        type=positive,
+        metavar="BANDS",
+        help="store an 8-bit log-mel plane of this many bands (80) too, for model.input mel or both",
+    )
+    shards.add_argument("--shard-inputs", type=positive, default=8192, metavar="N", help="inputs per shard")
+    shards.add_argument(
         "--block-inputs",
         type=positive,
         default=2048,
         metavar="N",
-        help="inputs per block; a kill loses a block at most",
+        help="inputs per block; a killed run loses one block at most",
     )
-    add("--strict", action="store_true", help="exit 1 when an input could not be read")
-    add("--stall-minutes", type=amount, default=0.0, metavar="M",
-        help="end with exit code 76 when no input was finished for M minutes (0: never)")  # fmt: skip
+    add_sharing(run)
+    failures = run.add_argument_group("failures")
+    failures.add_argument("--strict", action="store_true", help="exit 1 when an input could not be read")
+    failures.add_argument(
+        "--stall-minutes",
+        type=amount,
+        default=0.0,
+        metavar="M",
+        help="exit with 76 when no input was finished for M minutes (0: never)",
+    )
 
 
-def _add_dataset_commands(command: Command) -> None:
-    sub = command("verify", "check every byte and every count of a dataset, and encode a few utterances again")
-    _add_dataset(sub)
-    sub.add_argument("--sample", type=whole, default=4, metavar="N", help="utterances to encode again and compare")
-    sub.add_argument("--weights", metavar="PATH", help="the codec's weights, where they have moved")
-    sub = command("repair", "encode the damaged shards of a dataset again; the others stay as they are")
-    _add_dataset(sub)
-    sub.add_argument(
+def _add_dataset_commands(line: CommandLine) -> None:
+    group = "token shards"
+    verify = line.command(
+        "verify",
+        commands.verify,
+        group=group,
+        help="check every byte and every count of a dataset, and encode a few utterances again",
+        example="verify shards --sample 8",
+    )
+    _add_dataset(verify)
+    verify.add_argument("--sample", type=whole, default=4, metavar="N", help="utterances to encode again and compare")
+    verify.add_argument("--weights", metavar="PATH", help=WEIGHTS)
+    repair = line.command(
+        "repair",
+        commands.repair,
+        group=group,
+        help="encode the damaged shards of a dataset again; the others stay as they are",
+        example="repair shards",
+        resume="resumes the repair",
+    )
+    _add_dataset(repair)
+    repair.add_argument(
         "--workers", type=whole, metavar="N", help="processes that read and encode (default: one per core)"
     )
-    sub.add_argument("--weights", metavar="PATH", help="the codec's weights, where they have moved")
-    sub = command("status", "how far a run is, from its files alone")
-    _add_dataset(sub)
-    sub.add_argument(
-        "--tasks", type=positive, metavar="N", help="of the run, to tell which task an unfinished shard is of"
+    repair.add_argument("--weights", metavar="PATH", help=WEIGHTS)
+    status = line.command(
+        "status", commands.status, group=group, help="progress of a run, from its files alone", example="status shards"
     )
-    sub = command("stats", "hours, bits, and the use and entropy of each codebook")
-    _add_dataset(sub)
-    sub.add_argument("--plot", type=Path, metavar="PNG", help="draw the histograms of the codes")
-    add = command("decode", "turn one utterance's codes back into audio").add_argument
-    add("dataset", type=Path, metavar="DIR")
-    add("--id", required=True, help="the utterance's id")
-    add("--output", "-o", type=Path, required=True, metavar="WAV", help="audio file to write")
-    add("--num-codebooks", type=positive, metavar="K", help="use the first K codebooks only")
-    add("--weights", metavar="PATH", help="the codec's weights, where they have moved")
-
-
-def _add_dataset(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("dataset", type=Path, metavar="DIR")
-    sub.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _add_codec_commands(command: Command) -> None:
-    sub = command("codecs", "list the codecs, or load one, print its card and remember the path of its weights")
-    sub.add_argument("codec", nargs="?", metavar="NAME@PATH", help=CODEC)
-    sub = command("check-codec", "how many codes change on this device with the batch, the cut, the implementation")
-    sub.add_argument("codec", metavar="NAME|PATH", help=CODEC)
-    sub.add_argument("sources", nargs="*", metavar="SOURCE", help="audio to check with (default: noise and tones)")
-    sub.add_argument(
-        "--num-codebooks", type=positive, metavar="K", help="the first K codebooks (default: the codec's own)"
+    _add_dataset(status)
+    status.add_argument("--tasks", type=positive, metavar="N", help="the run's --tasks: name the unfinished ones")
+    stats = line.command(
+        "stats",
+        commands.stats,
+        group=group,
+        help="hours, bits, and the use and entropy of each codebook",
+        example="stats shards --plot codes.png",
     )
-    sub.add_argument("--device", default="cpu", metavar="cpu|cuda", help="where the codec runs")
-    sub.add_argument("--seconds", type=amount, default=120.0, help="of audio to use at most")
-    sub.add_argument("--json", action="store_true", help="print JSON")
-    add = command("bench", "time ours beside the plain way: the reference model, file by file").add_argument
-    add("sources", nargs="+", metavar="SOURCE", help="audio to encode")
-    add("--codec", default="tiny_16khz", metavar="NAME|PATH", help=CODEC)
-    add("--num-codebooks", type=positive, metavar="K", help="the first K codebooks (default: the codec's own)")
-    add("--device", default="cpu", metavar="cpu|cuda", help="where the codec runs")
-    add("--seconds", type=amount, default=120.0, help="of audio to use at most")
-    add("--rounds", type=positive, default=3, help="each way runs so often, in turns; the fastest counts")
-    add("--json", action="store_true", help="print JSON, a line per measurement")
-    add = command("train-codec", "train tiny_16khz anew, on a manifest of audio").add_argument
-    add("manifest", type=Path, metavar="JSONL", help="rows with path, task and, where known, speaker")
-    add("--output", "-o", type=Path, required=True, metavar="DIR", help="checkpoints, log and weights")
-    add("--steps", type=positive, help="training steps (default: the shipped codec's)")
-    sub = command("eval-codec", "mel distance, SI-SDR and code usage on held-out clips")
-    sub.add_argument("manifest", type=Path, metavar="JSONL")
-    sub.add_argument(
+    _add_dataset(stats)
+    stats.add_argument("--plot", type=Path, metavar="PNG", help="draw the histograms of the codes")
+    decode = line.command(
+        "decode",
+        commands.decode,
+        group=group,
+        help="turn the codes of one utterance back into audio",
+        example="decode shards --id speech/a.wav --output a.wav",
+    )
+    decode.add_argument("dataset", type=Path, metavar="DIR")
+    decode.add_argument("--id", required=True, help="the utterance's id")
+    _add_output(decode, "WAV", "audio file to write")
+    decode.add_argument("--num-codebooks", type=positive, metavar="K", help="use the first K codebooks only")
+    decode.add_argument("--weights", metavar="PATH", help=WEIGHTS)
+
+
+def _add_codec_commands(line: CommandLine) -> None:
+    group = "codecs"
+    codecs = line.command(
+        "codecs",
+        commands.codecs,
+        group=group,
+        help="list the codecs, or load one, print its card and remember the path of its weights",
+        example="codecs encodec_24khz@weights/encodec_24khz.th",
+    )
+    codecs.add_argument("codec", nargs="?", metavar="NAME@PATH", help=CODEC)
+    check = line.command(
+        "check-codec",
+        commands.check_codec,
+        group=group,
+        help="count the codes that change with the batch, the cut and the implementation on this device",
+        example="check-codec mimi recordings --device cuda",
+    )
+    check.add_argument("codec", metavar="NAME|PATH", help=CODEC)
+    check.add_argument("sources", nargs="*", metavar="SOURCE", help="audio to check with (default: noise and tones)")
+    _add_measured(check)
+    check.add_argument("--json", action="store_true", help="print JSON")
+    bench = line.command(
+        "bench",
+        commands.bench,
+        group=group,
+        help="time codecssl next to the reference model, which encodes file by file",
+        example="bench recordings --codec encodec_24khz",
+    )
+    bench.add_argument("sources", nargs="+", metavar="SOURCE", help="audio to encode")
+    bench.add_argument("--codec", default="tiny_16khz", metavar="NAME|PATH", help=CODEC)
+    _add_measured(bench)
+    bench.add_argument("--rounds", type=positive, default=3, help="runs of each, in turns; the fastest counts")
+    bench.add_argument("--json", action="store_true", help="print JSON, one line a measurement")
+    train = line.command(
+        "train-codec",
+        commands.train_codec,
+        group=group,
+        help="train tiny_16khz on a manifest of audio",
+        example="train-codec manifest.jsonl --output codec",
+        resume="resumes from the last checkpoint",
+    )
+    train.add_argument("manifest", type=Path, metavar="JSONL", help="rows with path, task and, where known, speaker")
+    _add_output(train, "DIR", "checkpoints, log and weights")
+    train.add_argument("--steps", type=positive, help="training steps (default: those of the shipped codec)")
+    evaluate = line.command(
+        "eval-codec",
+        commands.eval_codec,
+        group=group,
+        help="mel distance, SI-SDR and code usage on held-out clips",
+        example="eval-codec manifest.jsonl --codec tiny_16khz --codec tiny_16khz:4",
+    )
+    evaluate.add_argument("manifest", type=Path, metavar="JSONL", help="rows as for train-codec")
+    evaluate.add_argument(
         "--codec",
         action="append",
         required=True,
         metavar="NAME|PATH[:K]",
         help="repeat to compare; :K keeps K codebooks",
     )
-    sub.add_argument("--clips", type=positive, default=120, help="held-out clips, evenly spread over the tasks")
-    sub.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.add_argument("--clips", type=positive, default=120, help="held-out clips, evenly spread over the tasks")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 done, 1 a clear error, 2 usage, 75 stopped by a signal, 76 stuck, 130 interrupted."""
-    args = parser().parse_args(argv)
-    try:
-        commands = importlib.import_module("codecssl.tokenize.commands")
-        return getattr(commands, args.command.replace("-", "_"))(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        if error.errno not in REFUSED:
-            raise
-        where = error.filename or getattr(args, "output", None) or getattr(args, "dataset", "the output")
-        what = f"{os.strerror(error.errno)}; make it usable, or give another path"
-        if error.errno in FULL:
-            what = "disk full; make room and run the same command again"
-        print(f"error: {where}: {what}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on from the last whole block", file=sys.stderr)
-        return 130
+def _add_output(parser: argparse.ArgumentParser, metavar: str, help: str) -> None:
+    parser.add_argument("--output", "-o", type=Path, required=True, metavar=metavar, help=help)
+
+
+def _add_dataset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", type=Path, metavar="DIR", help="folder of token shards")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_measured(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--num-codebooks", type=positive, metavar="K", help="the first K codebooks (default: the codec's own)"
+    )
+    parser.add_argument("--device", default="cpu", metavar="cpu|cuda", help="where the codec runs")
+    parser.add_argument("--seconds", type=amount, default=120.0, help="audio to use, at most")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What each `codecssl-tokenize` command does; the arguments are in cli.py."""
+"""The actions of the `codecssl-tokenize` subcommands. Their arguments are in cli.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from codecssl.tokenize.common.command_line import progress_bar
 from codecssl.tokenize.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,13 +32,13 @@ def run(args: Namespace) -> int:
         tasks=args.tasks,
         task=args.task,
         workers=args.workers,
-        compress=args.compress,
+        compress=args.entropy_code,
         mel_bands=args.with_mel,
         shard_inputs=args.shard_inputs,
         block_inputs=args.block_inputs,
     )
     began = time.monotonic()
-    hint = "the same command goes on from the last whole block (--stall-minutes says how long to wait)"
+    hint = "the same command resumes after the last whole block (--stall-minutes sets how long to wait)"
     with StopSignal() as stop, Watchdog(args.stall_minutes, hint=hint) as watch, _progress() as bar:
 
         def report(progress: Progress) -> None:
@@ -73,7 +74,7 @@ def run(args: Namespace) -> int:
 
 
 def _listed(args: Namespace) -> str:
-    """The list on standard input as a manifest in the dataset's folder: a run reads it more than once."""
+    """Copy the list on standard input to a manifest in the dataset's folder: a run reads it more than once."""
     from codecssl.tokenize.run import STDIN, refuse_foreign
     from codecssl.tokenize.sources.manifest import spool_stdin
 
@@ -85,21 +86,13 @@ def _listed(args: Namespace) -> str:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Progress], None]]:
-    from tqdm import tqdm
-
-    with tqdm(unit=" files", mininterval=0.5, disable=None, file=sys.stderr) as bar:
+    with progress_bar("files") as bar:
         began = time.monotonic()
 
         def report(progress: Progress) -> None:
-            if bar.total != progress.total:
-                bar.total = progress.total
-                bar.refresh()
-            bar.update(progress.inputs - bar.n)
             rate = progress.seconds / max(time.monotonic() - began, 1e-9)
-            bar.set_postfix_str(
-                f"{progress.seconds / 3600:.2f} h, {rate:.0f} x real time, {progress.failed} failed",
-                refresh=False,
-            )
+            note = f"{progress.seconds / 3600:.2f} h, {rate:.0f} x real time, {progress.failed} failed"
+            bar(progress.inputs, progress.total, note)
 
         yield report
 
@@ -117,7 +110,7 @@ def verify(args: Namespace) -> int:
         print(note, file=sys.stderr)
     if damages:
         print("\n".join(damages), file=sys.stderr)
-        print(f"codecssl-tokenize repair {args.dataset} writes what is damaged again", file=sys.stderr)
+        print(f"codecssl-tokenize repair {args.dataset} encodes the damaged shards again", file=sys.stderr)
         return 1
     print(f"{args.dataset}: whole")
     return 0
@@ -137,15 +130,8 @@ def repair(args: Namespace) -> int:
 
 @contextmanager
 def _shards_bar() -> Iterator[Callable[[int, int], None]]:
-    from tqdm import tqdm
-
-    with tqdm(unit=" shards", mininterval=0.5, delay=1.0, disable=None, file=sys.stderr) as bar:
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield report
+    with progress_bar("shards") as bar:
+        yield lambda done, total: bar(done, total, "")
 
 
 def status(args: Namespace) -> int:

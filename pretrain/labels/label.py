@@ -9,6 +9,7 @@ With several data folders there are LABELS/0-NAME, LABELS/1-NAME, ...: one label
 tasks (--tasks, --task) share the shards; whoever sees the last one finished writes dataset.json and report.json.
 """
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from codecssl.pretrain.data.hashed_random import permuted, smallest, uniform
 from codecssl.pretrain.labels.kmeans import Clustering, Features, Quality, fit
 from codecssl.pretrain.labels.labellers import ByCentroids, Extractor, FromFile, Labeller
 from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.common.command_line import progress_bar
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
 from codecssl.tokenize.common.hashing import file_sha256
@@ -262,14 +264,12 @@ def _sampled(config: LabelConfig, data: Sequence[Shards], extract: Extractor) ->
 
 
 def _label(parts: Sequence[_Part], labeller: Labeller) -> None:
-    from tqdm import tqdm
-
-    before = sum(len(part.utterances) for part in parts if part.done)
+    done = itertools.count(1 + sum(len(part.utterances) for part in parts if part.done))
     total = sum(len(part.utterances) for part in parts)
-    with tqdm(total=total, initial=before, unit=" utterances", disable=None) as bar:
+    with progress_bar("utterances") as bar:
         for part in parts:
             if not part.done:
-                _label_shard(part, labeller, bar.update)
+                _label_shard(part, labeller, lambda: bar(next(done), total, ""))
 
 
 def _label_shard(part: _Part, labeller: Labeller, report: Callable[[], object]) -> None:

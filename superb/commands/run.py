@@ -1,44 +1,82 @@
-"""The command codecssl-superb run: which runs there are, doing those that wait, the table at the end."""
+"""The subcommand `codecssl-superb run`: the runs of a sweep, those that are not finished, the table at the end."""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from codecssl.superb.commands.common import SIDE, add_upstreams, data_root
 from codecssl.superb.tasks import BUDGETS, TASKS, choose
+from codecssl.tokenize.common.command_line import CommandLine, console, integers, positive, whole
 from codecssl.tokenize.common.cores import available_cores
 from codecssl.tokenize.common.errors import UserError, message_on_one_line
 
 if TYPE_CHECKING:
     from codecssl.superb.runner.run import Run
+    from codecssl.superb.runner.sweep import Sweep
 
 
-def add_command(commands: Any, shape: Any, common: Any) -> None:
-    """`run`, among the other commands; `common` adds the arguments that it shares with others."""
-    run = commands.add_parser("run", help="run tasks for upstreams; finished runs are skipped", formatter_class=shape)
-    run.set_defaults(command=_run)
-    common(run)
-    run.add_argument("--tasks", default="all", help=f"comma-separated, of {','.join(TASKS)}; or all")
+class TasksOrShare(argparse.Action):
+    """`--tasks ks,sid` names tasks; `--tasks 12`, with `--task I`, shares the runs among 12 processes."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        if not values.isdecimal():
+            namespace.tasks = values
+        elif int(values):
+            namespace.parts = int(values)
+        else:
+            raise argparse.ArgumentError(self, "0: must be at least 1 to share the work, or names of tasks")
+
+
+def add_commands(line: CommandLine) -> None:
+    """Add `run`."""
+    run = line.command(
+        "run",
+        _run,
+        group="evaluation",
+        help="run tasks for upstreams; finished runs are skipped",
+        example="run --upstream model --upstream fbank --tasks ks,sid --data sample --output superb --budget smoke",
+        resume="skips finished runs and resumes this one",
+    )
+    add_upstreams(run)
+    run.add_argument(
+        "--tasks",
+        action=TasksOrShare,
+        default="all",
+        metavar="TASK,...|N",
+        help=f"comma-separated, of {','.join(TASKS)}; or all. A number shares the work, see --task",
+    )
     run.add_argument(
         "--data",
         required=True,
         metavar="ROOT|sample",
         help="folder with manifest.jsonl, or with SUPERB's corpora as unpacked, or the word sample",
     )
-    run.add_argument("--side", type=Path, metavar="DIR", help="small lists that official corpora need")
-    run.add_argument("--lr", type=_rates, help="learning rates to sweep, 1e-3,1e-4; default: what the budget says")
-    run.add_argument("--budget", choices=BUDGETS, default="quick", help="how many of the official steps to run")
-    seeds = run.add_mutually_exclusive_group()
+    run.add_argument("--side", type=Path, metavar="DIR", help=SIDE)
+    run.add_argument("--dry-run", action="store_true", help="list the runs, done or waiting, and exit")
+    training = run.add_argument_group("training")
+    training.add_argument("--budget", choices=BUDGETS, default="quick", help="share of the official steps to run")
+    training.add_argument("--lr", type=_rates, help="learning rates to sweep, 1e-3,1e-4 (default: those of the budget)")
+    seeds = training.add_mutually_exclusive_group()
     seeds.add_argument("--seeds", type=integers, default=(0,), help="of heads, order of data, random upstream: 0,1,2")
-    seeds.add_argument("--seed", type=int, help="one of them")
-    run.add_argument("--folds", action="store_true", help="er: test five folds in turn (full always does)")
-    run.add_argument("--lm", type=Path, metavar="FILE", help="asr: 4-gram model (ARPA, may be .gz) for WER with LM")
-    run.add_argument("--parts", type=int, default=1, metavar="N", help="share the list of runs among N processes")
-    run.add_argument("--part", type=int, default=0, metavar="I", help="this process does every N-th run from the I-th")
-    run.add_argument("--dry-run", action="store_true", help="print the runs, done or waiting, and do nothing")
-    run.add_argument("--num-workers", type=int, default=0, help="data-loading processes per run")
-    run.add_argument("--cache", type=Path, metavar="DIR", help="token cache, filled first; default: OUTPUT/cache")
-    run.add_argument("--feature-cache-gib", type=float, default=2.0, help="memory per job for hidden states; 0: none")
+    seeds.add_argument("--seed", type=int, help="one seed")
+    training.add_argument("--folds", action="store_true", help="er: test five folds in turn (full always does)")
+    training.add_argument("--lm", type=Path, metavar="FILE", help="asr: 4-gram model (ARPA, .gz) for WER with LM")
+    shared = run.add_argument_group("sharing the runs, for example in a job array")
+    shared.add_argument(
+        "--task",
+        type=whole,
+        dest="part",
+        default=0,
+        metavar="I",
+        help="with --tasks N: do every N-th run from the I-th",
+    )
+    shared.add_argument("--parts", type=positive, default=1, metavar="N", help="the same as --tasks N")
+    shared.add_argument("--part", type=whole, default=0, metavar="I", help="the same as --task I")
+    speed = run.add_argument_group("speed and memory")
+    speed.add_argument("--num-workers", type=whole, default=0, help="data-loading processes per run")
+    speed.add_argument("--cache", type=Path, metavar="DIR", help="token cache, filled first (default: OUTPUT/cache)")
+    speed.add_argument("--feature-cache-gib", type=float, default=2.0, help="memory per job for hidden states; 0: none")
 
 
 def _rates(text: str) -> tuple[float, ...]:
@@ -47,38 +85,18 @@ def _rates(text: str) -> tuple[float, ...]:
     except ValueError:
         rates = (0.0,)
     if not all(0 < rate < 10 for rate in rates):
-        raise argparse.ArgumentTypeError(f"{text}: learning rates are numbers between 0 and 10, as in 1e-3,1e-4")
+        raise argparse.ArgumentTypeError(f"{text}: must be learning rates between 0 and 10, as in 1e-3,1e-4")
     return rates
 
 
-def integers(text: str) -> tuple[int, ...]:
-    """Whole numbers, comma-separated."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: whole numbers are meant, as in 0,1,2") from None
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """Positive numbers, comma-separated."""
-    try:
-        found = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        found = (0.0,)
-    if not all(0 < number < float("inf") for number in found):
-        raise argparse.ArgumentTypeError(f"{text}: positive numbers are meant, as in 1e-3,1e-1,10") from None
-    return found
-
-
-def _runs(arguments: argparse.Namespace) -> "list[Run]":
+def _sweep(arguments: argparse.Namespace) -> "Sweep":
     from codecssl.superb.reporting.tables import SAMPLE
-    from codecssl.superb.runner.sweep import Sweep, part
-    from codecssl.superb.sample.unpack import unpack
+    from codecssl.superb.runner.sweep import Sweep
     from codecssl.superb.upstreams.expert import parse_all
 
     upstreams, tasks = parse_all(arguments.upstream), choose(arguments.tasks)
-    root = unpack(arguments.output / "sample") if arguments.data == "sample" else Path(arguments.data)
-    sweep = Sweep(
+    root = data_root(arguments.data, arguments.output)
+    return Sweep(
         upstreams=upstreams,
         tasks=tasks,
         budget=BUDGETS[arguments.budget],
@@ -91,28 +109,26 @@ def _runs(arguments: argparse.Namespace) -> "list[Run]":
         side=arguments.side,
         language_model=arguments.lm,
     )
-    return part(sweep.runs(), arguments.parts, arguments.part)
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from codecssl.superb.commands import cache
+def _run(arguments: argparse.Namespace) -> None:
     from codecssl.superb.runner.lm_decoding import check_decoder
+    from codecssl.superb.runner.sweep import part
 
-    console = Console(highlight=False, soft_wrap=True, file=sys.stdout)  # not where a run sends what s3prl prints
+    out = console(soft_wrap=True, file=sys.stdout)  # not where a run sends what s3prl prints
     if arguments.lm is not None:
         check_decoder()
-    runs = _runs(arguments)
+    sweep = _sweep(arguments)
+    runs = part(sweep.runs(), arguments.parts, arguments.part)
     waiting = sum(not run.finished for run in runs)
-    console.print(f"{len(runs)} runs, {len(runs) - waiting} finished before; {arguments.jobs} at a time")
+    out.print(f"{len(runs)} runs, {len(runs) - waiting} finished before; {arguments.jobs} at a time")
     if arguments.dry_run:
         for run in runs:
-            console.print(f"{'done   ' if run.finished else 'waiting'}  {title(run)}  {run.folder}")
-        return 0
+            out.print(f"{'done   ' if run.finished else 'waiting'}  {title(run)}  {run.folder}")
+        return
     if waiting:
-        cache.fill_before(arguments, console)
-    failures = _do(arguments, runs, console)
+        _fill_cache(sweep, arguments, out)
+    failures = _do(arguments, runs, out)
     if any(run.finished for run in runs):
         from codecssl.superb.commands.report import show
 
@@ -120,7 +136,17 @@ def _run(arguments: argparse.Namespace) -> int:
     if failures:
         first = next(iter(failures.values()))
         raise UserError(f"{len(failures)} of {len(runs)} runs failed, the first with: {message_on_one_line(first)}")
-    return 0
+
+
+def _fill_cache(sweep: "Sweep", arguments: argparse.Namespace, console: Any) -> None:
+    """Encode the audio of the sweep's tasks, for the upstreams that read codes."""
+    from codecssl.superb.corpora.corpus import open_corpus
+    from codecssl.superb.runner.prefill import fill_all, jobs
+
+    if any(upstream.reads_codes for upstream in sweep.upstreams):
+        corpus = open_corpus(sweep.root, sweep.side)
+        root = arguments.cache or sweep.output / "cache"
+        fill_all(list(jobs(sweep.upstreams, sweep.tasks, corpus, root, device=arguments.device)), console)
 
 
 def _do(arguments: argparse.Namespace, runs: "list[Run]", console: Any) -> dict[str, Exception]:
@@ -151,7 +177,7 @@ def _do(arguments: argparse.Namespace, runs: "list[Run]", console: Any) -> dict[
 
 
 def title(run: "Run") -> str:
-    """A run in a line."""
+    """One line that names a run."""
     rate = "official lr" if run.learning_rate is None else f"lr {run.learning_rate:g}"
     rate = "no training" if TASKS[run.task].problem is None else rate
     fold = f"  fold {run.fold}" if run.fold is not None else ""

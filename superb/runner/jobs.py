@@ -1,11 +1,12 @@
 """Many runs: finished ones are skipped, several go at a time, one that fails doesn't stop the others."""
 
 import os
+import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -58,14 +59,18 @@ def _outcomes(
                 unit, died = futures[future], future.exception()
                 yield from zip(unit, [died] * len(unit) if died else future.result(), strict=True)
         except BaseException:
+            for process in active_children():  # their runs resume, as after a kill
+                process.terminate()
             pool.shutdown(cancel_futures=True)
             raise
 
 
 def end_with_parent() -> None:
-    """End this process as soon as the one that started it is gone: else, after a kill, it would go on with runs that
-    the next command starts again, in the same folders.
+    """End this process as soon as its parent has ended, and leave Ctrl-C to the parent.
+
+    After a kill of the parent it would otherwise continue runs that the next command starts again, in the same folders.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
 

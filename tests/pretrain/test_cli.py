@@ -112,11 +112,11 @@ def test_a_file_system_that_refuses_and_an_interrupt_are_one_line(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run_module, "run", interrupted)
-    assert main(run) == 1
-    assert "interrupted; the same command goes on" in error_line(capsys)
+    assert main(run) == 130
+    assert "interrupted; the same command resumes from the newest checkpoint" in error_line(capsys)
     monkeypatch.setattr(status_module, "status", interrupted)
-    assert main(["status", str(tmp_path / "run")]) == 1
-    assert error_line(capsys) == "error: interrupted\n", "only a training run goes on"
+    assert main(["status", str(tmp_path / "run")]) == 130
+    assert error_line(capsys) == "error: interrupted\n", "only a training run resumes"
 
 
 def test_wrong_usage_exits_2() -> None:

@@ -111,7 +111,7 @@ def test_an_output_that_is_a_file_is_one_line(corpus: Path, tmp_path: Path, caps
     assert main(command) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path}/out/runs/fbank/ks")
-    assert error.endswith(": Not a directory\n")
+    assert error.endswith(": Not a directory; make it usable, or give another path\n")
 
 
 @pytest.mark.parametrize(
@@ -120,12 +120,12 @@ def test_an_output_that_is_a_file_is_one_line(corpus: Path, tmp_path: Path, caps
         ([], "required: COMMAND"),
         (["run"], "required: --upstream"),
         (["nothing"], "invalid choice: 'nothing'"),
-        (["run", "--lr", "x"], "--lr: x: learning rates are numbers between 0 and 10"),
-        (["run", "--lr", "20"], "--lr: 20: learning rates are numbers between 0 and 10"),
-        (["run", "--seeds", "0,b"], "--seeds: 0,b: whole numbers are meant"),
+        (["run", "--lr", "x"], "--lr: x: must be learning rates between 0 and 10"),
+        (["run", "--lr", "20"], "--lr: 20: must be learning rates between 0 and 10"),
+        (["run", "--seeds", "0,b"], "--seeds: 0,b: must be whole numbers"),
         (["run", "--budget", "tiny"], "--budget: invalid choice: 'tiny'"),
-        (["probe", "--jobs", "0"], "--jobs: 0: a whole number of at least 1"),
-        (["probe", "--jobs", "two"], "--jobs: two: a whole number of at least 1"),
+        (["probe", "--jobs", "0"], "--jobs: 0: must be at least 1"),
+        (["probe", "--jobs", "two"], "--jobs: invalid int value: 'two'"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_2(arguments: list[str], message: str, capsys: Any) -> None:
@@ -177,4 +177,7 @@ def test_a_dry_run_lists_and_does_nothing(corpus: Path, tmp_path: Path, capsys: 
     assert "fbank  er  lr 0.1  seed 1  fold 5" in said[-1]
     assert main([*command, "--tasks", "ks", "--lr", "0.1,0.2,0.3", "--parts", "2", "--part", "1"]) == 0
     assert capsys.readouterr().out.startswith("1 runs, 0 finished before")
+    shared = [*command, "--tasks", "ks", "--lr", "0.1,0.2,0.3,0.4,0.5"]
+    assert main([*shared, "--tasks", "2", "--task", "1"]) == 0
+    assert [line.split("lr ")[1][:3] for line in capsys.readouterr().out.splitlines()[1:]] == ["0.2", "0.4"]
     assert not (tmp_path / "out").exists()

@@ -169,7 +169,7 @@ def test_refuses_in_one_line(upstream, shards, tmp_path, changes, message):
 
 def test_refuses_folders_of_others(upstream, shards, tmp_path, capsys):
     (tmp_path / "letter.txt").write_text("dear")
-    arguments = ["compress", "--upstream", str(upstream), "--layer", "1", "--data", str(shards)]
+    arguments = ["task-codec", "--upstream", str(upstream), "--layer", "1", "--data", str(shards)]
     assert main([*arguments, "--output", str(tmp_path)]) == 1
     assert "letter.txt, which is none of compress" in capsys.readouterr().err
 
