@@ -69,7 +69,7 @@ def add_commands(line: CommandLine) -> None:
         dest="part",
         default=0,
         metavar="I",
-        help="with --tasks N: do every N-th run from the I-th",
+        help="with --tasks N: do every N-th run from run I",
     )
     shared.add_argument("--parts", type=positive, default=1, metavar="N", help="the same as --tasks N")
     shared.add_argument("--part", type=whole, default=0, metavar="I", help="the same as --task I")

@@ -95,7 +95,7 @@ def test_former_names_are_accepted_with_a_note(capsys) -> None:
 @pytest.mark.parametrize(("resume", "code"), [(None, 0), ("resumes", 141)])
 @pytest.mark.parametrize("printer", ["print", "console().print"])
 def test_a_closed_pipe_ends_silently(printer: str, resume: str | None, code: int) -> None:
-    """`status | head`: the reader leaves after one line. Without --, the output is larger than a pipe."""
+    """`status | head`: the reader leaves after one line. The output is larger than a pipe."""
     program = (
         "import sys\nfrom codecssl.tokenize.common.command_line import CommandLine, console\n"
         "line = CommandLine('toy', 'A toy.')\n"
