@@ -43,7 +43,7 @@ def test_train_status_export(make_shards: Make, tmp_path: Path, capsys: pytest.C
     assert "step 3 of 3 saved, 2 checkpoint(s)" in said
     assert "valid" in said
     assert main(["export", run, "--output", model]) == 0
-    files = {"model.safetensors", "config.json", "README.md", "curves.png"}
+    files = {"model.safetensors", "config.json", "README.md", "curves.png", "sources.bin"}
     assert {path.name for path in Path(model).iterdir()} == files
 
 
