@@ -137,7 +137,7 @@ def _search(row: Row) -> dict[str, Any]:
 
 
 ACCURACY = Metric(key="accuracy", label="acc %", higher_better=True)
-HEAVY = {"smoke": (1e-3,), "quick": (1e-3, 1e-4)}
+HEAVY = {"smoke": (1e-3,), "demo": (1e-3,), "quick": (1e-3, 1e-4)}
 
 TASKS = {
     task.name: task
@@ -252,6 +252,15 @@ BUDGETS = {
     for budget in (
         Budget(name="full", divisor=1, least=1, evaluations=40),
         Budget(name="quick", divisor=100, least=300, learning_rates=(1e-3, 1e-4), evaluations=10, pairs=20_000),
+        Budget(
+            name="demo",
+            divisor=2000,
+            least=500,
+            learning_rates=(1e-2,),
+            evaluations=5,
+            lighten=True,
+            pairs=2000,
+        ),
         Budget(
             name="smoke",
             divisor=2000,

@@ -44,9 +44,11 @@ def _report(arguments: argparse.Namespace) -> None:
 def show(folders: Sequence[Path]) -> None:
     """Print the tables of all finished runs and write them into the first folder."""
     from codecssl.superb.reporting.tables import console_table, load
+    from codecssl.superb.reporting.verdicts import sentence
     from codecssl.superb.reporting.write import write
 
     comparisons, out = load(folders), console()
     for comparison in comparisons:
         out.print(console_table(comparison))
+        out.print(sentence(comparison), soft_wrap=True)
     out.print("wrote " + " and ".join(str(path) for path in write(comparisons, folders[0])), soft_wrap=True)

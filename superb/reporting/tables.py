@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from codecssl.superb import results
+from codecssl.superb.paired import LEVEL
 from codecssl.superb.reporting.comparison import BASELINES, SAMPLE, Cell, Column, Comparison, compare, load
 from codecssl.superb.reporting.superb_score import PUBLISHED, missing, score
+from codecssl.superb.reporting.verdicts import beyond_noise, paired_p, sentence
 from codecssl.superb.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -36,13 +38,17 @@ def cell_text(cell: Cell | None, metric: str) -> str:
 
 
 def difference(one: Cell, other: Cell, metric: str) -> str:
-    """In points, with a * where accuracies differ by more than 95 % of draws of two test sets of these sizes
-    (unpaired).
+    """In points, with a * where it is more than noise (95 %): paired over test utterances where both kept their errors,
+    else, for accuracies, by two test sets of these sizes.
     """
     values = one.value(metric), other.value(metric)
     if values[0] is None or values[1] is None:
         return ""
-    delta = values[0] - values[1]
+    delta, p = values[0] - values[1], None
+    if metric == TASKS[one.task].metric:
+        p = paired_p(one, other)
+    if p is not None:
+        return f"{100 * delta:+.1f}{'*' if p < LEVEL else ''}"
     if metric != "accuracy":
         return f"{100 * delta:+.1f}"
     shares = ((values[0], one.utterances), (values[1], other.utterances))
@@ -64,12 +70,20 @@ def lines(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     header = ["upstream", *(heading(column) for column in c.columns), *scored]
     body = [_chance(c, len(header))]
     for name in c.upstreams:
-        cells = [cell_text(c.cells.get((name, task)), metric.key) for task, metric in c.columns]
+        cells = [_marked(c, name, column) for column in c.columns]
         body.append([name, *cells, *([_score(c, name)] if scored else [])])
     for name, base in c.pairs:
         deltas = [_delta(c, name, base, column) for column in c.columns]
         body.append([f"{name} − {base}", *deltas, *[""] * len(scored)])
     return header, body + (_published(c) if scored else [])
+
+
+def _marked(c: Comparison, name: str, column: Column) -> str:
+    """A cell, in ** where the upstream beats every other one by more than noise."""
+    task, metric = column
+    text = cell_text(c.cells.get((name, task)), metric.key)
+    leads = text and metric.key == TASKS[task].metric and beyond_noise(c, name, task)
+    return f"**{text}**" if leads else text
 
 
 def _chance(c: Comparison, width: int) -> list[str]:
@@ -135,7 +149,8 @@ def notes(comparison: Comparison) -> list[str]:
         f"Steps: {steps}. Heads, batch sizes, optimisers: s3prl's own. The upstream is frozen.",
         f"Learning rates tried: {_tried(c)}; that won: {_won(c)}.",
         "; ".join([f"Tested utterances: {tested}", *_spread(c)]) + ".",
-        "A difference with a * is larger than test sets of this size explain (95 %, unpaired).",
+        "A difference with a * is more than noise (95 %; paired over test utterances where answers were kept).",
+        *([verdict] if (verdict := sentence(c)) else []),
         *_brief(trained),
         *_choices(c, runs),
         *_skipped(runs),
@@ -235,7 +250,8 @@ def console_table(comparison: Comparison) -> "Table":
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for i, line in enumerate(body):
-        table.add_row(*line, end_section=i in ends)
+        bold = (f"[bold]{cell.strip('*')}[/]" if cell.startswith("**") else cell for cell in line)
+        table.add_row(*bold, end_section=i in ends)
     return table
 
 

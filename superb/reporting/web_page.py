@@ -6,6 +6,7 @@ from html import escape
 from codecssl.superb.reporting.comparison import Comparison, values_of
 from codecssl.superb.reporting.svg_charts import PALETTE, heat_chart, legend, line_chart
 from codecssl.superb.reporting.tables import lines, notes, percent
+from codecssl.superb.reporting.verdicts import sentence
 from codecssl.superb.tasks import TASKS
 
 TITLE = "codecssl: results"
@@ -29,8 +30,8 @@ th, td { text-align: right; padding: .35rem .45rem; border-bottom: 1px solid var
 th:first-child, td:first-child { text-align: left; min-width: 7rem; max-width: 15rem; overflow-wrap: anywhere }
 th { color: var(--soft); font-weight: 600; font-size: .85rem }
 td small { color: var(--soft); display: block; white-space: nowrap }
-tr.model td { font-weight: 600 }
-tr.model small { font-weight: 400 }
+td b { font-weight: 600 }
+td b small { font-weight: 400 }
 tr.delta td, tr.chance td { color: var(--soft) }
 tr.chance td { font-style: italic }
 tr.delta td.up { color: #009e73 }
@@ -62,7 +63,7 @@ def _section(c: Comparison) -> str:
     tasks = "; ".join(f"{t}: {TASKS[t].title.lower()} (official corpus: {TASKS[t].corpus})" for t in c.tasks)
     charts = "".join(_curves(c, task, colours) for task in c.tasks)
     return (
-        f'<p class="claim">{escape(c.claim)}</p><h2>On the test set</h2>{_main_table(c)}'
+        f'<p class="claim">{escape(c.claim)}</p><p>{escape(sentence(c))}</p><h2>On the test set</h2>{_main_table(c)}'
         f"<ul>{facts}<li>{escape(tasks)}</li></ul>{_layers(c)}"
         f"<h2>Learning curves</h2>{legend(list(colours.items()))}<div class=charts>{charts}</div>"
         f"<h2>Every run that counts</h2>{_runs(c)}"
@@ -73,23 +74,32 @@ def _main_table(c: Comparison) -> str:
     header, body = lines(c)
     first, last = 1 + len(c.upstreams), 1 + len(c.upstreams) + len(c.pairs)
     rows = [_row(body[0], "chance")]
-    rows += [_row(line, "" if line[0] in c.baselines else "model") for line in body[1:first]]
-    rows += [_row(line, "delta") for line in body[first:last]]
+    rows += [_row(line, "upstream") for line in body[1:first]]
+    rows += [_delta_row(header, line) for line in body[first:last]]
     rows += [_row(line, "chance") for line in body[last:]]
     return _table(header, rows)
 
 
 def _row(line: Sequence[str], style: str) -> str:
-    cells = "".join(f"<td{_direction(text) if style == 'delta' else ''}>{_small(text)}</td>" for text in line)
+    cells = "".join(f"<td>{_small(text)}</td>" for text in line)
     return f'<tr class="{style}">{cells}</tr>'
 
 
-def _direction(text: str) -> str:
-    """Colour only for a difference that is larger than chance; only accuracies are marked so."""
-    return {"+": ' class="up"', "-": ' class="down"'}.get(text[:1], "") if text.endswith("*") else ""
+def _delta_row(header: Sequence[str], line: Sequence[str]) -> str:
+    cells = (f"<td{_direction(head, text)}>{_small(text)}</td>" for head, text in zip(header, line, strict=True))
+    return f'<tr class="delta">{"".join(cells)}</tr>'
+
+
+def _direction(head: str, text: str) -> str:
+    """Colour only for a difference that is more than noise: green where the upstream is better."""
+    if not text.endswith("*"):
+        return ""
+    return ' class="up"' if (text[0] == "+") == head.endswith("↑") else ' class="down"'
 
 
 def _small(text: str) -> str:
+    if text.startswith("**"):
+        return f"<b>{_small(text.strip('*'))}</b>"
     value, mark, rest = escape(text).partition(" ± " if " ± " in text else " (")
     return f"{value}<small>{mark}{rest}</small>" if mark else value
 

@@ -18,6 +18,7 @@ from codecssl.superb import results
 from codecssl.superb.corpora.corpus import Selection, chance, open_corpus
 from codecssl.superb.patches import decoded_audio, import_patches
 from codecssl.superb.reporting.predictions import write_detections, write_predictions
+from codecssl.superb.runner.clip_errors import clip_errors
 from codecssl.superb.runner.csvs import write_csvs
 from codecssl.superb.runner.outcome import outcome
 from codecssl.superb.runner.problems import make_problem
@@ -109,6 +110,7 @@ def _run(run: Run, machine: Machine) -> results.Row:
         if task.problem:
             rate = upstream.get_downsample_rates("hidden_states")
             write_predictions(run.folder, task.name, selection.splits["test"], found, fold=run.fold, rate=rate)
+            found["errors"] = clip_errors(run.folder, task.name, selection.splits["test"], found["values"])
     utterances = {split: len(examples) for split, examples in selection.splits.items()}
     broken = upstream.count(run.upstream.name, sum(utterances.values()))
     row = {

@@ -50,10 +50,11 @@ def test_all_ten_tasks_are_there() -> None:
 
 def test_budgets_scale_steps() -> None:
     steps = {name: [budget.steps(official) for official in (200_000, 30_000, 50)] for name, budget in BUDGETS.items()}
-    assert steps == {"full": [200_000, 30_000, 50], "quick": [2000, 300, 50], "smoke": [100, 100, 50]}
+    assert steps == {"full": [200_000, 30_000, 50], "quick": [2000, 300, 50], "demo": [500, 500, 50],
+                     "smoke": [100, 100, 50]}  # fmt: skip
     work = {name: [budget.steps(200_000, work) for work in (20, 100)] for name, budget in BUDGETS.items()}
-    assert work == {"full": [200_000, 200_000], "quick": [2000, 2000], "smoke": [5, 1]}
-    assert [budget.tested(100) for budget in BUDGETS.values()] == [None, None, 8]
+    assert work == {"full": [200_000, 200_000], "quick": [2000, 2000], "demo": [25, 5], "smoke": [5, 1]}
+    assert [budget.tested(100) for budget in BUDGETS.values()] == [None, None, 8, 8]
     assert BUDGETS["smoke"].tested(20) is None
 
 
