@@ -11,6 +11,7 @@ from codecssl.pretrain.model.model import CodecModel, untrained
 from codecssl.pretrain.objectives.codec2vec import MaskedPrediction
 from codecssl.pretrain.objectives.dinosr import OnlineClusters
 from codecssl.pretrain.objectives.encodecmae import EncodecMae
+from codecssl.pretrain.objectives.heads import log_unigram
 from codecssl.pretrain.objectives.objective import Objective
 from codecssl.pretrain.objectives.targets import make_target
 from codecssl.tokenize.codec import Codec, stored_tables
@@ -20,6 +21,9 @@ from codecssl.tokenize.registry import load_codec_for
 _NO_SHAPE = {"dropout", "input_dropout", "attention_dropout", "activation_dropout", "layerdrop",
              "embedding_init", "freeze_embedding", "rotary_max_frames"}  # fmt: skip
 """Settings of a model in which two may differ that have the same weights."""
+
+_COUNTED = 2_000
+"""Utterances from which the heads' first bias is counted."""
 
 
 def build(config: RunConfig, corpus: Corpus, *, fresh: bool) -> Objective:
@@ -32,7 +36,21 @@ def build(config: RunConfig, corpus: Corpus, *, fresh: bool) -> Objective:
         _take_weights(model, start_from)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
-        return build_objective(config, model, corpus.label_sizes)
+        objective = build_objective(config, model, corpus.label_sizes)
+    if fresh and config.objective.head == "codebook":
+        codec = load_codec_for(corpus.card, weights=config.data.codec_weights)
+        objective.heads.start(codec.embeddings(), log_unigram(_code_counts(corpus)))  # type: ignore[union-attr,operator]
+    return objective
+
+
+def _code_counts(corpus: Corpus) -> list[Tensor]:
+    """Histogram of each row of codes, int64 [V_k], over up to `_COUNTED` evenly spaced utterances."""
+    counts = [torch.zeros(size, dtype=torch.int64) for size in corpus.card.row_sizes]
+    for index in torch.linspace(0, len(corpus.frames) - 1, min(_COUNTED, len(corpus.frames))).long().tolist():
+        codes = torch.from_numpy(corpus.codes(index, 0, int(corpus.frames[index])).astype("int64"))
+        for row, count in zip(codes, counts, strict=True):
+            count += torch.bincount(row, minlength=len(count))
+    return counts
 
 
 def _take_weights(model: CodecModel, start_from: str) -> None:

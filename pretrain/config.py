@@ -174,13 +174,22 @@ class ObjectiveConfig:
     average of the model itself (DinoSR)."""
     gamma: Literal["uniform", "encodecmae"] = "uniform"
     """Weights of the codebooks in the loss, made to sum to 1."""
-    head: Literal["linear", "cosine"] = "linear"
+    head: Literal["linear", "cosine", "codebook"] = "linear"
     """Logits of a class. linear: a matrix. cosine: HuBERT's and MERT's, the cosine of a projection with the class's
-    embedding, divided by `temperature` (arXiv 2106.07447, equation 3)."""
+    embedding, divided by `temperature` (arXiv 2106.07447, equation 3). codebook: the inner product of a projection
+    with the class's vector, which starts as the codec's own, and a bias that starts at the log of the unigram; only
+    for target codes. With 1,024 classes it starts to learn several times as early as linear (LOG.md, 2026-11-30)."""
+    head_context: bool = False
+    """Give the head of codebook k the de-quantised sum of the true codes below k (codebook heads only). The loss is
+    then that of q_k given h and q_1 .. q_k-1, coarse to fine as in AudioLM (arXiv 2209.03143, section 3.2)."""
     head_dim: int = 256
     """Width of the projection and of the classes' embeddings, for each stream (cosine; HuBERT 256, MERT 64)."""
     temperature: float = 0.1
     """Of the cosines."""
+    mel_weight: float = 0.0
+    """Weight of a second loss, the mean absolute error of the scaled log-mel values that a linear layer reads off the
+    masked frames (encodecmae with model.input mel or both), as masked spectrogram models have it (TERA, arXiv
+    2007.06028, section III)."""
     visible_weight: float = 0.0
     """Weight of the same loss over the frames that are not masked (HuBERT's pred_nomask_weight)."""
     quantizer_dropout: float = 0.5
@@ -190,8 +199,13 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         _at_least("objective.visible_weight", self.visible_weight, 0.0)
+        _at_least("objective.mel_weight", self.mel_weight, 0.0)
         _at_least("objective.head_dim", self.head_dim, 1)
         _above_zero("objective.temperature", self.temperature)
+        if self.head == "codebook" and self.target != "codes":
+            raise UserError(f"objective.head: codebook, but objective.target is {self.target}; use linear or cosine")
+        if self.head_context and self.head != "codebook":
+            raise UserError(f"objective.head_context: true, but objective.head is {self.head}; use codebook")
         if not 0.0 <= self.quantizer_dropout <= 1.0:
             raise UserError(f"objective.quantizer_dropout: {self.quantizer_dropout}, must be between 0 and 1")
 
@@ -311,6 +325,11 @@ class RunConfig:
                 f" ({self.model.rotary_max_frames}) with rotary positions"
             )
         self._check_target()
+        if self.objective.mel_weight and (self.objective.name != "encodecmae" or self.model.input == "codes"):
+            raise UserError(
+                f"objective.mel_weight: {self.objective.mel_weight}, needs objective.name encodecmae and model.input"
+                " mel or both; set it to 0"
+            )
         if self.objective.name == "encodecmae":
             self._check_encodecmae()
         if self.objective.target == "online":

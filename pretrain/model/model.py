@@ -82,9 +82,13 @@ class MelProjection(nn.Module):
 
     def forward(self, mel: Tensor) -> Tensor:
         """uint8 [B, bands, T] -> [B, T, D]"""
-        values = (mel.transpose(1, 2).float() - self.CENTER) / self.SPREAD
-        projected: Tensor = self.linear(values.to(self.linear.weight.dtype))
+        projected: Tensor = self.linear(self.scaled(mel).to(self.linear.weight.dtype))
         return projected
+
+    @classmethod
+    def scaled(cls, mel: Tensor) -> Tensor:
+        """uint8 [B, bands, T] -> float32 [B, T, bands], mean about 0 and deviation about 1"""
+        return (mel.transpose(1, 2).float() - cls.CENTER) / cls.SPREAD
 
 
 class CodecModel(nn.Module):

@@ -5,13 +5,13 @@ from torch import Tensor
 from codecssl.pretrain.config import ObjectiveConfig
 from codecssl.pretrain.data.loader import Batch
 from codecssl.pretrain.model.model import CodecModel
+from codecssl.pretrain.objectives.heads import make_heads
 from codecssl.pretrain.objectives.objective import (
     Loss,
     Objective,
     Scores,
     codebook_weights,
     frames_at,
-    make_heads,
     parameters,
     score,
 )
@@ -30,7 +30,7 @@ class MaskedPrediction(Objective):
         super().__init__()
         self.model, self.target, self.sizes = model, target, target.sizes
         self.visible_weight = config.visible_weight
-        self.heads = make_heads(config, model.config.dim, target.sizes)
+        self.heads = make_heads(config, model.config.dim, target.sizes, target.width)
         self.gamma = codebook_weights(config.gamma, len(target.sizes))  # not a buffer: a bf16 engine would round it
 
     def forward(self, batch: Batch, *, detailed: bool = False, score_visible: bool = False) -> Loss:
@@ -52,4 +52,5 @@ class MaskedPrediction(Objective):
 
     def _score(self, hidden: Tensor, labels: Tensor, where: Tensor, detailed: bool) -> Scores:
         """hidden [B, T, D], labels [B, T, S]."""
-        return score(self.heads(frames_at(hidden, where)).split(self.sizes, dim=1), frames_at(labels, where), detailed)
+        own = frames_at(labels, where)
+        return score(self.heads(frames_at(hidden, where), own), own, self.sizes, detailed)

@@ -82,7 +82,7 @@ class OnlineClusters(Objective):
     def _score(self, states: Sequence[Tensor], features: Sequence[Tensor], where: Tensor, detailed: bool) -> Scores:
         labels = torch.stack([self.assign(k, frames_at(feature, where)) for k, feature in enumerate(features)], dim=1)
         logits = [head(frames_at(state, where)) for head, state in zip(self.heads, states, strict=True)]
-        return score(logits, labels, detailed)
+        return score(torch.cat(logits, dim=1), labels, self.sizes, detailed)
 
     # ------------------------------------------------------------ targets
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from codecssl.pretrain.config import MaeConfig, ObjectiveConfig
 from codecssl.pretrain.data.loader import Batch
-from codecssl.pretrain.model.fairseq2_parts import BatchLayout
+from codecssl.pretrain.model.fairseq2_parts import BatchLayout, Linear
 from codecssl.pretrain.model.layers import SinusoidalPositions, make_encoder
 from codecssl.pretrain.model.lengths import lengths_to_mask
-from codecssl.pretrain.model.model import CodecModel
+from codecssl.pretrain.model.model import CodecModel, MelProjection
+from codecssl.pretrain.objectives.heads import make_heads
 from codecssl.pretrain.objectives.objective import (
     Loss,
     Objective,
@@ -23,7 +24,6 @@ from codecssl.pretrain.objectives.objective import (
     codebook_weights,
     encoder_flops,
     frames_at,
-    make_heads,
     parameters,
     score,
 )
@@ -31,7 +31,10 @@ from codecssl.pretrain.objectives.targets import Target
 
 
 class EncodecMae(Objective):
-    """loss = w * mean over masked frames of sum_s gamma_s CE_s + (1 - w) * the same over visible ones."""
+    """loss = w * mean over masked frames of sum_s gamma_s CE_s + (1 - w) * the same over visible ones.
+
+    With objective.mel_weight m: + m * mean over masked frames and bands of |predicted - scaled log-mel|.
+    """
 
     def __init__(self, model: CodecModel, target: Target, objective: ObjectiveConfig, config: MaeConfig) -> None:
         super().__init__()
@@ -42,18 +45,32 @@ class EncodecMae(Objective):
             nn.init.zeros_(self.mask_token)
         self.positions = SinusoidalPositions(dim)
         self.decoder = make_encoder(replace(model.config, layers=config.decoder_layers, layerdrop=0.0))
-        self.heads = make_heads(objective, dim, self.sizes)
+        self.mel_weight = objective.mel_weight
+        if objective.mel_weight:
+            assert model.mel_spec is not None, "RunConfig checks it"
+            self.mel_head = Linear(dim, model.mel_spec.bands, bias=True)
+        self.heads = make_heads(objective, dim, self.sizes, target.width)
         self.gamma = codebook_weights(objective.gamma, len(self.sizes))
 
     def forward(self, batch: Batch, *, detailed: bool = False, score_visible: bool = False) -> Loss:
         hidden = self.decode(self.encode(batch), batch)
         labels = self.target.labels(batch).transpose(1, 2)  # [B, T, S]
         masked = self._score(hidden, labels, batch.masked, detailed)
-        visible = self._score(hidden, labels, batch.visible, detailed)
         gamma, weight = self.gamma.to(hidden.device), self.config.masked_weight
         total = weight * (gamma * masked.cross_entropy).sum() / batch.masked_total
-        total = total + (1.0 - weight) * (gamma * visible.cross_entropy).sum() / batch.visible_total
+        visible = None
+        if weight < 1.0 or score_visible:
+            visible = self._score(hidden, labels, batch.visible, detailed)
+            total = total + (1.0 - weight) * (gamma * visible.cross_entropy).sum() / batch.visible_total
+        if self.mel_weight and self.training:  # not in an evaluation's loss, which is that of the targets
+            total = total + self.mel_weight * self._mel_error(hidden, batch) / batch.masked_total
         return Loss(total, masked, visible)
+
+    def _mel_error(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Sum over masked frames of the mean absolute error of their log-mel values."""
+        assert batch.mel is not None, "the loader reads it for model.input mel and both"
+        predicted = self.mel_head(frames_at(hidden, batch.masked)).float()
+        return (predicted - frames_at(MelProjection.scaled(batch.mel), batch.masked)).abs().mean(1).sum()
 
     def encode(self, batch: Batch) -> Tensor:
         """Hidden states [V, D] of the visible frames of all items, in order."""
@@ -89,7 +106,8 @@ class EncodecMae(Objective):
         return parameters(self.heads) + parameters(self.decoder)
 
     def _score(self, hidden: Tensor, labels: Tensor, where: Tensor, detailed: bool) -> Scores:
-        return score(self.heads(frames_at(hidden, where)).split(self.sizes, dim=1), frames_at(labels, where), detailed)
+        own = frames_at(labels, where)
+        return score(self.heads(frames_at(hidden, where), own), own, self.sizes, detailed)
 
 
 def _packed(counts: Sequence[int]) -> Tensor:

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codecssl.pretrain.config import ENCODECMAE_GAMMA, ObjectiveConfig
+from codecssl.pretrain.config import ENCODECMAE_GAMMA
 from codecssl.pretrain.data.loader import Batch
-from codecssl.pretrain.model.fairseq2_parts import Linear, init_bert_projection
 from codecssl.pretrain.model.lengths import lengths_to_mask
 from codecssl.pretrain.model.model import CodecModel
+from codecssl.pretrain.objectives.cross_entropy import summed_cross_entropy
 from codecssl.tokenize.common.errors import UserError
 
 
@@ -96,30 +95,6 @@ class Objective(nn.Module):
         return 6.0 * front * sum(batch.frames) + encoder_flops(self.model.encoder, batch.frames) + heads
 
 
-class CosineHeads(nn.Module):
-    """Hidden states [N, D] -> logits [N, sum of sizes]: for each stream s the cosines of a projection A_s h with the
-    embeddings of the stream's classes, divided by the temperature (HuBERT, arXiv 2106.07447, equation 3)."""
-
-    def __init__(self, dim: int, sizes: Sequence[int], width: int, temperature: float) -> None:
-        super().__init__()
-        self.sizes, self.temperature = list(sizes), temperature
-        self.projection = Linear(dim, len(sizes) * width, bias=True)
-        self.classes = nn.Parameter(torch.empty(sum(sizes), width).uniform_())  # as HuBERT's label_embs_concat
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        projected = F.normalize(self.projection(hidden).float().unflatten(1, (len(self.sizes), -1)), dim=2)
-        classes = F.normalize(self.classes.float(), dim=1).split(self.sizes)
-        cosines = [projected[:, stream] @ own.t() for stream, own in enumerate(classes)]
-        return torch.cat(cosines, dim=1) / self.temperature
-
-
-def make_heads(config: ObjectiveConfig, dim: int, sizes: Sequence[int]) -> nn.Module:
-    """Hidden states [N, D] -> logits of all streams side by side, [N, sum of sizes]."""
-    if config.head == "cosine":
-        return CosineHeads(dim, sizes, config.head_dim, config.temperature)
-    return Linear(dim, sum(sizes), bias=True, init_fn=init_bert_projection)
-
-
 def parameters(module: nn.Module) -> int:
     """How many weights a module has."""
     return sum(parameter.numel() for parameter in module.parameters())
@@ -133,21 +108,19 @@ def encoder_flops(encoder: nn.Module, frames: Sequence[int]) -> float:
     return sum(6.0 * matrices * t + 12.0 * len(layers) * width * t * t for t in frames)
 
 
-def score(logits: Sequence[Tensor], labels: Tensor, detailed: bool) -> Scores:
-    """Logits [N, V_s] of each stream and labels [N, S] of N frames."""
-    pairs = list(zip(logits, labels.unbind(1), strict=True))
-    # Summed in fp32 whatever the weights are: thousands of terms do not fit bf16's 8 bits.
-    entropy = torch.stack([F.cross_entropy(x.float(), y, reduction="sum") for x, y in pairs])
+def score(logits: Tensor, labels: Tensor, sizes: Sequence[int], detailed: bool) -> Scores:
+    """Scores of logits [N, sum of V_s], streams side by side, and labels [N, S] of N frames."""
+    entropy = summed_cross_entropy(logits, labels, sizes)
     if not detailed:
         return Scores(len(labels), entropy)
-    guesses = [x.argmax(1) for x, _ in pairs]
-    sizes = [x.shape[1] for x in logits]
+    streams = labels.unbind(1)
+    guesses = [part.argmax(1) for part in logits.split(list(sizes), dim=1)]
     return Scores(
         len(labels),
         entropy,
-        torch.stack([(guess == y).sum() for guess, (_, y) in zip(guesses, pairs, strict=True)]),
+        torch.stack([(guess == y).sum() for guess, y in zip(guesses, streams, strict=True)]),
         [torch.bincount(guess, minlength=size) for guess, size in zip(guesses, sizes, strict=True)],
-        [torch.bincount(y, minlength=size) for (_, y), size in zip(pairs, sizes, strict=True)],
+        [torch.bincount(y, minlength=size) for y, size in zip(streams, sizes, strict=True)],
     )
 
 

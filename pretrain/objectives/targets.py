@@ -14,6 +14,8 @@ class Target(Protocol):
 
     sizes: tuple[int, ...]
     """Classes of each stream."""
+    width: int | None
+    """Width of the codec's tables of these classes; None where the classes have no tables."""
 
     def labels(self, batch: Batch) -> Tensor:
         """int64 [B, S, T]; values in the padding are not looked at."""
@@ -24,6 +26,7 @@ class Codes:
 
     def __init__(self, card: CodecCard) -> None:
         self.sizes = card.row_sizes
+        self.width: int | None = card.latent_dim
 
     def labels(self, batch: Batch) -> Tensor:
         return batch.codes
@@ -34,6 +37,7 @@ class Labels:
 
     def __init__(self, sizes: tuple[int, ...]) -> None:
         self.sizes = sizes
+        self.width: int | None = None
 
     def labels(self, batch: Batch) -> Tensor:
         assert batch.labels is not None, "the loader was given no label folders"

@@ -8,11 +8,10 @@ from codecssl.pretrain.config import ENCODECMAE_GAMMA, ModelConfig, ObjectiveCon
 from codecssl.pretrain.data.loader import Batch
 from codecssl.pretrain.model.model import untrained
 from codecssl.pretrain.objectives.codec2vec import MaskedPrediction
+from codecssl.pretrain.objectives.heads import CosineHeads, make_heads
 from codecssl.pretrain.objectives.objective import (
-    CosineHeads,
     codebook_weights,
     histogram_perplexity,
-    make_heads,
     merged,
     summary,
 )
