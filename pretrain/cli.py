@@ -55,7 +55,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from codecssl.pretrain.export.export import export
 
-    export(arguments.run, arguments.output)
+    export(arguments.run, arguments.output, half=arguments.half)
     print(f"{arguments.output}: model.safetensors, config.json and a model card written")
 
 
@@ -134,6 +134,7 @@ def command_line() -> CommandLine:
     )
     export.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
     export.add_argument("--output", metavar="MODEL", type=Path, required=True, help="a new or empty folder")
+    export.add_argument("--half", action="store_true", help="store the weights as float16; computing stays in fp32")
     status = line.command(
         "status",
         _status,

@@ -262,8 +262,8 @@ class OptimConfig:
     """AdamW and its schedule: HuBERT's polynomial decay, DinoSR's tri-stage, or constant."""
 
     start_from: str | None = None
-    """An exported model whose encoder this run starts from, as EnCodecMAE's self-training does; heads and decoders
-    are always new. null is a fresh model."""
+    """An exported model, or a shipped one by its name, whose encoder this run starts from, as EnCodecMAE's
+    self-training does; heads and decoders are always new. null is a fresh model."""
     steps: int = 400_000
     lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.98)

@@ -18,6 +18,7 @@ from codecssl.pretrain.engine import checkpoint
 from codecssl.pretrain.engine.fp32_state import load_weights
 from codecssl.pretrain.export import sources
 from codecssl.pretrain.export.model_card import model_card
+from codecssl.pretrain.export.shipped import model_folder, shipped_models
 from codecssl.pretrain.model.model import CodecModel
 from codecssl.pretrain.monitor.telemetry import read_rows
 from codecssl.tokenize.codec import CodecCard
@@ -32,10 +33,11 @@ _CURVES = "curves.png"
 _FILES = {WEIGHTS, "config.json", "README.md", _CURVES, sources.FILE}
 
 
-def export(run_dir: str | Path, output_dir: str | Path) -> None:
+def export(run_dir: str | Path, output_dir: str | Path, *, half: bool = False) -> None:
     """The newest checkpoint of a run as a model folder: fp32 weights, model config, codec card, history.
 
-    An earlier export there is replaced; UserError where `output_dir` holds anything else.
+    half: store the weights as float16; a loaded model computes in fp32 all the same. An earlier export
+    there is replaced; UserError where `output_dir` holds anything else.
     """
     run, output = Path(run_dir), Path(output_dir)
     config = run_folder.read_config(run)
@@ -73,6 +75,13 @@ def export(run_dir: str | Path, output_dir: str | Path) -> None:
     write_atomic(output / "config.json", json.dumps(description, indent=1).encode())
 
 
+def _write_half(source: Path, target: Path) -> None:
+    """Copy a safetensors file as float16."""
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: value.half() for name, value in load_file(source).items()}, target)
+
+
 def is_export_of(run: Path, folder: Path) -> bool:
     """Whether the folder holds the run's newest checkpoint, whole."""
     newest, _ = checkpoint.newest_intact(run / "checkpoints")
@@ -89,7 +98,7 @@ def load_pretrained(path: str | Path) -> CodecModel:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(path)
+    folder = model_folder(path)
     description = _read_description(folder)
     _check_weights(folder, description.get("weights_sha256"))
     mel = MelSpec.from_dict(description["mel"]) if "mel" in description else None
@@ -113,8 +122,10 @@ def _read_description(folder: Path) -> dict[str, Any]:
     try:
         description: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
-        raise UserError(f"{folder}: is not an exported model (no readable config.json);"
-                        " make one with codecssl-pretrain export RUN --output MODEL") from None  # fmt: skip
+        raise UserError(
+            f"{folder}: is not an exported model (no readable config.json); make one with codecssl-pretrain export RUN"
+            f" --output MODEL, or give the name of a shipped one ({', '.join(shipped_models())})"
+        ) from None
     if description.get("format") != FORMAT or description.get("version") != VERSION:
         raise UserError(
             f"{folder}: format {description.get('format')!r} version {description.get('version')!r},"

@@ -65,5 +65,8 @@ class PretrainedModel(nn.Module):
 
 
 def from_pretrained(path: str | Path) -> PretrainedModel:
-    """The model of `codecssl-pretrain export`, fp32, on the CPU; DeepSpeed and fairseq2n need not be there."""
+    """The model of `codecssl-pretrain export`, or a shipped one by its name (`laptop_16khz`), fp32, on the CPU.
+
+    DeepSpeed and fairseq2n need not be there. Raises UserError where there is no such model.
+    """
     return PretrainedModel(load_pretrained(path))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from codecssl.pretrain.export.shipped import model_folder
 from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE, at_codec_rate, encode
 from codecssl.superb.tokens.codes import CodeCache
 from codecssl.superb.tokens.token_cache import TokenCache
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
 DEFAULT_CODEC = "tiny_16khz"  # of bare `codes` and `random` where no model is named beside them,
 DEFAULT_CONFIG = "codec2vec_tiny_codes"  # and the architecture of that `random`
 NAMES = (
-    "an exported model's folder, a codec's of compress, fbank, logmel, mfcc, codes, random, codes:MODEL, codes:CODEC, "
-    "random:MODEL, NAME@s3prl, or hf:PATH|NAME for a HuBERT, wav2vec2 or WavLM of transformers"
+    "an exported model's folder, a shipped model's name (laptop_16khz), a codec's of compress, fbank, logmel, mfcc, "
+    "codes, random, codes:MODEL, codes:CODEC, random:MODEL, NAME@s3prl, or hf:PATH|NAME for a HuBERT, wav2vec2 or WavLM"
+    " of transformers"
 )
 
 
@@ -209,7 +211,7 @@ def _is_compressed(path: str) -> bool:
 
 def _description(path: str) -> dict[str, Any]:
     try:
-        found = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        found = json.loads((model_folder(path) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -217,7 +219,7 @@ def _description(path: str) -> dict[str, Any]:
 
 def _files(name: str) -> list[Path]:
     """The weights and settings that a name points to; [] where it is no path."""
-    path = Path(name.partition("@")[2] or name)
+    path = model_folder(name.partition("@")[2] or name)
     if not name or not path.exists():
         return []
     kinds = (".json", ".safetensors", ".bin", ".th", ".tflite")

@@ -5,10 +5,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from codecssl.pretrain.config import ObjectiveConfig
+from codecssl.configs.load import load_config
+from codecssl.pretrain.build import build
+from codecssl.pretrain.config import ObjectiveConfig, RunConfig
+from codecssl.pretrain.data.open_data import open_data
 from codecssl.pretrain.objectives.cross_entropy import summed_cross_entropy
 from codecssl.pretrain.objectives.heads import CodebookHeads, log_unigram, make_heads
+from codecssl.pretrain.ranks import Ranks
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.records import EncodedUtterance
+from codecssl.tokenize.format.writer import ShardWriter, finish_dataset
+from codecssl.tokenize.mel import MelSpec
+from codecssl.tokenize.registry import load_codec
 
 SIZES, DIM, WIDTH, FRAMES = (5, 7, 5), 6, 4, 9
 
@@ -99,3 +107,50 @@ def test_cross_entropy_of_bf16_logits_is_summed_in_fp32() -> None:
     expected = F.cross_entropy(logits.detach().double(), labels[:, 0], reduction="sum")
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.item(), expected, rtol=1e-5)
+
+
+def test_a_run_starts_at_the_unigram_and_learns_from_mel_too(tmp_path) -> None:
+    """build() starts the heads from the codec's tables and the corpus's histogram; mel_weight adds its own gradient."""
+    card = load_codec("tiny_16khz").card
+    spec = MelSpec.for_codec(8, card)
+    random, utterances = np.random.default_rng(0), []
+    for number in range(12):
+        utterances.append(
+            EncodedUtterance(
+                id=f"u{number}", path=f"u{number}", source_sha256="0" * 64, source_rate=16_000,
+                samples=60 * 320, source_samples=60 * 320,
+                codes=[random.integers(0, 1 + 9 * k, 60).astype(np.uint16) for k in range(8)],
+                mel=random.integers(0, 256, (60, 8)).astype(np.uint8),
+            )
+        )  # fmt: skip
+    writer = ShardWriter(tmp_path, 0, card)
+    writer.add_block(12, utterances, [])
+    writer.finish("0" * 64)
+    finish_dataset(tmp_path, {"codec": card.to_dict(), "sources": [], "mel": spec.to_dict()}, 1)
+    changes = (
+        f"--data.dirs={tmp_path} --model.dim=16 --model.layers=1 --model.heads=2 --model.ffn_dim=16"
+        " --mask.span_frames=5 --data.batch_frames=600 --data.crop_frames=60 --data.valid_fraction=0"
+    )
+    config = load_config(RunConfig, "pretrain", "codecmae_laptop", changes.split())
+    train, _, _ = open_data(config, Ranks(rank=0, world_size=1, local_rank=0))
+    made = build(config, train.corpus, fresh=True)
+    [batch] = train.step(0)
+    made.eval()
+    first = made(batch, detailed=True)
+    counts = np.bincount(np.concatenate([u.codes[7] for u in utterances]), minlength=1024) + 0.5
+    labels = batch.codes[:, 7].flatten()[batch.masked].numpy()
+    expected = -np.log(counts / counts.sum())[labels].sum()
+    assert first.masked.cross_entropy[7].item() == pytest.approx(expected, rel=1e-4)
+    plain = first.total.item()
+    made.train()
+    torch.nn.init.zeros_(made.mel_head.weight)  # so that the bias alone is predicted
+    predicted = made.mel_head.bias.detach().double().numpy()
+    total = made(batch).total.item()
+    mel = batch.mel.transpose(1, 2).flatten(0, 1)[batch.masked].double().numpy()
+    error = np.abs(predicted - (mel - 80.0) / 48.0).mean()
+    assert total - plain == pytest.approx(error, rel=1e-4)
+
+
+def test_mel_weight_needs_a_model_that_reads_mel() -> None:
+    with pytest.raises(UserError, match="objective.mel_weight: 1.0, needs objective.name encodecmae and model.input"):
+        load_config(RunConfig, "pretrain", "encodecmae_laptop", ["--objective.mel_weight", "1.0"])
