@@ -9,7 +9,7 @@ import errno
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from codecssl.tokenize.format.layout import to_planes
 from codecssl.tokenize.format.records import EncodedUtterance, Failure
 from codecssl.tokenize.mel import MelSpec, MelStream, mel_plane
 from codecssl.tokenize.registry import load_codec
-from codecssl.tokenize.sources.audio import AudioReader, sha256_of
+from codecssl.tokenize.sources.audio import AudioReader
+from codecssl.tokenize.sources.changes import sha256_of_input
 from codecssl.tokenize.sources.sources import Input
 
 LONG_SECONDS = 30.0
@@ -60,6 +61,8 @@ class Heard:
     source_sha256: str = ""
     source_rate: int = 0
     source_samples: int = 0
+    notes: tuple[str, ...] = ()
+    """See `AudioReader.notes`."""
 
 
 # ---------------------------------------------------------------- one input
@@ -89,7 +92,7 @@ def _read(item: Input, card: CodecCard) -> Heard:
     blocks: list[NDArray[np.float32]] = []
     samples = 0
     with item.open() as file:
-        reader = AudioReader(file, card.sample_rate, item.start, item.end, channels=card.channels)
+        reader = _reader(file, item, card)
         for block in reader.blocks():
             blocks.append(block)
             samples += block.shape[-1]
@@ -99,10 +102,17 @@ def _read(item: Input, card: CodecCard) -> Heard:
         return Heard(
             item=item,
             wave=np.ascontiguousarray(np.concatenate(blocks, axis=-1)),
-            source_sha256=sha256_of(file),
+            source_sha256=sha256_of_input(item, file),
             source_rate=reader.source_rate,
             source_samples=reader.source_samples,
+            notes=tuple(reader.notes),
         )
+
+
+def _reader(file: BinaryIO, item: Input, card: CodecCard) -> AudioReader:
+    return AudioReader(
+        file, card.sample_rate, item.start, item.end, card.channels, channel=item.channel, duration=item.duration
+    )
 
 
 def _some(samples: int, reader: AudioReader, card: CodecCard) -> None:
@@ -122,7 +132,7 @@ def _encode_long(codec: Codec, item: Input, mel: MelSpec | None) -> EncodedUtter
     card, stream, samples, pieces = codec.card, codec.stream(), 0, []
     mel_stream, columns = MelStream(mel) if mel else None, []
     with item.open() as file:
-        reader = AudioReader(file, card.sample_rate, item.start, item.end, channels=card.channels)
+        reader = _reader(file, item, card)
         for block in reader.blocks():
             samples += block.shape[-1]
             pieces.append(stream.push(torch.from_numpy(np.ascontiguousarray(block))).cpu())
@@ -132,9 +142,10 @@ def _encode_long(codec: Codec, item: Input, mel: MelSpec | None) -> EncodedUtter
         heard = Heard(
             item=item,
             wave=None,
-            source_sha256=sha256_of(file),
+            source_sha256=sha256_of_input(item, file),
             source_rate=reader.source_rate,
             source_samples=reader.source_samples,
+            notes=tuple(reader.notes),
         )
     pieces.append(stream.finish().cpu())
     plane = np.concatenate([*columns, mel_stream.finish()]) if mel_stream else None
@@ -153,6 +164,7 @@ def _encoded(
         source_rate=heard.source_rate,
         source_samples=heard.source_samples,
         labels=heard.item.labels,
+        notes=heard.notes,
         scales=None if encoded.scales is None else encoded.scales.cpu().numpy(),
         mel=mel,
     )

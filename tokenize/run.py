@@ -24,6 +24,7 @@ from codecssl.tokenize.format.records import EncodedUtterance, Failure
 from codecssl.tokenize.format.writer import ShardWriter, finish_dataset, tidy, to_json
 from codecssl.tokenize.mel import MelSpec
 from codecssl.tokenize.progress import Progress, reported
+from codecssl.tokenize.sources.decoder import DECODING
 from codecssl.tokenize.sources.sources import is_stream, read_sources
 from codecssl.tokenize.worklist import Todo
 
@@ -46,6 +47,7 @@ def open_plan(
         "codec": card.to_dict(),
         "sources": [str(s) for s in config.sources],
         "inputs": inputs,
+        "decoding": DECODING,
         **({"compression": COMPRESSION} if config.compress else {}),
         **({"mel": mel.to_dict()} if mel else {}),
     } | {size: getattr(config, size) for size in SIZES}
@@ -136,6 +138,11 @@ def _run(
     codec = device.load()
     mel = MelSpec.for_codec(config.mel_bands, codec.card) if config.mel_bands else None
     plan = open_plan(config, codec.card, inputs := count_inputs(config), mel)
+    if compare and plan.get("decoding", 1) != DECODING and not (config.output / "dataset.json").exists():
+        raise UserError(
+            f"{config.output}: begun with a release that decoded MP3 and Ogg with another library; finish it with that "
+            "release, or give another --output"
+        )
     with alone_in(config.output, f".{config.task}-of-{config.tasks}.lock"):
         todo = Todo(config, compare)
         workers = default_workers() if config.workers is None else config.workers

@@ -28,6 +28,8 @@ class EncodedUtterance:
     """float32 [segments], for codecs with scales."""
     mel: NDArray[np.uint8] | None = None
     """uint8 [T, bands], in datasets with a log-mel plane (`codecssl.tokenize.mel`)."""
+    notes: tuple[str, ...] = ()
+    """What was unusual in its audio, to be counted: see `AudioReader.notes`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Encoded audio in, float32 blocks at the codec's rate out, in bounded memory.
 
-soundfile decodes (wav, flac, ogg, opus, mp3, aiff, ...) without ffmpeg. soxr (HQ) resamples as one stream over the
-whole file: its output is bit for bit that of resampling the file at once, wherever the blocks are cut.
+`decoder` chooses the decoder. soxr (HQ) resamples as one stream over the whole file: its output is bit for bit that
+of resampling the file at once, wherever the blocks are cut.
 """
 
 from __future__ import annotations
@@ -13,42 +13,45 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import soundfile
 import soxr
 from numpy.typing import NDArray
 
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.sources.libsndfile import SequentialFile, frames_of, opened, reason
+from codecssl.tokenize.sources.decoder import Decoder, opened
 
 BLOCK_FRAMES = 1 << 17
 
-MP3_SLACK = 2 * 1152
-"""Samples: an MP3's header counts the encoder's padding, so that whole files end up to two MP3 frames early."""
+END_TOLERANCE = 0.5
+"""Seconds by which a segment may end after its file; it is cut there and counted. Lhotse allows the same."""
 
+SILENCED = 1e-3
+"""A downmix whose power is below this share of the channels' mean power is counted: the channels cancel."""
+
+# fmt: off
 EXTENSIONS = (
-    ".wav",
-    ".flac",
-    ".ogg",
-    ".oga",
-    ".opus",
-    ".mp3",
-    ".aif",
-    ".aiff",
-    ".aifc",
-    ".au",
-    ".snd",
-    ".sph",
-    ".w64",
-    ".caf",
+    ".wav", ".wave", ".bwf", ".rf64", ".w64", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".voc", ".flac", ".sph",
+    ".nist", ".wv1", ".wv2", ".mp3", ".mp2", ".mp1", ".mpga", ".ogg", ".oga", ".opus", ".spx", ".m4a", ".m4b", ".aac",
+    ".webm", ".weba", ".mka", ".wma", ".wv", ".ape", ".tta", ".mpc", ".amr", ".ac3", ".eac3", ".dts", ".dsf", ".3gp",
 )
+"""Names of audio files: these are taken from a folder."""
+
+OTHER_MEDIA = (
+    ".mp4", ".m4v", ".mov", ".mkv", ".avi", ".flv", ".ts", ".mpg", ".mpeg", ".3g2", ".wmv", ".ogv", ".raw", ".pcm",
+    ".shn", ".ra", ".mid",
+)
+"""Names of files that may hold audio and are not taken from a folder, but counted."""
+# fmt: on
 
 
 class AudioReader:
     """One file, or the part of it between two times, as float32 blocks at `sample_rate`.
 
     `source` is a path or a seekable binary file, read from its first byte. With `channels` 1 blocks are [n], the mean
-    of the file's channels; with 2 they are [2, n], one channel doubled, more than two refused. After iterating,
-    `source_samples` is what was decoded, per channel at the file's own rate.
+    of the file's channels; with 2 they are [2, n], one channel doubled, more than two refused. `channel` takes one of
+    the file's channels, counted from 0, instead. `duration` is the length from the start where there is no
+    `stop_seconds`: up to END_TOLERANCE more is taken with it where the file ends there. After iterating,
+    `source_samples` is what was decoded, per channel at the file's own rate, and `notes` says what was unusual:
+    "clipped" (a segment ended after the file) and "cancelled" (the mean of the channels is almost silent).
     """
 
     def __init__(
@@ -58,30 +61,39 @@ class AudioReader:
         start_seconds: float | None = None,
         stop_seconds: float | None = None,
         channels: int = 1,
+        channel: int | None = None,
+        duration: float | None = None,
     ) -> None:
         if channels not in (1, 2):
             raise ValueError(f"channels {channels}: 1 or 2")
-        self.source, self.sample_rate, self.channels = source, sample_rate, channels
+        self.source, self.sample_rate, self.channels, self.channel = source, sample_rate, channels, channel
         self.start_seconds, self.stop_seconds = start_seconds or 0.0, stop_seconds
+        self.duration = duration if stop_seconds is None else None
         self.source_rate = 0
         self.source_samples = 0
+        self.notes: list[str] = []
+        self._power = np.zeros(2)
 
     def blocks(self) -> Iterator[NDArray[np.float32]]:
         """Yield blocks of any length. Raises UserError for what cannot be read whole."""
-        self.source_samples = 0
-        try:
-            with opened(self.source) as file:
-                yield from self._resampled(file)
-        except soundfile.LibsndfileError as error:
-            raise UserError(f"cannot decode: {reason(self.source, error)}") from error
+        self.source_samples, self.notes, self._power = 0, [], np.zeros(2)
+        with opened(self.source) as file:
+            yield from self._resampled(file)
         if self.source_samples == 0:
             raise UserError("no samples: the file or segment holds no audio")
+        if self._power[0] < SILENCED * self._power[1]:
+            self.notes.append("cancelled")
 
-    def _resampled(self, file: SequentialFile) -> Iterator[NDArray[np.float32]]:
+    def _resampled(self, file: Decoder) -> Iterator[NDArray[np.float32]]:
         self.source_rate = file.samplerate
-        kept = min(self.channels, file.channels)
-        if self.channels == 2 and file.channels > 2:
-            raise UserError(f"{file.channels} channels: this codec takes one or two; mix the file down first")
+        there = file.channels
+        if self.channel is not None:
+            if self.channel >= there:
+                raise UserError(f"channel {self.channel}: the file has {there}, counted from 0")
+            there = 1
+        kept = min(self.channels, there)
+        if self.channels == 2 and there > 2:
+            raise UserError(f"{there} channels: this codec takes one or two; mix the file down first")
         if file.samplerate == self.sample_rate:
             for block in self._frames(file):
                 yield self._shaped(block)
@@ -98,38 +110,61 @@ class AudioReader:
             return block
         return np.stack([block, block]) if block.ndim == 1 else np.ascontiguousarray(block.T)
 
-    def _frames(self, file: SequentialFile) -> Iterator[NDArray[np.float32]]:
+    def _frames(self, file: Decoder) -> Iterator[NDArray[np.float32]]:
         """Blocks [n], or [n, 2] where two channels are kept."""
-        length = frames_of(file, self.source)
-        begin, wanted = self._span(file.samplerate, length)
+        begin, wanted = self._span(file.samplerate, file.length)
         if begin:
             file.go_to(begin, BLOCK_FRAMES)
-        slack = MP3_SLACK if file.format == "MP3" else 0
         while wanted is None or self.source_samples < wanted:
             left = BLOCK_FRAMES if wanted is None else wanted - self.source_samples
-            block = file.read(min(BLOCK_FRAMES, left), dtype="float32", always_2d=True)
+            block = file.decode(min(BLOCK_FRAMES, left))
             if not len(block):
-                if wanted is None or left <= slack:
+                if wanted is None:
                     return
-                if length is None:
-                    self._span(file.samplerate, begin + self.source_samples)  # now known: the segment ends after it
+                if file.length is None:  # the end is known now
+                    self._span(file.samplerate, begin + self.source_samples)
+                    return
                 raise UserError(f"truncated: the header promises {wanted} samples, {self.source_samples} are there")
-            if not np.isfinite(block).all():
-                raise UserError(f"NaN or infinite samples after {self.source_samples / file.samplerate:.3f} s")
-            self.source_samples += len(block)
-            if block.shape[1] == 1:
-                yield block[:, 0]
-            else:
-                yield block if self.channels == 2 else block.mean(axis=1)
+            yield self._mixed(block, file.samplerate)
+        if self.duration is not None and file.length is None:
+            rest = file.decode(round(END_TOLERANCE * file.samplerate) + 1)
+            if 0 < len(rest) <= END_TOLERANCE * file.samplerate:
+                yield self._mixed(rest, file.samplerate)
+
+    def _mixed(self, block: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
+        """The chosen channel, both of two, or the mean of [n, C]. Counts the samples."""
+        if not np.isfinite(block).all():
+            raise UserError(f"NaN or infinite samples after {self.source_samples / rate:.3f} s")
+        self.source_samples += len(block)
+        if self.channel is not None:
+            return np.ascontiguousarray(block[:, self.channel])
+        if block.shape[1] == 1:
+            return block[:, 0]
+        if self.channels == 2:
+            return block
+        mixed: NDArray[np.float32] = block.mean(axis=1)
+        self._power += np.vdot(mixed, mixed), np.vdot(block, block) / block.shape[1]
+        return mixed
 
     def _span(self, rate: int, length: int | None) -> tuple[int, int | None]:
         """(first frame, number of frames) of the file or segment; None where it goes to an unknown end."""
         begin = round(self.start_seconds * rate)
-        end = length if self.stop_seconds is None else round(self.stop_seconds * rate)
-        if length is not None and end is not None and end > length:
-            raise UserError(f"segment ends at {self.stop_seconds} s, the file at {length / rate} s")
-        if length is not None and begin and begin >= length:
+        end = length
+        if self.stop_seconds is not None:
+            end = round(self.stop_seconds * rate)
+        elif self.duration is not None:
+            end = begin + round(self.duration * rate)
+        if length is None:
+            return begin, None if end is None else end - begin
+        if begin and begin >= length:
             raise UserError(f"segment starts at {self.start_seconds} s, the file ends before")
+        if end is not None and end > length:
+            if end - length > END_TOLERANCE * rate:
+                raise UserError(f"segment ends at {end / rate} s, the file at {length / rate} s")
+            self.notes.append("clipped")
+            end = length
+        if self.duration is not None and end is not None and length - end <= END_TOLERANCE * rate:
+            end = length
         return begin, None if end is None else end - begin
 
 

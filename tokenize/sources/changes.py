@@ -1,4 +1,4 @@
-"""Is the audio that was encoded before still the audio that is there? `run` asks before it goes on.
+"""Detect audio that changed after it was encoded; `run` checks before it resumes.
 
 Whatever changes a file, or puts another one in its place, sets its st_ctime to now, and no program can set it back. So
 a file that changed after the run was begun is read again, and its sha256 compared with the one kept beside its codes.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format.layout import read_columns
@@ -65,6 +66,28 @@ def _sha256(item: Input) -> bytes | None:
             return bytes.fromhex(sha256_of(file))
     except UserError:
         return None
+
+
+HASHES = 64
+"""Files whose sha256 a process remembers."""
+_remembered: dict[tuple[object, ...], str] = {}
+
+
+def sha256_of_input(item: Input, file: BinaryIO) -> str:
+    """sha256 of an input's open file. Segments of one file follow each other: a long file is hashed once, not often."""
+    if item.data is not None or item.row is not None or (item.start is None and item.end is None):
+        return sha256_of(file)
+    try:
+        status = Path(item.file).stat()
+    except (OSError, ValueError):
+        return sha256_of(file)
+    place = (item.file, item.offset, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if place not in _remembered:
+        digest = sha256_of(file)
+        while len(_remembered) >= HASHES:
+            del _remembered[next(iter(_remembered))]
+        _remembered[place] = digest
+    return _remembered[place]
 
 
 def source_hashes(blocks: Iterable[tuple[Path, int]]) -> dict[str, bytes]:

@@ -30,6 +30,10 @@ class Input:
     start: float | None = None
     """Seconds; None is the file's start."""
     end: float | None = None
+    duration: float | None = None
+    """Seconds from the start, where the source gives no end: what a manifest says of a file's length."""
+    channel: int | None = None
+    """The one channel to take, counted from 0; None is their mean."""
     labels: dict[str, Any] = field(default_factory=dict)
     """The source's other columns: what JSON can hold."""
     offset: int | None = None
@@ -62,12 +66,14 @@ class Input:
             from codecssl.tokenize.sources.arrow_audio import open_url
 
             return open_url(self.file, self.path)
-        return open_file(self.file, self.path, self.offset, self.size)
+        return open_file(self.file, self.path, self.offset, self.size, held=self.start is None and self.end is None)
 
     def digest(self) -> bytes:
         """Changes when the input's name, segment or labels do, or its place or size in a tar or dataset."""
         parts: list[Any] = [self.id, self.path, self.start, self.end, self.labels]
         place = [self.offset, self.size, self.row, self.column, self.problem]
+        if self.channel is not None:
+            parts.append({"channel": self.channel})
         if any(part is not None for part in place):  # plain files have the digest that they always had
             parts.append(place)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).digest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from contextlib import ExitStack
 from typing import Any, BinaryIO
 
@@ -21,14 +22,22 @@ class Held(io.BytesIO):
         self.name = name
 
 
-def open_file(file: str, name: str, offset: int | None = None, size: int | None = None) -> BinaryIO:
-    """`file`, or `size` bytes of it from `offset`, as a binary file of its own. Raises UserError."""
+def open_file(
+    file: str, name: str, offset: int | None = None, size: int | None = None, *, held: bool = True
+) -> BinaryIO:
+    """`file`, or `size` bytes of it from `offset`, as a binary file of its own. Raises UserError.
+
+    held: read it into memory at once, up to HELD_BYTES. Only regular files are opened: a FIFO would block.
+    """
     try:
         with ExitStack() as stack:
-            opened = stack.enter_context(open(file, "rb"))
+            opened = stack.enter_context(open(file, "rb", opener=_not_blocking))
+            status = os.fstat(opened.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError("cannot read: not a regular file")
             if offset is None or size is None:
-                offset, size = 0, os.fstat(opened.fileno()).st_size
-            if size > HELD_BYTES:
+                offset, size = 0, status.st_size
+            if size > HELD_BYTES or not held:
                 window = io.BufferedReader(Window(opened, name, offset, size), 1 << 20)
                 stack.pop_all()
                 return window
@@ -41,6 +50,10 @@ def open_file(file: str, name: str, offset: int | None = None, size: int | None 
     if len(data) < size:
         raise UserError(f"cannot read: {file} ends {size - len(data)} bytes before {name} does")
     return Held(data, name)
+
+
+def _not_blocking(file: str, flags: int) -> int:
+    return os.open(file, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 class Window(io.RawIOBase):

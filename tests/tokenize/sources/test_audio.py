@@ -56,7 +56,7 @@ def test_a_segment_is_cut_before_resampling(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("start", "stop", "says"), [(3.0, None, "segment starts at 3.0 s"), (0, 2.5, "segment ends at 2.5 s")]
+    ("start", "stop", "says"), [(3.0, None, "segment starts at 3.0 s"), (0, 2.6, "segment ends at 2.6 s")]
 )
 def test_a_segment_outside_the_file_is_refused(tmp_path, start, stop, says):
     path = tmp_path / "x.wav"
@@ -70,7 +70,7 @@ def test_what_is_no_whole_audio_is_refused_with_a_reason(tmp_path):
     soundfile.write(path, noise(2, 16_000), 16_000)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="flac decoder lost sync|truncated"):
+    with pytest.raises(UserError, match="damaged|truncated"):
         read_wave(path, 16_000)
     path.write_bytes(b"")
     with pytest.raises(UserError, match="cannot decode: the file is empty"):
@@ -99,7 +99,7 @@ def test_107_odd_files_either_read_whole_or_give_one_line():
             assert "\n" not in str(error)
             continue
         assert np.isfinite(wave).all()
-        slack = audio.MP3_SLACK if row["path"].endswith(".mp3") else 1
+        slack = 2 * 1152 if row["path"].endswith(".mp3") else 1  # the manifest's count is libsndfile's
         assert -slack - 1 < (len(wave) * row["sample_rate"] / 16_000 - row["frames"]) < row["sample_rate"] / 16_000 + 1
 
 
@@ -182,8 +182,9 @@ def test_a_file_that_ends_before_its_header_says_is_refused(kind):
     assert len(read(BytesIO(whole))[0]) == 32_000
     torn = read(BytesIO(whole[: len(whole) // 2]))
     assert isinstance(torn, str)
-    promised = [int(n) for n in re.findall("promises ([0-9]+) samples", torn)]
-    assert "flac decoder" in torn or abs(promised[0] - 32_000) < 100, torn
+    assert torn.startswith("truncated" if kind != "FLAC" else ("truncated", "damaged")), torn
+    if promised := re.findall("promises ([0-9]+) samples", torn):
+        assert abs(int(promised[0]) - 32_000) < 100
 
 
 def test_a_segment_before_the_tear_is_read():
@@ -215,26 +216,24 @@ def test_a_flac_of_unknown_length_is_read_to_its_end():
     assert same(read(BytesIO(piped)), read(BytesIO(whole)))
     part = np.concatenate(list(AudioReader(BytesIO(piped), 16_000, 0.5, 1.5).blocks()))
     assert np.array_equal(part, read(BytesIO(whole))[0][8000:24_000])
-    for start, stop, says in ((0.5, 2.5, "segment ends at 2.5 s, the file at 2.0 s"), (5.0, None, "no samples|cannot")):
+    for start, stop, says in ((0.5, 2.6, "segment ends at 2.6 s, the file at 2.0 s"), (5.0, None, "no samples|cannot")):
         with pytest.raises(UserError, match=says):
             list(AudioReader(BytesIO(piped), 16_000, start, stop).blocks())
     assert "flac decoder" in read(BytesIO(piped[: len(piped) // 2]))
 
 
 @pytest.mark.parametrize("junk", [b"\0" * 100, b"icy metadata" * 9])
-def test_an_mp3_that_begins_with_junk_is_told_by_its_name(tmp_path, junk):
+def test_an_mp3_that_begins_with_junk_is_read_whatever_its_name(tmp_path, junk):
     path = tmp_path / "radio.mp3"
     path.write_bytes(junk + encoded("MP3"))
     expected = read(path)
-    assert len(expected[0]) == 32_000
+    assert 32_000 <= len(expected[0]) <= 32_000 + 3 * 576 + 576  # the header with the padding is not at the start
     with path.open("rb") as file:
         assert same(read(file), expected)
-    assert same(read(Held(path.read_bytes(), "inside.tar/radio.mp3")), expected)
-    assert read(Held(path.read_bytes(), "radio.bin")) == "cannot decode: Format not recognised."
+    assert same(read(Held(path.read_bytes(), "inside.tar/radio.bin")), expected)
 
 
 def test_blocks_of_a_compressed_file_are_not_disturbed_by_their_size(monkeypatch):
-    """soundfile would seek after each block, which changes an MP3's samples by a rounding."""
     for kind in ("MP3", "OGG", "FLAC"):
         content = encoded(kind, 3)
         small = read(BytesIO(content))
@@ -269,9 +268,10 @@ def test_odd_files_read_alike_by_path_and_in_memory_and_quietly(monkeypatch):
     assert not raised
     for name, reason in {
         "aeneas__mono.empty.wav": "the file is empty",
-        "tinytag__incomplete.mp3": "no audio found in it",
+        "tinytag__incomplete.mp3": "no audio that FFmpeg knows in it",
         "tinytag__invalid_sample_rate.aiff": "its header gives no possible sample rate, channels or length",
-        "tinytag__image-text-encoding.mp3": "truncated: the header promises 61499 samples, 23616 are there",
+        "tinytag__image-text-encoding.mp3": "",  # whole: a constant bit rate behind a large cover
+        "wake-word-benchmark__33.flac": "",  # libsndfile loses sync
         "flac-test-files__04_-_wrong_number_of_channels.flac": "flac channel changed mid stream",
         "flac-test-files__04_-_changing_bitdepth.flac": "",
     }.items():

@@ -110,7 +110,7 @@ def test_names_that_are_not_utf8_stay_apart(tree):
         (["x/0.tar.gz"], r"give 'wds:.*x/\*\.tar\.gz'"),
         (["state.json", "dataset_info.json", "data.arrow"], "It is a saved dataset: give hf:.*:SPLIT"),
         (["data/train.parquet"], "It holds a dataset: give hf:.*:SPLIT"),
-        (["read.me"], r"files must end in .*\.caf$"),
+        (["read.me"], r"files must end in .*\.caf"),
     ],
 )
 def test_a_folder_without_audio_tells_what_it_holds(tmp_path, files, says):

@@ -163,7 +163,7 @@ def test_a_key_without_one_audio_member_fails_alone(tmp_path):
     source = write(
         tmp_path / "x.tar",
         ("none.txt", b"words"),
-        ("none.m4a", b"?"),
+        ("none.midi", b"?"),
         ("two.mix.wav", b"1"),
         ("two.speech.wav", b"22"),
         ("bad.wav", b"3"),
@@ -175,7 +175,7 @@ def test_a_key_without_one_audio_member_fails_alone(tmp_path):
     )
     none, two, bad, good = found(source)
     for item, says in (
-        (none, "no audio among its members .txt .m4a"),
+        (none, "no audio among its members .txt .midi"),
         (two, r"several members with audio; choose by \?audio=EXTENSION among its members .mix.wav .speech.wav"),
         (bad, "its member .json is not JSON"),
     ):

@@ -1,0 +1,140 @@
+"""Choose the decoder of a file by its content: libsndfile for PCM, FLAC and SPHERE, FFmpeg for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.sources import containers
+from codecssl.tokenize.sources.open_audio import Window
+from codecssl.tokenize.sources.libsndfile import EXACT, PcmFile, size_of
+
+DECODING = 2
+"""Version of the rules below, written into plan.json. 1, without an entry there, decoded all files with libsndfile."""
+
+MAGICS = (b"RIFF", b"RIFX", b"RF64", b"riff", b"FORM", b"caff", b".snd", b"dns.", b"NIST", b"fLaC", b"Crea")
+"""How files begin that libsndfile opens first: WAV, W64, AIFF, CAF, AU, SPHERE, FLAC, VOC."""
+PCM_TAGS = (1, 3, 6, 7)
+"""WAV's format tags of PCM, float, A-law and mu-law."""
+
+
+class Decoder(Protocol):
+    """An open file that is read from its start, or from a later frame, to its end."""
+
+    samplerate: int
+    channels: int
+    length: int | None
+    """Frames that a reliable header promises; None where only decoding tells."""
+
+    def decode(self, frames: int) -> NDArray[np.float32]:
+        """Up to `frames` following frames [n, C]; [0, C] at the end. Raises UserError for damaged or cut files."""
+
+    def go_to(self, frame: int, block: int) -> None:
+        """Go from the start to `frame`, before anything was decoded."""
+
+
+@contextmanager
+def opened(source: Path | BinaryIO) -> Iterator[Decoder]:
+    """`source`, a path or a seekable binary file, to decode from its first frame. Raises UserError."""
+    with ExitStack() as stack:
+        if isinstance(source, Path):
+            if not source.is_file():
+                raise UserError("cannot read: no such file" if not source.exists() else "cannot read: not a file")
+            if source.suffix.lower() == ".raw":
+                raise UserError("cannot decode: .raw files have no header to tell their rate; make it a .wav")
+            source = stack.enter_context(source.open("rb"))
+        if size_of(source) == 0:
+            raise UserError("cannot decode: the file is empty")
+        decoder: Any = _decoder(source)
+        stack.callback(decoder.close)
+        yield decoder
+
+
+def _decoder(source: BinaryIO) -> Decoder:
+    size = size_of(source)
+    magic = containers.head(source, 12, containers.after_id3(source))
+    if not magic.startswith(MAGICS):
+        return _ffmpeg_or_libsndfile(source)
+    if riff := containers.read_riff(source, size):
+        if riff.codec not in PCM_TAGS:
+            return _ffmpeg_or_libsndfile(source)
+        if riff.length is not None:
+            return PcmFile(Window(source, "", riff.data_at, riff.length * riff.frame_bytes), raw=riff)  # type: ignore[arg-type]
+    elif magic[:4] == b"fLaC":
+        promised, last = containers.flac_total(source, size)
+        if promised and last > promised:
+            return _ffmpeg(source)  # libsndfile stops at the promised sample
+    try:
+        file = PcmFile(source)
+    except UserError:
+        if magic[:4] == b"NIST":  # compressed by shorten
+            return _ffmpeg(source)
+        raise
+    if file.subtype in EXACT:
+        return _Flac(file, source) if magic[:4] == b"fLaC" and file.length is not None else file
+    file.close()
+    return _ffmpeg_or_libsndfile(source)
+
+
+def _ffmpeg(source: BinaryIO) -> Decoder:
+    from codecssl.tokenize.sources.ffmpeg import FfmpegFile  # PyAV costs 50 ms, and PCM does not need it
+
+    return FfmpegFile(source)
+
+
+def _ffmpeg_or_libsndfile(source: BinaryIO) -> Decoder:
+    """FFmpeg's decoder, or libsndfile's for the formats that only it knows."""
+    try:
+        return _ffmpeg(source)
+    except UserError as error:
+        if not str(error).startswith("cannot decode"):
+            raise
+        try:
+            return PcmFile(source)
+        except UserError:
+            raise error from None
+
+
+class _Flac:
+    """libsndfile's FLAC decoder; FFmpeg decodes the rest of a file at which libsndfile fails, as it does at some.
+
+    The reader compares the count with the header's: FFmpeg leaves out damaged frames.
+    """
+
+    def __init__(self, file: PcmFile, source: BinaryIO) -> None:
+        self.file: Any = file
+        self.source, self.at, self.second = source, 0, False
+        self.samplerate, self.channels, self.length = file.samplerate, file.channels, file.length
+
+    def decode(self, frames: int) -> NDArray[np.float32]:
+        try:
+            block: NDArray[np.float32] = self.file.decode(frames)
+        except UserError as error:
+            if self.second:
+                raise
+            self.second = True
+            self.file.close()
+            try:
+                self.file = _ffmpeg(self.source)
+            except UserError:
+                raise error from None
+            if (self.file.samplerate, self.file.channels) != (self.samplerate, self.channels):
+                raise error
+            if self.at:
+                self.file.go_to(self.at, 1 << 17)
+            block = self.file.decode(frames)
+        self.at += len(block)
+        return block
+
+    def go_to(self, frame: int, block: int) -> None:
+        self.file.go_to(frame, block)
+        self.at = frame
+
+    def close(self) -> None:
+        self.file.close()
