@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.sources import containers
-from codecssl.tokenize.sources.open_audio import Window
 from codecssl.tokenize.sources.libsndfile import EXACT, PcmFile, size_of
+from codecssl.tokenize.sources.open_audio import Window
 
 DECODING = 2
 """Version of the rules below, written into plan.json. 1, without an entry there, decoded all files with libsndfile."""
