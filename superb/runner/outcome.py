@@ -1,5 +1,7 @@
-"""What a run of s3prl left behind: metrics of the checkpoint that counts, layer weights, learning curves."""
+"""Read the folder of an s3prl run: metrics of the selected checkpoint, layer weights, learning curves."""
 
+import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ from codecssl.superb.tasks import Task
 
 
 def outcome(folder: Path, task: Task) -> Row:
-    """value, values (every metric of the task that was taken), valid, best_step, layer_weights, curves."""
+    """The result row of a finished run: value, values (all metrics), valid, best_step, layer_weights, curves."""
     read = {"asv": _verification, "sd": _diarisation}.get(task.name, _tested)
     found = read(folder, task)
     known = [metric.key for metric in task.metrics]
@@ -77,3 +79,23 @@ def _yaml(path: Path) -> dict[str, Any]:
 
     found: dict[str, Any] = yaml.safe_load(path.read_text())
     return found
+
+
+def drop_truncated(train: Path) -> None:
+    """Remove checkpoints that a kill left half-written. Without a whole valid_best the run starts over."""
+    best = train / "valid_best"
+    if best.exists() and not _is_whole(best):
+        shutil.rmtree(train)
+    for checkpoint in train.glob("step_*"):
+        if not _is_whole(checkpoint):
+            shutil.rmtree(checkpoint)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """True if s3prl finished writing: config.yaml comes last, and a truncated torch file is no zip archive."""
+    files = [
+        checkpoint / "model" / "state_dict.pt",
+        checkpoint / "task" / "state.pt",
+        checkpoint / "optimizer.pt",
+    ]
+    return (checkpoint / "config.yaml").is_file() and all(f.is_file() and zipfile.is_zipfile(f) for f in files)

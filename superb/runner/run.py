@@ -20,9 +20,8 @@ from codecssl.superb.patches import decoded_audio, import_patches
 from codecssl.superb.reporting.predictions import write_detections, write_predictions
 from codecssl.superb.runner.clip_errors import clip_errors
 from codecssl.superb.runner.csvs import write_csvs
-from codecssl.superb.runner.outcome import outcome
+from codecssl.superb.runner.outcome import drop_truncated, outcome
 from codecssl.superb.runner.problems import make_problem
-from codecssl.superb.runner.torn import drop_torn
 from codecssl.superb.tasks import TASKS, Budget, Task, official_config
 from codecssl.superb.tokens.codes import counts_of
 from codecssl.superb.upstreams.expert import Shelf, Upstream
@@ -141,7 +140,7 @@ def _tidy(folder: Path) -> None:
 def _trained(run: Run, machine: Machine, task: Task, selection: Selection) -> results.Row:
     """What s3prl's problem gives, and the settings that decided it."""
     config = configure(run, machine)
-    drop_torn(run.folder / "train")
+    drop_truncated(run.folder / "train")
     corpus = open_corpus(run.root, run.side)
     problem = make_problem(task, write_csvs(task, selection.splits, run.folder, corpus))
     problem.run(**config)
@@ -253,10 +252,10 @@ def _into_log(path: Path) -> Iterator[None]:
 
 
 def _codec_card(upstream: Any) -> dict[str, Any] | None:
-    """Of an upstream that reads codes."""
-    inner = upstream.upstream  # the feature cache
-    card = getattr(getattr(inner, "upstream", inner), "card", None)
-    return None if card is None else dict(card.to_dict())
+    """The codec card of an upstream that reads codes, below the wrappers around it."""
+    while upstream is not None and not hasattr(upstream, "card"):
+        upstream = getattr(upstream, "frozen", None)
+    return None if upstream is None else dict(upstream.card.to_dict())
 
 
 def _versions() -> dict[str, str]:

@@ -67,7 +67,7 @@ class CodeCache:
 
 def counts_of(upstream: object) -> dict[str, int] | None:
     """`CodeCache.counts` of an upstream, through whatever wraps it; None where it reads no codes."""
-    while not hasattr(upstream, "codes") and hasattr(upstream, "upstream"):
-        upstream = upstream.upstream
+    while not hasattr(upstream, "codes") and hasattr(upstream, "frozen"):
+        upstream = upstream.frozen
     codes = getattr(upstream, "codes", None)
     return codes.counts if isinstance(codes, CodeCache) else None

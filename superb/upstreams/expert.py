@@ -22,6 +22,7 @@ from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE, at_codec_rate, en
 from codecssl.superb.tokens.codes import CodeCache
 from codecssl.superb.tokens.token_cache import TokenCache
 from codecssl.superb.upstreams import s3prl_upstreams, spectral, transformers_upstreams
+from codecssl.superb.upstreams.frozen import FrozenUpstream
 from codecssl.tokenize.codec import Codec, CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.mel import MelSpec, mel_plane
@@ -61,7 +62,7 @@ class CodeTables(nn.Module):
         return [torch.stack([table[codes[:, k]] for k, table in enumerate(tables)]).sum(dim=0)]
 
 
-class CodecExpert(nn.Module):
+class CodecExpert(FrozenUpstream):
     """An s3prl upstream of a codec and an encoder.
 
     Hidden states of a model with L layers are L + 1. State 0 is the input of the first layer: the embedded codes,
@@ -80,17 +81,16 @@ class CodecExpert(nn.Module):
     """
 
     def __init__(self, card: CodecCard, codes: CodeCache, encoder: nn.Module) -> None:
-        super().__init__()
+        super().__init__(encoder)
         self.card = card
         self.codes = codes
-        self._encoder = (encoder.eval().requires_grad_(False),)
         self._pool = int(getattr(encoder, "pool", 1))  # frames of states in one of codes
         self._frame = Fraction(SAMPLE_RATE * card.hop_length, card.sample_rate * self._pool)  # samples at 16 kHz
         self._rate = frame_shift(card) // self._pool
 
     @property
     def encoder(self) -> Any:
-        return self._encoder[0]
+        return self.frozen
 
     def get_downsample_rates(self, key: str) -> int:
         """Samples at 16 kHz per frame of hidden state."""
@@ -132,11 +132,6 @@ class CodecExpert(nn.Module):
         at = starts * self.card.sample_rate // SAMPLE_RATE
         stride = self.card.segment_stride
         return at // stride, at % stride // self.card.hop_length
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "CodecExpert":
-        self.encoder._apply(fn, recurse)
-        super()._apply(fn, recurse)
-        return self
 
 
 def frame_shift(card: CodecCard) -> int:

@@ -1,47 +1,30 @@
-"""s3prl's own upstreams under our contract."""
+"""s3prl's own upstreams, frozen."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from codecssl.superb.patches import import_patches
+from codecssl.superb.upstreams.frozen import FrozenUpstream
 from codecssl.tokenize.common.errors import UserError
 
 
-class PlainUpstream(nn.Module):
-    """An upstream of s3prl's own, frozen; what it gives is untouched, but for very short waves.
+class PlainUpstream(FrozenUpstream):
+    """A frozen upstream of s3prl. Its states are unchanged, except for very short waves.
 
-    Where it has half of s3prl's ceil(n / rate) frames or fewer (fbank: to 60 ms), on which s3prl's wrapper stops, the
-    last one is repeated, as the wrapper itself does where fewer are missing.
+    s3prl's wrapper stops where an upstream has half of the expected ceil(n / rate) frames or fewer (fbank: up to
+    60 ms). The last frame is repeated there, as the wrapper itself does where fewer frames are missing.
     """
-
-    def __init__(self, upstream: nn.Module) -> None:
-        super().__init__()
-        self._upstream = (upstream.eval().requires_grad_(False),)  # no parameter reaches optimiser or checkpoint
-
-    @property
-    def upstream(self) -> Any:
-        return self._upstream[0]
-
-    def get_downsample_rates(self, key: str) -> Any:
-        """Samples at 16 kHz per frame, as the upstream says."""
-        return self.upstream.get_downsample_rates(key)
 
     @torch.no_grad()
     def forward(self, wavs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-        """s3prl's contract."""
-        self.upstream.eval()
-        states, rates = self.upstream(wavs)["hidden_states"], self.get_downsample_rates("hidden_states")
+        """1-D waves at 16 kHz -> {"hidden_states": [[B, T, D], ...]}."""
+        self.frozen.eval()
+        states, rates = self.frozen(wavs)["hidden_states"], self.get_downsample_rates("hidden_states")
         rates = [rates] * len(states) if isinstance(rates, int) else rates
         longest = max(map(len, wavs))
         return {"hidden_states": [_extended(s, -(-longest // rate)) for s, rate in zip(states, rates, strict=True)]}
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "PlainUpstream":
-        self.upstream._apply(fn, recurse)
-        super()._apply(fn, recurse)
-        return self
 
 
 def _extended(state: Tensor, frames: int) -> Tensor:
@@ -50,7 +33,7 @@ def _extended(state: Tensor, frames: int) -> Tensor:
 
 
 def fbank(name: str) -> nn.Module:
-    """s3prl's own log-mel filterbank, imported without the rest of its hub (seconds)."""
+    """s3prl's log-mel filterbank. Importing the whole hub would take seconds."""
     import_patches.install()
     from s3prl.upstream.baseline import hubconf
 
@@ -58,7 +41,7 @@ def fbank(name: str) -> nn.Module:
 
 
 def from_s3prl(name: str) -> nn.Module:
-    """Any name of s3prl's hub. UserError for one that it has not."""
+    """Any name of s3prl's hub. Raises UserError for an unknown one."""
     import_patches.install()
     import s3prl.hub as hub
 

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers (HuBERT, wav2vec 2.0, WavLM) as upstreams under our contract.
+"""Checkpoints of transformers (HuBERT, wav2vec 2.0, WavLM) as frozen upstreams.
 
 s3prl's own `hf_hubert` and `hf_wav2vec2` hand a padded batch to the model: of a network with group normalisation (the
 base ones) the features of a wave then depend on its neighbours' lengths, and the last frames of all but the longest
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from codecssl.pretrain.model.lengths import lengths_to_mask
 from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE
+from codecssl.superb.upstreams.frozen import FrozenUpstream
 from codecssl.tokenize.common.errors import UserError
 
 MODEL_TYPES = {"hubert": "HubertModel", "wav2vec2": "Wav2Vec2Model", "wavlm": "WavLMModel"}
 
 
-class CheckpointExpert(nn.Module):
-    """s3prl's contract for a transformers model with a convolutional front end.
+class CheckpointExpert(FrozenUpstream):
+    """An s3prl upstream of a transformers model with a convolutional front end.
 
     Hidden states are transformers' own, L + 1 of them. 0 is the input of the first layer, positions added (of a
     post-norm model also normalised; of a pre-norm one not); i is the output of layer i, residual added (of a post-norm
@@ -30,8 +31,7 @@ class CheckpointExpert(nn.Module):
     """
 
     def __init__(self, model: Any, extractor: Any) -> None:
-        super().__init__()
-        self._model = (model.eval().requires_grad_(False),)  # in a tuple: frozen, whatever s3prl calls on us
+        super().__init__(model)
         self.extractor = extractor
         config = model.config
         self.rate = int(torch.tensor(config.conv_stride).prod())
@@ -39,10 +39,6 @@ class CheckpointExpert(nn.Module):
         for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
             self.least = (self.least - 1) * stride + kernel  # samples that give one frame
         self.same_lengths = config.feat_extract_norm == "group"
-
-    @property
-    def model(self) -> Any:
-        return self._model[0]
 
     def get_downsample_rates(self, key: str) -> int:
         """Samples at 16 kHz per frame of hidden state."""
@@ -55,54 +51,49 @@ class CheckpointExpert(nn.Module):
         A wave of n samples has ceil(n / rate) frames, the last one repeated where the network has fewer, as s3prl
         repeats it; zeros beyond.
         """
-        self.model.eval()
+        self.frozen.eval()
         front = self._front([self._normalised(wav) for wav in wavs])
         frames = [len(x) for x in front]
         x = nn.utils.rnn.pad_sequence(front, batch_first=True)
         mask = lengths_to_mask(frames, x.shape[1], x.device)
-        x = self.model.feature_projection(x)
+        x = self.frozen.feature_projection(x)
         x = x[0] if isinstance(x, tuple) else x
-        states = self.model.encoder(x, attention_mask=mask, output_hidden_states=True).hidden_states
+        states = self.frozen.encoder(x, attention_mask=mask, output_hidden_states=True).hidden_states
         index = [self._index(len(wav), count) for wav, count in zip(wavs, frames, strict=True)]
         pad = nn.utils.rnn.pad_sequence
         return {"hidden_states": [pad([s[i, at] for i, at in enumerate(index)], batch_first=True) for s in states]}
 
     def _normalised(self, wav: Tensor) -> Tensor:
-        """As the checkpoint's preprocessor_config says, and not shorter than a frame."""
+        """The wave scaled as the checkpoint's preprocessor_config asks, padded to at least one frame."""
         out = self.extractor(wav.detach().cpu().float().numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt")
-        wave = out.input_values[0].to(device=wav.device, dtype=next(self.model.parameters()).dtype)
+        wave = out.input_values[0].to(device=wav.device, dtype=next(self.frozen.parameters()).dtype)
         return nn.functional.pad(wave, (0, max(0, self.least - len(wave))))
 
     def _front(self, waves: Sequence[Tensor]) -> list[Tensor]:
-        """Features before the encoder, [T, C] of each wave; those of like lengths together."""
+        """Features before the encoder, [T, C] for each wave. Waves of one length run in one batch."""
         groups: dict[int, list[int]] = defaultdict(list)
         for i, wave in enumerate(waves):
             groups[len(wave) if self.same_lengths else 0].append(i)
         features: list[Any] = [None] * len(waves)
         for group in groups.values():
             batch = nn.utils.rnn.pad_sequence([waves[i] for i in group], batch_first=True)
-            for i, x in zip(group, self.model.feature_extractor(batch).transpose(1, 2), strict=True):
+            for i, x in zip(group, self.frozen.feature_extractor(batch).transpose(1, 2), strict=True):
                 features[i] = x[: self._frames(len(waves[i]))]
         return features
 
     def _frames(self, samples: int) -> int:
-        for kernel, stride in zip(self.model.config.conv_kernel, self.model.config.conv_stride, strict=True):
+        for kernel, stride in zip(self.frozen.config.conv_kernel, self.frozen.config.conv_stride, strict=True):
             samples = (samples - kernel) // stride + 1
         return samples
 
     def _index(self, samples: int, frames: int) -> Tensor:
         return torch.arange(-(-samples // self.rate)).clamp(max=frames - 1)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "CheckpointExpert":
-        self.model._apply(fn, recurse)
-        super()._apply(fn, recurse)
-        return self
-
 
 def load(source: str) -> CheckpointExpert:
     """The upstream `hf:SOURCE`: a folder in the hub's format, or a NAME of the hub (from its cache where offline).
 
-    Raises UserError for another kind of model and for what cannot be loaded.
+    Raises UserError for another kind of model, and where loading fails.
     """
     import transformers
 
@@ -123,7 +114,7 @@ def load(source: str) -> CheckpointExpert:
 
 
 def _extractor(source: str) -> Any:
-    """The checkpoint's own; where it has none, one that normalises each wave, as s3prl then takes."""
+    """The checkpoint's feature extractor. Without one, each wave is normalised, as s3prl does."""
     from transformers import Wav2Vec2FeatureExtractor
 
     try:
@@ -133,7 +124,7 @@ def _extractor(source: str) -> Any:
 
 
 def is_checkpoint(path: str) -> bool:
-    """Whether a folder holds a transformers model of one of our kinds, for a hint in an error."""
+    """True if the folder holds a transformers model of MODEL_TYPES."""
     try:
         return json.loads((Path(path) / "config.json").read_text()).get("model_type") in MODEL_TYPES
     except (OSError, ValueError, AttributeError):

@@ -108,7 +108,7 @@ def test_frozen_whatever_s3prl_calls(folders: dict[str, Path], waves: list[torch
     expert.train()
     assert torch.equal(expert(waves[:2])["hidden_states"][-1], first)
     assert not list(expert.parameters())
-    assert expert.to(torch.float64).model.dtype == torch.float64
+    assert expert.to(torch.float64).frozen.dtype == torch.float64
 
 
 def test_identity_follows_the_weights(folders: dict[str, Path], tmp_path: Path) -> None:
