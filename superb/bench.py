@@ -40,7 +40,7 @@ WAYS = ("no cache", "token cache", "feature cache")
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """What `codecssl-superb bench` was asked for."""
+    """Settings of `codecssl-superb bench`."""
 
     codec: str
     tasks: str
@@ -150,14 +150,14 @@ def _epoch(task: Task, splits: Any, corpus: Corpus, folder: Path, upstream: Any)
 
 
 def _seconds(epoch: Callable[[int | None], None]) -> tuple[float, float]:
-    """Of the clock, and of all cores."""
+    """Wall-clock seconds and CPU seconds of all cores."""
     clock, cores = time.perf_counter(), time.process_time()
     epoch(None)
     return time.perf_counter() - clock, time.process_time() - cores
 
 
 def console_table(rows: Sequence[dict[str, Any]]) -> Any:
-    """For people."""
+    """The rows as a table for the console."""
     from rich.table import Table
 
     table = Table("task", "codec", "audio, s", "no cache, s", "token cache, s", "feature cache, s", "filling once, s")

@@ -20,12 +20,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote, or None where there is no such file."""
+    """Read a file of `write_json`; None if it does not exist."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def read_rows(output: Path, *kinds: str) -> list[Row]:
-    """What finished under `output`, in the order of names; kinds: runs, probes, or both."""
+    """Rows of finished results under `output`, by name. kinds: runs, probes, or both."""
     found = (path for kind in kinds or FOLDERS for path in output.glob(f"{FOLDERS[kind]}/result.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(found)]
 

@@ -21,14 +21,14 @@ class Metric:
     """One figure of a task. Rows of results hold it as s3prl's fraction; tables show it times 100."""
 
     key: str
-    """As s3prl names it."""
+    """Its name in s3prl."""
     label: str
     higher_better: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One SUPERB task. `columns(row)` is what s3prl's CSV holds beside id and wav_path."""
+    """One SUPERB task. `columns(row)` gives the columns of s3prl's CSV next to id and wav_path."""
 
     name: str
     title: str
@@ -41,7 +41,7 @@ class Task:
     columns: Callable[[Row], dict[str, Any]]
     splits: tuple[str, ...] = SPLITS
     classes: bool = False
-    """Whether every label is one of a closed set, so that one never seen in training can't be answered."""
+    """True for a closed set of labels: a label that never occurs in training cannot be predicted."""
     work: int = 1
     """A step's cost beside a pooled linear head's, roughly; a budget that lightens divides its steps by it."""
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How many of the official steps to run: official / divisor, but at least `least`."""
+    """Number of steps: official / divisor, at least `least`."""
 
     name: str
     divisor: int

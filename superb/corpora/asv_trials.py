@@ -10,9 +10,9 @@ from codecssl.superb.corpora.corpus import Corpus, Example
 from codecssl.tokenize.common.errors import UserError
 
 LISTED = "trials.txt"
-"""Beside the manifest, a line `label path path`, label 1 for one speaker."""
+"""File next to the manifest with lines `label path path`; label 1: the same speaker."""
 MOST_PAIRS = 20_000
-"""Of one speaker; VoxCeleb1's own list has 18,860."""
+"""Trials of the same speaker, at most; VoxCeleb1's own list has 18,860."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ def trials_of(corpus: Corpus, tested: list[Example]) -> list[Trial]:
 
 
 def read_trials(path: Path, tested: list[Example]) -> list[Trial]:
-    """Of paths relative to the list's folder. UserError for a line of another form, or a file not to be tested."""
+    """Read trials; paths are relative to the list's folder. Raises UserError for a malformed line or a foreign file."""
     known, trials = {str(example.path) for example in tested}, []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         fields = line.split()

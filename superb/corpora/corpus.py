@@ -17,7 +17,7 @@ LONGEST_SECONDS = 300.0
 """Longer clips are skipped and counted: a recurrent head would need gigabytes for one. None of SUPERB's is."""
 FOLDS = (1, 2, 3, 4, 5)
 VALID_SHARE = 0.2
-"""Of the four training folds, as in SUPERB's emotion recognition."""
+"""Share of the four training folds that validates, as in SUPERB's emotion recognition."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Example:
     id: str
     path: Path
     columns: dict[str, Any]
-    """What s3prl's CSV holds beside id and wav_path."""
+    """Columns of s3prl's CSV in addition to id and wav_path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class Corpus:
 
     @functools.cache  # noqa: B019 - as above
     def _rows_sha256(self, task: str) -> str:
-        """Of the rows with paths under the root, wherever that lies."""
+        """The sha256 of the rows, with paths relative to the root."""
         roots = str(self.root.resolve()), str(self.root.absolute())
         under = [row["path"].removeprefix(roots[0]).removeprefix(roots[1]) for row in self.rows_of(task)]
         rows = [{**row, "path": path} for row, path in zip(self.rows_of(task), under, strict=True)]
@@ -165,7 +165,7 @@ class Corpus:
                 )
 
     def _offer(self) -> str:
-        """What to ask for instead."""
+        """The tasks that the manifest does have, for the error."""
         there = {task for row in ([] if self.official else self.rows) for task in str(row.get("task", "")).split(",")}
         known = [name for name in TASKS if name in there]
         return f"; it has --tasks {','.join(known)}" if known else ""

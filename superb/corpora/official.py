@@ -1,7 +1,7 @@
 """SUPERB's corpora as rows of a manifest, read from the folders that their archives unpack to.
 
-Nothing is downloaded and no file is written. `root` holds the corpora side by side, or is the corpus asked
-for; `side` is a folder with the small lists that come from elsewhere:
+Nothing is downloaded and no file is written. `root` holds the corpora next to each other, or is one
+corpus; `side` is a folder with the small lists that come from elsewhere:
 
 | task | corpus | folder | side files |
 |---|---|---|---|
@@ -46,13 +46,13 @@ READERS: dict[str, Callable[[Place], list[Row]]] = {
     "er": iemocap.er_rows,
 }
 WITHOUT = {"asv": {"valid"}, "qbe": {"train"}}
-"""Splits that a task has none of, as in SUPERB."""
+"""Task -> splits that SUPERB does not have."""
 
 
 def official_rows(task: str, root: Path, side: Path | None = None) -> list[Row]:
     """The rows of one task, in the schema of sample_corpus.md, with absolute paths and SUPERB's splits.
 
-    `id` is unique within a split and s3prl's own. UserError names what is missing and where it is to be had.
+    `id` is unique within a split and s3prl's own. Raises UserError that names what is missing and where to get it.
     """
     if task not in READERS:
         raise UserError(f"task {task}: no official corpus is known; give one of {','.join(READERS)}")

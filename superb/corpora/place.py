@@ -1,4 +1,4 @@
-"""Where a corpus and its small side files lie on the user's disk: found, or named in the error."""
+"""Find a corpus and its small side files on disk, or name what is missing in the error."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """`root` holds the corpora, or is the one asked for; `side` holds lists that did not come with them."""
+    """Folders to search. `root` holds the corpora, or is one; `side` holds lists that do not come with them."""
 
     root: Path
     side: Path | None = None
@@ -31,7 +31,7 @@ class Place:
         )
 
     def file(self, names: tuple[str, ...], source: str, *near: Path) -> Path:
-        """The first of `names` in side, in `near`, or in root; else an error that says where it is to be had."""
+        """The first of `names` in side, in `near`, or in root; else a UserError that says where to get it."""
         folders = [folder for folder in (self.side, *near, self.root) if folder is not None]
         for name in names:
             for folder in folders:
@@ -47,7 +47,7 @@ def make_row(task: str, split: str, path: Path, **columns: Any) -> Row:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The file's lines that hold something."""
+    """Non-blank lines of a UTF-8 text file."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -56,7 +56,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def check_files(paths: Iterable[Path], listed_in: Path) -> None:
-    """UserError that counts the files that a list names and the corpus lacks."""
+    """Raise UserError with the number of listed files that the corpus lacks."""
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise UserError(f"{missing[0]}: listed in {listed_in} and not there ({len(missing)} such); complete the corpus")

@@ -11,7 +11,7 @@ from codecssl.tokenize.common.errors import UserError
 COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 SILENCE, UNKNOWN, NOISE = "_silence_", "_unknown_", "_background_noise_"
 HASH_BUCKETS = 2**27 - 1
-"""Of the split by speaker in Warden 2018, "Speech Commands", section 7."""
+"""Hash range of the split by speaker (Warden 2018, "Speech Commands", section 7)."""
 
 
 def ks_rows(place: Place) -> list[Row]:
@@ -19,7 +19,7 @@ def ks_rows(place: Place) -> list[Row]:
 
     As in SUPERB: the training tree is split by a hash of the speaker, its hashed test part unused; the test
     set is the separate tree. A row of silence is one second of a longer file: `start` and `end` in seconds.
-    The background noise stands in train and in valid.
+    The background noise is in train and in valid.
     """
     train = place.corpus("Speech Commands v0.01", ("speech_commands_v0.01",), ("yes", NOISE))
     places = (place.root, train.parent, *([place.side] if place.side else []))

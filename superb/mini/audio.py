@@ -26,7 +26,7 @@ class Studio:
         self.folder = folder
 
     def place(self, row: Row) -> str:
-        """What the manifest says of a clip: its own path, or of a 16 kHz copy where it has another rate."""
+        """Path columns of a clip: its own path, or that of a 16 kHz copy where it has another rate."""
         if row["rate"] == RATE and row["channels"] == 1:
             return str(row["path"])
         digest = hashlib.sha256(row["path"].encode()).hexdigest()[:8]
@@ -60,7 +60,7 @@ def levels(wave: Wave) -> NDArray[np.float64]:
 
 
 def active(wave: Wave) -> NDArray[np.bool_]:
-    """Whether something sounds in each 10 ms, judged against the clip's own loud and quiet frames."""
+    """Voice activity in frames of 10 ms, bool, relative to the clip's own loud and quiet frames."""
     level = levels(wave)
     if not len(level):
         return np.zeros(0, bool)

@@ -92,7 +92,7 @@ def _check_free(output: Path) -> None:
 
 @contextlib.contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
-    """An empty folder beside `output`, this process's alone; what a killed one left there is removed."""
+    """An empty folder next to `output`, locked by this process. Remains of a killed process are removed."""
     folder = output.parent / f".{output.name}.partial"
     with contextlib.ExitStack() as stack:
         try:

@@ -1,4 +1,4 @@
-"""What the builders of mini-SUPERB's tasks share: the manifest, the recipe, seeded generators, rows, notes."""
+"""State shared by the task builders of mini-SUPERB: manifest, recipe, seeded generators, rows, notes."""
 
 import functools
 import zlib

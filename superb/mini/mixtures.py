@@ -40,7 +40,7 @@ def sd(bench: Bench) -> list[Row]:
 
 
 def _worlds(rows: list[Row]) -> list[dict[str, list[Row]]]:
-    """Of each source, clips by speaker, of speakers with two or more; sources with two such speakers."""
+    """Source -> speaker -> clips, for speakers with two clips or more and sources with two such speakers."""
     sources = grouped([{**row, "source": row.get("origin", "")} for row in rows], "source")
     found = []
     for name in sorted(sources):

@@ -18,7 +18,7 @@ SHORTEST = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What a split draws from."""
+    """Material of a split."""
 
     clips: dict[str, list[Row]]
     """By word."""

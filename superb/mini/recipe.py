@@ -1,4 +1,4 @@
-"""How large mini-SUPERB is, and what a manifest cannot say of itself."""
+"""Sizes of mini-SUPERB, and facts about the sources that a manifest does not hold."""
 
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ class Recipe:
     """
 
     shares: tuple[float, float, float] = (0.6, 0.2, 0.2)
-    """Of speakers' or utterances' material."""
+    """Shares of the material of speakers or utterances."""
     asr_utterances: tuple[int, int, int] = (400, 80, 80)
     pr_utterances: tuple[int, int, int] = (400, 80, 80)
     sid_least: int = 8
@@ -22,9 +22,9 @@ class Recipe:
     asv_least: int = 4
     asv_most: int = 20
     asv_share: float = 0.65
-    """Of speakers' material that trains; the rest is tried."""
+    """Share of the speakers' material for training; trials use the rest."""
     asv_trials: int = 400
-    """Of the same speaker, and as many of different ones."""
+    """Trials of the same speaker; there are as many of different speakers."""
     ks_per_word: tuple[int, int, int] = (60, 20, 20)
     """Clips of a keyword, of `_unknown_` and of `_silence_`."""
     sd_mixtures: tuple[int, int, int] = (40, 10, 10)
@@ -35,9 +35,9 @@ class Recipe:
     ic_commands: tuple[int, int, int] = (300, 90, 150)
     sf_commands: tuple[int, int, int] = (120, 40, 40)
     qbe_queries: int = 2
-    """Of each term, in each of valid and test."""
+    """Queries of each term, in each of valid and test."""
     qbe_documents: int = 3
-    """That hold a term, for each term in each of valid and test."""
+    """Documents that hold a term, for each term in each of valid and test."""
     qbe_distractors: int = 16
     slot_order: list[list[str]] = field(default_factory=list)
     """Slots in the order in which they are spoken, of intents without a transcript. Slots of one inner list may come

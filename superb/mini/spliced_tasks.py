@@ -122,7 +122,7 @@ def _silences(
     band: int,
     rng: np.random.Generator,
 ) -> Iterator[tuple[Wave, Row]]:
-    """Half environmental noise turned low, half what lies beside the words, as far as there is of each."""
+    """Silence: half quiet environmental noise, half the pauses next to the words, as far as available."""
     beside = [(row, bench.studio.read(row, band)) for row in words if row["seconds"] > LONGEST]
     order = rng.permutation(len(beside))
     quiet = [(quiet_part(beside[i][1], float(rng.choice(lengths))), beside[i][0]) for i in order]

@@ -11,7 +11,7 @@ from codecssl.tokenize.common.errors import UserError
 class DecodedOnce:
     """Stands for librosa in s3prl's loader: `load` remembers what it gave, as much as fits `limit_bytes`.
 
-    What is cut at random or goes through effects is still cut and changed anew: that comes after loading.
+    What is cut at random or goes through effects is still cut and changed each time: that comes after loading.
     """
 
     def __init__(self, librosa: Any, limit_bytes: int) -> None:
@@ -24,7 +24,7 @@ class DecodedOnce:
         that is no audio, or has samples that are no numbers.
         """
         try:
-            state = Path(path).stat()  # a file that was written anew is read anew
+            state = Path(path).stat()  # a file that was overwritten is read again
             key = (path, state.st_mtime_ns, state.st_size, sr, offset, duration)
             if key in self._waves:
                 wave, rate = self._waves[key]

@@ -20,7 +20,7 @@ class PaddedLSTM(nn.LSTM):
     """
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        """As nn.LSTM; of a packed sequence, the last states are not given (s3prl's heads don't use them)."""
+        """As nn.LSTM, without the last states of a packed sequence, which s3prl's heads do not use."""
         plain = isinstance(input, PackedSequence) and hx is None and not input.data.is_cuda
         if not plain or self.num_layers > 1 or self.proj_size:
             return nn.LSTM.forward(self, input, hx)

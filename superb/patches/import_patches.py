@@ -1,4 +1,4 @@
-"""What s3prl 0.4.18 needs before it imports and runs, unmodified, on today's torch and torchaudio.
+"""Patches that s3prl 0.4.18, unmodified, needs to import and run on today's torch and torchaudio.
 
 s3prl is used as published; each patch below fills a hole that a newer library left, states its reason, and
 touches nothing when the hole is not there. `install` must run before the first `import s3prl`.
@@ -53,7 +53,7 @@ def _torchaudio_info() -> None:
 
 
 def _info(path: Any, *arguments: Any, **options: Any) -> Any:
-    """What torchaudio.info said of a file, by soundfile."""
+    """Replacement of torchaudio.info, by soundfile."""
     import soundfile
 
     found = soundfile.info(str(path))

@@ -61,7 +61,7 @@ def _apply(samples: Samples, sample_rate: int, effects: Sequence[Sequence[str]])
 
 
 def _rounded(samples: Samples) -> Samples:
-    """As sox rounds to its 32-bit samples, halves away from zero, and clips."""
+    """Round and clip to 32-bit samples as sox does, halves away from zero."""
     return np.clip(np.trunc(samples + np.copysign(0.5, samples)), -FULL_SCALE, LARGEST)
 
 
@@ -91,7 +91,7 @@ def drop_silence(samples: Samples, sample_rate: int, duration: int, percent: flo
 
     Loud is a sample whose RMS over the last 20 ms (zeros before the beginning) is above T percent of full scale. All
     up to the first `duration` loud samples in a row is dropped; then all is copied up to the first `duration` quiet
-    samples in a row, which are dropped, and from there on it begins anew with an empty RMS window. A shorter quiet
+    samples in a row, which are dropped, and from there on it starts again with an empty RMS window. A shorter quiet
     end is kept.
     """
     kept, at = [samples[:0]], 0
@@ -130,7 +130,7 @@ def _loud(samples: Samples, window: int, percent: float) -> NDArray[np.bool_]:
 
 
 def _first_run(flags: NDArray[np.bool_], length: int, start: int) -> int | None:
-    """Where the first `length` true flags in a row begin, at `start` or after; None where there are none."""
+    """Index of the first run of `length` true flags at `start` or later; None if there is none."""
     false = np.concatenate([[0], np.cumsum(~flags[start:])])
     whole = false[length:] == false[:-length] if length < len(false) else np.zeros(0, bool)
     return start + int(np.argmax(whole)) if whole.any() else None

@@ -1,4 +1,4 @@
-"""What s3prl's tasks need beyond importing (compat.py): holes that a small corpus or a missing tool falls into.
+"""Patches of s3prl's tasks, in addition to import_patches: they fail on small corpora or without some tools.
 
 Each is one patch with its reason; s3prl itself is not edited. `install` is called when a problem is built.
 """
@@ -85,7 +85,7 @@ PATCHES = (
     ),
     Patch(
         name="memory_errors",
-        reason="the training loop goes on after an out-of-memory error, without the batch; it must be seen",
+        reason="the training loop skips the batch after an out-of-memory error; it must be reported",
         apply=_memory_errors,
     ),
 )

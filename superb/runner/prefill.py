@@ -1,4 +1,4 @@
-"""What to put into the token cache for a comparison: each codec of its upstreams, each task, and how it is loaded."""
+"""Fill the token cache for a comparison: the waves of each task, encoded by each codec of its upstreams."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -49,7 +49,7 @@ def _itself(codec: Codec) -> Codec:
 
 
 def task_waves(task: Task, corpus: Corpus, frame_shift: int) -> list[Wave]:
-    """Of all splits, and of all folds where the task takes them in turn."""
+    """The waves of all splits, and of all folds where the task tests them in turn."""
     if task.name == "er" and corpus.has_folds(task.name):
         rows = corpus.rows_of(task.name)
         return waves_of(task, {"test": [Example(id="", path=Path(row["path"]), columns={}) for row in rows]})

@@ -1,4 +1,4 @@
-"""One run: an upstream, a task, a learning rate, a seed (and a fold), in a folder of its own; finished, it stays."""
+"""One run: an upstream, a task, a learning rate, a seed and possibly a fold. Each run has its own folder."""
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ HUB_NAME = "codecssl_frozen"  # under which a run's upstream stands in s3prl's h
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where and how to run; nothing here changes a result beyond rounding."""
+    """Device, processes and memory of a run. They change results by rounding only."""
 
     device: str = "cpu"
     num_workers: int = 0  # of s3prl's data loaders, and of qbe's search
@@ -44,7 +44,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One result to be had. `learning_rate` None is the task's official one."""
+    """The settings of one result. `learning_rate` None is the task's official one."""
 
     upstream: Upstream
     task: str
@@ -59,7 +59,7 @@ class Run:
     language_model: Path | None = None  # of ASR with LM
 
     def identity(self) -> dict[str, Any]:
-        """What the result depends on; a run with another identity is another folder."""
+        """Everything the result depends on. Runs with different identities have different folders."""
         settings: dict[str, Any] = {"task": self.task, "learning_rate": self.learning_rate, "seed": self.seed}
         settings["budget"] = {k: v for k, v in asdict(self.budget).items() if k != "learning_rates"}
         if self.fold is not None:
@@ -85,14 +85,14 @@ class Run:
 
 @functools.cache
 def _sha256(path: Path) -> str:
-    """Of a file of gigabytes that many runs name: read once in a process."""
+    """The sha256 of a file. Many runs name the same file of gigabytes: a process reads it once."""
     return file_sha256(path)
 
 
 def run_one(run: Run, machine: Machine) -> results.Row:
     """Train and test one task's head on one upstream, in this process; returns the row of result.json.
 
-    An unfinished run goes on from s3prl's last whole checkpoint. Everything s3prl prints goes to run.log.
+    An unfinished run resumes from s3prl's last whole checkpoint. Everything s3prl prints goes to run.log.
     """
     with alone_in(run.folder):
         return results.read_json(run.folder / "result.json") or _run(run, machine)
@@ -138,7 +138,7 @@ def _tidy(folder: Path) -> None:
 
 
 def _trained(run: Run, machine: Machine, task: Task, selection: Selection) -> results.Row:
-    """What s3prl's problem gives, and the settings that decided it."""
+    """Train and test with s3prl's problem; returns its results and the settings used."""
     config = configure(run, machine)
     drop_truncated(run.folder / "train")
     corpus = open_corpus(run.root, run.side)
@@ -216,7 +216,7 @@ def _stand_in_hub(run: Run, machine: Machine) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _build(upstream: Upstream, seed: int, machine: Machine, codes: Path, task: str) -> Any:
-    """Anew for each task, so that the features of one make room for those of the next."""
+    """The upstream with a feature cache. Each task gets a new one: its features replace those of the task before."""
     from codecssl.superb.upstreams.feature_cache import CachedUpstream
 
     built = _shelf(machine.device, codes, seed).build(upstream)

@@ -22,10 +22,10 @@ class Sweep:
     root: Path
     output: Path
     rates: tuple[float, ...] | None = None
-    """None is what the budget sweeps for each task."""
+    """None: the learning rates of the budget."""
     seeds: tuple[int, ...] = (0,)
     folds: bool = False
-    """Whether emotion recognition tests each of five folds in turn; with all official steps it always does."""
+    """Test each of five folds of emotion recognition in turn. With all official steps this is always done."""
     side: Path | None = None
     language_model: Path | None = None
 
@@ -74,7 +74,7 @@ class Sweep:
         return FOLDS
 
     def _seeds(self, upstream: Upstream, task: Task) -> tuple[int, ...]:
-        """Where nothing is trained, another seed changes a random encoder only."""
+        """The seeds to run. Without training, the seed only matters for a random encoder."""
         return self.seeds if task.problem is not None or upstream.kind == "random" else self.seeds[:1]
 
 

@@ -1,4 +1,4 @@
-"""What plain log-mel features reach on the sample corpus: `python -m codecssl.superb.sample.measure FOLDER`.
+"""Accuracy of plain log-mel features on the sample corpus: `python -m codecssl.superb.sample.measure FOLDER`.
 
 A sanity check of the data, not SUPERB: each task must be learnable, and none may be solved by an averaged
 spectrum. Chance is what a constant or random answer gets. `--ctc` adds pr, asr and sf by a small BLSTM

@@ -1,4 +1,4 @@
-"""What is said in the sample corpus: word lists and small grammars, all written for this project.
+"""Texts of the sample corpus: word lists and small grammars, all written for this project.
 
 Text is lower case, letters and spaces only. Every function draws from the generator it is given, so that one
 seed fixes the whole corpus.

@@ -24,12 +24,12 @@ from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 
 MOST_BITS = 10
-"""Of one codebook: 1024 entries."""
+"""Largest number of bits of one codebook: 1024 entries."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """How many codes of how many bits a second has."""
+    """Codes per second and bits per code."""
 
     pool: int
     """Frames of the base codec in one frame of codes."""
@@ -37,7 +37,7 @@ class Rate:
     """Frames of codes per second."""
     num_codebooks: int
     bits: int
-    """Of each code."""
+    """Bits of each code."""
 
     @property
     def bits_per_second(self) -> float:

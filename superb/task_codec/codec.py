@@ -1,4 +1,4 @@
-"""Codes for the machine: what `codecssl-superb compress` made of a pretrained model, as a codec.
+"""Codes for the machine: what `codecssl-superb task-codec` made of a pretrained model, as a codec.
 
 A wave becomes the base codec's codes, these the state of a layer, and that the codes of a small residual quantizer,
 below 200 bit/s. They hold what the model's later layers and the task's head need; there is no way back to sound.
@@ -103,9 +103,11 @@ class MachineStream(ChunkedStream):
 
 
 def load(name: str, weights: str | None, num_codebooks: int | None, device: str) -> MachineCodec:
-    """Load `machine` from the folder that `codecssl-superb compress` wrote (`Codec` loader; see `load_codec`)."""
+    """Load `machine` from the folder that `codecssl-superb task-codec` wrote (`Codec` loader; see `load_codec`)."""
     if weights is None:
-        raise UserError(f"codec {name}: has no weights of its own; give the folder that codecssl-superb compress wrote")
+        raise UserError(
+            f"codec {name}: has no weights of its own; give the folder that codecssl-superb task-codec wrote"
+        )
     folder = Path(weights)
     compressed = load_folder(folder)
     base = load_codec_for(compressed.model.card, device=device)

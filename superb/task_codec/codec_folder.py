@@ -117,14 +117,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         description = {}
     if description.get("model_type") != MODEL_TYPE:
-        raise UserError(f"{folder}: is no codec of codecssl-superb compress (its config.json says otherwise)")
+        raise UserError(f"{folder}: is no codec of codecssl-superb task-codec (its config.json says otherwise)")
     if description["version"] != VERSION:
         raise UserError(f"{folder}: version {description['version']}, this codecssl reads {VERSION}; compress again")
     return description
 
 
 def load(folder: Path) -> Compressed:
-    """What `save` wrote, on the CPU, in evaluation mode, without gradients."""
+    """Load what `save` wrote, on the CPU, in evaluation mode, without gradients."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""`codecssl-superb compress`: a pretrained model and a task in, a codec below 200 bit/s out."""
+"""`codecssl-superb task-codec`: a pretrained model and a task in, a codec below 200 bit/s out."""
 
 import copy
 import hashlib
@@ -35,7 +35,7 @@ OWN_FILES = {"config.json", "model.safetensors", "README.md", "metrics.jsonl", "
 
 @dataclass(frozen=True, kw_only=True)
 class CompressConfig:
-    """What was asked for."""
+    """Settings of `codecssl-superb task-codec`."""
 
     upstream: Path
     data: Path
@@ -54,7 +54,7 @@ class CompressConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What runs on one model and one set of data share."""
+    """Data and features that runs on one model and one data set share."""
 
     model: CodecModel
     shards: Shards

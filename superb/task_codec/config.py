@@ -1,4 +1,4 @@
-"""How a bottleneck is trained."""
+"""Training settings of a bottleneck."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from codecssl.tokenize.common.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a bottleneck is trained."""
+    """Training settings of a bottleneck."""
 
     head_steps: int = 1000
     """With labels, of a head on the states as they are: the model's own one goes on in stage B."""
@@ -28,9 +28,9 @@ class TrainConfig:
     quantizer_dropout: float = 0.5
     """Share of the utterances that keep a drawn number of codebooks; 0 where there is one codebook."""
     revive_steps: int = 100
-    """Between two looks for dead entries."""
+    """Steps between two searches for dead entries."""
     evaluations: int = 10
-    """Of the validation part, over the head's training and over stage B; the best one is kept."""
+    """Evaluations on the validation part, during head training and during stage B; the best state is kept."""
     fit_frames: int = 40_000
     """Frames of the model that the start is made from, at most."""
     seed: int = 0

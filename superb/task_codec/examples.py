@@ -1,4 +1,4 @@
-"""What a model is compressed on: token shards with label columns, and their parts for training, choosing, testing."""
+"""Data of a task codec: token shards with label columns, split into training, validation and test parts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ PARTS = ("train", "valid", "test")
 FOLDS = 4
 """Each is the test part once, where rows name no split."""
 VALID = 0.15
-"""Of the rest, which chooses among checkpoints."""
+"""Share of the remaining utterances for validation, which selects the checkpoint."""
 SPOKEN = ("pr",)
 """SUPERB tasks answered by a row of labels, CTC."""
 SPEAKER_APART = ("pr", "ks", "ic", "er")

@@ -37,7 +37,7 @@ def rate_of(config: TrainConfig, stage: int, step: int) -> float:
 
 
 def evaluates(config: TrainConfig, stage: int, step: int) -> bool:
-    """Whether the validation part is looked at after so many steps."""
+    """True if the validation part is evaluated after this step."""
     steps = steps_of(config, stage)
     return step % max(1, steps // config.evaluations) == 0 or step == steps
 

@@ -33,7 +33,7 @@ class RvqConfig:
 
 @dataclass(frozen=True)
 class Quantised:
-    """What a forward pass gives."""
+    """Results of a forward pass."""
 
     features: Tensor
     """[B, T, D], the sum of the codebooks' up-projected entries; gradients pass straight through the lookup."""
@@ -165,7 +165,7 @@ class Rvq(nn.Module):
     def revive(self, x: Tensor, mask: Tensor, least: float, generator: torch.Generator) -> list[int]:
         """Put entries used less than `least` times since the last call on projections of real frames of x.
 
-        Returns how many of each codebook were dead, and starts to count anew.
+        Returns the number of dead entries of each codebook, and resets the counts.
         """
         residual, dead = x[mask][None], []
         for book in self.books:

@@ -42,9 +42,9 @@ from codecssl.superb.task_codec.states import Source, batch, quantised
 from codecssl.tokenize.common.errors import UserError
 
 VQ_WEIGHT = {"none": 0.2, "ctc": 0.2, "class": 0.005}
-"""Of commitment and codebook loss in stage B, by the head's kind, as published (arXiv 2507.12701)."""
+"""Weight of commitment and codebook loss in stage B by kind of head, as published (arXiv 2507.12701)."""
 LEAST_USES = 1.0
-"""Of an entry between two looks; one used less is dead."""
+"""An entry with fewer uses between two searches is dead."""
 
 
 def distillation(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ def save_state(path: Path, identity: str, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path, identity: str) -> dict[str, Any] | None:
-    """What `save_state` wrote, or None. UserError for a run with other settings."""
+    """Load what `save_state` wrote; None without a file. Raises UserError for a run with other settings."""
     if not path.is_file():
         return None
     found = torch.load(path, weights_only=True)

@@ -37,7 +37,7 @@ class CodeCache:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How the waves asked for so far were answered."""
+        """Numbers of waves by the origin of their codes."""
         return {"cached": self.found, "kept": self.kept, "live": self.encoded}
 
     def __call__(self, wavs: Sequence[Tensor]) -> list[Tensor]:
@@ -66,7 +66,7 @@ class CodeCache:
 
 
 def counts_of(upstream: object) -> dict[str, int] | None:
-    """`CodeCache.counts` of an upstream, through whatever wraps it; None where it reads no codes."""
+    """`CodeCache.counts` of an upstream, below its wrappers; None if it reads no codes."""
     while not hasattr(upstream, "codes") and hasattr(upstream, "frozen"):
         upstream = upstream.frozen
     codes = getattr(upstream, "codes", None)

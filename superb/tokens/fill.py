@@ -1,7 +1,7 @@
 """Filling the token cache: the waves of a task through the codec, once, into a set of token shards.
 
 Any number of processes, started by one command or by several, may fill one set: each takes a shard that no other has
-locked. A shard is written block by block; what a killed process leaves is whole blocks, from which the next goes on.
+locked. A shard is written block by block; a killed process leaves whole blocks, from which the next one resumes.
 """
 
 import errno
@@ -42,7 +42,7 @@ Report = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One set to fill: the waves of a task for a codec. `load` makes the codec anew, in worker processes."""
+    """One set to fill: the waves of a task for a codec. `load` loads the codec in each worker process."""
 
     root: Path
     name: str

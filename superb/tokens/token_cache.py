@@ -33,7 +33,7 @@ def wave_key(wav: Tensor) -> str:
 
 
 def codec_folder(root: Path, card: CodecCard) -> Path:
-    """Where the sets of a codec lie."""
+    """Folder of the sets of a codec."""
     return root / f"{card.name}-{card.fingerprint[:16]}"
 
 

@@ -81,7 +81,7 @@ def points(
 
 
 def nearest_count(card: CodecCard, rate_bps: float) -> int:
-    """How many of the base codec's first codebooks come nearest to a rate; 0 where they run at different rates."""
+    """The number of first codebooks of the base codec that is nearest to a rate; 0 if their rates differ."""
     if set(card.codes_per_frame) != {1}:
         return 0
     each = np.cumsum([bits * float(card.frame_rate) for bits in card.code_bits])

@@ -1,4 +1,4 @@
-"""`codecssl-superb compress-report`: tasks' metrics against rate, of codes for the machine and of simpler ones."""
+"""`codecssl-superb task-codec-report`: tasks' metrics against rate, of codes for the machine and of simpler ones."""
 
 import hashlib
 import json
