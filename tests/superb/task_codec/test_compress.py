@@ -1,4 +1,4 @@
-"""`codecssl-superb task-codec` on tones: what it refuses, what it draws, and that its codec answers from shards alone."""
+"""`codecssl-superb task-codec` on tones: errors, random draws, and answers of its codec from shards alone."""
 
 import dataclasses
 import json
