@@ -8,6 +8,8 @@ dataset.json.
 from __future__ import annotations
 
 import errno
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from codecssl.tokenize.format.writer import ShardWriter, finish_dataset, tidy, t
 from codecssl.tokenize.mel import MelSpec
 from codecssl.tokenize.progress import Progress, reported
 from codecssl.tokenize.sources.decoder import DECODING
-from codecssl.tokenize.sources.sources import is_stream, read_sources
+from codecssl.tokenize.sources.sources import is_stream, left_out, read_sources
 from codecssl.tokenize.worklist import Todo
 
 # ---------------------------------------------------------------- the plan
@@ -92,7 +94,12 @@ def count_inputs(config: TokenizeConfig) -> int | None:
     if any(is_stream(source) for source in config.sources):
         next(read_sources(list(config.sources)))  # a source that isn't there is told before anything is made
         return None
-    return sum(1 for _ in read_sources(list(config.sources)))
+    left_out.clear()
+    count = sum(1 for _ in read_sources(list(config.sources)))
+    if left_out and config.task == 0:
+        what = ", ".join(f"{number} {suffix}" for suffix, number in sorted(left_out.items()))
+        print(f"note: left out of the folders: {what}; name files in a manifest to take them", file=sys.stderr)
+    return count
 
 
 # ---------------------------------------------------------------- the run
@@ -146,7 +153,7 @@ def _run(
     with alone_in(config.output, f".{config.task}-of-{config.tasks}.lock"):
         todo = Todo(config, compare)
         workers = default_workers() if config.workers is None else config.workers
-        results = encode_inputs(device, codec, todo, workers, mel)
+        results = _noted(encode_inputs(device, codec, todo, workers, mel))
         _consume(config, codec.card, todo, reported(results, codec.card, todo.left(inputs), on_progress), stop)
     if any(not shard_path(config.output, s).with_suffix(".json").exists() for s in range(todo.shards)):
         return None
@@ -177,6 +184,23 @@ def _consume(
         writer.finish(todo.digests.pop(writer.shard))
     for shard, digest in todo.digests.items():  # killed after their last block
         _BlockWriter(config, card, shard).finish(digest)
+
+
+NOTES = {
+    "clipped": "segments ended up to 0.5 s after their file and were cut there",
+    "cancelled": "files whose channels cancel in their mean are almost silent; choose one with a `channel` column",
+}
+
+
+def _noted(results: Iterator[EncodedUtterance | Failure]) -> Iterator[EncodedUtterance | Failure]:
+    """Pass results on, and print how many had each of the notes."""
+    counts: Counter[str] = Counter()
+    for result in results:
+        if isinstance(result, EncodedUtterance):
+            counts.update(result.notes)
+        yield result
+    for note, number in sorted(counts.items()):
+        print(f"note: {number} {NOTES[note]}", file=sys.stderr)
 
 
 class _BlockWriter:

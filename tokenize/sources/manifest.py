@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import filecmp
+import gzip
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +13,12 @@ from typing import Any, BinaryIO
 
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import temporary_for
+from codecssl.tokenize.sources.columns import PATHS, first_of, segment_of
 from codecssl.tokenize.sources.inputs import Input, Seen, as_label, in_utf8
 
-MANIFESTS = (".tsv", ".csv", ".jsonl")
-RESERVED = ("path", "id", "start", "end")
+MANIFESTS = (".tsv", ".csv", ".jsonl", ".jsonl.gz", ".json", ".scp", ".txt", ".lst", ".list")
+LISTS = (".txt", ".lst", ".list")
+"""Names of lists: a path a line."""
 
 Rows = Iterator[tuple[int, dict[str, Any]]]
 """(line, columns) of each row."""
@@ -26,10 +28,20 @@ def read_manifest(manifest: Path) -> Iterator[Input]:
     """Inputs of a table with the columns path, [id, start, end], and labels; paths are relative to the table's folder.
 
     UTF-8 with or without a byte-order mark, any line ends. A .jsonl may begin with {"root": FOLDER}, to which its paths
-    are relative then. Raises UserError naming the line.
+    are relative then. Also read: NeMo's .json and
+    .jsonl.gz (rows of JSON), lists of paths (.txt, .lst, .list), Kaldi's wav.scp without pipes, fairseq's .tsv with its
+    root line, Common Voice's .tsv beside clips/. Raises UserError naming the line.
     """
-    rows = _json_rows(manifest) if manifest.suffix.lower() == ".jsonl" else _table_rows(manifest)
-    return _inputs(rows, str(manifest), manifest.parent)
+    name, root = manifest.name.lower(), manifest.parent
+    if name.endswith((".jsonl", ".jsonl.gz", ".json")):
+        return _inputs(_json_rows(manifest), str(manifest), root)
+    if name.endswith(".scp"):
+        return _inputs(_kaldi_rows(manifest), str(manifest), root)
+    if name.endswith(LISTS):
+        return _inputs(_list_rows(manifest), str(manifest), root)
+    if name.endswith(".tsv") and (folder := _fairseq_root(manifest)) is not None:
+        return _inputs(_fairseq_rows(manifest), str(manifest), root / folder)
+    return _inputs(_table_rows(manifest), str(manifest), root, clips=True)
 
 
 def read_list(stream: BinaryIO, name: str = "standard input") -> Iterator[Input]:
@@ -101,8 +113,49 @@ def _listed(stream: BinaryIO, name: str) -> Rows:
             yield number, {"path": text}
 
 
+def _list_rows(manifest: Path) -> Rows:
+    with manifest.open("rb") as file:
+        if b"\0" in file.read(4096):
+            raise UserError(f"{manifest}: not a text file; a list has a path a line")
+        file.seek(0)
+        yield from _listed(file, str(manifest))
+
+
+def _kaldi_rows(manifest: Path) -> Rows:
+    """Lines `ID PATH` of a wav.scp."""
+    for number, row in _list_rows(manifest):
+        id, _, path = str(row.get("path", "")).strip().partition(" ")
+        if path.rstrip().endswith("|"):
+            raise UserError(
+                f"{manifest}, line {number}: a command ({path[:60]}), and commands are not run; write its output to "
+                "files, or give their paths with start, end and channel columns"
+            )
+        if not path:
+            raise UserError(f"{manifest}, line {number}: must be an id and a path")
+        yield number, {"id": id, "path": path.strip()}
+
+
+def _fairseq_root(manifest: Path) -> str | None:
+    """The folder in the first line of a fairseq .tsv, whose other lines are a path and a number of samples."""
+    with manifest.open("rb") as file:
+        first, second = file.readline(4096), file.readline(4096)
+    fields = second.rstrip(b"\r\n").split(b"\t")
+    if b"\t" in first or len(fields) != 2 or not fields[1].isdigit():
+        return None
+    return first.decode("utf-8", "surrogateescape").strip()
+
+
+def _fairseq_rows(manifest: Path) -> Rows:
+    with manifest.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            path, _, samples = line.decode("utf-8", "surrogateescape").rstrip("\r\n").partition("\t")
+            if number > 1 and path:
+                yield number, {"path": path, "samples": int(samples) if samples.isdigit() else samples}
+
+
 def _json_rows(manifest: Path) -> Rows:
-    with manifest.open(encoding="utf-8-sig") as file:
+    opener = gzip.open if manifest.name.lower().endswith(".gz") else open
+    with opener(manifest, "rt", encoding="utf-8-sig") as file:
         for number, line in enumerate(_decoded(file, manifest), 1):
             if line.strip():
                 yield number, _json_row(str(manifest), number, line)
@@ -145,9 +198,13 @@ def _decoded(lines: Iterator[str], manifest: Path) -> Iterator[str]:
 # ---------------------------------------------------------------- inputs
 
 
-def _inputs(rows: Rows, name: str, root: Path) -> Iterator[Input]:
-    seen = Seen()
+def _inputs(rows: Rows, name: str, root: Path, *, clips: bool = False) -> Iterator[Input]:
+    """clips: paths may be relative to the folder clips/ next to the table, as Common Voice's are."""
+    seen, first = Seen(), True
     for number, row in rows:
+        if clips and first and (column := first_of(row, PATHS)) and not (root / str(row[column])).exists():
+            root = root / "clips" if (root / "clips" / str(row[column])).exists() else root
+        first = False
         where = f"{name}, line {number}"
         if number == 1 and list(row) == ["root"]:
             root = root / str(row["root"])
@@ -159,35 +216,18 @@ def _inputs(rows: Rows, name: str, root: Path) -> Iterator[Input]:
 
 
 def _input(where: str, row: dict[str, Any], root: Path) -> Input:
-    if not row.get("path"):
+    if not (column := first_of(row, PATHS)):
         raise UserError(f"{where}: no 'path' column; the columns are {', '.join(row)}")
-    path = str(row["path"])
-    start, end = _seconds(where, row, "start"), _seconds(where, row, "end")
-    if end is not None and end <= (start or 0.0):
-        raise UserError(f"{where}: end {end} is not after start {start or 0.0}")
-    segment = "" if start is None and end is None else f"#{start or 0:.15g}-{'' if end is None else f'{end:.15g}'}"
+    path = str(row[column])
+    segment, used = segment_of(where, row)
+    start, end, channel = segment["start"], segment["end"], segment["channel"]
+    suffix = "" if start is None and end is None else f"#{start or 0:.15g}-{'' if end is None else f'{end:.15g}'}"
+    suffix += "" if channel is None else f"@{channel}"
     id = row.get("id")
-    labels = {k: as_label(v) for k, v in row.items() if k not in RESERVED}
     return Input(
-        id=in_utf8(path + segment if id in (None, "") else str(id)),
+        id=in_utf8(path + suffix if id in (None, "") else str(id)),
         path=in_utf8(path),
         file=str(root / path),
-        start=start,
-        end=end,
-        labels=labels,
+        labels={k: as_label(v) for k, v in row.items() if k not in ("id", column) and k not in used},
+        **segment,
     )
-
-
-def _seconds(where: str, row: dict[str, Any], column: str) -> float | None:
-    value = row.get(column)
-    if value in (None, ""):
-        return None
-    try:
-        seconds = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: {column} {value!r} is not a number of seconds") from None
-    if seconds < 0:
-        raise UserError(f"{where}: {column} {seconds} is negative")
-    if not math.isfinite(seconds):
-        raise UserError(f"{where}: {column} {seconds} is not a number of seconds")
-    return seconds

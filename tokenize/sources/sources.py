@@ -10,12 +10,13 @@ import functools
 import glob
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice, takewhile
 from pathlib import Path
 
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.sources.audio import EXTENSIONS
+from codecssl.tokenize.sources.audio import EXTENSIONS, OTHER_MEDIA
 from codecssl.tokenize.sources.inputs import Input, in_utf8
 from codecssl.tokenize.sources.manifest import MANIFESTS, read_list, read_manifest
 
@@ -25,6 +26,10 @@ TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 WILDCARDS = "*?["
 HINT_ENTRIES = 10_000
 """Of a folder without audio, to tell what it holds instead."""
+
+
+left_out: Counter[str] = Counter()
+"""Files that folders hold and that were not taken, by suffix, since the counter was cleared."""
 
 
 def read_sources(sources: list[str], skip: int = 0) -> Iterator[Input]:
@@ -83,7 +88,7 @@ def _read_source(source: str) -> Iterator[Input]:
 
 
 def _from_file(path: Path) -> Iterator[Input]:
-    if path.suffix.lower() in MANIFESTS:
+    if path.name.lower().endswith(MANIFESTS):
         return _some(read_manifest(path), str(path), "no rows in it")
     if path.name.lower().endswith(TARS):
         raise UserError(f"source {str(path)!r}: a tar; write wds:{path} for the audio in it")
@@ -99,12 +104,19 @@ def walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Itera
         with os.scandir(folder) as entries:
             ordered = sorted(entries, key=lambda entry: os.fsencode(entry.name))
     except OSError as error:
+        if above:  # it becomes an input that cannot be read: the others are not lost
+            yield folder
+            return
         raise UserError(f"{folder}: cannot be listed: {error.strerror}") from error
     for entry in ordered:
         if entry.is_dir():
             yield from walk(Path(entry.path), above | {here})
+        elif entry.name.startswith("._"):  # macOS's attributes of a file, under its name
+            left_out["._*"] += 1
         elif entry.name.lower().endswith(EXTENSIONS):
             yield Path(entry.path)
+        elif entry.name.lower().endswith(OTHER_MEDIA):
+            left_out[Path(entry.name).suffix.lower()] += 1
 
 
 def _is_plain(part: str) -> bool:
@@ -133,7 +145,7 @@ def _hint(folder: Path) -> str:
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
         return f". It is a saved dataset: give hf:{folder}:SPLIT"
     paths = sorted(islice(folder.rglob("*"), HINT_ENTRIES))
-    if found := [str(p) for p in paths if p.suffix.lower() in MANIFESTS]:
+    if found := [str(p) for p in paths if p.suffix.lower() in MANIFESTS[:3]]:
         return f". It holds manifests: give {' or '.join(found[:3])}"
     if found := [str(p) for p in paths if p.name.lower().endswith(TARS)]:
         return f". It holds tars: give 'wds:{Path(found[0]).parent}/*{''.join(Path(found[0]).suffixes)}'"

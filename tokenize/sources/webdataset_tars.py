@@ -195,9 +195,17 @@ def _opener(tar: Path) -> Callable[[Path], Any] | None:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and lower-case extension of a member, as webdataset splits them: at the first dot of the base name."""
+    """Key and lower-case extension of a member, as webdataset splits them: at the first dot of the base name.
+
+    A dot before a digit belongs to the key, as in utt_11.708_13.970.flac, where audio or a label ends the name.
+    """
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, extension = base.partition(".")
+    last = extension.rpartition(".")[2].lower()
+    if extension[:1].isdigit() and (_is_audio(last) or _is_label(last)):
+        match = re.search(r"((?:\.[A-Za-z][^.]*|\.mp3)+)$", base)
+        if match and match.start():
+            stem, extension = base[: match.start()], match[0][1:]
     if not stem or (not folder and name.startswith("__") and name.endswith("__")):
         return "", ""
     return folder + slash + stem, extension.lower()

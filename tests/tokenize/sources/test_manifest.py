@@ -1,5 +1,6 @@
 """Manifests and lists on standard input: what users' tables look like, and what is wrong with them."""
 
+import gzip
 import io
 import json
 from pathlib import Path
@@ -184,3 +185,52 @@ def test_rows_that_are_none_are_named(tmp_path, text, message):
 def test_rows_keep_every_column(tmp_path):
     (tmp_path / "list.jsonl").write_text('{"path": "a.wav", "label": 3}\n\n{"path": "b.wav"}\n')
     assert read_rows(tmp_path / "list.jsonl", "path") == [{"path": "a.wav", "label": 3}, {"path": "b.wav"}]
+
+
+def segments(path):
+    return [(item.file, item.start, item.end, item.duration, item.channel) for item in rows(path)]
+
+
+def test_columns_of_nemo_lhotse_and_kaldi_choose_the_segment(tmp_path):
+    table, a = tmp_path / "list.jsonl", str(tmp_path / "a.wav")
+    table.write_text(
+        '{"path": "a.wav", "start": 1, "duration": 2}\n{"audio_filepath": "a.wav", "offset": 0.5, "duration": 1}\n'
+        '{"path": "a.wav", "begin_time": 1, "end_time": "1.5", "channel": 1}\n{"path": "a.wav", "duration": 3}\n'
+    )
+    assert segments(table) == [
+        (a, 1.0, 3.0, None, None),
+        (a, 0.5, 1.5, None, None),
+        (a, 1.0, 1.5, None, 1),
+        (a, None, None, 3.0, None),
+    ]
+    assert [item.labels for item in rows(table)] == [{}, {}, {}, {"duration": 3}]
+    assert [item.id for item in rows(table)] == ["a.wav#1-3", "a.wav#0.5-1.5", "a.wav#1-1.5@1", "a.wav"]
+    for value in ('"telephone"', "-1", "0.5", "[0, 1]", "true"):
+        table.write_text(f'{{"path": "a.wav", "channel": {value}}}')
+        with pytest.raises(UserError, match="line 1: channel .* is not a channel's number"):
+            rows(table)
+
+
+def test_usual_lists_are_read(tmp_path):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "c.mp3").touch()
+    lists = {
+        "list.txt": b"a.wav\nb.wav\n",
+        "nemo.json": b'{"audio_filepath": "a.wav"}\n{"audio_filepath": "b.wav"}\n',
+        "list.jsonl.gz": gzip.compress(b'{"path": "a.wav"}\n{"path": "b.wav"}\n'),
+        "wav.scp": b"u1 a.wav\nu2 b.wav\n",
+        "fairseq.tsv": str(tmp_path).encode() + b"\na.wav\t16000\nb.wav\t32000\n",
+    }
+    for name, content in lists.items():
+        (tmp_path / name).write_bytes(content)
+        assert [item.file for item in rows(tmp_path / name)] == [str(tmp_path / "a.wav"), str(tmp_path / "b.wav")], name
+    assert [item.id for item in rows(tmp_path / "wav.scp")] == ["u1", "u2"]
+    (tmp_path / "train.tsv").write_text("client_id\tpath\tsentence\n1\tc.mp3\tHello\n")
+    assert [item.file for item in rows(tmp_path / "train.tsv")] == [str(tmp_path / "clips" / "c.mp3")]
+
+
+def test_a_command_in_a_wav_scp_is_refused_before_anything_is_written(tmp_path, capsys):
+    (tmp_path / "wav.scp").write_text("u1 sph2pipe -f wav a.sph |\n")
+    assert main(["run", str(tmp_path / "wav.scp"), "--output", str(tmp_path / "out")]) == 1
+    assert "wav.scp, line 1: a command (sph2pipe -f wav a.sph |), and commands are not run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.sources import sources
 from codecssl.tokenize.sources.sources import read_sources
 
 
@@ -131,4 +132,20 @@ def test_a_folder_that_cannot_be_listed_is_one_line(tree, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(UserError, match="tree/b: cannot be listed: Permission denied"):
-        ids(tree)
+        ids(tree / "b")
+    assert ids(tree) == ["a.flac", "a.wav", "b", "b.wav", "Ä.mp3"], "the others are not lost with it"
+
+
+def test_what_a_folder_leaves_out_is_counted_and_other_audio_is_taken(tree):
+    for name in ("x.m4a", "x.webm", "x.mp2", "x.wv1", "x.wave", "._a.wav", "clip.mp4", "clip.MOV"):
+        (tree / name).touch()
+    sources.left_out.clear()
+    assert {"x.m4a", "x.webm", "x.mp2", "x.wv1", "x.wave"} < set(ids(tree))
+    assert dict(sources.left_out) == {"._*": 1, ".mp4": 1, ".mov": 1}
+
+
+def test_a_fifo_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "pipe.wav")
+    [item] = read_sources([str(tmp_path)])
+    with pytest.raises(UserError, match="not a regular file"):
+        item.open()

@@ -254,3 +254,9 @@ def test_a_tar_without_files_is_no_source(tmp_path):
         found(write(tmp_path / "x.tar", ("nodot", b"1")))
     with pytest.raises(UserError, match=r"a tar; write wds:.*x\.tar"):
         found(tmp_path / "x.tar")
+
+
+def test_dots_before_digits_belong_to_the_key(tmp_path):
+    source = write(tmp_path / "x.tar", ("utt_11.708_13.970.flac", b"1"), ("utt_11.708_13.970.txt", b"hi"))
+    [item] = found(source)
+    assert (item.id, item.labels) == ("x.tar/utt_11.708_13.970", {"txt": "hi"})
