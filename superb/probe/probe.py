@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from codecssl.pretrain.export.shipped import model_folder
 from codecssl.pretrain.export.sources import seen_sources
 from codecssl.superb import results
 from codecssl.superb.probe.crossvalidate import Settings, evaluate
@@ -151,7 +152,7 @@ def _seen(source: Rows, upstream: Upstream, probe: Probe) -> results.Row:
     """
     if upstream.kind in BASELINES:
         return {}
-    known = seen_sources(Path(upstream.argument or "")) if upstream.kind == "model" else None
+    known = seen_sources(model_folder(upstream.argument or "")) if upstream.kind == "model" else None
     if known is None:
         return {"in_pretraining": None}
     return {
