@@ -1,0 +1,61 @@
+"""The subcommand of codecssl-superb that writes embeddings."""
+
+import argparse
+from pathlib import Path
+
+from codecssl.superb.commands.common import DEVICE
+from codecssl.tokenize.common.command_line import CommandLine, amount, positive, progress_bar, whole
+
+
+def add_commands(line: CommandLine) -> None:
+    """Add `embed`."""
+    sub = line.command(
+        "embed",
+        _embed,
+        group="embeddings",
+        help="embeddings of audio files or token shards, as Parquet",
+        example="embed recordings --upstream model --output embeddings",
+        description=(
+            "One embedding of each input, or the states of every frame, of any upstream. The Parquet files open with"
+            " datasets.load_dataset('parquet', data_files='OUTPUT/data/*.parquet'). Inputs longer than a window are"
+            " cut into overlapping windows; frames of the overlap are dropped."
+        ),
+        resume="resumes after the last whole shard",
+    )
+    add = sub.add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="audio as in codecssl-tokenize run, or one folder of token shards")
+    add("--upstream", required=True, metavar="MODEL|NAME", help="as in run: an exported model, fbank, codes, ...")
+    add("--output", "-o", required=True, type=Path, metavar="DIR", help="the folder of embeddings")
+    add(
+        "--layer", default="mean", metavar="L|mean", help="hidden state 0 to L (negative: from the last), or their mean"
+    )
+    add("--pool", default="mean", choices=("mean", "meanstd"), help="over the frames of an input")
+    add("--frames", action="store_true", help="keep the states of every frame too, as safetensors")
+    add("--device", default="cpu", help=DEVICE)
+    add("--tasks", type=positive, default=1, metavar="N", help="divide the work into N tasks")
+    add("--task", type=whole, default=0, metavar="I", help="do task I of 0..N-1")
+    add("--window-seconds", type=amount, default=30.0, help="longest piece that goes through the upstream at once")
+    add("--overlap-seconds", type=amount, default=1.0, help="context of a window on each side, computed and dropped")
+    add("--shard-inputs", type=positive, default=512, metavar="N", help="inputs a shard; a kill loses one shard")
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    from codecssl.superb.embed.embed import EmbedConfig, embed
+    from codecssl.tokenize.common.errors import UserError
+
+    layer = arguments.layer
+    if layer != "mean" and not layer.lstrip("-").isdigit():
+        raise UserError(f"--layer {layer}: give a number, or mean")
+    names = ("upstream", "output", "pool", "frames", "device", "tasks", "task", "window_seconds", "overlap_seconds")
+    config = EmbedConfig(
+        sources=tuple(arguments.sources),
+        layer=None if layer == "mean" else int(layer),
+        shard_inputs=arguments.shard_inputs,
+        **{name: getattr(arguments, name) for name in names},
+    )
+    with progress_bar("inputs") as report:
+        totals = embed(config, report)
+    if totals is None:
+        print(f"{config.output}: task {config.task} of {config.tasks} done; other tasks' shards are missing")
+    else:
+        print(f"{config.output}: {totals['embeddings']} embeddings, {totals['failed']} failed")

@@ -1,0 +1,393 @@
+"""`codecssl-superb embed`: embeddings of audio files or token shards, as Parquet that Hugging Face `datasets` opens.
+
+    OUTPUT/embed.json               what was asked for: sources, upstream, layer, pooling; every later run must agree
+    OUTPUT/data/00000.parquet       id, path, labels (JSON), seconds, num_frames, embedding (a list of float32)
+    OUTPUT/frames/00000.safetensors with --frames: the states [T, D] of each row, under its number in the shard
+    OUTPUT/failed/00000.jsonl       inputs of that shard that could not be read
+    OUTPUT/failed.jsonl             all of them; written when all shards are there
+
+Input i belongs to shard i // shard_inputs and shard s to task s % tasks. A shard is written whole or not at all. Its
+batches depend on its inputs only: a run that was killed and resumed leaves the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codecssl.superb.embed.states import Layers, Pool, States, WaveStates
+from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE
+from codecssl.superb.upstreams.expert import Shelf, Upstream, parse_all
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
+from codecssl.tokenize.encode import failure
+from codecssl.tokenize.format.layout import load_json, sealed
+from codecssl.tokenize.format.records import Failure
+from codecssl.tokenize.shards import Shards
+from codecssl.tokenize.sources.audio import AudioReader
+from codecssl.tokenize.sources.sources import Input, is_stream, read_sources
+
+BATCH_SECONDS = 120.0
+"""Audio of a batch, padding included."""
+
+Report = Callable[[int, int | None, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """What `codecssl-superb embed` was asked for."""
+
+    sources: tuple[str, ...]
+    upstream: str
+    output: Path
+    layer: int | None = None
+    """Which hidden state; None is the mean of all."""
+    pool: str = "mean"
+    """mean or meanstd, over the frames of an input."""
+    frames: bool = False
+    """Keep the states of every frame too."""
+    device: str = "cpu"
+    tasks: int = 1
+    task: int = 0
+    window_seconds: float = 30.0
+    overlap_seconds: float = 1.0
+    shard_inputs: int = 512
+
+    def __post_init__(self) -> None:
+        if self.tasks < 1 or not 0 <= self.task < self.tasks:
+            raise UserError(f"task {self.task} of {self.tasks}: --task counts from 0 to --tasks - 1")
+        if self.pool not in ("mean", "meanstd"):
+            raise UserError(f"--pool {self.pool}: give mean or meanstd")
+        if self.shard_inputs < 1:
+            raise UserError(f"--shard-inputs {self.shard_inputs}: must be at least 1")
+        if not 0.0 < self.overlap_seconds < self.window_seconds / 4:
+            raise UserError(
+                f"--overlap-seconds {self.overlap_seconds:g}: must be above 0 and below a quarter of"
+                f" --window-seconds ({self.window_seconds:g})"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The embedding of one input."""
+
+    id: str
+    path: str
+    labels: dict[str, Any]
+    seconds: float
+    num_frames: int
+    embedding: NDArray[np.float32]
+    states: States | None = None
+    """[T, D], where every frame is kept."""
+
+
+def embed(config: EmbedConfig, report: Report = lambda done, total, note: None) -> dict[str, int] | None:
+    """Embed this task's inputs. Return the totals of the dataset, or None while other tasks' shards are missing.
+
+    Raises UserError for an unknown upstream or layer, and for an output that holds something else.
+    """
+    [upstream] = parse_all([config.upstream])
+    tokens = _token_folder(config.sources)
+    inputs = len(Shards(tokens)) if tokens else _count(config.sources)
+    _open_plan(config, upstream, inputs)
+    shards = -(-inputs // config.shard_inputs) if inputs is not None else None
+    with alone_in(config.output, f".{config.task}-of-{config.tasks}.lock"):
+        source = _TokenInputs(config, upstream, tokens) if tokens else _AudioInputs(config, upstream)
+        done, last = 0, -1
+        for shard, rows in source.shards(shards):
+            if rows is not None:
+                _write(config, shard, list(rows))
+            done = min((shard + 1) * config.shard_inputs, inputs) if inputs is not None else done + config.shard_inputs
+            report(done, inputs, "")
+            last = shard
+    found = shards if shards is not None else last + 1
+    if any(not _data(config.output, s).exists() for s in range(found)):
+        return None
+    return _finish(config.output, found)
+
+
+def _token_folder(sources: Sequence[str]) -> Path | None:
+    """The folder of token shards, if that is the source."""
+    folders = [Path(source) for source in sources if (Path(source) / "dataset.json").is_file()]
+    if folders and len(sources) > 1:
+        raise UserError(f"{folders[0]}: token shards and other sources; embed them into separate outputs")
+    return folders[0] if folders else None
+
+
+def _count(sources: Sequence[str]) -> int | None:
+    if any(is_stream(source) for source in sources):
+        return None
+    return sum(1 for _ in read_sources(list(sources)))
+
+
+def _open_plan(config: EmbedConfig, upstream: Upstream, inputs: int | None) -> None:
+    plan = {
+        "sources": list(config.sources),
+        "inputs": inputs,
+        "upstream": upstream.identity(),
+        "layer": config.layer,
+        "pool": config.pool,
+        "frames": config.frames,
+        "window_seconds": config.window_seconds,
+        "overlap_seconds": config.overlap_seconds,
+        "shard_inputs": config.shard_inputs,
+    }
+    path = config.output / "embed.json"
+    if not path.exists():
+        if config.output.is_dir() and names_in(config.output):
+            raise UserError(f"{config.output}: not empty and not a folder of embeddings; give a new --output")
+        config.output.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, (json.dumps(sealed(plan), indent=1) + "\n").encode())
+        return
+    begun = load_json(path)
+    for key, value in plan.items():
+        if begun.get(key) != value:
+            raise UserError(
+                f"{config.output}: begun with {key} {begun.get(key)}, this run has {value}; give another --output"
+            )
+
+
+# ---------------------------------------------------------------- inputs
+
+
+class _Inputs:
+    """Rows and failures of each shard of this task that is not there yet."""
+
+    def __init__(self, config: EmbedConfig) -> None:
+        self.config = config
+
+    def mine(self, shard: int) -> bool:
+        return shard % self.config.tasks == self.config.task and not _data(self.config.output, shard).exists()
+
+    def shards(self, count: int | None) -> Iterator[tuple[int, Iterator[Row | Failure] | None]]:
+        """Shard number and its rows; None where it is another task's, or finished."""
+        raise NotImplementedError
+
+    def row(self, id: str, path: str, labels: dict[str, Any], seconds: float, pieces: Iterator[States]) -> Row:
+        pool, kept = Pool(self.config.pool), []
+        for states in pieces:
+            pool.add(states)
+            if self.config.frames:
+                kept.append(states)
+        if not pool.frames:
+            raise UserError("no samples")
+        return Row(
+            id=id, path=path, labels=labels, seconds=seconds, num_frames=pool.frames, embedding=pool.value(),
+            states=np.concatenate(kept) if kept else None,
+        )  # fmt: skip
+
+
+class _AudioInputs(_Inputs):
+    def __init__(self, config: EmbedConfig, upstream: Upstream) -> None:
+        super().__init__(config)
+        expert = Shelf(device=config.device).build_unnormalised(upstream)
+        self.states = WaveStates(
+            expert,
+            Layers(config.layer),
+            config.device,
+            window_seconds=config.window_seconds,
+            overlap_seconds=config.overlap_seconds,
+        )
+        self._check_layer()
+
+    def _check_layer(self) -> None:
+        try:
+            self.states.batch([np.zeros(SAMPLE_RATE, np.float32)])
+        except IndexError:
+            raise UserError(f"--layer {self.config.layer}: {self.config.upstream} has fewer hidden states") from None
+
+    def shards(self, count: int | None) -> Iterator[tuple[int, Iterator[Row | Failure] | None]]:
+        items, shard = read_sources(list(self.config.sources)), 0
+        while group := list(islice(items, self.config.shard_inputs)):
+            yield shard, self._rows(group) if self.mine(shard) else None
+            shard += 1
+
+    def _rows(self, group: Sequence[Input]) -> Iterator[Row | Failure]:
+        """Short inputs in batches of like length, long ones window by window; in the order of the inputs."""
+        found: dict[int, Row | Failure] = {}
+        short: list[tuple[int, NDArray[np.float32], float]] = []
+        for number, item in enumerate(group):
+            try:
+                wave, seconds = self._read(item)
+                if wave is None:
+                    found[number] = self._long(item)
+                else:
+                    short.append((number, wave, seconds))
+            except Exception as error:
+                found[number] = failure(item, error)
+        short.sort(key=lambda entry: len(entry[1]))
+        for batch in _batches(short):
+            for (number, _, seconds), states in zip(batch, self._batch([wave for _, wave, _ in batch])):
+                item = group[number]
+                if isinstance(states, Exception):
+                    found[number] = failure(item, states)
+                else:
+                    found[number] = self.row(item.id, item.path, item.labels, seconds, iter([states]))
+        return (found[number] for number in range(len(group)))
+
+    def _batch(self, waves: Sequence[NDArray[np.float32]]) -> Sequence[States | Exception]:
+        """The states of each wave; one that the upstream cannot take costs itself alone."""
+        try:
+            return self.states.batch(waves)
+        except (RuntimeError, ValueError) as error:
+            if len(waves) == 1:
+                return [error]
+            return [result for wave in waves for result in self._batch([wave])]
+
+    def _read(self, item: Input) -> tuple[NDArray[np.float32] | None, float]:
+        """The wave and its seconds; None where it is longer than a window."""
+        blocks: list[NDArray[np.float32]] = []
+        samples = 0
+        with item.open() as file:
+            for block in AudioReader(file, SAMPLE_RATE, item.start, item.end, channels=1).blocks():
+                blocks.append(block)
+                samples += len(block)
+                if samples > self.states.window + self.states.overlap:
+                    return None, 0.0
+        if not samples:
+            raise UserError("no samples")
+        return np.concatenate(blocks), samples / SAMPLE_RATE
+
+    def _long(self, item: Input) -> Row:
+        samples = 0
+
+        def counted(blocks: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+            nonlocal samples
+            for block in blocks:
+                samples += len(block)
+                yield block
+
+        with item.open() as file:
+            reader = AudioReader(file, SAMPLE_RATE, item.start, item.end, channels=1)
+            row = self.row(item.id, item.path, item.labels, 0.0, self.states.windows(counted(reader.blocks())))
+        return Row(**vars(row) | {"seconds": samples / SAMPLE_RATE})
+
+
+class _TokenInputs(_Inputs):
+    """Utterances of token shards: no codec runs. Each is encoded alone."""
+
+    def __init__(self, config: EmbedConfig, upstream: Upstream, folder: Path) -> None:
+        super().__init__(config)
+        if not upstream.reads_codes:
+            raise UserError(f"upstream {upstream.name}: reads audio, and {folder} holds codes; embed the audio")
+        self.data = Shards(folder)
+        card, self.encoder = Shelf(device=config.device).encoder(upstream)
+        theirs = self.data.card
+        if (card.weights_sha256, card.codebook_sizes) != (theirs.weights_sha256, theirs.codebook_sizes):
+            raise UserError(f"upstream {upstream.name}: its codec is not that of {folder} ({card.difference(theirs)})")
+        self.mel_spec = getattr(self.encoder, "mel_spec", None)
+        if self.mel_spec not in (None, self.data.mel_spec):
+            raise UserError(f"upstream {upstream.name}: reads a log-mel plane that {folder} does not have")
+        self.encoder = self.encoder.to(config.device).eval()
+        self.layers = Layers(config.layer)
+        frame = float(1 / theirs.frame_rate)
+        self.window = max(4, round(config.window_seconds / frame))
+        self.overlap = max(1, round(config.overlap_seconds / frame))
+
+    def shards(self, count: int | None) -> Iterator[tuple[int, Iterator[Row | Failure] | None]]:
+        size = self.config.shard_inputs
+        for shard in range(-(-len(self.data) // size)):
+            indices = range(shard * size, min((shard + 1) * size, len(self.data)))
+            yield shard, map(self._row, indices) if self.mine(shard) else None
+
+    def _row(self, index: int) -> Row:
+        utterance = self.data.utterance(index)
+        seconds = utterance.samples / self.data.card.sample_rate
+        return self.row(utterance.id, utterance.path, utterance.labels, seconds, self._pieces(index, utterance.frames))
+
+    def _pieces(self, index: int, frames: int) -> Iterator[States]:
+        start, step = 0, self.window - 2 * self.overlap
+        while True:
+            last = frames - start <= self.window + self.overlap
+            stop = frames if last else start + self.window
+            states = self._states(index, start, stop)
+            yield states[0 if start == 0 else self.overlap : len(states) if last else len(states) - self.overlap]
+            if last:
+                return
+            start += step
+
+    def _states(self, index: int, start: int, stop: int) -> States:
+        import torch
+
+        codes = torch.from_numpy(self.data.codes(index, start=start, stop=stop).astype(np.int64))[None]
+        inputs: list[Any] = [codes.to(self.config.device), [codes.shape[2]]]
+        if self.mel_spec is not None:
+            mel = self.data.mel(index, start=start, stop=stop)
+            inputs.append(torch.from_numpy(mel.T.copy())[None].to(self.config.device))
+        with torch.no_grad():
+            states = self.encoder.extract(*inputs)  # type: ignore[operator]
+        try:
+            return self.layers(states)[0].float().cpu().numpy()  # type: ignore[no-any-return]
+        except IndexError:
+            raise UserError(f"--layer {self.config.layer}: {self.config.upstream} has fewer hidden states") from None
+
+
+def _batches(
+    short: Sequence[tuple[int, NDArray[np.float32], float]],
+) -> Iterator[list[tuple[int, NDArray[np.float32], float]]]:
+    """Waves, sorted by length, in batches of at most BATCH_SECONDS with their padding."""
+    batch: list[tuple[int, NDArray[np.float32], float]] = []
+    for entry in short:
+        if batch and (len(batch) + 1) * len(entry[1]) > BATCH_SECONDS * SAMPLE_RATE:
+            yield batch
+            batch = []
+        batch.append(entry)
+    if batch:
+        yield batch
+
+
+# ---------------------------------------------------------------- output
+
+
+def _data(output: Path, shard: int) -> Path:
+    return output / "data" / f"{shard:05d}.parquet"
+
+
+def _write(config: EmbedConfig, shard: int, results: Sequence[Row | Failure]) -> None:
+    """Frames and failures first, the Parquet file last: it marks the shard as finished."""
+    rows = [result for result in results if isinstance(result, Row)]
+    failures = [result for result in results if isinstance(result, Failure)]
+    for name in ("data", "failed", *(["frames"] if config.frames else [])):
+        (config.output / name).mkdir(exist_ok=True)
+    if config.frames:
+        from safetensors.numpy import save
+
+        states = {str(i): np.ascontiguousarray(row.states) for i, row in enumerate(rows) if row.states is not None}
+        write_atomic(config.output / "frames" / f"{shard:05d}.safetensors", save(states))
+    lines = "".join(json.dumps(vars(item), ensure_ascii=False) + "\n" for item in failures)
+    write_atomic(config.output / "failed" / f"{shard:05d}.jsonl", lines.encode())
+    write_atomic(_data(config.output, shard), _parquet(rows))
+
+
+def _parquet(rows: Sequence[Row]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {
+        "id": pa.array([row.id for row in rows], pa.string()),
+        "path": pa.array([row.path for row in rows], pa.string()),
+        "labels": pa.array([json.dumps(row.labels, ensure_ascii=False, default=str) for row in rows], pa.string()),
+        "seconds": pa.array([row.seconds for row in rows], pa.float64()),
+        "num_frames": pa.array([row.num_frames for row in rows], pa.int64()),
+        "embedding": pa.array([row.embedding for row in rows], pa.list_(pa.float32())),
+    }
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink, compression="zstd")
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def _finish(output: Path, shards: int) -> dict[str, int]:
+    import pyarrow.parquet as pq
+
+    rows = sum(pq.read_metadata(_data(output, shard)).num_rows for shard in range(shards))
+    failed = b"".join((output / "failed" / f"{shard:05d}.jsonl").read_bytes() for shard in range(shards))
+    write_atomic(output / "failed.jsonl", failed)
+    return {"shards": shards, "embeddings": rows, "failed": failed.count(b"\n")}
