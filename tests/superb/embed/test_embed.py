@@ -15,7 +15,8 @@ from codecssl.superb.embed import embed as module
 from codecssl.superb.embed.embed import EmbedConfig, embed
 from codecssl.superb.embed.states import Layers, WaveStates
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.run import RunConfig, run
+from codecssl.tokenize.config import TokenizeConfig
+from codecssl.tokenize.run import run
 from codecssl.tokenize.shards import Shards
 
 RATE = 16_000
@@ -46,7 +47,7 @@ def files(output):
 
 
 def test_embeddings_are_the_models_states_pooled(audio, upstream, tmp_path):
-    run(RunConfig(sources=(str(audio),), output=tmp_path / "shards", workers=0))
+    run(TokenizeConfig(sources=(str(audio),), output=tmp_path / "shards", workers=0))
     shards, model = Shards(tmp_path / "shards"), from_pretrained(upstream)
     totals = embed(config(audio, upstream, tmp_path / "waves", layer=1, pool="meanstd", frames=True))
     assert totals == {"shards": 3, "embeddings": 7, "failed": 2}
@@ -129,7 +130,7 @@ def test_windows_keep_every_frame_once(samples, block):
 
 def test_long_token_utterances_are_cut_into_windows(upstream, tmp_path, audio):
     """With windows of 1 s most frames have other context than in the whole, but none is lost or repeated."""
-    run(RunConfig(sources=(str(audio),), output=tmp_path / "shards", workers=0))
+    run(TokenizeConfig(sources=(str(audio),), output=tmp_path / "shards", workers=0))
     base = {"sources": (str(tmp_path / "shards"),), "upstream": "codes", "frames": True}
     embed(EmbedConfig(output=tmp_path / "whole", **base))
     embed(EmbedConfig(output=tmp_path / "cut", window_seconds=0.4, overlap_seconds=0.06, **base))
@@ -146,8 +147,8 @@ def test_mistakes_are_one_line(audio, upstream, tmp_path, capsys):
         embed(config(audio, upstream, tmp_path / "b", pool="meanstd"))
     with pytest.raises(UserError, match="not empty and not a folder of embeddings"):
         embed(config(audio, upstream, audio))
+    run(TokenizeConfig(sources=(str(audio),), output=tmp_path / "shards", workers=0))
     with pytest.raises(UserError, match="reads audio, and .* holds codes"):
-        run(RunConfig(sources=(str(audio),), output=tmp_path / "shards", workers=0))
         embed(config(tmp_path / "shards", "fbank", tmp_path / "c"))
     assert main(["embed", str(audio), "--upstream", str(upstream), "-o", str(tmp_path / "d"), "--layer", "x"]) == 1
     assert "--layer x: give a number, or mean" in capsys.readouterr().err
