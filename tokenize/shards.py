@@ -9,7 +9,6 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,11 @@ from codecssl.tokenize.format.layout import (
     read_header,
     read_members,
     read_numbers,
+    runs_of,
     scales_of,
     segments_of,
     shard_path,
+    starts,
     utterance_bytes,
 )
 from codecssl.tokenize.format.shard_files import ShardFiles
@@ -94,7 +95,7 @@ class Shards:
         # lists, since a row of a numpy table costs more than unpacking an utterance
         self._firsts: list[int] = self.blocks["first"].tolist()
         self._places: list[tuple[int, int]] = self.blocks[["shard", "codes_offset"]].tolist()
-        self._runs = _runs(self.card)
+        self._runs = runs_of(self.card)
         self._sound = bytearray(len(self.blocks))
         self._open_caches()
 
@@ -344,19 +345,19 @@ class Shards:
 
     def _block_offsets(self, block: int) -> NDArray[np.unsignedinteger]:
         """[count] where each utterance's codes begin in the block."""
-        return _starts(utterance_bytes(self._frames_of(block), self.card))
+        return starts(utterance_bytes(self._frames_of(block), self.card))
 
     def _block_streams(self, block: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.unsignedinteger]]:
         """[segments + 1] where each segment's stream begins in the block, and [count] each utterance's first one."""
         shard, offset = self._members(block)
         words = self._files.parse(shard, lambda file: read_numbers(file, offset)["stream_words"])
-        return _starts(words.astype(np.int64) * 4), _starts(segments_of(self._frames_of(block)))
+        return starts(words.astype(np.int64) * 4), starts(segments_of(self._frames_of(block)))
 
     def _block_mel(self, block: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.uint32]]:
         """[count + 1] first frame of each utterance in the block's plane, and [count] the crc32 of each."""
         shard, offset = self._members(block)
         sums = self._files.parse(shard, lambda file: read_numbers(file, offset)[MEL_CRC32])
-        return _starts(self._frames_of(block).astype(np.int64)), sums
+        return starts(self._frames_of(block).astype(np.int64)), sums
 
     def _read_coder(self, shard: int) -> Coder:
         return self._files.parse(shard, lambda file: read_coder(Path(file.name), self.card))
@@ -373,27 +374,3 @@ class Shards:
         """(shard, offset of the block's first member in its tar)."""
         row = self.blocks[block]
         return int(row["shard"]), int(row["offset"])
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Codebooks one after another whose codes have the same width and rate."""
-
-    first: int
-    count: int
-    bits: int
-    rate: int
-
-
-def _runs(card: CodecCard) -> list[_Run]:
-    runs: list[_Run] = []
-    for key, group in groupby(enumerate(zip(card.code_bits, card.codes_per_frame)), key=lambda pair: pair[1]):
-        books = [k for k, _ in group]
-        runs.append(_Run(books[0], len(books), *key))
-    return runs
-
-
-def _starts(sizes: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
-    """[n + 1] where each of n things begins, and the end; as small as they fit: many are kept."""
-    ends = np.concatenate([[0], np.cumsum(sizes)])
-    return ends.astype(np.uint32 if ends[-1] < 1 << 32 else np.uint64)

@@ -327,7 +327,7 @@ def test_a_reader_that_leaves_ends_the_run_saved_with_one_line(
     process = _start(tmp_path, config, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
-    while "step" not in process.stdout.readline():
+    while not process.stdout.readline().startswith("step "):
         assert process.poll() is None
     process.stdout.close()
     err = process.stderr.read()

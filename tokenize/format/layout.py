@@ -29,6 +29,8 @@ import json
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -187,3 +189,28 @@ def _content(tar: tarfile.TarFile) -> bytes:
     if stream is None:
         raise UserError("the tar ends inside a block; verify the dataset")
     return stream.read()
+
+
+@dataclass(frozen=True)
+class Run:
+    """Codebooks one after another whose codes have the same width and rate."""
+
+    first: int
+    count: int
+    bits: int
+    rate: int
+
+
+def runs_of(card: CodecCard) -> list[Run]:
+    """The codebooks of a codec, those of one width and rate together."""
+    runs: list[Run] = []
+    for key, group in groupby(enumerate(zip(card.code_bits, card.codes_per_frame)), key=lambda pair: pair[1]):
+        books = [k for k, _ in group]
+        runs.append(Run(books[0], len(books), *key))
+    return runs
+
+
+def starts(sizes: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
+    """[n + 1] where each of n things begins, and the end; as small as they fit: many are kept."""
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    return ends.astype(np.uint32 if ends[-1] < 1 << 32 else np.uint64)

