@@ -187,7 +187,9 @@ def title(run: "Run") -> str:
 def _figures(run: "Run", row: dict[str, Any]) -> str:
     values = [(m.label, row["values"][m.key]) for m in TASKS[run.task].metrics if m.key in row["values"]]
     skipped = [f"{sum(row['skipped'].values())} skipped"] if row["skipped"] else []
-    return ", ".join([*(f"{label} {100 * value:.1f}" for label, value in values), *skipped])
+    stops = row.get("interrupted", [])
+    ends = [f"interrupted {len(stops)} time(s), training {stops[-1]['then']}"] if stops else []
+    return ", ".join([*(f"{label} {100 * value:.1f}" for label, value in values), *skipped, *ends])
 
 
 def _threads(jobs: int) -> int | None:

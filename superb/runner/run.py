@@ -20,7 +20,8 @@ from codecssl.superb.patches import decoded_audio, import_patches
 from codecssl.superb.reporting.predictions import write_detections, write_predictions
 from codecssl.superb.runner.clip_errors import clip_errors
 from codecssl.superb.runner.csvs import write_csvs
-from codecssl.superb.runner.outcome import drop_truncated, outcome
+from codecssl.superb.runner.interrupted import prepare_training
+from codecssl.superb.runner.outcome import outcome
 from codecssl.superb.runner.problems import make_problem
 from codecssl.superb.tasks import TASKS, Budget, Task, official_config
 from codecssl.superb.tokens.codes import counts_of
@@ -92,10 +93,13 @@ def _sha256(path: Path) -> str:
 def run_one(run: Run, machine: Machine) -> results.Row:
     """Train and test one task's head on one upstream, in this process; returns the row of result.json.
 
-    An unfinished run resumes from s3prl's last whole checkpoint. Everything s3prl prints goes to run.log.
+    An unfinished run starts its training again; with the official steps it resumes from s3prl's last whole checkpoint,
+    and `interrupted` of the row says so. Everything s3prl prints goes to run.log.
     """
     with alone_in(run.folder):
-        return results.read_json(run.folder / "result.json") or _run(run, machine)
+        row = results.read_json(run.folder / "result.json") or _run(run, machine)
+        _tidy(run.folder)  # after the result is there: a kill in between costs no training
+        return row
 
 
 def _run(run: Run, machine: Machine) -> results.Row:
@@ -125,7 +129,6 @@ def _run(run: Run, machine: Machine) -> results.Row:
         "versions": _versions(),
         "seconds": round(time.monotonic() - start, 2),
     }
-    _tidy(run.folder)
     results.write_json(run.folder / "result.json", row)
     return row
 
@@ -140,7 +143,7 @@ def _tidy(folder: Path) -> None:
 def _trained(run: Run, machine: Machine, task: Task, selection: Selection) -> results.Row:
     """Train and test with s3prl's problem; returns its results and the settings used."""
     config = configure(run, machine)
-    drop_truncated(run.folder / "train")
+    interrupted = prepare_training(run.folder, config["train"]["total_steps"], restart=run.budget.divisor > 1)
     corpus = open_corpus(run.root, run.side)
     problem = make_problem(task, write_csvs(task, selection.splits, run.folder, corpus))
     problem.run(**config)
@@ -153,6 +156,7 @@ def _trained(run: Run, machine: Machine, task: Task, selection: Selection) -> re
     train = config["train"]
     return {
         **found,
+        **({"interrupted": interrupted} if interrupted else {}),
         "chance": chance(selection.splits) if task.classes else None,
         "learning_rate": config["build_optimizer"]["conf"]["lr"],
         "steps": train["total_steps"],

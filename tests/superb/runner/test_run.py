@@ -404,8 +404,58 @@ def test_a_run_killed_while_saving_goes_on(torn: str, make: Any, monkeypatch: py
     row = run_one(run, Machine())
     assert run.finished
     assert row["curves"]["train-loss"][-1][0] == 20
-    if torn in ("", "valid_best/task/state.pt"):  # nothing was lost, or all was and the run started over
-        assert (row["value"], row["valid"]) == (whole["value"], whole["valid"])
+    assert (row["value"], row["valid"], row["curves"]) == (whole["value"], whole["valid"], whole["curves"])
+    assert bool(row.get("interrupted")) == bool(torn), "a whole training is not repeated"
+    assert not list((run.folder / "train").glob("step_*"))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_run_killed_in_training_gives_the_same_figure_or_says_so(
+    full: bool, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """s3prl would begin the epoch again, with other batches. Only official trainings are too long to restart."""
+    run = make()
+    whole = run_one(replace(run, output=run.output / "whole"), Machine())
+    assert "interrupted" not in whole
+    import torch
+
+    step, count = torch.optim.Adam.step, [0]
+
+    def killed(self: Any, *arguments: Any, **options: Any) -> Any:
+        count[0] += 1
+        if count[0] == 15:  # a checkpoint of step 10 is there
+            raise RuntimeError("killed")
+        return step(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            run_one(run, Machine())
+    assert (run.folder / "train" / "step_10").is_dir()
+    if full:
+        prepare = running.prepare_training
+        monkeypatch.setattr(
+            running, "prepare_training", lambda folder, steps, restart: prepare(folder, steps, restart=False)
+        )
+    row = run_one(run, Machine())
+    assert row["interrupted"] == [{"at": 10, "then": "resumed" if full else "restarted"}]
+    if not full:
+        assert (row["value"], row["curves"], row["layer_weights"]) == (
+            whole["value"],
+            whole["curves"],
+            whole["layer_weights"],
+        )
+
+
+def test_a_kill_between_the_result_and_tidying_trains_nothing_again(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "_tidy", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_one(run, Machine())
+    assert run.finished, "the result is there before anything is removed"
+    monkeypatch.setattr(running, "_run", lambda *arguments: pytest.fail("trained again"))
+    run_one(run, Machine())
     assert not list((run.folder / "train").glob("step_*"))
 
 
