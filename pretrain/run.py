@@ -124,7 +124,19 @@ def _claim(
         f" {checkpoint.set_aside(path).name}"
         for path in corrupt
     ]
-    return found, warnings, changes
+    return found, [*warnings, *_left_out(config, train.corpus)], changes
+
+
+def _left_out(config: RunConfig, corpus: Corpus) -> list[str]:
+    """A warning where utterances are too short: at a codec's low frame rate that may be many of them."""
+    short, least = int((corpus.frames < config.data.min_frames).sum()), config.data.min_frames
+    if not short:
+        return []
+    seconds = least / float(corpus.card.frame_rate)
+    return [
+        f"data.min_frames {least} ({seconds:.2f} s at {float(corpus.card.frame_rate):g} frames/s) leaves out {short} of"
+        f" {len(corpus)} utterances; lower it, and mask.span_frames to at most half of it, to train on them"
+    ]
 
 
 def _objective(config: RunConfig, corpus: Corpus, found: Path | None) -> tuple[Objective, Saved]:

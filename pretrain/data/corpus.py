@@ -118,17 +118,27 @@ def _matching(shards: Sequence[Shards], labels: Sequence[Shards]) -> list[Shards
 
 
 def _common_card(shards: Sequence[Shards], num_codebooks: int | None) -> CodecCard:
-    card = shards[0].card
+    """The codec's card with the codebooks that are kept; folders may hold more, and more than one another."""
+    kept = shards[0].card.num_codebooks if num_codebooks is None else num_codebooks
+    for each in shards:
+        if num_codebooks is not None and kept > each.card.num_codebooks:
+            raise UserError(f"data.num_codebooks: {kept}, but {each.path} has {each.card.num_codebooks}; lower it")
+    card = with_codebooks(shards[0].card, kept)
     for other in shards[1:]:
-        if other.card.fingerprint != card.fingerprint:
+        theirs = other.card if num_codebooks is None else with_codebooks(other.card, kept)
+        if theirs.fingerprint != card.fingerprint:
+            both = min(kept, other.card.num_codebooks)
+            same = with_codebooks(other.card, both).fingerprint == with_codebooks(card, both).fingerprint
+            remedy = (
+                f"read the {both} that both have: --data.num_codebooks {both}"
+                if same
+                else "train on shards of one codec"
+            )
             raise UserError(
                 f"{other.path}: written with codec {other.card.name}, {shards[0].path} with {card.name}"
-                f" ({other.card.difference(card)}); train on shards of one codec"
+                f" ({theirs.difference(card)}); {remedy}"
             )
-    kept = card.num_codebooks if num_codebooks is None else num_codebooks
-    if kept > card.num_codebooks:
-        raise UserError(f"data.num_codebooks: {kept}, but {shards[0].path} has {card.num_codebooks}; lower it")
-    return with_codebooks(card, kept)
+    return card
 
 
 def with_codebooks(card: CodecCard, count: int) -> CodecCard:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +21,8 @@ from codecssl.tokenize.registry import load_codec_for
 from codecssl.tokenize.shards import Shards
 
 _BATCH_FRAMES = 8_000
+WINDOW_SECONDS = 60.0
+"""Longer utterances are read by a model in windows."""
 
 Labelled = tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float32]]
 """An utterance's index, its labels [T], and of each frame the squared distance to its centroid [T]."""
@@ -67,6 +70,10 @@ class Extractor:
             )
         self.num_codebooks = card.num_codebooks
         self.layer = layer % states
+        self.window = max(2, round(WINDOW_SECONDS * float(card.frame_rate)))
+        """Frames of the longest input of the model."""
+        if self.model.config.positions == "rotary":
+            self.window = min(self.window, self.model.config.rotary_max_frames)
         self.made_of |= {"layer": str(self.layer), "weights_sha256": state_sha256(self.model)}
 
     @property
@@ -87,9 +94,31 @@ class Extractor:
     def __call__(
         self, codes: Sequence[npt.NDArray[np.uint16]], mel: Sequence[npt.NDArray[np.uint8]] | None = None
     ) -> list[Features]:
-        """Codes [R, T_i] each, log-mel planes [T_i, bands] each where `reads_mel` -> features [T_i, D] each."""
+        """Codes [R, T_i] each, log-mel planes [T_i, bands] each where `reads_mel` -> features [T_i, D] each.
+
+        A model reads utterances longer than `window` frames in windows that overlap by half: attention over an hour
+        does not end, and a rotary model has a longest input. Each frame's features are from the window whose middle is
+        nearest.
+        """
         if self.tables:
             return [self._latents(torch.from_numpy(c.astype(np.int64)).to(self.device)) for c in codes]
+        if max(c.shape[1] for c in codes) <= self.window:
+            return self._hidden(codes, mel)
+        planes = [None] * len(codes) if mel is None else list(mel)
+        return [self._in_windows(item, plane) for item, plane in zip(codes, planes, strict=True)]
+
+    def _in_windows(self, codes: npt.NDArray[np.uint16], mel: npt.NDArray[np.uint8] | None) -> Features:
+        """Codes [R, T], log-mel plane [T, bands] -> features [T, D]."""
+        found = []
+        for begin, end, first, last in windows(codes.shape[1], self.window):
+            plane = None if mel is None else [mel[begin:end]]
+            found.append(self._hidden([codes[:, begin:end]], plane)[0][first - begin : last - begin])
+        return np.concatenate(found)
+
+    def _hidden(
+        self, codes: Sequence[npt.NDArray[np.uint16]], mel: Sequence[npt.NDArray[np.uint8]] | None
+    ) -> list[Features]:
+        """The layer's output for one padded batch."""
         frames = [c.shape[1] for c in codes]
         padded = torch.zeros(len(codes), codes[0].shape[0], max(frames), dtype=torch.int64)
         for row, item in zip(padded, codes):
@@ -106,6 +135,19 @@ class Extractor:
         summed = torch.stack([table[row] for table, row in zip(self.tables, codes)]).sum(0)
         found: Features = summed.float().cpu().numpy()
         return found
+
+
+def windows(frames: int, size: int) -> Iterator[tuple[int, int, int, int]]:
+    """(begin, end, first, last) of windows of at most `size` frames: of frames begin .. end, first .. last are kept.
+
+    Together the kept parts are all frames, in order. Each but the outer ones has a quarter of a window before and after
+    it.
+    """
+    stride = max(1, size // 2)
+    starts = [0] if frames <= size else [*range(0, frames - size, stride), frames - size]
+    bounds = [0, *((a + size + b) // 2 for a, b in pairwise(starts)), frames]
+    for start, (first, last) in zip(starts, pairwise(bounds), strict=True):
+        yield start, min(start + size, frames), first, last
 
 
 class ByCentroids:

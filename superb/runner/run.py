@@ -72,16 +72,27 @@ class Run:
 
     @functools.cached_property
     def folder(self) -> Path:
-        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
+        """Where this run is: a run of the same upstream under another spelling of its path is the same run."""
+        identity = self.identity()
         rate = f"lr{self.learning_rate:g}" if self.learning_rate is not None else "lr"
         fold = f"-fold{self.fold}" if self.fold is not None else ""
         upstream = "".join(c if c.isalnum() or c in "-_@." else "_" for c in self.upstream.name.strip("/"))[-60:]
-        name = f"{self.budget.name}-{rate}-seed{self.seed}{fold}-{digest}"
-        return self.output / "runs" / upstream / self.task / name
+        name = f"{self.budget.name}-{rate}-seed{self.seed}{fold}"
+        place, spelled = self.output / "runs" / upstream / self.task, f"{name}-{_digest(identity)}"
+        if identity["upstream"]["sha256"] is None or (place / spelled).exists():
+            return place / spelled
+        weights = {key: identity["upstream"][key] for key in ("kind", "sha256")}
+        codec = (self.upstream.argument or "").rpartition("@")[0]  # of NAME@PATH
+        contents = f"{name}-{_digest(identity | {'upstream': weights | {'codec': codec}})}"
+        return next((self.output / "runs").glob(f"*/{self.task}/{contents}"), place / contents)
 
     @property
     def finished(self) -> bool:
         return (self.folder / "result.json").is_file()
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 
 @functools.cache

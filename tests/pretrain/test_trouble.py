@@ -336,3 +336,14 @@ def test_a_reader_that_leaves_ends_the_run_saved_with_one_line(
     assert "error: standard output was closed" in line
     [saved] = checkpoint.whole(tmp_path / "run" / "checkpoints")[-1:]
     assert f"step {checkpoint.read_state(saved)['step']} is saved" in line
+
+
+def test_utterances_that_are_too_short_are_counted(
+    shards: Path, small_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(shards, optim={"steps": 1}, data={"min_frames": 50})
+    short = int((np.load(shards / "index.npy") < 50).sum())
+    assert short > 10
+    run(config, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert f"data.min_frames 50 (1.00 s at 50 frames/s) leaves out {short} of 120 utterances" in said

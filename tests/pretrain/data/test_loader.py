@@ -8,7 +8,7 @@ import torch
 
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.data import loader
-from codecssl.pretrain.data.corpus import Corpus
+from codecssl.pretrain.data.corpus import Corpus, with_codebooks
 from codecssl.pretrain.data.loader import Batch, Loader
 from codecssl.pretrain.data.open_data import held_out_utterances, open_data
 from codecssl.pretrain.model.model import untrained
@@ -142,6 +142,24 @@ def test_fewer_codebooks_by_option(make_shards: Callable[..., Path], small_confi
     assert train.step(0)[0].codes.shape[1] == 2
     with pytest.raises(UserError, match=r"data.num_codebooks: 4, but .* has 3"):
         open_data(small_config(path, data={"num_codebooks": 4}), Ranks(rank=0, world_size=1, local_rank=0))
+
+
+def test_shards_of_more_and_of_fewer_codebooks_train_together_on_those_of_both(
+    make_shards: Callable[..., Path], small_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    many = make_shards("many")
+    shards = Shards(many)
+    items = [(f"one-{i}", shards.codes(i)[:1], {}) for i in range(len(shards))]
+    write_shards(tmp_path / "one", with_codebooks(shards.card, 1), items)
+    for dirs in ([many, tmp_path / "one"], [tmp_path / "one", many]):
+        with pytest.raises(UserError, match="read the 1 that both have: --data.num_codebooks 1"):
+            Corpus(dirs)
+        corpus = Corpus(dirs, num_codebooks=1)
+        assert corpus.card.codebook_sizes == (16,)
+        frames = int(corpus.frames[3])
+        assert np.array_equal(corpus.codes(3, 0, frames), corpus.codes(3 + len(shards), 0, frames))
+        with pytest.raises(UserError, match="data.num_codebooks: 2, but .*one has 1; lower it"):
+            Corpus(dirs, num_codebooks=2)
 
 
 def label(data: Path, output: Path, *, classes: int = 5, of: str | None = None, drop: int = 0) -> Path:

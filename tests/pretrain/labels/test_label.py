@@ -20,6 +20,7 @@ from codecssl.pretrain.export.export import export, load_pretrained
 from codecssl.pretrain.labels import label as label_module
 from codecssl.pretrain.labels.kmeans import Clustering, Quality, fit, phone_measures
 from codecssl.pretrain.labels.label import LabelConfig, label
+from codecssl.pretrain.labels.labellers import Extractor, windows
 from codecssl.pretrain.monitor.telemetry import read_rows
 from codecssl.pretrain.run import run
 from codecssl.tokenize.codec import CodecCard
@@ -90,6 +91,36 @@ def test_phone_measures_against_loops_and_scikit_learn() -> None:
 def trained(make_shards: Callable[..., Path], small_config: Callable[..., RunConfig], tmp_path: Path) -> Path:
     run(small_config(make_shards("data"), optim={"steps": 2}), tmp_path / "run")
     return tmp_path / "run"
+
+
+@pytest.mark.parametrize("frames", [1, 99, 100, 101, 149, 150, 151, 777])
+def test_windows_cover_every_frame_once_with_context(frames: int) -> None:
+    found = list(windows(frames, 100))
+    assert [at for _, _, first, last in found for at in range(first, last)] == list(range(frames))
+    for begin, end, first, last in found:
+        assert end - begin == min(100, frames)
+        assert begin == 0 or first - begin >= 25
+        assert end == frames or end - last >= 25
+
+
+def test_a_rotary_model_labels_utterances_beyond_its_longest_input(
+    make_shards: Callable[..., Path], small_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    model = {"positions": "rotary", "rotary_max_frames": 60}
+    run(small_config(make_shards("data"), model=model, optim={"steps": 1}), tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "model")
+    data = Shards(tmp_path / "data")
+    extract, whole = Extractor(str(tmp_path / "model"), 1, data.card, device="cpu"), load_pretrained(tmp_path / "model")
+    codes = data.codes(int(np.argmax(data.frames)))
+    assert codes.shape[1] > 100
+    [features] = extract([codes])
+    assert features.shape == (codes.shape[1], 32)
+    for begin, end, first, last in windows(codes.shape[1], 60):
+        piece = torch.from_numpy(codes[:, begin:end].astype(np.int64))[None]
+        expected = whole.extract(piece, [end - begin])[1][0].numpy()
+        assert np.allclose(features[first:last], expected[first - begin : last - begin], atol=1e-5)
+    label(LabelConfig(source=str(tmp_path / "model"), data=(data.path,), output=tmp_path / "labels", clusters=4))
+    assert int(Shards(tmp_path / "labels").frames.sum()) == int(data.frames.sum())
 
 
 def test_labels_are_the_nearest_centroids_of_the_layer_and_can_be_trained_on(

@@ -388,6 +388,27 @@ def test_a_changed_model_is_another_run(make: Any, model_folder: Path, tmp_path:
     assert make(upstream=str(copy)).folder != before
 
 
+def test_another_spelling_of_a_models_path_or_a_moved_disk_is_the_same_run(
+    make: Any, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    shutil.copytree(model_folder, tmp_path / "m1")
+    monkeypatch.chdir(tmp_path)
+    first = make(upstream="m1").folder
+    first.mkdir(parents=True)
+    assert {make(upstream=name).folder for name in ("m1", "./m1", "m1/", str(tmp_path / "m1"))} == {first}
+    shutil.move(tmp_path / "m1", tmp_path / "disk2")
+    assert make(upstream="disk2").folder == first
+    assert make(upstream="codes:disk2").folder != first
+    first.rename(first.with_name("gone"))
+    old = make(upstream="./disk2")
+    spelled = first.with_name(f"{first.name.rpartition('-')[0]}-{running._digest(old.identity())}")
+    place = spelled.parents[1].with_name("._disk2") / "ks" / spelled.name
+    place.mkdir(parents=True)
+    assert make(upstream="./disk2").folder == place, "results of an earlier codecssl are found"
+
+
 @pytest.mark.parametrize("torn", ["", "step_20/model/state_dict.pt", "valid_best/task/state.pt", "step_20/config.yaml"])
 def test_a_run_killed_while_saving_goes_on(torn: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint cut short is dropped, and the run ends like one that was never killed."""
@@ -405,7 +426,8 @@ def test_a_run_killed_while_saving_goes_on(torn: str, make: Any, monkeypatch: py
     assert run.finished
     assert row["curves"]["train-loss"][-1][0] == 20
     assert (row["value"], row["valid"], row["curves"]) == (whole["value"], whole["valid"], whole["curves"])
-    assert bool(row.get("interrupted")) == bool(torn), "a whole training is not repeated"
+    complete = torn in ("", "step_20/config.yaml")  # all of step 20 but a file that nobody reads again
+    assert bool(row.get("interrupted")) == (not complete), "a complete training is not repeated"
     assert not list((run.folder / "train").glob("step_*"))
 
 
