@@ -26,6 +26,7 @@ from codecssl.pretrain.objectives.objective import Objective
 from codecssl.pretrain.ranks import Ranks
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.mel import MelSpec
 
 HUBERT_CLASSES = 504
 HUBERT_RATE, HUBERT_HOP = 16_000, 320
@@ -87,6 +88,11 @@ def _card(config: RunConfig) -> CodecCard:
     return Corpus(config.data.dirs, num_codebooks=config.data.num_codebooks).card
 
 
+def _mel(config: RunConfig, card: CodecCard) -> MelSpec | None:
+    """The log-mel plane that the model reads, of the usual 80 bands."""
+    return None if config.model.input == "codes" else MelSpec.for_codec(80, card)
+
+
 def make_batch(config: RunConfig, card: CodecCard, seconds: float, clip_seconds: float) -> Batch:
     """Random codes and labels, masked as the config says."""
     clips, frames = max(1, round(seconds / clip_seconds)), int(clip_seconds * card.frame_rate)
@@ -96,6 +102,8 @@ def make_batch(config: RunConfig, card: CodecCard, seconds: float, clip_seconds:
     codes = np.stack([random.integers(0, size, (clips, frames)) for size in card.row_sizes], axis=1)
     kept = np.repeat(kept_codebooks(config.objective, keys, card.num_codebooks), card.codes_per_frame, axis=1)
     labels = random.integers(0, _LABEL_CLASSES, (clips, 1, frames))
+    mel = _mel(config, card)
+    planes = None if mel is None else random.integers(0, 256, (clips, mel.bands, frames), np.uint8)
     masked = int(mask.sum())
     return Batch.of(
         torch.from_numpy(codes),
@@ -105,6 +113,7 @@ def make_batch(config: RunConfig, card: CodecCard, seconds: float, clip_seconds:
         masked,
         mask.size - masked,
         torch.from_numpy(labels),
+        None if planes is None else torch.from_numpy(planes),
     )
 
 
@@ -126,7 +135,7 @@ def in_turns(ways: Mapping[str, Callable[[], None]], steps: int) -> dict[str, fl
 
 
 def _objective(config: RunConfig, card: CodecCard) -> Objective:
-    model = untrained(config.model, card, None, config.seed)
+    model = untrained(config.model, card, None, config.seed, _mel(config, card))
     return build_objective(config, model, (_LABEL_CLASSES,)).train()
 
 

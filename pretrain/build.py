@@ -64,6 +64,9 @@ def _take_weights(model: CodecModel, start_from: str) -> None:
     for key, (own, theirs) in differences(model.config, other.config).items():
         if key not in _NO_SHAPE:
             raise UserError(f"optim.start_from: {start_from} has model.{key} {theirs}, this run {own}; make them equal")
+    if other.mel_spec != model.mel_spec:
+        raise UserError(f"optim.start_from: {start_from} reads the log-mel plane {other.mel_spec}, the data has"
+                        f" {model.mel_spec}; tokenize with the same --with-mel")  # fmt: skip
     model.load_state_dict(other.state_dict())
 
 

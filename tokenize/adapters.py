@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 def utterances(blocks: Iterable[dict[str, Any]], card: CodecCard | None = None) -> Iterator[dict[str, Any]]:
     """A WebDataset stage: blocks, as the tars hold them, to utterances. Put it before a shuffle.
 
-    A sample has __key__ (the id), __url__, codes (uint16 [R, T]), json (the labels) and, where the codec has such,
-    scales. `card` is needed where the tars do not lie beside their dataset.json: on a server, or in a pipe.
+    A sample has __key__ (the id), __url__, codes (uint16 [R, T]), json (the labels) and, where there are such, scales
+    and mel (the log-mel plane, uint8 [T, bands]). `card` is needed where the tars do not lie beside their dataset.json:
+    on a server, or in a pipe.
     """
     cards: dict[str, CodecCard] = {}
     tables: tuple[str, Coder] | None = None
@@ -59,10 +60,20 @@ def utterances(blocks: Iterable[dict[str, Any]], card: CodecCard | None = None) 
         if "stream_words" in numbers and (tables is None or tables[0] != url):
             tables = url, read_coder(Path(url), card_here)  # somebody shuffled the blocks
         coder = tables[1] if tables and "stream_words" in numbers else None
+        planes = _mel_planes(block["mel"], numbers, card_here) if "mel" in block else []
         for within, codes in enumerate(block_codes(block["codes"], numbers, card_here, coder)):
             sample = {"__key__": text["id"][within], "__url__": url, "codes": codes, "json": _labels(text, within)}
-            scales = scales_of(numbers, within, card_here)
-            yield sample if scales is None else sample | {"scales": scales}
+            if (scales := scales_of(numbers, within, card_here)) is not None:
+                sample["scales"] = scales
+            if "mel" in block:
+                sample["mel"] = planes[within]
+            yield sample
+
+
+def _mel_planes(mel: bytes, numbers: Mapping[str, NDArray[Any]], card: CodecCard) -> list[NDArray[np.uint8]]:
+    """KEY.mel of a block to the plane [T, bands] of each utterance."""
+    ends = np.cumsum(card.frames_of(numbers["samples"].astype(np.int64)))
+    return np.split(np.frombuffer(mel, np.uint8).reshape(int(ends[-1]), -1), ends[:-1])
 
 
 def block_codes(

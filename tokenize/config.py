@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.mel import MAX_BANDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class TokenizeConfig:
     compress: bool = False
     """Entropy-code the shards, losslessly."""
     mel_bands: int | None = None
-    """Store a log-mel plane of so many bands next to the codes."""
+    """Store a log-mel plane of so many bands (1 to 256) next to the codes."""
     shard_inputs: int = 8192
     """Inputs per shard."""
     block_inputs: int = 2048
@@ -35,8 +36,8 @@ class TokenizeConfig:
     def __post_init__(self) -> None:
         if self.tasks < 1 or not 0 <= self.task < self.tasks:
             raise UserError(f"task {self.task} of {self.tasks}: --task counts from 0 to --tasks - 1")
-        if self.mel_bands is not None and not 1 <= self.mel_bands <= 256:
-            raise UserError(f"--with-mel {self.mel_bands}: must be from 1 to 256 bands")
+        if self.mel_bands is not None and not 1 <= self.mel_bands <= MAX_BANDS:
+            raise UserError(f"--with-mel {self.mel_bands}: must be from 1 to {MAX_BANDS} bands")
         for name in ("shard_inputs", "block_inputs", "block_seconds"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} {getattr(self, name)}: must be above 0")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, BinaryIO, TypeVar
 
@@ -63,6 +63,8 @@ class Heard:
     source_samples: int = 0
     notes: tuple[str, ...] = ()
     """See `AudioReader.notes`."""
+    mel: NDArray[np.uint8] | None = None
+    """[T, bands], where the process that read it computed the log-mel plane."""
 
 
 # ---------------------------------------------------------------- one input
@@ -205,7 +207,7 @@ def _encode_short(codec: Codec, short: Sequence[Heard], mel: MelSpec | None) -> 
 def _encode_waves(codec: Codec, short: Sequence[Heard], mel: MelSpec | None) -> list[EncodedUtterance | Failure]:
     waves = [torch.from_numpy(h.wave) for h in short]
     found = codec.encode(waves)
-    planes = [mel_plane(mel, wave.numpy()) if mel else None for wave in waves]
+    planes = [mel_plane(mel, wave.numpy()) if mel and h.mel is None else h.mel for h, wave in zip(short, waves)]
     return [
         _encoded(codec.card, h, wave.shape[-1], encoded, plane)
         for h, wave, encoded, plane in zip(short, waves, found, planes)
@@ -224,7 +226,7 @@ def encode_inputs(
         for results in _loader(_CpuWorker(device, codec if not workers else None, mel), groups, workers, 2):
             yield from results
         return
-    heard = _loader(_Reader(codec.card), items, workers, 64)
+    heard = _loader(_Reader(codec.card, mel), items, workers, 64)
     for window in _groups(heard, WINDOW_INPUTS):
         yield from _by_length(codec, window, mel)
 
@@ -241,11 +243,14 @@ class _CpuWorker(Dataset[Any]):
 
 
 class _Reader(Dataset[Any]):
-    def __init__(self, card: CodecCard) -> None:
-        self.card = card
+    def __init__(self, card: CodecCard, mel: MelSpec | None) -> None:
+        self.card, self.mel = card, mel
 
     def __getitem__(self, item: Any) -> Heard | Failure:
-        return read(item, self.card)
+        heard = read(item, self.card)
+        if self.mel is None or isinstance(heard, Failure) or heard.wave is None:
+            return heard
+        return replace(heard, mel=mel_plane(self.mel, heard.wave))  # here: the GPU's process has no time for it
 
 
 def _by_length(

@@ -2,19 +2,24 @@
 
 EnCodecMAE's stronger variant reads log-mel spectra and predicts codes (arXiv 2309.07391, section 2, `mel256-ec`). The
 plane gives a model that input from the shards alone. Column t belongs to frame t of the codes: its window is centred on
-that frame's samples. The plane depends on the wave at the codec's rate only, never on how the wave was cut.
+that frame's samples, with zeros beyond the ends of the wave. Of a window's energy weight (Hann squared) 1 % lies in the
+frame before and 1 % in the frame after: the columns next to a masked span hardly show it.
 
     power  P[b] = sum over bins of filter b of |rfft(hann * x)|^2 / (sum(hann) / 2)^2     a full-scale sine has power 1
     value  q[b] = round((log10 P[b] - LOW) / (HIGH - LOW) * 255), clipped to 0..255       a step is 0.47 dB
+
+The scale is fixed, so that a value means the same in every file; powers in its range are off by at most 0.24 dB. The
+transform is as long as the window, or zero-padded until every filter holds a bin. All is float64 and
+frame by frame: a column does not depend on how the wave was cut, batched, or divided among threads.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import scipy.fft
 from numpy.typing import NDArray
 
 from codecssl.tokenize.codec import CodecCard
@@ -22,8 +27,9 @@ from codecssl.tokenize.common.errors import UserError
 
 LOW, HIGH = -11.0, 1.0
 """log10 of the powers that are stored as 0 and as 255. 16-bit silence with dither lies at -12."""
-CHUNK = 256
-"""Frames of one matrix product. Its shape never varies, so neither do its bits."""
+MAX_BANDS = 256
+GROUP = 256
+"""Frames that are transformed at a time, at most: bounds the memory."""
 WINDOW_RATIO = 1.6
 """Window length over hop: 32 ms for a hop of 20 ms."""
 
@@ -38,32 +44,35 @@ class MelSpec:
     hop_length: int
     """Samples, the codec's."""
     window: int
-    """Samples of the Hann window, which is also the length of the transform."""
+    """Samples of the periodic Hann window."""
+    fft: int
+    """Samples of the transform: the window, zero-padded."""
     low_hz: float = 0.0
     high_hz: float = 8000.0
     low: float = LOW
     high: float = HIGH
+    segment_samples: int = 0
+    segment_stride: int = 0
+    """As in the codec's card: the frames of such a codec are those of overlapping segments."""
 
     @classmethod
     def for_codec(cls, bands: int, card: CodecCard) -> MelSpec:
-        """The plane of a codec. Raises UserError for codecs with segments, and for more bands than the window tells."""
-        if card.segment_samples:
-            raise UserError(
-                f"--with-mel {bands}: the frames of {card.name} overlap between segments; use another codec"
-            )
+        """The plane of a codec. Raises UserError for fewer than 1 and more than 256 bands."""
+        if not 1 <= bands <= MAX_BANDS:
+            raise UserError(f"--with-mel {bands}: must be from 1 to {MAX_BANDS} bands")
         window = 2 * round(WINDOW_RATIO * card.hop_length / 2)
         spec = cls(
             bands=bands,
             sample_rate=card.sample_rate,
             hop_length=card.hop_length,
             window=window,
+            fft=window,
             high_hz=min(8000.0, card.sample_rate / 2),
+            segment_samples=card.segment_samples,
+            segment_stride=card.segment_stride,
         )
-        empty = int((filters(spec).sum(axis=0) == 0).sum())
-        if empty:
-            raise UserError(
-                f"--with-mel {bands}: {empty} bands hold no bin of a window of {window} samples; give fewer"
-            )
+        while not filters(spec).any(axis=0).all():
+            spec = replace(spec, fft=2 * spec.fft)
         return spec
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,11 +80,15 @@ class MelSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MelSpec:
-        """Raises UserError for unknown or missing fields."""
+        """Raises UserError for unknown, missing or impossible fields."""
+        values = {"fft": values.get("window"), "segment_samples": 0, "segment_stride": 0} | values
         known = {f.name for f in fields(cls)}
         if set(values) != known:
             odd = sorted(set(values) ^ known)[0]
             raise UserError(f"mel plane: field {odd!r} is unknown or missing; it was written by another codecssl")
+        whole = ("bands", "sample_rate", "hop_length", "window", "fft")
+        if any(type(values[name]) is not int or values[name] < 1 for name in whole) or values["bands"] > MAX_BANDS:
+            raise UserError(f"mel plane: {values} is damaged; run `codecssl-tokenize verify`")
         return cls(**values)
 
     def log_power(self, plane: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -84,17 +97,25 @@ class MelSpec:
 
 
 def filters(spec: MelSpec) -> NDArray[np.float64]:
-    """float64 [window // 2 + 1, bands]: triangles of height 1, evenly spaced on the HTK mel scale."""
+    """float64 [fft // 2 + 1, bands]: triangles of height 1, evenly spaced on the HTK mel scale."""
 
     def mel(hz: float) -> float:
         return 2595.0 * float(np.log10(1.0 + hz / 700.0))
 
     edges = np.linspace(mel(spec.low_hz), mel(spec.high_hz), spec.bands + 2)
     edges = 700.0 * (10.0 ** (edges / 2595.0) - 1.0)
-    bins = np.fft.rfftfreq(spec.window, 1.0 / spec.sample_rate)[:, None]
+    bins = np.fft.rfftfreq(spec.fft, 1.0 / spec.sample_rate)[:, None]
     rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
     return np.maximum(0.0, np.minimum(rising, falling))
+
+
+@lru_cache(maxsize=8)
+def _sparse_filters(spec: MelSpec) -> tuple[NDArray[np.intp], NDArray[np.float64], NDArray[np.intp]]:
+    """The filters' weights that are not zero, band after band: their bins, themselves, and where each band begins."""
+    bank = filters(spec).T
+    band, bins = np.nonzero(bank)
+    return bins, bank[band, bins], np.searchsorted(band, np.arange(spec.bands))
 
 
 class MelStream:
@@ -106,39 +127,68 @@ class MelStream:
 
     def __init__(self, spec: MelSpec) -> None:
         self.spec = spec
-        self._filters = filters(spec)
-        self._hann = np.hanning(spec.window + 1)[:-1]
-        self._scale = (self._hann.sum() / 2.0) ** 2
-        self._rest = np.zeros((spec.window - spec.hop_length) // 2, np.float32)
-        self._samples = self._frames = 0
+        self._margin = (spec.window - spec.hop_length) // 2
+        self._wave = np.zeros(self._margin, np.float32)
+        self._first = -self._margin
+        """The sample of the wave at which `_wave` begins."""
+        self._samples = 0
+        self._segment = self._frame = 0
+        """The next column: its segment (0 where the codec has none), and the frame in it."""
 
     def push(self, wave: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Take samples [n] or [C, n] and return the columns [t, bands] that they complete, CHUNK at a time."""
-        mono = wave if wave.ndim == 1 else wave.mean(axis=0, dtype=np.float32)
-        self._samples += len(mono)
-        self._rest = np.concatenate([self._rest, mono])
-        ready = (len(self._rest) - self.spec.window) // self.spec.hop_length + 1
-        return self._take(max(0, ready) // CHUNK * CHUNK)
+        """Take samples [n] or [C, n], averaged over the channels; return the columns [t, bands] that they complete."""
+        self._append(wave if wave.ndim == 1 else wave.mean(axis=0, dtype=np.float32))
+        self._samples += wave.shape[-1]
+        columns = self._columns(self._starts(self._samples - self.spec.hop_length - self._margin + 1, ended=False))
+        self._forget()
+        return columns
 
     def finish(self) -> NDArray[np.uint8]:
-        """Return the remaining columns [t, bands]. The wave is followed by zeros."""
-        left = -(-self._samples // self.spec.hop_length) - self._frames
-        padded = -(-left // CHUNK) * CHUNK
-        needed = (padded - 1) * self.spec.hop_length + self.spec.window if padded else 0
-        self._rest = np.pad(self._rest, (0, max(0, needed - len(self._rest))))
-        return self._take(padded)[:left]
+        """Return the remaining columns [t, bands]."""
+        self._append(np.zeros(self.spec.window, np.float32))
+        return self._columns(self._starts(self._samples, ended=True))
 
-    def _take(self, count: int) -> NDArray[np.uint8]:
-        """The next `count` columns, a multiple of CHUNK."""
-        hop, found = self.spec.hop_length, [np.zeros((0, self.spec.bands), np.uint8)]
-        for first in range(0, count, CHUNK):
-            piece = self._rest[first * hop : (first + CHUNK - 1) * hop + self.spec.window].astype(np.float64)
-            windows = np.lib.stride_tricks.sliding_window_view(piece, self.spec.window)[::hop]
-            power = np.abs(scipy.fft.rfft(windows * self._hann, axis=1)) ** 2 @ self._filters / self._scale
-            found.append(self._quantised(power))
-        self._rest = self._rest[count * hop :]
-        self._frames += count
-        return np.concatenate(found)
+    def _append(self, wave: NDArray[np.float32]) -> None:
+        self._wave = np.concatenate([self._wave, wave])
+
+    def _starts(self, stop: int, *, ended: bool) -> NDArray[np.int64]:
+        """The first samples of the next frames, of those that begin before `stop`; ended: the wave ends there."""
+        spec, found = self.spec, []
+        per_segment = -(-spec.segment_samples // spec.hop_length)
+        while True:
+            begin = self._segment * spec.segment_stride
+            count = -(-(stop - begin) // spec.hop_length)
+            count = min(count, per_segment) if per_segment else count
+            frames = np.arange(self._frame, max(count, self._frame))
+            found.append(begin + frames * spec.hop_length)
+            self._frame += len(frames)
+            more = begin + spec.segment_stride < stop if ended else self._frame == per_segment
+            if not per_segment or not more:
+                return np.concatenate(found)
+            self._segment, self._frame = self._segment + 1, 0
+
+    def _columns(self, starts: NDArray[np.int64]) -> NDArray[np.uint8]:
+        groups = (starts[at : at + GROUP] for at in range(0, len(starts), GROUP))
+        return np.concatenate([np.zeros((0, self.spec.bands), np.uint8), *map(self._group, groups)])
+
+    def _group(self, starts: NDArray[np.int64]) -> NDArray[np.uint8]:
+        spec = self.spec
+        hann = np.hanning(spec.window + 1)[:-1]
+        windows = np.lib.stride_tricks.sliding_window_view(self._wave, spec.window)[starts - self._margin - self._first]
+        spectrum = np.fft.rfft(windows * hann, spec.fft, axis=1)
+        bins, weights, bands = _sparse_filters(spec)
+        weighted = (spectrum.real**2 + spectrum.imag**2)[:, bins] * (weights / (hann.sum() / 2.0) ** 2)
+        # Summed band by band: the bits of a matrix product may depend on the number of rows and of threads.
+        return self._quantised(np.add.reduceat(weighted, bands, axis=1))
+
+    def _forget(self) -> None:
+        """Drop the samples before the next column's window."""
+        spec = self.spec
+        needed = self._segment * spec.segment_stride + self._frame * spec.hop_length
+        if spec.segment_samples:  # the next segment begins before this one ends
+            needed = min(needed, (self._segment + 1) * spec.segment_stride)
+        if (dropped := needed - self._margin - self._first) > 0:
+            self._wave, self._first = self._wave[dropped:].copy(), self._first + dropped
 
     def _quantised(self, power: NDArray[np.float64]) -> NDArray[np.uint8]:
         low, high = self.spec.low, self.spec.high
@@ -147,6 +197,6 @@ class MelStream:
 
 
 def mel_plane(spec: MelSpec, wave: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The plane uint8 [T, bands] of a whole wave [n] or [C, n] at the codec's rate; T is ceil(n / hop)."""
+    """The plane uint8 [T, bands] of a whole wave [n] or [C, n] at the codec's rate; T as in `CodecCard.frames_of`."""
     stream = MelStream(spec)
     return np.concatenate([stream.push(wave), stream.finish()])

@@ -67,7 +67,7 @@ def open_plan(
             "give the same --codec and --num-codebooks, or another --output"
         )
     for key in ("sources", "compression", "mel", *SIZES):
-        if begun.get(key) != plan.get(key):
+        if _stated(begun, key) != _stated(plan, key):
             raise UserError(
                 f"{config.output}: begun with {key} {begun.get(key)}, this run has {plan.get(key)}; "
                 "give the same or another --output"
@@ -78,6 +78,12 @@ def open_plan(
             "give another --output"
         )
     return begun
+
+
+def _stated(plan: dict[str, Any], key: str) -> Any:
+    """A value of a plan, as plans are compared."""
+    value = plan.get(key)
+    return MelSpec.from_dict(value) if key == "mel" and value else value
 
 
 def refuse_foreign(output: Path) -> None:

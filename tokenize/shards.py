@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -97,6 +96,7 @@ class Shards:
         self._places: list[tuple[int, int]] = self.blocks[["shard", "codes_offset"]].tolist()
         self._runs = runs_of(self.card)
         self._sound = bytearray(len(self.blocks))
+        self._intact_mel = bytearray(len(self.frames) if self.mel_spec else 0)
         self._open_caches()
 
     def _load(self, name: str) -> Any:
@@ -160,24 +160,26 @@ class Shards:
     def mel(self, index: int, *, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
         """The stored log-mel plane uint8 [stop - start, bands] of one utterance; `mel_spec.log_power` dequantises it.
 
-        Raises UserError for a dataset without a plane, and where its crc32 differs.
+        The utterance's crc32 is checked when it is read for the first time. Raises UserError for a dataset without a
+        plane, and where the crc32 differs.
         """
         if self.mel_spec is None:
             raise UserError(f"{self.path}: has no log-mel plane; tokenize the audio with --with-mel 80")
         _, stop = self._checked(index, None, start, stop)
         block, within = self._find(index)
         frames, bands = int(self.frames[index]), self.mel_spec.bands
-        row = self.blocks[block]
-        offset = mel_offset(int(row["codes_offset"]), int(row["codes_bytes"])) + bands * int(
-            self._mel(block)[0][within]
-        )
-        content = self._files.read(int(row["shard"]), offset, frames * bands)
-        if zlib.crc32(content) != int(self._mel(block)[1][within]):
-            raise UserError(
-                f"{shard_path(self.path, int(row['shard']))}: the log-mel plane of utterance {index} is damaged; "
-                f"run `codecssl-tokenize verify {self.path}`"
-            )
-        return np.frombuffer(content, np.uint8).reshape(frames, bands)[start:stop]
+        shard, codes_offset = self._places[block]
+        first, sums = self._mel(block)
+        offset = mel_offset(codes_offset, int(self.blocks["codes_bytes"][block])) + bands * int(first[within])
+        if self._check and not self._intact_mel[index]:
+            if self._files.crc32(shard, offset, frames * bands) != int(sums[within]):
+                raise UserError(
+                    f"{shard_path(self.path, shard)}: the log-mel plane of utterance {index} is damaged; "
+                    f"run `codecssl-tokenize verify {self.path}`"
+                )
+            self._intact_mel[index] = 1
+        content = self._files.read(shard, offset + start * bands, (stop - start) * bands)
+        return np.frombuffer(content, np.uint8).reshape(stop - start, bands)
 
     def utterance(self, index: int) -> Utterance:
         """Id, source and labels of one utterance."""

@@ -29,7 +29,7 @@ def model_card(name: str, description: Mapping[str, Any], data: Iterable[Mapping
         f"# {name}\n\n{_title(config)}: {config.model.layers} layers of {config.model.dim}, {training['step']:,} of"
         f" {config.optim.steps:,} steps, on tokens of the codec `{card.name}`. Made by codecssl"
         f" {training['versions'].get('codecssl', '')}.",
-        _use(name, card, config.model.layers, config.model.dim),
+        _use(name, card, config.model.layers, config.model.dim, description.get("mel")),
         _trained_on(card, data, training["data"]),
         _figures(training["metrics"]),
         "## Curves\n\n![loss, accuracy and variety of the guesses](curves.png)",
@@ -42,19 +42,32 @@ def _title(config: RunConfig) -> str:
     return _TITLES[config.objective.name, config.objective.target]
 
 
-def _use(name: str, card: CodecCard, layers: int, dim: int) -> str:
+def _use(name: str, card: CodecCard, layers: int, dim: int, mel: Mapping[str, Any] | None) -> str:
+    codes = f"int64 [B, {card.num_rows}, T], {float(card.frame_rate):g} frames/s"
+    call, inputs = ("codes", codes) if mel is None else ("codes, mel=mel", f"{codes}; uint8 [B, {mel['bands']}, T]")
     return f"""## Use
 
 ```python
-from codecssl.pretrain.pretrained import from_pretrained
+from codecssl.pretrain.export.pretrained import from_pretrained
 
 model = from_pretrained("{name}")  # frozen, fp32, on the CPU
-output = model(codes, output_hidden_states=True)  # int64 [B, {card.num_rows}, T], {float(card.frame_rate):g} frames/s
+output = model({call}, output_hidden_states=True)  # {inputs}
 output.hidden_states  # {layers + 1} tensors [B, T, {dim}]: the first layer's input, then each layer's output
 ```
 ```
 codecssl-superb run --upstream {name} --tasks all --data ROOT --output results
-```"""
+```{_reads_mel(mel)}"""
+
+
+def _reads_mel(mel: Mapping[str, Any] | None) -> str:
+    if mel is None:
+        return ""
+    return (
+        f"\n\nIt reads a log-mel plane: {mel['bands']} bands from {mel['low_hz']:g} to {mel['high_hz']:g} Hz, a window"
+        f" of {mel['window']} samples at {mel['sample_rate']} Hz, as `codecssl-tokenize run --with-mel {mel['bands']}`"
+        " stores it. `codecssl.tokenize.mel.mel_plane(model.mel_spec, wave)` computes it, [T, bands], from a wave at"
+        " the codec's rate."
+    )
 
 
 def _trained_on(card: CodecCard, data: Iterable[Mapping[str, Any]], fingerprints: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from codecssl.pretrain.export.export import load_pretrained
 from codecssl.pretrain.model.model import CodecModel
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.mel import MelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,11 @@ class PretrainedModel(nn.Module):
     def card(self) -> CodecCard:
         return self.model.card
 
+    @property
+    def mel_spec(self) -> MelSpec | None:
+        """The log-mel plane that the model reads, or None: `mel_plane(mel_spec, wave)` computes it."""
+        return self.model.mel_spec
+
     @torch.no_grad()
     def forward(
         self,
@@ -44,6 +50,9 @@ class PretrainedModel(nn.Module):
         output_hidden_states: bool = False,
     ) -> Output:
         """Integer codes [B, K, T] and, for a padded batch, each item's number of frames (T where not given).
+
+        mel: uint8 [B, bands, T], for models that read a log-mel plane. With model.input mel the codes' values are not
+        looked at.
 
         Raises UserError for codes of another shape, or beyond the codebooks.
         """

@@ -143,7 +143,7 @@ def _fill_cache(sweep: "Sweep", arguments: argparse.Namespace, console: Any) -> 
     from codecssl.superb.corpora.corpus import open_corpus
     from codecssl.superb.runner.prefill import fill_all, jobs
 
-    if any(upstream.reads_codes for upstream in sweep.upstreams):
+    if any(upstream.runs_codec for upstream in sweep.upstreams):
         corpus = open_corpus(sweep.root, sweep.side)
         root = arguments.cache or sweep.output / "cache"
         fill_all(list(jobs(sweep.upstreams, sweep.tasks, corpus, root, device=arguments.device)), console)

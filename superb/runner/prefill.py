@@ -29,7 +29,7 @@ def jobs(
     """One job per codec and task that has waves. `workers` None is one per core, or none where the waves are few."""
     shelf, seen = Shelf(device=device), set()
     for upstream in upstreams:
-        if not upstream.reads_codes:
+        if not upstream.runs_codec:
             continue
         codec, load = shelf.codec(upstream)
         if codec.card.fingerprint in seen:

@@ -65,6 +65,8 @@ class Prepared:
 def load_upstream(path: Path) -> CodecModel:
     """An exported model; its codec's weights by their absolute path, so that they are found from anywhere."""
     model = load_pretrained(path)
+    if model.mel_spec is not None:
+        raise UserError(f"upstream {path}: reads a log-mel plane too; task-codec takes models with model.input codes")
     if model.card.segment_samples:
         raise UserError(f"upstream {path}: its codec {model.card.name} works in segments with scales; it has no 25 Hz")
     model.card = replace(model.card, weights=local(model.card.weights))

@@ -80,7 +80,7 @@ class CodecExpert(FrozenUpstream):
     wave.
     """
 
-    def __init__(self, card: CodecCard, codes: CodeCache, encoder: nn.Module) -> None:
+    def __init__(self, card: CodecCard, codes: Callable[[Sequence[Tensor]], list[Tensor]], encoder: nn.Module) -> None:
         super().__init__(encoder)
         self.card = card
         self.codes = codes
@@ -134,6 +134,16 @@ class CodecExpert(FrozenUpstream):
         return at // stride, at % stride // self.card.hop_length
 
 
+def frames_only(card: CodecCard) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """In place of a codec, for models that read the log-mel plane alone: zeros [R, T] for each wave at 16 kHz."""
+
+    def zeros(wavs: Sequence[Tensor]) -> list[Tensor]:
+        samples = [at_codec_rate(wav, card).shape[-1] for wav in wavs]
+        return [torch.zeros(card.num_rows, card.frames_of(n), dtype=torch.int64) for n in samples]
+
+    return zeros
+
+
 def frame_shift(card: CodecCard) -> int:
     """Whole samples at 16 kHz per frame: the downsample rate that s3prl is told."""
     return SAMPLE_RATE * card.hop_length // card.sample_rate
@@ -152,6 +162,12 @@ class Upstream:
     @property
     def reads_codes(self) -> bool:
         return self.kind in ("model", "codes", "random")
+
+    @property
+    def runs_codec(self) -> bool:
+        """False for models whose only input is the log-mel plane of a wave."""
+        model = _description(self.argument or "").get("model") if self.kind in ("model", "random") else None
+        return self.reads_codes and not (isinstance(model, dict) and model.get("input") == "mel")
 
     def identity(self) -> dict[str, str | None]:
         """What determines its features as far as the name goes; of a path (also NAME@PATH), its files' sha256."""
@@ -244,6 +260,8 @@ class Shelf:
         if upstream.kind == "hf":
             return transformers_upstreams.load(upstream.argument or "").to(self.device)
         card, encoder = self.encoder(upstream)
+        if not upstream.runs_codec:
+            return CodecExpert(card, frames_only(card), encoder).to(self.device)
         _, codes = self._codec(card.fingerprint, lambda: load_codec_for(card, device=self.device))
         return CodecExpert(card, codes, encoder).to(self.device)
 
@@ -258,12 +276,15 @@ class Shelf:
     def encoder(self, upstream: Upstream) -> tuple[CodecCard, nn.Module]:
         """The part from codes to hidden states, for data that is codes already."""
         from codecssl.pretrain.export.export import load_pretrained
+        from codecssl.pretrain.model.model import untrained
 
         assert upstream.reads_codes
         if upstream.argument and _is_model(upstream.argument):
             model = load_pretrained(upstream.argument)
             if upstream.kind == "model":
                 return model.card, model
+            if not upstream.runs_codec:
+                return model.card, untrained(model.config, model.card, None, self.seed, model.mel_spec)
             codec, _ = self._codec(model.card.fingerprint, lambda: load_codec_for(model.card, device=self.device))
             return model.card, self._baseline(upstream.kind, codec, model.config, model.mel_spec)
         from codecssl.configs.load import load_config
@@ -293,8 +314,7 @@ class Shelf:
 
         if kind == "codes":
             return CodeTables([table.cpu() for table in codec.embeddings()])
-        tables = None if config.input == "mel" else first_tables(config, codec)
-        return untrained(config, codec.card, tables, self.seed, mel)
+        return untrained(config, codec.card, first_tables(config, codec), self.seed, mel)
 
     def _codec(self, fingerprint: str, load: Callable[[], Codec]) -> tuple[Codec, CodeCache]:
         if fingerprint not in self._codecs:

@@ -186,7 +186,12 @@ class _Check:
         frames = self.card.frames_of(numbers["samples"].astype(np.int64)).tolist()
         at = mel_offset(place["codes_offset"], place["codes_bytes"])
         file.seek(at - tarfile.BLOCKSIZE)
-        size = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape").size
+        try:
+            size = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape").size
+        except tarfile.HeaderError:
+            what, start = f"tar header damaged at offset {at - tarfile.BLOCKSIZE}", at - tarfile.BLOCKSIZE
+            self._damaged(self.tar, what, block=number, start=start, stop=at)
+            return
         bands = size // max(1, sum(frames))
         for name, count, crc32 in zip(ids, frames, numbers[MEL_CRC32].tolist()):
             if zlib.crc32(file.read(count * bands)) != crc32:

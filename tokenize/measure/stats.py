@@ -45,6 +45,7 @@ def stats(root: Path, *, plot: Path | None = None, max_codes: int = MAX_CODES) -
         "num_codebooks": card.num_codebooks,
         "frame_rate": float(card.frame_rate),
         "compressed": shards.compressed,
+        "mel_bands": shards.mel_spec.bands if shards.mel_spec else None,
         "mel_bytes": mel,
         "utterances": totals["utterances"],
         "failed": totals["failed"],
@@ -81,13 +82,20 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"utterances       {found['utterances']} ({found['failed']} inputs failed)",
         f"audio            {found['hours']:.3f} h, {found['frames']} frames, {found['codes']} codes",
         f"bits per code    {found['stored_bits_per_code']:.3f} stored in all files, {nominal}",
-        *([f"log-mel plane    {found['mel_bytes']} bytes more"] if found["mel_bytes"] else []),
+        *_mel_line(found),
         f"smaller than     PCM16 by {found['ratio_to_pcm16']:.1f} x{' (the codes)' if found['mel_bytes'] else ''}",
         flac,
         "                 used            perplexity    bits    given the code    given the coarser",
         "                                                       before            codebook's",
         *(_codebook_line(k, book) for k, book in enumerate(found["codebooks"])),
     ]
+
+
+def _mel_line(found: dict[str, Any]) -> list[str]:
+    if not found["mel_bytes"]:
+        return []
+    rate = found["mel_bytes"] * 8 / (found["hours"] * 3600) / 1000
+    return [f"log-mel plane    {found['mel_bytes'] / 1e6:.2f} MB more, {found['mel_bands']} bands, {rate:.1f} kbit/s"]
 
 
 def _codebook_line(k: int, book: dict[str, Any]) -> str:

@@ -1,13 +1,18 @@
 """Models that read the log-mel plane: what they need, what they never see, and that an export computes the same."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from codecssl.configs.load import from_dict
+from codecssl.pretrain.bench import _objective, make_batch
 from codecssl.pretrain.config import ModelConfig, RunConfig
 from codecssl.pretrain.data.open_data import open_data
 from codecssl.pretrain.export.export import export, load_pretrained
+from codecssl.pretrain.labels.label import LabelConfig, label
+from codecssl.pretrain.labels.labellers import Extractor
 from codecssl.pretrain.model.model import untrained
 from codecssl.pretrain.ranks import Ranks
 from codecssl.pretrain.run import run
@@ -16,6 +21,7 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format.records import EncodedUtterance
 from codecssl.tokenize.format.writer import ShardWriter, finish_dataset
 from codecssl.tokenize.mel import MelSpec
+from codecssl.tokenize.shards import Shards
 
 CARD = CodecCard(
     name="synthetic", weights="none", weights_sha256="0" * 64, sample_rate=16_000, hop_length=320,
@@ -114,3 +120,48 @@ def test_projection_is_the_affine_map_of_the_stored_values():
 def test_shards_without_a_plane_are_refused(make_shards, small_config):
     with pytest.raises(UserError, match="has no log-mel plane; tokenize the audio with --with-mel 80"):
         open_data(small_config(make_shards(), model={"input": "mel"}), ONE)
+
+
+def test_a_start_from_a_model_of_another_plane_is_one_line(shards, tmp_path):
+    from dataclasses import replace
+
+    from codecssl.pretrain.build import build
+
+    made = config(shards[0], "encodecmae", "mel")
+    run(made, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "model")
+    description = json.loads((tmp_path / "model" / "config.json").read_text())
+    text = (tmp_path / "model" / "README.md").read_text()
+    assert "model(codes, mel=mel, output_hidden_states=True)" in text
+    assert "--with-mel 8`" in text
+    description["mel"]["window"] += 2
+    (tmp_path / "model" / "config.json").write_text(json.dumps(description))
+    _, _, corpus = open_data(made, ONE)
+    other = replace(made, optim=replace(made.optim, start_from=str(tmp_path / "model")))
+    with pytest.raises(UserError, match=r"optim\.start_from.*reads the log-mel plane.*--with-mel"):
+        build(other, corpus, fresh=True)
+
+
+@pytest.mark.parametrize("model_input", ["mel", "both"])
+def test_the_bench_makes_planes(model_input):
+    made = config("unused", "encodecmae", model_input)
+    batch = make_batch(made, CARD, 4.0, 2.0)
+    assert batch.mel.shape == (2, 80, 100)
+    loss = _objective(made, CARD)(batch).total
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("model_input", ["mel", "both"])
+def test_labels_of_a_model_that_reads_the_plane(shards, tmp_path, model_input):
+    run(config(shards[0], "codec2vec", model_input), tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "model")
+    model, stored = load_pretrained(tmp_path / "model"), Shards(shards[0])
+    extract = Extractor(str(tmp_path / "model"), -1, stored.card, device="cpu")
+    [features] = extract.features(stored, [3])
+    codes = torch.from_numpy(stored.codes(3).astype(np.int64))[None]
+    expected = model.extract(codes, [codes.shape[2]], torch.from_numpy(stored.mel(3).T.copy())[None])[-1][0]
+    assert np.allclose(features, expected.numpy(), atol=1e-6)
+    made = LabelConfig(source=str(tmp_path / "model"), data=(shards[0],), output=tmp_path / "labels", clusters=4,
+                       sample_frames=400)  # fmt: skip
+    label(made, say=lambda text: None)
+    assert np.array_equal(Shards(tmp_path / "labels").frames, stored.frames)
