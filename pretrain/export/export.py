@@ -60,11 +60,14 @@ def export(run_dir: str | Path, output_dir: str | Path, *, half: bool = False) -
         "training": {"step": step, "config": dataclasses.asdict(config), "data": data["train"],
                      "changes": [row for row in run_folder.read_changes(run) if row["step"] <= step],
                      "metrics": _last_rows(run, step), "versions": run_folder.read_versions(run)},
-        "weights_sha256": file_sha256(newest / checkpoint.WEIGHTS),
     }  # fmt: skip
     # Removed first and written last: a folder without it is not taken for a model.
     (output / "config.json").unlink(missing_ok=True)
-    shutil.copyfile(newest / checkpoint.WEIGHTS, output / WEIGHTS)
+    if half:
+        _write_half(newest / checkpoint.WEIGHTS, output / WEIGHTS)
+    else:
+        shutil.copyfile(newest / checkpoint.WEIGHTS, output / WEIGHTS)
+    description["weights_sha256"] = file_sha256(output / WEIGHTS)
     if (run / _CURVES).is_file():
         shutil.copyfile(run / _CURVES, output / _CURVES)
     shards = _open_shards(config, data["train"])
