@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import soundfile
-from helpers import HASHCODEC, wave
+from helpers import HASHCODEC, random_network, wave
 
 from codecssl.tokenize.backends import table, tiny_16khz
 from codecssl.tokenize.backends.parts import weights
@@ -43,7 +43,7 @@ def audio_folder(tmp_path):
 @pytest.fixture(scope="session")
 def codec_file(tmp_path_factory):
     """Weights of the untrained tiny network, loadable by path as tiny_16khz."""
-    network = tiny_16khz.random_network(7)
+    network = random_network(7)
     path = tmp_path_factory.mktemp("codec") / "tiny_16khz.safetensors"
     tiny_16khz.save_weights(network, path, {})
     return path

@@ -5,6 +5,7 @@ import torch
 
 from codecssl.tokenize.backends import encodec, tiny_16khz
 from codecssl.tokenize.codec import Backend, CodecCard
+from codecssl.tokenize.integrity.verify import examine
 
 HASHCODEC = Backend(module="hashcodec", summary="", weights="")
 """The module beside this file, as tests register it under the name hash_16khz."""
@@ -41,6 +42,23 @@ def codes_of(codec, waves):
 
 def random_codec(seed=0, num_codebooks=8):
     """The network of tiny_16khz with untrained weights, as a codec."""
-    net = encodec.from_encodec(tiny_16khz.random_network(seed))
+    net = encodec.from_encodec(random_network(seed))
     card = encodec.make_card("tiny_random", f"seed {seed}", f"{seed:064x}", net, num_codebooks, "cpu")
     return encodec.EncodecCodec(net, card)
+
+
+def random_network(seed=0):
+    """The network of tiny_16khz with untrained weights, and codebooks fitted to its own latents of noise bursts."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = tiny_16khz.build_network(weight_norm=False)
+        level = torch.rand(4, 1, 200).repeat_interleave(320 * 2, dim=2) ** 4
+        with torch.no_grad():
+            latents = model.encoder(level * torch.randn(4, 1, 200 * 640) * 0.3)
+        tiny_16khz.fit_codebooks(model, latents.transpose(1, 2).reshape(-1, tiny_16khz.LATENT_DIM), iterations=3)
+    return model.eval()
+
+
+def verify(root, **options):
+    """Each damage of a dataset as a line."""
+    return [str(damage) for damage in examine(root, **options).damages]

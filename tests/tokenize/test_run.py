@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers import verify
 
 from codecssl.tokenize import encode as encode_module
 from codecssl.tokenize.cli import main
 from codecssl.tokenize.common import files
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.config import TokenizeConfig
-from codecssl.tokenize.integrity.verify import verify
 from codecssl.tokenize.run import run
 from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.sources.audio import read_wave

@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import pytest
 import webdataset
-from helpers import card
+from helpers import card, verify
 
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format import entropy
@@ -28,7 +28,6 @@ from codecssl.tokenize.format.layout import (
 )
 from codecssl.tokenize.format.records import EncodedUtterance, Failure
 from codecssl.tokenize.format.writer import ShardWriter, finish_dataset
-from codecssl.tokenize.integrity.verify import verify
 from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.write_codes import write_shards
 

@@ -124,21 +124,6 @@ def fit_codebooks(model: EncodecModel, latents: Tensor, iterations: int = 10) ->
         residual = residual - entries[codebook.quantize(residual)]
 
 
-def random_network(seed: int = 0) -> EncodecModel:
-    """The network with untrained weights and codebooks fitted by k-means to its own latents of noise bursts.
-
-    A yardstick for the trained codec, and a codec for tests that must not depend on training.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build_network(weight_norm=False)
-        level = torch.rand(4, 1, 200).repeat_interleave(320 * 2, dim=2) ** 4
-        with torch.no_grad():
-            latents = model.encoder(level * torch.randn(4, 1, 200 * 640) * 0.3)
-        fit_codebooks(model, latents.transpose(1, 2).reshape(-1, LATENT_DIM), iterations=3)
-    return model.eval()
-
-
 def load(name: str, weights: str | None, num_codebooks: int | None, device: str) -> EncodecCodec:
     """Load `tiny_16khz` (`Codec` loader; see `load_codec`)."""
     path = Path(weights) if weights else WEIGHTS

@@ -20,7 +20,7 @@ from codecssl.tokenize.integrity.index_check import SUMS, SideFiles
 from codecssl.tokenize.integrity.shard_check import Damage, check_shard, read_document
 from codecssl.tokenize.sources.sources import read_source
 
-__all__ = ["Damage", "Findings", "examine", "verify"]
+__all__ = ["Damage", "Findings", "examine"]
 
 OWN = ("format", "format_version", "sha256", "totals")
 """What dataset.json holds beside the plan."""
@@ -39,14 +39,6 @@ class Findings:
 
     damages: list[Damage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-
-def verify(root: Path, report: Report = lambda done, total: None) -> list[str]:
-    """Every damage found, one line each, naming the shard and, where it can be told, the offset; [] when whole.
-
-    Raises UserError when `root` is no finished dataset.
-    """
-    return [str(damage) for damage in examine(root, report=report).damages]
 
 
 def examine(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers import random_network, verify
 
 from codecssl.superb.tokens import fill as filling
 from codecssl.superb.tokens.fill import Job, fill
@@ -20,7 +21,6 @@ from codecssl.superb.tokens.token_cache import TokenCache, codec_folder, wave_ke
 from codecssl.superb.tokens.waves import Wave, waves_of
 from codecssl.tokenize.adapters import utterances
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.integrity.verify import verify
 from codecssl.tokenize.registry import load_codec
 from codecssl.tokenize.shards import Shards
 
@@ -47,7 +47,7 @@ def codec_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from codecssl.tokenize.backends import tiny_16khz
 
     path = tmp_path_factory.mktemp("codec") / "tiny_16khz.safetensors"
-    tiny_16khz.save_weights(tiny_16khz.random_network(7), path, {})
+    tiny_16khz.save_weights(random_network(7), path, {})
     return path
 
 

@@ -68,7 +68,7 @@ def stream_latents(codec, audio):
 
 
 @pytest.mark.parametrize(
-    ("model", "seconds", "pieces"), [(random_24khz, 1.43, 4), (tiny_16khz.random_network, 2.2, 4), (small, 0.5, 11)]
+    ("model", "seconds", "pieces"), [(random_24khz, 1.43, 4), (helpers.random_network, 2.2, 4), (small, 0.5, 11)]
 )
 def test_latents_equal_the_whole_file_of_the_encodec_package(model, seconds, pieces, monkeypatch):
     """In float64, where rounding cannot hide a wrong frame; the LSTM runs alone after the first second."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from helpers import verify
 
 from codecssl.tokenize.backends import table
 from codecssl.tokenize.common.errors import UserError
@@ -16,7 +17,6 @@ from codecssl.tokenize.config import TokenizeConfig
 from codecssl.tokenize.format.layout import load_json, sealed
 from codecssl.tokenize.format.writer import to_json
 from codecssl.tokenize.integrity.repair import repair
-from codecssl.tokenize.integrity.verify import verify
 from codecssl.tokenize.run import run
 from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.write_codes import write_shards

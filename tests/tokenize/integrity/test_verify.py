@@ -8,14 +8,14 @@ import tracemalloc
 import numpy as np
 import pytest
 import soundfile
-from helpers import card
+from helpers import card, verify
 
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.config import TokenizeConfig
 from codecssl.tokenize.format.layout import load_json, sealed
 from codecssl.tokenize.format.records import EncodedUtterance, Failure
 from codecssl.tokenize.format.writer import ShardWriter, finish_dataset, to_json
-from codecssl.tokenize.integrity.verify import examine, verify
+from codecssl.tokenize.integrity.verify import examine
 from codecssl.tokenize.run import run
 from codecssl.tokenize.shards import Shards
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from helpers import HASHCODEC
+from helpers import HASHCODEC, verify
 
 from codecssl.tokenize.backends import table
 from codecssl.tokenize.config import TokenizeConfig
-from codecssl.tokenize.integrity.verify import verify
 from codecssl.tokenize.run import run
 from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.sources.audio import EXTENSIONS
