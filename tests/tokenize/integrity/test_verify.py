@@ -289,7 +289,7 @@ def test_codes_of_other_audio_are_a_damage(audio_folder, encoded, tmp_path, monk
                 result = EncodedUtterance(**vars(result) | {"codes": [(c + 1) % 1024 for c in result.codes]})
             yield result
 
-    monkeypatch.setattr(encode, "encode_heard", lambda codec, heard: list(shifted(codec, heard)))
+    monkeypatch.setattr(encode, "encode_heard", lambda codec, heard, mel: list(shifted(codec, heard)))
     plan = json.loads((encoded / "plan.json").read_text())
     config = dict(sources=(str(audio_folder),), codec=plan["codec"]["weights"], workers=0)
     run(TokenizeConfig(output=tmp_path / "wrong", **config))
