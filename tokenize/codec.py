@@ -117,9 +117,12 @@ class CodecCard:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CodecCard:
+        if not isinstance(values, dict):
+            raise UserError("codec card: not a table of fields")
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UserError(f"codec card: unknown field {unknown[0]!r}; it was written by a newer codecssl")
+        check_card_fields(values)
         sizes, per_frame = tuple(values["codebook_sizes"]), tuple(values["codes_per_frame"])
         return cls(**values | {"codebook_sizes": sizes, "codes_per_frame": per_frame})
 
@@ -130,6 +133,47 @@ class CodecCard:
             if key not in ("weights", "versions") and mine[key] != theirs[key]:
                 return f"{key} {_short(mine[key])} against {_short(theirs[key])}"
         return "no difference"
+
+
+CARD_BOUNDS = {
+    "sample_rate": (1, 1 << 24),
+    "hop_length": (1, 1 << 24),
+    "latent_dim": (1, 1 << 16),
+    "channels": (1, 64),
+    "segment_samples": (0, 1 << 31),
+    "segment_stride": (0, 1 << 31),
+}
+"""Least and largest value of each number of a card: a card in a file may come from a stranger."""
+
+
+def check_card_fields(values: dict[str, Any]) -> None:
+    """Raise UserError unless the fields of a card have the right types and bounded values."""
+
+    def whole(value: Any, least: int, most: int) -> bool:
+        return type(value) is int and least <= value <= most
+
+    for key in ("name", "weights", "weights_sha256"):
+        if not isinstance(values.get(key), str) or len(values[key]) > 4096:
+            raise UserError(f"codec card: {key} is {_short(repr(values.get(key)))}; must be a text")
+    for key, (least, most) in CARD_BOUNDS.items():
+        needed = key in values or key in ("sample_rate", "hop_length", "latent_dim")
+        if needed and not whole(values.get(key), least, most):
+            raise UserError(f"codec card: {key} is not a whole number from {least} to {most}")
+    sizes, rates = values.get("codebook_sizes"), values.get("codes_per_frame")
+    for key, column, most in (("codebook_sizes", sizes, 1 << 16), ("codes_per_frame", rates, 1024)):
+        if not isinstance(column, (list, tuple)) or not 1 <= len(column) <= 1024:
+            raise UserError(f"codec card: {key} is not a list of 1 to 1024 numbers")
+        if not all(whole(value, 1, most) for value in column):
+            raise UserError(f"codec card: {key} has a value that is not from 1 to {most}")
+    if len(sizes or ()) != len(rates or ()) or sum(rates or ()) > 4096:
+        raise UserError("codec card: codebook_sizes and codes_per_frame do not fit together")
+    segment, stride = values.get("segment_samples", 0), values.get("segment_stride", 0)
+    if segment and not stride <= segment <= 64 * stride:
+        raise UserError("codec card: segment_samples and segment_stride do not fit together")
+    for key in ("policies", "versions"):
+        table = values.get(key, {})
+        if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+            raise UserError(f"codec card: {key} is not a table of texts")
 
 
 def _short(value: object) -> str:

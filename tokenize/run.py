@@ -23,6 +23,7 @@ from codecssl.tokenize.config import TokenizeConfig
 from codecssl.tokenize.encode import Device, default_workers, encode_inputs
 from codecssl.tokenize.format.layout import COMPRESSION, load_json, sealed, shard_path
 from codecssl.tokenize.format.records import EncodedUtterance, Failure
+from codecssl.tokenize.format.validate import check_plan
 from codecssl.tokenize.format.writer import ShardWriter, finish_dataset, tidy, to_json
 from codecssl.tokenize.mel import MelSpec
 from codecssl.tokenize.progress import Progress, reported
@@ -60,6 +61,7 @@ def open_plan(
         write_atomic(path, to_json(sealed(plan)))
         return plan
     begun = load_json(path)
+    check_plan(begun, path)
     theirs = CodecCard.from_dict(begun["codec"])
     if theirs.fingerprint != card.fingerprint:
         raise UserError(

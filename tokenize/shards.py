@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -25,7 +24,6 @@ from codecssl.tokenize.format.layout import (
     read_coder,
     read_columns,
     read_header,
-    read_members,
     read_numbers,
     runs_of,
     scales_of,
@@ -35,6 +33,7 @@ from codecssl.tokenize.format.layout import (
     utterance_bytes,
 )
 from codecssl.tokenize.format.shard_files import ShardFiles
+from codecssl.tokenize.format.validate import check_blocks, gunzip, ids_of, read_array, read_members, read_streams
 from codecssl.tokenize.mel import MelSpec
 
 __all__ = ["Shards", "Utterance"]
@@ -84,13 +83,14 @@ class Shards:
         self.compressed = bool(self.header.get("compression"))
         self.mel_spec = MelSpec.from_dict(self.header["mel"]) if "mel" in self.header else None
         """The log-mel plane next to the codes, or None."""
-        self.frames: NDArray[np.integer] = self._load("index.npy")
+        self.frames: NDArray[np.integer] = read_array(self.path / "index.npy", ("<u2", "<u4"))
         """[N], of each utterance."""
-        self.blocks = self._load("blocks.npy")
+        self.blocks = read_array(self.path / "blocks.npy", (BLOCK,))
         if len(self.frames) != self.header["totals"]["utterances"]:
             raise UserError(
                 f"{self.path}: index.npy has {len(self.frames)} utterances, dataset.json says otherwise; verify it"
             )
+        check_blocks(self.blocks, len(self.frames), self.header["totals"]["shards"], self.path / "blocks.npy")
         # lists, since a row of a numpy table costs more than unpacking an utterance
         self._firsts: list[int] = self.blocks["first"].tolist()
         self._places: list[tuple[int, int]] = self.blocks[["shard", "codes_offset"]].tolist()
@@ -98,13 +98,6 @@ class Shards:
         self._sound = bytearray(len(self.blocks))
         self._intact_mel = bytearray(len(self.frames) if self.mel_spec else 0)
         self._open_caches()
-
-    def _load(self, name: str) -> Any:
-        try:
-            return np.load(self.path / name)
-        except (OSError, ValueError, EOFError) as error:
-            remedy = f"`codecssl-tokenize repair {self.path}` writes it again"
-            raise UserError(f"{self.path / name}: cannot be read ({error}); {remedy}") from error
 
     def _open_caches(self) -> None:
         # per instance, so that a closed dataset frees its memory
@@ -207,7 +200,7 @@ class Shards:
     def ids(self) -> Iterator[str]:
         """The ids of all utterances, in order, a block at a time: much faster than `utterances`."""
         for block in range(len(self.blocks)):
-            yield from json.loads(self._read_text(block))["id"]
+            yield from self._read_ids(block, self._read_text(block))
 
     def source_hashes(self) -> Iterator[NDArray[np.uint8]]:
         """sha256 [n, 32] of the utterances' audio files, in order, a block at a time."""
@@ -221,7 +214,7 @@ class Shards:
         needle = json.dumps(id, ensure_ascii=False).encode()
         for block, first in enumerate(self._firsts):
             text = self._read_text(block)
-            if needle in text and id in (ids := json.loads(text)["id"]):
+            if needle in text and id in (ids := self._read_ids(block, text)):
                 return first + ids.index(id)
         example = f"; ids look like {self.utterance(0).id!r}" if len(self) else ""
         raise UserError(f"id {id!r}: not in {self.path}{example}")
@@ -347,13 +340,19 @@ class Shards:
 
     def _block_offsets(self, block: int) -> NDArray[np.unsignedinteger]:
         """[count] where each utterance's codes begin in the block."""
-        return starts(utterance_bytes(self._frames_of(block), self.card))
+        begins = starts(utterance_bytes(self._frames_of(block), self.card))
+        if int(begins[-1]) != int(self.blocks["codes_bytes"][block]):
+            raise UserError(
+                f"{self.path}: block {block} of blocks.npy does not fit its utterances; run `codecssl-tokenize repair`"
+            )
+        return begins
 
     def _block_streams(self, block: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.unsignedinteger]]:
         """[segments + 1] where each segment's stream begins in the block, and [count] each utterance's first one."""
         shard, offset = self._members(block)
-        words = self._files.parse(shard, lambda file: read_numbers(file, offset)["stream_words"])
-        return starts(words.astype(np.int64) * 4), starts(segments_of(self._frames_of(block)))
+        firsts, size = starts(segments_of(self._frames_of(block))), int(self.blocks["codes_bytes"][block])
+        words = self._files.parse(shard, lambda file: read_streams(file, offset, int(firsts[-1]), size))
+        return starts(words.astype(np.int64) * 4), firsts
 
     def _block_mel(self, block: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.uint32]]:
         """[count + 1] first frame of each utterance in the block's plane, and [count] the crc32 of each."""
@@ -366,11 +365,16 @@ class Shards:
 
     def _read_columns(self, block: int) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         shard, offset = self._members(block)
-        return self._files.parse(shard, lambda file: read_columns(file, offset))
+        count = int(self.blocks["count"][block])
+        return self._files.parse(shard, lambda file: read_columns(file, offset, count))
 
     def _read_text(self, block: int) -> bytes:
         shard, offset = self._members(block)
-        return self._files.parse(shard, lambda file: gzip.decompress(read_members(file, offset, 1)[0]))
+        return self._files.parse(shard, lambda file: gunzip(read_members(file, offset, 1)[0]))
+
+    def _read_ids(self, block: int, text: bytes) -> list[str]:
+        count = int(self.blocks["count"][block])
+        return self._files.parse(self._members(block)[0], lambda _: ids_of(text, count))
 
     def _members(self, block: int) -> tuple[int, int]:
         """(shard, offset of the block's first member in its tar)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +14,8 @@ from typing import Any
 
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.format.layout import load_json
+from codecssl.tokenize.format.layout import load_json, read_header
+from codecssl.tokenize.format.validate import check_plan
 
 RECENT = 256
 """Writes over which the speed is measured: the latest ones."""
@@ -75,20 +77,22 @@ def status(root: Path, tasks: int | None = None) -> dict[str, Any]:
 def _unfinished(writes: list[_Write], shards: int | None, tasks: int | None) -> list[int] | None:
     if shards is None or tasks is None:
         return None
-    done = {write.shard for write in writes if write.block < 0}
-    return sorted({shard % tasks for shard in range(shards) if shard not in done})
+    done = Counter(shard % tasks for shard in {write.shard for write in writes if write.block < 0} if shard < shards)
+    return [task for task in range(min(tasks, shards)) if done[task] < len(range(task, shards, tasks))]
 
 
 def _plan(root: Path) -> dict[str, Any]:
     for name in ("plan.json", "dataset.json"):
         if (root / name).exists():
-            return load_json(root / name)
+            plan = load_json(root / name)
+            check_plan(plan, root / name)
+            return plan
     raise UserError(f"{root}: no plan.json; no `codecssl-tokenize run` wrote here")
 
 
 def _total(root: Path, plan: dict[str, Any]) -> int | None:
     if (root / "dataset.json").exists():
-        return int(load_json(root / "dataset.json")["totals"]["inputs"])
+        return int(read_header(root)["totals"]["inputs"])
     return plan.get("inputs")
 
 
@@ -104,11 +108,13 @@ def _seconds_left(finished: bool, left: int | None, speed: float | None) -> floa
 def _writes(root: Path) -> Iterator[_Write]:
     done = set()
     for path in (root / "shards").glob("*.json"):
-        if write := _read(path, int(path.stem), -1):
+        if path.stem.isdecimal() and (write := _read(path, int(path.stem), -1)):
             done.add(write.shard)
             yield write
     # glob.glob passes over a shard's folder that is finished and tidied away in this moment; Path.glob raises.
     for path in map(Path, glob.glob(f"{glob.escape(str(root))}/work/*/*.json")):  # noqa: PTH207
+        if not (path.stem.isdecimal() and path.parent.name.isdecimal()):
+            continue
         shard = int(path.parent.name)
         if shard not in done and (write := _read(path, shard, int(path.stem))):  # its blocks may not be tidied away yet
             yield write
@@ -119,7 +125,10 @@ def _read(path: Path, shard: int, block: int) -> _Write | None:
         row, when = load_json(path), path.stat().st_mtime
     except FileNotFoundError:  # its shard was finished in this moment
         return None
-    counts = {"inputs": row["inputs"], "samples": row["samples"], "failed": len(row["failed"])}
+    failed = row.get("failed")
+    if not isinstance(failed, list) or not all(type(row.get(key)) is int for key in ("inputs", "samples")):
+        raise UserError(f"{path}: damaged, no counts in it; run `codecssl-tokenize verify`")
+    counts = {"inputs": row["inputs"], "samples": row["samples"], "failed": len(failed)}
     return _Write(when=when, shard=shard, block=block, **counts)
 
 

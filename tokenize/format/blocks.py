@@ -19,8 +19,9 @@ from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format.bits import pack, packed_size, unpack
 from codecssl.tokenize.format.entropy import SEGMENT_FRAMES, Coder
-from codecssl.tokenize.format.layout import MEL_CRC32, read_members
+from codecssl.tokenize.format.layout import MEL_CRC32
 from codecssl.tokenize.format.records import EncodedUtterance
+from codecssl.tokenize.format.validate import MOST_TEXT, read_members, read_npz
 
 SAMPLE_CODES = 1 << 25
 """Codes of a shard, at most, from which its tables are made: what bounds the memory of compressing it."""
@@ -64,6 +65,8 @@ def _text_columns(utterances: Sequence[EncodedUtterance]) -> bytes:
         columns["path"] = [u.path for u in utterances]
     columns["labels"] = {name: [u.labels.get(name) for u in utterances] for name in names}
     packed = json.dumps(columns, ensure_ascii=False, separators=(",", ":"), default=str).encode()
+    if len(packed) > MOST_TEXT:
+        raise UserError(f"a block has {len(packed)} bytes of ids and labels, at most {MOST_TEXT}; lower --block-inputs")
     return gzip.compress(packed, 9, mtime=0)
 
 
@@ -133,7 +136,7 @@ class PackedBlock:
     def read(cls, content: bytes, card: CodecCard) -> PackedBlock:
         file = io.BytesIO(content)
         text, packed, codes = read_members(file, 0, 3)
-        numbers = dict(np.load(io.BytesIO(packed)))
+        numbers = read_npz(packed)
         mel = read_members(file, 0, 4)[3] if MEL_CRC32 in numbers else None
         return cls(text, numbers, codes, mel, card)
 

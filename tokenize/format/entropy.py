@@ -11,7 +11,6 @@ first k codebooks can be read without the others, and a crop of a long utterance
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from codecssl.tokenize.format.validate import read_npz
 
 PRECISION = 24
 """log2 of what the probabilities of a table sum to; constriction's own."""
@@ -206,9 +207,8 @@ class Coder:
     @classmethod
     def from_bytes(cls, content: bytes, codes_per_frame: Sequence[int]) -> Coder:
         """Read `tables.npz`. Raises ValueError for tables that are damaged."""
-        stored = np.load(io.BytesIO(content))
-        taken = dict.fromkeys(stored.files, 0)
-        arrays = {name: stored[name] for name in stored.files}
+        arrays = read_npz(content)
+        taken = dict.fromkeys(arrays, 0)
 
         def take(name: str, count: int) -> NDArray[Any]:
             first = taken[name]

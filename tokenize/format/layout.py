@@ -23,8 +23,6 @@ column stream_words of KEY.npz the length of each in 32-bit little-endian words.
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import tarfile
 import zlib
@@ -40,6 +38,15 @@ from numpy.typing import NDArray
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format.entropy import SEGMENT_FRAMES, Coder
+from codecssl.tokenize.format.validate import (
+    MOST_TEXT,
+    check_books,
+    check_columns,
+    check_header,
+    gunzip,
+    read_members,
+    read_npz,
+)
 
 FORMAT = "codecssl-shards"
 FORMAT_VERSION = 2
@@ -109,9 +116,11 @@ def sealed(value: dict[str, Any]) -> dict[str, Any]:
 
 def load_json(path: Path) -> dict[str, Any]:
     """Read a JSON object that we wrote. Raises UserError when it is not one, or not as it was written."""
+    if path.exists() and (not path.is_file() or path.stat().st_size > MOST_TEXT):
+        raise UserError(f"{path}: not a file, or one of more than {MOST_TEXT >> 20} MiB; no run writes such")
     try:
         value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of too many digits
         raise UserError(f"{path}: damaged, not JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: damaged, not a JSON object")
@@ -130,10 +139,10 @@ def read_header(path: Path) -> dict[str, Any]:
     header = load_json(file)
     if header.get("format") != FORMAT:
         raise UserError(f"{file}: format {header.get('format')!r}, expected {FORMAT!r}")
-    if header["format_version"] > FORMAT_VERSION:
-        raise UserError(
-            f"{file}: format version {header['format_version']}, this codecssl reads up to {FORMAT_VERSION}"
-        )
+    version = header.get("format_version")
+    if type(version) is not int or version > FORMAT_VERSION:
+        raise UserError(f"{file}: format version {version}, this codecssl reads up to {FORMAT_VERSION}")
+    check_header(header, file)
     return header
 
 
@@ -156,39 +165,34 @@ def scales_of(numbers: Mapping[str, NDArray[Any]], within: int, card: CodecCard)
     return numbers["scales"][stop - int(counts[-1]) : stop]  # type: ignore[index]
 
 
-def read_columns(file: BinaryIO, offset: int) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """The text and the number columns of the block whose first member's header is at `offset` of a shard."""
-    text, numbers = read_members(file, offset, 2)
-    return json.loads(gzip.decompress(text)), dict(np.load(io.BytesIO(numbers)))
+def read_columns(
+    file: BinaryIO, offset: int, count: int | None = None
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """The text and the number columns of the block whose first member's header is at `offset` of a shard.
+
+    count: of its utterances, with which the columns are compared. Raises ValueError for what does not fit.
+    """
+    packed, arrays = read_members(file, offset, 2)
+    text, numbers = json.loads(gunzip(packed)), read_npz(arrays)
+    if count is not None:
+        check_columns(text, numbers, count)
+    return text, numbers
 
 
-def read_numbers(file: BinaryIO, offset: int) -> Mapping[str, NDArray[Any]]:
-    """The number columns alone, each read when it is asked for."""
-    return np.load(io.BytesIO(read_members(file, offset, 2)[1]))  # type: ignore[no-any-return]
+def read_numbers(file: BinaryIO, offset: int, *names: str) -> dict[str, NDArray[Any]]:
+    """The number columns alone, all or those named."""
+    return read_npz(read_members(file, offset, 2)[1], *names)
 
 
 def read_coder(path: Path, card: CodecCard) -> Coder:
     """The tables at the beginning of a compressed shard. Raises UserError when they are not there or damaged."""
     try:
         with path.open("rb") as file:
-            return Coder.from_bytes(read_members(file, 0, 1)[0], card.codes_per_frame)
+            coder = Coder.from_bytes(read_members(file, 0, 1)[0], card.codes_per_frame)
+        check_books(coder.books, card.codebook_sizes)
+        return coder
     except Exception as error:  # a flipped bit can break any layer of tar, zip or JSON
         raise UserError(f"{path}: its tables are damaged ({type(error).__name__}: {error}); verify it") from error
-
-
-def read_members(file: BinaryIO, offset: int, count: int) -> list[bytes]:
-    """The contents of the next members of a tar."""
-    file.seek(offset)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        return [_content(tar) for _ in range(count)]
-
-
-def _content(tar: tarfile.TarFile) -> bytes:
-    member = tar.next()
-    stream = tar.extractfile(member) if member else None
-    if stream is None:
-        raise UserError("the tar ends inside a block; verify the dataset")
-    return stream.read()
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class ShardFiles:
         """What `parse` makes of the open tar. A flipped bit can break tar, gzip, zip or JSON: any error is one line."""
 
         def attempt() -> T:
-            with shard_path(self.root, shard).open("rb") as file:
+            with open(shard_path(self.root, shard), "rb", opener=_at_once) as file:
                 return parse(file)
 
         return self._tried(shard, attempt)
@@ -84,4 +84,9 @@ class ShardFiles:
         return content
 
     def _open(self, shard: int) -> FileIO:
-        return shard_path(self.root, shard).open("rb", buffering=0)
+        return open(shard_path(self.root, shard), "rb", buffering=0, opener=_at_once)
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open a file; one that is a named pipe does not wait for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -109,6 +109,8 @@ class Expected:
         self.damage: Damage | None = None
         self.header = ""
         try:
+            if path.exists() and not path.is_file():
+                raise OSError(0, "not a regular file")
             self.file: BinaryIO = path.open("rb")
         except OSError as error:
             self._damaged(f"cannot be read: {error.strerror}")

@@ -18,6 +18,7 @@ from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import sync_folder, write_atomic
 from codecssl.tokenize.format.layout import load_json, sealed, shard_path
+from codecssl.tokenize.format.validate import check_plan
 from codecssl.tokenize.format.writer import finish_dataset, to_json
 from codecssl.tokenize.integrity.shard_check import check_shard, read_document
 from codecssl.tokenize.integrity.verify import STDIN, Report, examine, read_statements, version_of
@@ -114,6 +115,7 @@ def _unfinished(root: Path, report: Report) -> State:
         plan = read_document(root / "plan.json")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{root}: no dataset.json and no plan.json; this is not a folder of token shards") from None
+    check_plan(plan, root / "plan.json")
     card, version = CodecCard.from_dict(plan["codec"]), version_of(plan)
     shards = sorted(int(path.stem) for path in (root / "shards").glob("[0-9]*.json"))
     damaged: list[int] = []
@@ -205,7 +207,7 @@ class Aside:
     def __init__(self, root: Path) -> None:
         self.root, self.folder = root, root / "damaged"
         self.list = self.folder / "shards.json"
-        self.begun: list[int] = load_json(self.list)["shards"] if self.list.exists() else []
+        self.begun: list[int] = _begun(self.list)
 
     def tar(self, shard: int) -> Path:
         return self.folder / shard_path(self.root, shard).name
@@ -267,6 +269,13 @@ class Aside:
         if others := [f"{name} {a}, now {b}" for name, (a, b) in versions.items() if a != b]:
             return f"it was made with {others[0]}"
         return "this machine rounds otherwise, or nothing is left to compare it with"
+
+
+def _begun(path: Path) -> list[int]:
+    shards = load_json(path).get("shards") if path.exists() else []
+    if not isinstance(shards, list) or not all(type(shard) is int and 0 <= shard < 1 << 31 for shard in shards):
+        raise UserError(f"{path}: damaged, no list of shards; remove it")
+    return shards
 
 
 def _move(path: Path, target: Path) -> None:

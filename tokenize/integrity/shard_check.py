@@ -26,6 +26,7 @@ from codecssl.tokenize.format.layout import (
     shard_path,
     stored_bytes,
 )
+from codecssl.tokenize.format.validate import LARGEST
 from codecssl.tokenize.format.writer import to_json
 from codecssl.tokenize.integrity.damaged_utterances import suspects
 
@@ -106,7 +107,7 @@ class _Check:
 
     def run(self) -> Checked:
         mark = self._read_mark()
-        if not self.tar.exists():
+        if not self.tar.is_file():
             self._damaged(self.tar, f"{self.tar.name} is missing")
         elif mark is not None:
             self._check_tar(mark)
@@ -281,13 +282,15 @@ def _misfit(mark: dict[str, Any]) -> str:
     if odd := sorted(MARK.keys() ^ mark.keys()):
         return f"{'no' if odd[0] in MARK else 'unknown'} {odd[0]!r}"
     for key, kind in MARK.items():
-        if type(mark[key]) is not kind:
-            return f"{key} {mark[key]!r}"
+        if type(mark[key]) is not kind or (kind is int and not 0 <= mark[key] < LARGEST):
+            return f"{key} {str(mark[key])[:60]!r}"
     end = 0
     for number, place in enumerate(mark["blocks"]):
         if type(place) is not dict or any(type(place.get(key)) is not int for key in PLACE):
             return f"block {number} lacks its place"
-        if not end <= place["offset"] < place["codes_offset"] or min(place.values()) < 0:
+        if max(place["count"], place["crc32"]) >= 1 << 32 or max(place[key] for key in PLACE) >= LARGEST:
+            return f"block {number} has a place beyond all files"
+        if not end <= place["offset"] < place["codes_offset"] or min(place[key] for key in PLACE) < 0:
             return f"block {number} overlaps the one before"
         end = place["codes_offset"] + place["codes_bytes"]
     return "" if end <= mark["bytes"] else "its blocks are longer than the tar"

@@ -16,6 +16,7 @@ from typing import Any
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format.layout import FORMAT, FORMAT_VERSION, load_json, read_header, shard_path
+from codecssl.tokenize.format.validate import check_header, check_plan
 from codecssl.tokenize.integrity.index_check import SUMS, SideFiles
 from codecssl.tokenize.integrity.shard_check import Damage, check_shard, read_document
 from codecssl.tokenize.sources.sources import read_source
@@ -24,6 +25,9 @@ __all__ = ["Damage", "Findings", "examine"]
 
 OWN = ("format", "format_version", "sha256", "totals")
 """What dataset.json holds beside the plan."""
+
+MOST_MISSING = 10_000
+"""Shards that may be missing: each one is reported."""
 
 STDIN = "stdin.jsonl"
 MADE = ("codec", "sources", "compression", "mel")
@@ -51,6 +55,9 @@ def examine(
     said = read_statements(root)
     if said.plan is None:
         return Findings(damages=said.damages)
+    present = sum(1 for _ in (root / "shards").glob("*"))
+    if said.shards > present + MOST_MISSING:
+        raise UserError(f"{root}: dataset.json says {said.shards} shards, it has {present} files: no dataset")
     card, beside, damages = _card(root, said), SideFiles(root), list(said.damages)
     for shard in range(said.shards):
         checked = check_shard(root, shard, card, said.version)
@@ -193,7 +200,7 @@ def _without_odd_keys(
 def _read_statement(path: Path) -> dict[str, Any]:
     value = read_document(path)
     try:
-        CodecCard.from_dict(value["codec"]).frames_of(1)
+        (check_header if path.name == "dataset.json" else check_plan)(value, path)
         if path.name == "dataset.json":
             if value["format"] != FORMAT:
                 raise UserError(f"{path}: format {value['format']!r}, expected {FORMAT!r}")
