@@ -18,6 +18,7 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format.bits import packed_size, unpack
 from codecssl.tokenize.format.entropy import SEGMENT_FRAMES, Coder
 from codecssl.tokenize.format.layout import (
+    BLOCK,
     MEL_CRC32,
     from_planes,
     mel_offset,
