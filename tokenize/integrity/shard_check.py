@@ -256,6 +256,8 @@ class _Check:
             content = offset + tarfile.BLOCKSIZE
             try:
                 member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
+                if not 0 <= member.size <= end - content:
+                    raise tarfile.HeaderError("a member longer than the tar")
             except (tarfile.HeaderError, UnicodeDecodeError):
                 self._damaged(self.tar, f"tar header damaged at offset {offset}", start=offset, stop=content)
                 return

@@ -1,5 +1,6 @@
 """Crafted datasets: a command that reads one succeeds or ends with one line, soon and in little memory."""
 
+import copy
 import gzip
 import io
 import json
@@ -55,12 +56,12 @@ def copied(whole, tmp_path):
     """copied() is a new copy of the dataset."""
     numbers = iter(range(10**6))
 
-    def copy():
+    def new():
         for old in tmp_path.glob("c*"):
             shutil.rmtree(old)
         return shutil.copytree(whole, tmp_path / f"c{next(numbers)}")
 
-    return copy
+    return new
 
 
 def use(root):
@@ -103,7 +104,7 @@ def test_json_files_with_any_value_anywhere(copied, data):
     value = load_json(root / name)
     for _ in range(data.draw(st.integers(1, 3))):
         path = data.draw(st.sampled_from([p for p in places(value) if p]))
-        set_at(value, path, data.draw(st.sampled_from(NASTY)))
+        set_at(value, path, copy.deepcopy(data.draw(st.sampled_from(NASTY))))
     both = name == "plan.json" and data.draw(st.booleans())
     (root / name).write_bytes(to_json(sealed(value), indent=None if "/" in name else 1))
     if both:  # so that neither of the two is called damaged
