@@ -69,7 +69,7 @@ def check_plan(plan: Mapping[str, Any], file: Path) -> None:
     seconds = plan.get("block_seconds", 1.0)
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
         raise UserError(f"{file}: damaged, block_seconds is {_shown(seconds)}")
-    if not isinstance(plan.get("compression", ""), str):
+    if not isinstance(plan.get("compression") or "", str):
         raise UserError(f"{file}: damaged, compression is {_shown(plan['compression'])}")
 
 
