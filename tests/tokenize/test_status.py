@@ -111,7 +111,14 @@ def test_a_run_that_has_just_begun_and_one_whose_inputs_cannot_be_counted(folder
 def test_a_finished_run_and_a_strangers_folder(folder, tmp_path_factory):
     for number in range(10):
         shard(folder, number, 9000)
-    write(folder / "dataset.json", {"totals": {"inputs": 100}}, 9000)
+    counts = ("inputs", "utterances", "frames", "samples", "bytes", "failed", "shards", "hours")
+    header = {
+        "format": "codecssl-shards",
+        "format_version": 1,
+        "sha256": "0" * 64,
+        "totals": dict.fromkeys(counts, 100),
+    }
+    write(folder / "dataset.json", header | json.loads((folder / "plan.json").read_text()), 9000)
     state = status(folder)
     assert (state["finished"], state["fraction"], state["seconds_left"], state["stalled"]) == (True, 1.0, 0.0, [])
     with pytest.raises(UserError, match=r"no plan\.json"):
