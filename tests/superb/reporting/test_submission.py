@@ -218,4 +218,4 @@ def test_what_can_not_be_submitted_is_one_line_and_no_zip(tmp_path: Path) -> Non
 
 def test_of_without_a_zip_is_refused(tmp_path: Path, capsys: Any) -> None:
     assert main(["report", str(tmp_path), "--of", "tiny"]) == 1
-    assert capsys.readouterr().err == "error: --of tiny: is for --zip FILE, which is missing\n"
+    assert capsys.readouterr().err == "error: --of tiny: needs --zip FILE\n"
