@@ -29,7 +29,7 @@ SIZES = (1024,) * 8
 
 
 def large(folder: Path, utterances: int) -> Path:
-    """A dataset of so many utterances (rounded up to whole blocks), of which one block is stored."""
+    """A dataset of so many utterances (rounded up to whole blocks), one block a shard, all links to one file."""
     card = CodecCard(
         name="synthetic", weights="none", weights_sha256="0" * 64, sample_rate=16_000, hop_length=320,
         codebook_sizes=SIZES, codes_per_frame=(1,) * len(SIZES), latent_dim=12,
@@ -42,10 +42,13 @@ def large(folder: Path, utterances: int) -> Path:
     assert len(blocks) == 1
     repeated = np.repeat(blocks, times).astype(BLOCK)
     repeated["first"] = np.arange(times) * BLOCK_UTTERANCES
+    repeated["shard"] = np.arange(times)
+    for shard in range(1, times):
+        (folder / f"large/shards/{shard:05d}.tar").hardlink_to(folder / "large/shards/00000.tar")
     np.save(folder / "large/blocks.npy", repeated)
     np.save(folder / "large/index.npy", np.tile(lengths.astype(np.uint16), times))
     header = load_json(folder / "large/dataset.json")
-    header["totals"]["utterances"] = times * BLOCK_UTTERANCES
+    header["totals"] |= {"utterances": times * BLOCK_UTTERANCES, "shards": times}
     (folder / "large/dataset.json").write_text(json.dumps(sealed({k: v for k, v in header.items() if k != "seal"})))
     return folder / "large"
 
