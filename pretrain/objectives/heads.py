@@ -12,7 +12,7 @@ from codecssl.pretrain.model.fairseq2_parts import Linear, init_bert_projection
 from codecssl.tokenize.common.errors import UserError
 
 
-class LinearHeads(Linear):
+class LinearHeads(Linear):  # type: ignore[misc]  # final; a wrapper would rename the weights of earlier checkpoints
     """One matrix for all streams: hidden states [N, D] -> logits [N, sum of sizes]."""
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -54,7 +54,7 @@ class CodebookHeads(nn.Module):
         self.sizes, self.width, self.context = list(sizes), width, context
         self.projection = Linear(dim, len(sizes) * width, bias=True)
         nn.init.zeros_(self.projection.weight)
-        nn.init.zeros_(self.projection.bias)
+        nn.init.zeros_(self.projection.bias)  # type: ignore[arg-type]
         self.classes = nn.Parameter(torch.randn(sum(sizes), width))
         self.log_scale = nn.Parameter(torch.zeros(len(sizes)))
         self.bias = nn.Parameter(torch.zeros(sum(sizes)))
