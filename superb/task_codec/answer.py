@@ -1,4 +1,4 @@
-"""`codecssl-superb answer`: a task's answers from token shards of a codec that `compress` made; no audio is read."""
+"""`codecssl-superb answer`: answer a task from token shards of a task codec, without reading audio."""
 
 import json
 from pathlib import Path
@@ -15,9 +15,9 @@ from codecssl.tokenize.shards import Shards
 
 
 def answer(codec: Path, data: Path, output: Path) -> int:
-    """Write a line of JSON per utterance: id, answer (a list of labels), score of a class. Returns how many.
+    """Write one JSON line per utterance: id, answer (a list of labels), score of a class. Return the number of lines.
 
-    UserError where the shards are not the codec's, or the codec has no head.
+    Raises UserError if another codec wrote the shards, or if the codec has no head.
     """
     compressed, shards = load(codec), Shards(data)
     if shards.card.weights_sha256 != file_sha256(codec / "model.safetensors"):

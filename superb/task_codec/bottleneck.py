@@ -1,8 +1,9 @@
-"""The bottleneck at layer L of a model: what its layers give, in few codes and back.
+"""The bottleneck at layer L of a model: quantize the states of the layer and restore them.
 
     state L [B, T, D] -> LayerNorm -> mean over `pool` frames -> residual quantizer -> out-projection to `pool` frames
 
-"Task-Specific Audio Coding for Machines" (Kuznetsova et al., arXiv 2507.12701) put before an encoder of codec tokens.
+The method is "Task-Specific Audio Coding for Machines" (Kuznetsova et al., arXiv 2507.12701), applied to an encoder of
+codec tokens.
 """
 
 import math
@@ -41,7 +42,7 @@ class Rate:
 
     @property
     def bits_per_second(self) -> float:
-        """Nominal."""
+        """Nominal bit rate."""
         return float(self.frame_rate * self.num_codebooks * self.bits)
 
     def __str__(self) -> str:
@@ -50,8 +51,10 @@ class Rate:
 
 
 def choose_rate(rate_bps: float, card: CodecCard, frame_rate: float) -> Rate:
-    """The codes nearest below `rate_bps` (bit/s) at about `frame_rate` (Hz): as few codebooks as give it, with at most
-    1024 entries each. UserError where a frame would have less than a bit.
+    """Choose the highest rate up to `rate_bps` (bit/s) at about `frame_rate` (Hz).
+
+    The rate has as few codebooks as possible, with at most 1024 entries each. Raises UserError if a frame would have
+    less than one bit.
     """
     pool = max(1, round(float(card.frame_rate) / frame_rate))
     rate = card.frame_rate / pool
@@ -66,7 +69,7 @@ def choose_rate(rate_bps: float, card: CodecCard, frame_rate: float) -> Rate:
 
 
 class Bottleneck(nn.Module):
-    """LayerNorm, pooling, quantizer, out-projection. Frames of a last, cut group are pooled over those that exist."""
+    """LayerNorm, pooling, quantizer, out-projection. An incomplete last group is the mean of its existing frames."""
 
     def __init__(self, dim: int, pool: int, config: RvqConfig) -> None:
         super().__init__()
@@ -75,7 +78,7 @@ class Bottleneck(nn.Module):
         self.out = nn.Linear(dim, pool * dim)
 
     def pooled(self, states: Tensor, frames: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """[B, T, D] and real frames of each -> means [B, ceil(T / pool), D], and which of them are real, bool."""
+        """States [B, T, D] and valid frames per item -> means [B, ceil(T / pool), D] and their bool mask."""
         normed = F.layer_norm(states, (self.dim,))
         real = lengths_to_mask(frames, states.shape[1], states.device)
         rest = -states.shape[1] % self.pool
@@ -94,7 +97,7 @@ class Bottleneck(nn.Module):
         return self.expand(self.rvq.dequantise(codes))
 
     def expand(self, features: Tensor) -> Tensor:
-        """Dequantised [B, T', D] -> states [B, T' * pool, D]."""
+        """Dequantised features [B, T', D] -> states [B, T' * pool, D]."""
         found: Tensor = self.out(features)
         return found.unflatten(2, (self.pool, self.dim)).flatten(1, 2)
 
@@ -102,12 +105,13 @@ class Bottleneck(nn.Module):
     def fit(
         self, states: Tensor, frames: Sequence[int], generator: torch.Generator, wanted: Tensor | None = None
     ) -> None:
-        """Start from a batch of states: the quantizer by k-means, the out-projection by least squares. `wanted`: linear
-        maps [C, D] of layer-normed states that matter most.
+        """Initialize from a batch of states: the quantizer by k-means, the out-projection by least squares.
+
+        `wanted`: linear maps [C, D] of layer-normed states, whose values matter most.
         """
         pooled, real = self.pooled(states, frames)
         self.rvq.fit(pooled[real], generator, wanted)
-        whole = [n // self.pool for n in frames]  # groups that are not cut
+        whole = [n // self.pool for n in frames]  # complete groups
         take = lengths_to_mask(whole, pooled.shape[1], states.device)
         if not bool(take.any()):
             return
@@ -123,7 +127,7 @@ class Bottleneck(nn.Module):
 
 
 def check_layer(model: CodecModel, layer: int) -> None:
-    """UserError for a layer that the model has not, or that is not all that the later ones see."""
+    """Raise UserError if the model lacks the layer, or if later layers read more than its state."""
     last = model.config.layers
     if not 0 <= layer <= last:
         raise UserError(f"layer {layer}: this model has 0 (the input of the first layer) to {last}")
@@ -139,7 +143,7 @@ def later_states(model: CodecModel, state: Tensor, frames: Sequence[int], layer:
     if layer == last:
         return states
     layout = BatchLayout((state.shape[0], state.shape[1]), list(frames), device=state.device)
-    if isinstance(model.encoder, ResidualEncoder):  # layer 0: both streams begin as this
+    if isinstance(model.encoder, ResidualEncoder):  # layer 0: both streams start from this state
         return _residual_states(model, state, layout)
     cache = AttentionBiasCache()
     for module in model.encoder.layers[layer:]:  # type: ignore[index,union-attr]

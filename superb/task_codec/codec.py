@@ -1,13 +1,14 @@
-"""Codes for the machine: what `codecssl-superb task-codec` made of a pretrained model, as a codec.
+"""Task codec: the result of `codecssl-superb task-codec` behind the `Codec` protocol.
 
-A wave becomes the base codec's codes, these the state of a layer, and that the codes of a small residual quantizer,
-below 200 bit/s. They hold what the model's later layers and the task's head need; there is no way back to sound.
+The base codec encodes a wave, the pretrained model turns its codes into the state of a layer, and a small residual
+quantizer encodes that state below 200 bit/s. The codes hold what the model's later layers and the task's head need. They
+cannot be decoded to audio.
 
-Attention sees all that it is given, so that any padding or cut changes codes. The policy is X-codec's: a wave of up to
-`WHOLE_SECONDS` is encoded whole and alone; of a longer one, segments of `SEGMENT_SECONDS` are taken, each for itself,
-while more than `WHOLE_SECONDS` remain.
+Attention reads its whole input, and any padding or cut therefore changes codes. The policy is that of X-codec. A wave of
+up to `WHOLE_SECONDS` is encoded whole and alone. From a longer wave, segments of `SEGMENT_SECONDS` are encoded
+separately while more than `WHOLE_SECONDS` remain.
 
-The package registers this codec with the stage below through the entry point `machine` (`entry_point.py`).
+The package registers this codec with `codecssl.tokenize` through the entry point `machine` (`entry_point.py`).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class MachineCodec:
     def __init__(self, base: Codec, compressed: Compressed, card: CodecCard, device: str = "cpu") -> None:
         self.base, self.card, self.device = base, card, torch.device(device)
         self.compressed = compressed.to(device)
-        frames = card.frame_rate  # of codes; bounds are whole frames of theirs
+        frames = card.frame_rate  # of codes; segment bounds are whole frames of codes
         self.whole = int(WHOLE_SECONDS * frames) * compressed.pool
         self.segment = max(1, int(SEGMENT_SECONDS * frames)) * compressed.pool
 
@@ -45,14 +46,14 @@ class MachineCodec:
         return [Encoded(torch.cat(list(self._pieces(base.codes)), dim=1)) for base in self.base.encode(waves)]
 
     def _pieces(self, base: Tensor) -> Iterator[Tensor]:
-        """Codes [R, T] of a whole wave to codes [K, t] of its segments."""
+        """Base codes [R, T] of a whole wave -> codes [K, t] of each segment."""
         while base.shape[1] > self.whole:
             yield self.quantise(base[:, : self.segment])
             base = base[:, self.segment :]
         yield self.quantise(base)
 
     def quantise(self, base: Tensor) -> Tensor:
-        """The base codec's codes [R, T] of one segment to codes [K, ceil(T / pool)]."""
+        """Base codes [R, T] of one segment -> codes [K, ceil(T / pool)]."""
         if base.shape[1] == 0:
             return torch.zeros(self.card.num_codebooks, 0, dtype=torch.int64, device=self.device)
         with full_precision():
@@ -117,7 +118,7 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
 
 
 def make_card(name: str, folder: Path, compressed: Compressed, num_codebooks: int, device: str) -> CodecCard:
-    """The card of a compressed model that keeps `num_codebooks`."""
+    """Codec card of a compressed model that keeps `num_codebooks` codebooks."""
     base: CodecCard = compressed.model.card
     config = compressed.bottleneck.rvq.config
     kept = {key: base.policies[key] for key in ("channels", "resample", "padding") if key in base.policies}

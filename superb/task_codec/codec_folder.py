@@ -1,4 +1,4 @@
-"""A model with a bottleneck in it, as a folder: base codes to few codes, and these to states and to the answer."""
+"""A model with a bottleneck, saved as a folder: base codes -> few codes -> states and answers."""
 
 import dataclasses
 import json
@@ -22,12 +22,12 @@ from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 
 MODEL_TYPE, VERSION = "codecssl-machine", 1
-"""Of config.json; the entry point `machine` names it too."""
+"""Type and version in config.json. The entry point `machine` names the type too."""
 WEIGHTS = "model.safetensors"
 
 
 class Compressed(nn.Module):
-    """A frozen model, its bottleneck after layer L, and the task's head where there is one."""
+    """A frozen model, its bottleneck after layer L, and the task's head if there is one."""
 
     def __init__(self, model: CodecModel, layer: int, bottleneck: Bottleneck, head: Any, names: Sequence[str]) -> None:
         super().__init__()
@@ -47,21 +47,22 @@ class Compressed(nn.Module):
 
     @torch.no_grad()
     def extract(self, codes: Tensor, frames: Sequence[int]) -> list[Tensor]:
-        """Codes [B, k, T'] of the first k codebooks, frames of each -> the model's states L, L + 1, ...,
-        each [B, T' * pool, D].
+        """Codes [B, k, T'] of the first k codebooks -> the model's states L, L + 1, ..., each [B, T' * pool, D].
+
+        `frames`: frames of each item.
         """
         return later_states(self.model, self.bottleneck.restore(codes), [n * self.pool for n in frames], self.layer)
 
     @torch.no_grad()
     def logits(self, codes: Tensor, frames: Sequence[int]) -> Tensor:
-        """What the task's head gives for codes [B, k, T']: see the heads. UserError where there is no head."""
+        """Logits of the task's head for codes [B, k, T'] (see `heads`). Raises UserError without a head."""
         if self.head is None:
             raise UserError("this codec was made with --task none: it has no head; compress for a task")
         found: Tensor = self.head(self.extract(codes, frames), [n * self.pool for n in frames])
         return found
 
     def answers(self, codes: Tensor, frames: Sequence[int]) -> list[list[str]]:
-        """Labels by name, of each utterance."""
+        """Names of the labels of each utterance."""
         found = self.head.answers(self.logits(codes, frames), [n * self.pool for n in frames])
         return [[self.names[label] for label in row] for row in found]
 
@@ -84,7 +85,7 @@ def state_at(model: CodecModel, codes: Tensor, frames: Sequence[int], layer: int
 
 
 def save(compressed: Compressed, folder: Path, rate: Rate, more: dict[str, Any]) -> None:
-    """Write weights, then config.json: a folder without it is no codec. `more` tells how it was made."""
+    """Write weights, then config.json, without which the folder is not a codec. `more`: the training record."""
     from safetensors.torch import save as to_bytes
 
     from codecssl.tokenize.common.files import write_atomic

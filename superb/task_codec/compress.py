@@ -1,4 +1,4 @@
-"""`codecssl-superb task-codec`: a pretrained model and a task in, a codec below 200 bit/s out."""
+"""`codecssl-superb task-codec`: train a codec below 200 bit/s from a pretrained model and a task."""
 
 import copy
 import hashlib
@@ -29,7 +29,7 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.shards import Shards
 
 FRAME_RATE = {True: 25.0, False: 12.5}
-"""Hz, of the codes, where none is given: 25 for pr and none, 12.5 for classes."""
+"""Default frame rate of the codes in Hz: 25 for pr and `none`, 12.5 for classes."""
 OWN_FILES = {"config.json", "model.safetensors", "README.md", "metrics.jsonl", "work"}
 
 
@@ -43,9 +43,9 @@ class CompressConfig:
     layer: int
     task: str = "none"
     rate_bps: float = 200.0
-    """Nominal, at most."""
+    """Largest nominal bit rate."""
     frame_rate: float | None = None
-    """Hz, about; None is the task's (`FRAME_RATE`)."""
+    """Approximate frame rate in Hz. None selects the task's default (`FRAME_RATE`)."""
     codebook_dim: int = 32
     probes: str = "probes"
     device: str = "cpu"
@@ -54,16 +54,16 @@ class CompressConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Data and features that runs on one model and one data set share."""
+    """Data and features shared by runs on one model and one data set."""
 
     model: CodecModel
     shards: Shards
     states: Source
-    """All states of the model as it is, kept."""
+    """All states of the unmodified model, cached."""
 
 
 def load_upstream(path: Path) -> CodecModel:
-    """An exported model; its codec's weights by their absolute path, so that they are found from anywhere."""
+    """Load an exported model. The path of its codec's weights is made absolute."""
     model = load_pretrained(path)
     if model.mel_spec is not None:
         raise UserError(f"upstream {path}: reads a log-mel plane too; task-codec takes models with model.input codes")
@@ -74,7 +74,7 @@ def load_upstream(path: Path) -> CodecModel:
 
 
 def prepare(upstream: Path, data: Path, work: Path, device: str) -> Prepared:
-    """Load the model and open the data; `work` takes tokens that have to be made first."""
+    """Load the model and open the data. Missing tokens are written to `work` first."""
     model = load_upstream(upstream)
     shards = open_shards(data, model.card, work, device)
     model = model.to(device)
@@ -82,7 +82,7 @@ def prepare(upstream: Path, data: Path, work: Path, device: str) -> Prepared:
 
 
 def settle(config: CompressConfig, ready: Prepared, fold: int = 0) -> tuple[Examples, Rate]:
-    """The task's utterances, and the codes that the rate allows. What cannot be is refused here, in one line."""
+    """The task's utterances and the chosen rate. Raises a one-line UserError for impossible settings."""
     check_layer(ready.model, config.layer)
     spoken = config.task in (*SPOKEN, "none")
     rate = choose_rate(config.rate_bps, ready.model.card, config.frame_rate or FRAME_RATE[spoken])
@@ -91,9 +91,9 @@ def settle(config: CompressConfig, ready: Prepared, fold: int = 0) -> tuple[Exam
 
 
 def compress(config: CompressConfig, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Train and write the codec; returns its config.json. Goes on where a killed run stopped.
+    """Train and write the codec. Return its config.json. A killed run is resumed.
 
-    UserError for what cannot be, and for a folder that holds something else.
+    Raises UserError for impossible settings, and for a folder with other contents.
     """
     _refuse_foreign(config.output)
     ready = prepare(config.upstream, config.data, config.output / "work", config.device)
@@ -134,7 +134,7 @@ def _identity(config: CompressConfig, ready: Prepared, found: Examples) -> str:
 
 
 def first_head(config: CompressConfig, ready: Prepared, found: Examples) -> Any:
-    """The head on the model's states as they are; None without labels."""
+    """Train the head on the unmodified states of the model. None without labels."""
     if found.kind == "none":
         return None
     head = new_head(config, found, ready.model.config.dim, ready.model.config.layers - config.layer + 1)
@@ -143,7 +143,7 @@ def first_head(config: CompressConfig, ready: Prepared, found: Examples) -> Any:
 
 
 def build(config: CompressConfig, ready: Prepared, found: Examples, rate: Rate, head: Any) -> Training:
-    """A fresh bottleneck, weights from the seed, and its training with a copy of `first_head`."""
+    """A bottleneck initialized from the seed, and its training with a copy of `first_head`."""
     dim = ready.model.config.dim
     sizes = RvqConfig(
         num_codebooks=rate.num_codebooks, codebook_size=1 << rate.bits, codebook_dim=min(config.codebook_dim, dim)
@@ -156,7 +156,7 @@ def build(config: CompressConfig, ready: Prepared, found: Examples, rate: Rate, 
 
 
 def new_head(config: CompressConfig, found: Examples, dim: int, states: int) -> Any:
-    """A head for S states [B, T, D], weights from the seed."""
+    """A head for S states [B, T, D], initialized from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         return HEADS[found.kind](dim, states, len(found.names)).to(config.device)
@@ -179,7 +179,7 @@ def _run(training: Training, output: Path, identity: str, report: Callable[[str]
 
 
 def _measure(training: Training, config: CompressConfig) -> dict[str, Any]:
-    """Use of the codebooks, and the test part's error rates: by codebooks kept, and of a head on the model as it is."""
+    """Codebook usage and error rates on the test part, per number of codebooks and for the unmodified model."""
     found, bottleneck, source = training.found, training.bottleneck, training.source
     books = bottleneck.rvq.config
     codes = np.concatenate([bottleneck.encode(source(i)[0]).cpu().numpy() for i in found.parts["train"]], axis=1)
@@ -204,7 +204,7 @@ def _measure(training: Training, config: CompressConfig) -> dict[str, Any]:
 
 
 def _readme(config: CompressConfig, ready: Prepared, rate: Rate, measured: dict[str, Any]) -> str:
-    """A card for people."""
+    """Human-readable card of the codec."""
     model = config.upstream.resolve().name
     lines = [
         f"# Codes for a machine: {config.task}",

@@ -10,29 +10,29 @@ class TrainConfig:
     """Training settings of a bottleneck."""
 
     head_steps: int = 1000
-    """With labels, of a head on the states as they are: the model's own one goes on in stage B."""
+    """Steps of a head on the unmodified states, with labels. Stage B continues the model's own head."""
     a_steps: int = 1000
-    """Without labels."""
+    """Steps of stage A, which needs no labels."""
     b_steps: int = 1000
-    """With labels: of a bottleneck and its head; of every other head, which goes on as long on what it reads."""
+    """Steps of stage B, with labels: a bottleneck and its head. Every other head gets as many steps on its own input."""
     batch_size: int = 16
-    """Utterances."""
+    """Utterances per batch."""
     head_learning_rate: float = 1e-3
-    """Falls to 0 over the stage, as the next two."""
+    """Decays to 0 over the stage, as do the next two."""
     a_learning_rate: float = 1e-3
     b_learning_rate: float = 1e-4
     answers_weight: float = 1.0
-    """In stage B, of the distance to the answers of the head on the model as it is."""
+    """Weight in stage B of the distance to the answers of the head on the unmodified model."""
     weight_decay: float = 0.01
     vq_weight_a: float = 0.2
     quantizer_dropout: float = 0.5
-    """Share of the utterances that keep a drawn number of codebooks; 0 where there is one codebook."""
+    """Share of the utterances that keep a random number of codebooks. 0 with one codebook."""
     revive_steps: int = 100
-    """Steps between two searches for dead entries."""
+    """Steps between searches for dead entries."""
     evaluations: int = 10
     """Evaluations on the validation part, during head training and during stage B; the best state is kept."""
     fit_frames: int = 40_000
-    """Frames of the model that the start is made from, at most."""
+    """Largest number of the model's frames used for initialization."""
     seed: int = 0
 
     def __post_init__(self) -> None:

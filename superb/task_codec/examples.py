@@ -18,13 +18,13 @@ from codecssl.tokenize.shards import Shards
 
 PARTS = ("train", "valid", "test")
 FOLDS = 4
-"""Each is the test part once, where rows name no split."""
+"""Folds, each the test part once, if rows name no split."""
 VALID = 0.15
 """Share of the remaining utterances for validation, which selects the checkpoint."""
 SPOKEN = ("pr",)
-"""SUPERB tasks answered by a row of labels, CTC."""
+"""SUPERB tasks answered by a sequence of labels (CTC)."""
 SPEAKER_APART = ("pr", "ks", "ic", "er")
-"""SUPERB tasks whose test speakers are unseen, where rows name speakers."""
+"""SUPERB tasks whose test speakers are unseen in training, if rows name speakers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,21 +32,21 @@ class Examples:
     """Labelled utterances of one task."""
 
     kind: str
-    """class, ctc, or none."""
+    """`class`, `ctc`, or `none`."""
     names: tuple[str, ...]
-    """Of the labels; of ctc the first is the blank."""
+    """Names of the labels. For ctc the first is the blank."""
     labels: dict[int, tuple[int, ...]]
-    """By utterance."""
+    """Labels of each utterance."""
     parts: dict[str, tuple[int, ...]]
-    """Utterances of train, valid and test."""
+    """Utterances of the parts train, valid and test."""
     apart: str | None = None
-    """The column whose values never stand on both sides of train and test."""
+    """Column whose values train and test do not share."""
     folds: int = FOLDS
-    """Of which one is the test part; 1 where rows name their parts."""
+    """Number of folds, one of which is the test part. 1 if rows name their parts."""
 
 
 def open_shards(data: Path, card: CodecCard, work: Path, device: str) -> Shards:
-    """Token shards; of a manifest or a folder with one, made in `work` first. UserError for another codec's."""
+    """Open token shards. Those of a manifest are made in `work` first. Raises UserError for shards of another codec."""
     if not (data / "dataset.json").is_file():
         data = _tokenised(data, card, work / "tokens", device)
     shards = Shards(data)
@@ -71,11 +71,10 @@ def _tokenised(data: Path, card: CodecCard, output: Path, device: str) -> Path:
 
 
 def examples(shards: Shards, task: str, probes: str, seed: int, fold: int = 0) -> Examples:
-    """Utterances of a task: a probe's name, ks, ic, sid, er or pr of SUPERB, or none. Phones are taken without stress
-    and place in the word (AA0_B is AA).
+    """Utterances of a task: a probe's name; ks, ic, sid, er or pr of SUPERB; or none.
 
-    Parts are those that the rows name in `splits`; else the seed draws four folds, of which `fold` is tested, and 15 %
-    of the rest chooses.
+    Phones lose their stress and their position in the word (AA0_B becomes AA). The column `splits` names the parts.
+    Without it, the seed draws four folds, `fold` is the test part, and 15 % of the rest are the validation part.
     """
     rows: list[Row] = [{"path": u.path, **u.labels} for u in shards.utterances()]
     if task == "none":
@@ -162,8 +161,9 @@ def _drawn_parts(
 
 
 def refuse_too_slow(found: Examples, frames: Sequence[int], rate: Any) -> Examples:
-    """For ctc: without utterances that have fewer frames of codes than labels and repeats (a frame gives one label,
-    and a repeat wants a blank between). UserError where these are above 1 % of all.
+    """For ctc, drop utterances with fewer frames of codes than labels and repeats.
+
+    A frame gives one label, and a repeat needs a blank before it. Raises UserError if more than 1 % are dropped.
     """
     if found.kind != "ctc":
         return found
@@ -178,5 +178,5 @@ def refuse_too_slow(found: Examples, frames: Sequence[int], rate: Any) -> Exampl
 
 
 def repeats(row: Sequence[int]) -> int:
-    """Labels equal to the one before."""
+    """Number of labels that equal the previous one."""
     return sum(a == b for a, b in pairwise(row))

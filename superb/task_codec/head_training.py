@@ -1,6 +1,6 @@
-"""Training a head, alike whatever it reads: as many steps of the same batches, the best on the validation part kept.
+"""Train heads on any input by one procedure: the same steps and batches, keeping the best weights on validation.
 
-All that is drawn is drawn by (seed, stage, step).
+All random choices are determined by (seed, stage, step).
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from codecssl.superb.task_codec.states import CACHE_BYTES, Batched
 
 STAGES = ("head", "a", "b")
 BATCH = 32
-"""Utterances that are answered together."""
+"""Utterances per batch of evaluation."""
 
 
 def draw(found: Examples, config: TrainConfig, stage: int, step: int) -> list[int]:
@@ -43,7 +43,7 @@ def evaluates(config: TrainConfig, stage: int, step: int) -> bool:
 
 
 class Best:
-    """The weights that were best on the validation part: least errors, of equal ones the later."""
+    """The weights with the fewest errors on the validation part. The later ones win a tie."""
 
     def __init__(self, state: dict[str, Any] | None = None) -> None:
         self.state = state or {}
@@ -59,9 +59,9 @@ class Best:
 
 
 class Summaries:
-    """What a head needs of each utterance's states, computed once, as far as memory is given.
+    """Head summaries of utterances, computed once and cached within a memory limit.
 
-    states: from utterances to their states [B, T, D] and frames.
+    states: maps utterances to their states [B, T, D] and frames.
     """
 
     def __init__(self, head: Head, states: Batched, most_bytes: int = CACHE_BYTES) -> None:
@@ -69,7 +69,7 @@ class Summaries:
         self.known: dict[int, Tensor] = {}
 
     def __call__(self, rows: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """[B, S, T, D] and frames of each."""
+        """Summaries [B, S, T, D] and the frames of each utterance."""
         fresh: dict[int, Tensor] = {}
         missing = sorted({index for index in rows if index not in self.known})
         for first in range(0, len(missing), BATCH):
@@ -90,7 +90,7 @@ class Summaries:
 
 @torch.no_grad()
 def count_errors(head: Any, summaries: Summaries, found: Examples, part: str) -> tuple[int, int]:
-    """Wrong answers and labels of a part: of classes utterances, of CTC edits."""
+    """Number of errors and labels of a part. Errors are wrong utterances for classes, edits for CTC."""
     wrong, labels, rows = 0, 0, found.parts[part]
     for first in range(0, len(rows), BATCH):
         chosen = rows[first : first + BATCH]
@@ -101,13 +101,13 @@ def count_errors(head: Any, summaries: Summaries, found: Examples, part: str) ->
 
 
 def error_rate(head: Any, summaries: Summaries, found: Examples, part: str) -> float:
-    """1 - accuracy of classes, phone error rate of CTC."""
+    """1 - accuracy for classes, phone error rate for CTC."""
     wrong, labels = count_errors(head, summaries, found, part)
     return wrong / max(labels, 1)
 
 
 def train_head(head: Any, summaries: Summaries, found: Examples, config: TrainConfig, stage: int) -> None:
-    """Train a head alone for a stage; it is left as it was best. In stage B what begins may stay the best."""
+    """Train a head alone for one stage and keep its best weights. In stage B they may be the initial ones."""
     optimizer = torch.optim.AdamW(head.parameters(), weight_decay=config.weight_decay)
     best = Best()
     if STAGES[stage] == "b":

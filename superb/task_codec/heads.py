@@ -1,6 +1,6 @@
-"""Small heads over a model's states, as SUPERB's: a learned mean of the layers, then linear maps, no more.
+"""Small heads over a model's states, like SUPERB's: a learned mean of the layers, then linear maps.
 
-What a head learns from is the `summary` of an utterance's states, which has no weights: it is computed once.
+A head learns from the `summary` of an utterance's states. The summary has no weights and is computed once.
 """
 
 from collections.abc import Sequence
@@ -13,28 +13,28 @@ from torch import Tensor, nn
 from codecssl.pretrain.model.lengths import lengths_to_mask
 
 BLANK = 0
-"""CTC's label of no label."""
+"""Label of CTC's blank."""
 
 
 class Head(Protocol):
-    """States to answers."""
+    """Protocol of heads: states to answers."""
 
     kind: str
 
     def summary(self, states: Sequence[Tensor], frames: Sequence[int]) -> Tensor:
-        """S states [B, T, D] -> what the head needs of them, [B, S, T or 1, D]: layer-normed."""
+        """S states [B, T, D] -> the layer-normed input of the head [B, S, T or 1, D]."""
 
     def read(self, summary: Tensor) -> Tensor:
-        """The answers' logits."""
+        """Summary -> logits of the answers."""
 
     def loss(self, logits: Tensor, frames: Sequence[int], labels: Sequence[Sequence[int]]) -> Tensor:
-        """Scalar; frames are those that each item's logits have."""
+        """Scalar loss. frames: frames of each item's logits."""
 
     def divergence(self, logits: Tensor, teacher: Tensor, frames: Sequence[int]) -> Tensor:
-        """Scalar: of another head's answers [B, T, C] or [B, C] from these."""
+        """Scalar Kullback-Leibler divergence of another head's answers [B, T, C] or [B, C] from these."""
 
     def directions(self) -> Tensor:
-        """The maps [C, D] of a layer-normed state that its answers are means of."""
+        """Linear maps [C, D] of a layer-normed state whose means are the answers."""
 
     def answers(self, logits: Tensor, frames: Sequence[int]) -> list[list[int]]:
         """Labels of each utterance."""
@@ -65,8 +65,9 @@ class _Linear(nn.Module):
 
 
 class ClassHead(_Linear):
-    """One of C classes for an utterance (SUPERB's utterance head). Its maps are linear, so that the mean over time
-    may come before them: the summary is [B, S, 1, D]. Logits are [B, C].
+    """One of C classes per utterance (SUPERB's utterance head). Logits are [B, C].
+
+    The maps are linear, and the mean over time can therefore come first: the summary is [B, S, 1, D].
     """
 
     kind = "class"
@@ -90,13 +91,13 @@ class ClassHead(_Linear):
 
 
 def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Kullback-Leibler, [..., C] -> [...]"""
+    """Kullback-Leibler divergence, [..., C] -> [...]."""
     pair = logits.log_softmax(dim=-1), teacher.log_softmax(dim=-1)
     return F.kl_div(*pair, log_target=True, reduction="none").sum(dim=-1)
 
 
 class CtcHead(_Linear):
-    """A row of labels for an utterance, CTC; label 0 is the blank. Logits are log probabilities [B, T, C]."""
+    """A sequence of labels per utterance (CTC); label 0 is the blank. Logits are log probabilities [B, T, C]."""
 
     kind = "ctc"
 
@@ -114,7 +115,7 @@ class CtcHead(_Linear):
         return (_divergence(logits[:, :length], teacher[:, :length]) * mask).sum() / mask.sum()
 
     def answers(self, logits: Tensor, frames: Sequence[int]) -> list[list[int]]:
-        """The likeliest label of each frame, repeats and blanks taken out."""
+        """The most likely label of each frame, without repeats and blanks."""
         best = logits.argmax(dim=2)
         rows = [row[:n].unique_consecutive().tolist() for row, n in zip(best, frames)]
         return [[label for label in row if label != BLANK] for row in rows]
@@ -124,7 +125,7 @@ HEADS: dict[str, Any] = {"class": ClassHead, "ctc": CtcHead}
 
 
 def errors(answers: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """Edits that turn answers into labels, and labels: for classes the wrong ones and all of them."""
+    """Number of edits from answers to labels, and number of labels. An edit of classes is a wrong answer."""
     from torchaudio.functional import edit_distance
 
     edits = sum(edit_distance(list(a), list(b)) for a, b in zip(answers, labels, strict=True))

@@ -1,4 +1,4 @@
-"""Plain k-means in the place of a bottleneck's quantizer: what the same layer gives without training."""
+"""Baseline without training: plain k-means in place of a bottleneck's quantizer."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from codecssl.superb.task_codec.bottleneck import Bottleneck
 from codecssl.superb.task_codec.rvq import RvqConfig
 
 MOST_FRAMES = 10_000
-"""That centres are fitted to."""
+"""Largest number of frames to which centres are fitted."""
 
 
 class Clusters(nn.Module):
-    """Centres [V, D]: the nearest one stands for a frame. Has the methods of `Rvq` that inference needs."""
+    """Centres [V, D], the nearest of which represents a frame. Has the methods of `Rvq` used in inference."""
 
     centres: Tensor
 
@@ -24,8 +24,9 @@ class Clusters(nn.Module):
 
     @torch.no_grad()
     def fit(self, frames: Tensor, generator: torch.Generator, wanted: Tensor | None = None) -> None:
-        """Lloyd's algorithm from k-means++, scikit-learn's. Of few frames there are as many centres as frames;
-        `wanted` is of no use.
+        """Run scikit-learn's Lloyd algorithm from k-means++. Few frames give as many centres as frames.
+
+        `wanted` is ignored.
         """
         from sklearn.cluster import KMeans
 
@@ -34,19 +35,19 @@ class Clusters(nn.Module):
         kmeans = KMeans(count, n_init=1, max_iter=30, random_state=generator.initial_seed() % 2**32)
         kmeans.fit(frames[picks.to(frames.device)].cpu().numpy())
         self.centres[:count] = torch.from_numpy(kmeans.cluster_centers_)
-        self.centres[count:] = self.centres[0]  # never chosen: it stands first
+        self.centres[count:] = self.centres[0]  # never chosen: the first of equal centres wins
 
     def encode(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> codes int64 [B, 1, T]."""
+        """Frames [B, T, D] -> codes int64 [B, 1, T]."""
         return torch.cdist(x, self.centres.expand(len(x), -1, -1)).argmin(dim=-1)[:, None]
 
     def dequantise(self, codes: Tensor) -> Tensor:
-        """Codes [B, 1, T] -> [B, T, D]."""
+        """Codes [B, 1, T] -> frames [B, T, D]."""
         return self.centres[codes[:, 0]]
 
 
 def cluster_bottleneck(dim: int, pool: int, size: int) -> Bottleneck:
-    """A bottleneck that k-means quantises; `fit` makes all of it."""
+    """A bottleneck quantized by k-means; `fit` sets all of its weights."""
     bottleneck = Bottleneck(dim, pool, RvqConfig(codebook_dim=1, codebook_size=2))
     quantizer: Any = Clusters(dim, size)
     bottleneck.rvq = quantizer

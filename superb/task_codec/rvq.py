@@ -2,8 +2,8 @@
 
     x [B, T, D] -> for each codebook: down-projection -> nearest entry by cosine -> up-projection -> residual
 
-Each codebook looks up in few dimensions, and codes what the ones before it left. Padding has no part in losses,
-counts or starts.
+Each codebook looks up in few dimensions and encodes the residual of the previous ones. Losses, usage counts and
+initialization ignore padding.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class RvqConfig:
     num_codebooks: int = 1
     codebook_size: int = 256
     codebook_dim: int = 32
-    """Width of the lookup: 8 to 64 do."""
+    """Width of the lookup; 8 to 64 is sufficient."""
 
     def __post_init__(self) -> None:
         for name, least in (("num_codebooks", 1), ("codebook_size", 2), ("codebook_dim", 1)):
@@ -36,13 +36,13 @@ class Quantised:
     """Results of a forward pass."""
 
     features: Tensor
-    """[B, T, D], the sum of the codebooks' up-projected entries; gradients pass straight through the lookup."""
+    """[B, T, D], the sum of the codebooks' up-projected entries. The lookup has straight-through gradients."""
     codes: Tensor
     """int64 [B, K, T]."""
     commitment: Tensor
-    """Scalar: how far the projections are from their entries; moves the projections."""
+    """Scalar: squared distance of projections to their entries. Its gradient moves the projections."""
     codebook: Tensor
-    """Scalar: the same distance; moves the entries."""
+    """Scalar: the same distance. Its gradient moves the entries."""
 
 
 def masked_square(a: Tensor, b: Tensor, mask: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -65,7 +65,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("uses", torch.zeros(size))
 
     def lookup(self, projected: Tensor) -> Tensor:
-        """[..., W] -> int64 [...], the entry of the greatest cosine; of equal ones the first."""
+        """[..., W] -> int64 [...], the entry with the largest cosine. The first one wins a tie."""
         return (F.normalize(projected, dim=-1) @ F.normalize(self.entries, dim=-1).T).argmax(dim=-1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -83,9 +83,11 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def fit(self, frames: Tensor, iterations: int, generator: torch.Generator, wanted: Tensor | None = None) -> None:
-        """Start from frames [N, D]: projections are their first principal directions, entries k-means of what these
-        give, by cosine; the up-projection is the way back of least squares. `wanted`: linear maps [C, D] whose values
-        count as much as the frames themselves in what is principal.
+        """Initialize from frames [N, D].
+
+        The down-projection is their first principal directions. The entries are k-means of the projections, by cosine.
+        The up-projection is the least-squares inverse. `wanted`: linear maps [C, D] whose values count as much as the
+        frames themselves in the principal directions.
         """
         mean = frames.mean(dim=0)
         centred = (frames - mean).double()
@@ -93,7 +95,7 @@ class VectorQuantizer(nn.Module):
         if wanted is not None:
             values = wanted.double() * (centred.std() / (centred @ wanted.double().T).std().clamp(min=1e-9))
             seen = torch.cat([seen, values])
-        _, found = torch.linalg.eigh(seen @ (centred.T @ centred) @ seen.T)  # of rising variance
+        _, found = torch.linalg.eigh(seen @ (centred.T @ centred) @ seen.T)  # in order of increasing variance
         kept = found.T.flip(0)[: self.down.out_features] @ seen
         self.down.weight.zero_()[: len(kept)] = kept.to(frames.dtype)
         self.down.bias.copy_(-self.down.weight @ mean)
@@ -105,7 +107,7 @@ class VectorQuantizer(nn.Module):
 
 
 class Rvq(nn.Module):
-    """K vector quantizers, each of what the ones before it left."""
+    """K vector quantizers, each of the residual of the previous ones."""
 
     def __init__(self, dim: int, config: RvqConfig) -> None:
         super().__init__()
@@ -118,9 +120,9 @@ class Rvq(nn.Module):
         return list(self._books)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, mask: Tensor, kept: Tensor | None = None) -> Quantised:
-        """x [B, T, D], real frames bool [B, T], codebooks of each item int64 [B] (all of them where not given).
+        """Quantize x [B, T, D]. mask: valid frames, bool [B, T]. kept: codebooks per item, int64 [B]; default all.
 
-        Losses are sums over codebooks. In training, uses of entries are counted.
+        Losses are sums over codebooks. Training counts the uses of entries.
         """
         residual, features, codes = x, torch.zeros_like(x), []
         commitment = codebook = x.new_zeros(())
@@ -155,7 +157,7 @@ class Rvq(nn.Module):
     def fit(
         self, frames: Tensor, generator: torch.Generator, wanted: Tensor | None = None, iterations: int = 20
     ) -> None:
-        """Start all codebooks from frames [N, D], one after the other."""
+        """Initialize all codebooks from frames [N, D], one after another."""
         residual = frames
         for book in self.books:
             book.fit(residual, iterations, generator, wanted)
@@ -163,7 +165,7 @@ class Rvq(nn.Module):
 
     @torch.no_grad()
     def revive(self, x: Tensor, mask: Tensor, least: float, generator: torch.Generator) -> list[int]:
-        """Put entries used less than `least` times since the last call on projections of real frames of x.
+        """Move entries used less than `least` times since the last call to projections of valid frames of x.
 
         Returns the number of dead entries of each codebook, and resets the counts.
         """
@@ -180,7 +182,7 @@ class Rvq(nn.Module):
 
 
 def quantizer_dropout(batch: int, num_codebooks: int, share: float, generator: torch.Generator) -> Tensor:
-    """Codebooks of each item [B]: all of them, or for a `share` of the items a number drawn from 1 to K."""
+    """Number of codebooks per item [B]: K, or for a `share` of the items a random number from 1 to K."""
     drawn = torch.randint(1, num_codebooks + 1, (batch,), generator=generator)
     return torch.where(torch.rand(batch, generator=generator) < share, drawn, torch.tensor(num_codebooks))
 
@@ -202,7 +204,7 @@ def kmeans(frames: Tensor, size: int, iterations: int, generator: torch.Generato
 
 
 def least_squares(x: Tensor, y: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """W [D, E] and b [E] of the least (x W + b - y)^2 over rows, with a little ridge for directions that x lacks."""
+    """W [D, E] and b [E] that minimize (x W + b - y)^2 over rows. The ridge covers directions that x lacks."""
     x64, y64 = x.double(), y.double()
     centre_x, centre_y = x64.mean(dim=0), y64.mean(dim=0)
     gram = (x64 - centre_x).T @ (x64 - centre_x)

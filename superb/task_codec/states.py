@@ -1,4 +1,4 @@
-"""States of utterances, one at a time: of the model as it is, of what is quantised, of the base codec's tables."""
+"""States of single utterances: of the unmodified model, after a bottleneck, and of the base codec's tables."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,17 +11,17 @@ from codecssl.superb.task_codec.bottleneck import Bottleneck, later_states
 from codecssl.tokenize.shards import Shards
 
 States = list[Tensor]
-"""Of one utterance, each [T, D]."""
+"""States of one utterance, each [T, D]."""
 Source = Callable[[int], States]
-"""From an utterance's number to its states."""
+"""Maps an utterance's number to its states."""
 Batched = Callable[[Sequence[int]], tuple[States, list[int]]]
-"""From utterances' numbers to their states [B, T, D], zeros or anything beyond each one's frames, and these frames."""
+"""Maps utterances' numbers to their states [B, T, D] and frames. Values beyond the frames are arbitrary."""
 CACHE_BYTES = 2 << 30
-"""States that are kept in memory, at most."""
+"""Largest size of the states kept in memory."""
 
 
 class Kept:
-    """A source that computes each utterance once, as far as memory is given."""
+    """A source that computes each utterance once and caches it within a memory limit."""
 
     def __init__(self, source: Source, most_bytes: int = CACHE_BYTES) -> None:
         self.source, self.left = source, most_bytes
@@ -46,22 +46,22 @@ def batch(source: Source, indices: Sequence[int]) -> tuple[States, list[int]]:
 
 
 def base_codes(shards: Shards, index: int, device: str = "cpu") -> Tensor:
-    """int64 [R, T]."""
+    """Codes of the base codec, int64 [R, T]."""
     return torch.from_numpy(shards.codes(index).astype(np.int64)).to(device)
 
 
 def batched(source: Source) -> Batched:
-    """A source of several utterances at a time."""
+    """Batched form of a source."""
     return lambda indices: batch(source, indices)
 
 
 def after(source: Source, layer: int) -> Source:
-    """The states L, L + 1, ... of a source that gives all of a model's."""
+    """The states L, L + 1, ... of a source of all states."""
     return lambda index: source(index)[layer:]
 
 
 def whole_model(model: CodecModel, shards: Shards, device: str = "cpu") -> Source:
-    """All states of the model as it is."""
+    """All states of the unmodified model."""
 
     @torch.no_grad()
     def states(index: int) -> States:
@@ -72,7 +72,7 @@ def whole_model(model: CodecModel, shards: Shards, device: str = "cpu") -> Sourc
 
 
 def first_codebooks(model: CodecModel, shards: Shards, count: int, device: str = "cpu") -> Source:
-    """The same, of the first `count` codebooks of the base codec alone; the others are dropped as in pretraining."""
+    """All states given the first `count` codebooks of the base codec. The others are dropped as in pretraining."""
 
     @torch.no_grad()
     def states(index: int) -> States:
@@ -86,7 +86,7 @@ def first_codebooks(model: CodecModel, shards: Shards, count: int, device: str =
 
 
 def tables(embeddings: Sequence[Tensor], shards: Shards, count: int, device: str = "cpu") -> Source:
-    """One state: the sum of the base codec's own tables, of its first `count` codebooks."""
+    """One state: the sum of the base codec's own embeddings of its first `count` codebooks."""
     kept = [table.to(device) for table in embeddings[:count]]
 
     def states(index: int) -> States:

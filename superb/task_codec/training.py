@@ -1,13 +1,13 @@
-"""Training a bottleneck and its head; the model stays as it is.
+"""Train a bottleneck and its head; the model is frozen.
 
-    head: the task's loss, on the states as they are. The quantizer starts from what this head looks at
-    stage A: without labels, distance of later layers' states to those of the model as it is + the quantizer's losses
-    stage B: the task's loss on the states after the bottleneck + the distance to the answers of the head on the states
-        as they are + the quantizer's losses
+    head: the task's loss on the unmodified states. The quantizer is initialized from the directions that this head uses
+    stage A: without labels, distance of later layers' states to those of the unmodified model + the quantizer's losses
+    stage B: the task's loss on the states after the bottleneck + the distance to the answers of the head on the
+        unmodified states + the quantizer's losses
 
-Every head is trained alike, whatever it reads: as many steps of the same batches in `head` and in `b`, and what was
-best on the validation part. All that is drawn is drawn by (seed, stage, step), so that a run that goes on is the run
-that was not stopped.
+Every head is trained by the same procedure, whatever its input: the same steps and batches in `head` and in `b`, and the
+best weights on the validation part. All random choices are determined by (seed, stage, step). A resumed run is therefore
+identical to an uninterrupted one.
 """
 
 import copy
@@ -48,7 +48,7 @@ LEAST_USES = 1.0
 
 
 def distillation(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Mean over layers of the squared distance of layer-normed states [B, T, D], over the frames of mask [B, T]."""
+    """Squared distance of layer-normed states [B, T, D], mean over layers and the frames of mask [B, T]."""
     pairs = zip(student, teacher, strict=True)
     return torch.stack([masked_square(_normed(s), _normed(t), mask) for s, t in pairs]).mean()
 
@@ -58,9 +58,9 @@ def _normed(state: Tensor) -> Tensor:
 
 
 class Training:
-    """A bottleneck and a head in training; `state` is all that goes on elsewhere.
+    """Training of a bottleneck and a head, which resumes from `state`.
 
-    head: trained on the states as they are (`train_head`), or None. source: states L, L + 1, ... of the model.
+    head: trained on the unmodified states (`train_head`), or None. source: states L, L + 1, ... of the model.
     """
 
     def __init__(
@@ -79,11 +79,11 @@ class Training:
     # ------------------------------------------------------------ the run
 
     def steps(self) -> int:
-        """Of the stage; without a head there is no stage B."""
+        """Steps of the current stage. Without a head there is no stage B."""
         return 0 if STAGES[self.stage] == "b" and self.head is None else steps_of(self.config, self.stage)
 
     def run(self, log: Callable[[dict[str, Any]], None], save: Callable[[], None], save_seconds: float = 60.0) -> None:
-        """Go on to the end. `log` takes a row about every 50 steps; `save` is called as time passes."""
+        """Train to the end. `log` gets a row about every 50 steps; `save` is called every `save_seconds`."""
         if not self.fitted:
             self.fit()
         last = time.monotonic()
@@ -118,7 +118,7 @@ class Training:
     # ------------------------------------------------------------ the stages
 
     def fit(self) -> None:
-        """Start from utterances of the training part."""
+        """Initialize the bottleneck from utterances of the training part."""
         random, frames, taken = np.random.default_rng(self.config.seed), 0, []
         for index in random.permutation(self.found.parts["train"]).tolist():
             taken.append(index)
@@ -134,7 +134,7 @@ class Training:
         teacher, frames = batch(self.source, rows)
         later, _, vq = self._through(teacher[0], frames)
         mask = lengths_to_mask(frames, teacher[0].shape[1], teacher[0].device)
-        first = 1 if len(teacher) > 1 else 0  # the layers after L, where there are any
+        first = 1 if len(teacher) > 1 else 0  # the layers after L, if any
         cut = [state[:, : mask.shape[1]] for state in later]
         distance = distillation(cut[first:], teacher[first:], mask)
         return {"loss": distance + self.config.vq_weight_a * vq, "distance": distance, "vq": vq}
@@ -170,10 +170,10 @@ class Training:
             self.dead = [int((book.uses < LEAST_USES).sum()) for book in self.bottleneck.rvq.books]
         return self.dead
 
-    # ------------------------------------------------------------ choosing
+    # ------------------------------------------------------------ model selection
 
     def summaries(self, count: int | None = None) -> Summaries:
-        """What the head is given after the bottleneck as it is now, of its first `count` codebooks."""
+        """Head summaries after the current bottleneck, of its first `count` codebooks."""
         return Summaries(self.head, quantised(self.model, self.layer, self.bottleneck, self.source, count))
 
     def _validate(self) -> float:
@@ -187,7 +187,7 @@ class Training:
         if self.stage < len(STAGES):
             self.optimizer = self._optimizer()
             if self.steps():
-                self._validate()  # what begins may stay the best
+                self._validate()  # the initial weights may be the best
 
     def _modules(self) -> dict[str, nn.Module]:
         return {"bottleneck": self.bottleneck} | ({"head": self.head} if self.head is not None else {})
@@ -197,16 +197,16 @@ class Training:
         parameters = [p for module in modules for p in module.parameters()]
         return torch.optim.AdamW(parameters, weight_decay=self.config.weight_decay)
 
-    # ------------------------------------------------------------ going on
+    # ------------------------------------------------------------ resuming
 
     def state(self) -> dict[str, Any]:
-        """For `load`."""
+        """Training state for `load`."""
         plain = {name: getattr(self, name) for name in PLAIN}
         weights = {name: module.state_dict() for name, module in self._modules().items()}
         return plain | {"best": self.best.state, "weights": weights, "optimizer": self.optimizer.state_dict()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Resume from the result of `state`."""
         for name in PLAIN:
             setattr(self, name, state[name])
         self.best = Best(state["best"])
@@ -221,7 +221,7 @@ PLAIN = ("stage", "step", "fitted", "dead", "revived")
 
 
 def save_state(path: Path, identity: str, state: dict[str, Any]) -> None:
-    """Whole or not there."""
+    """Write the training state atomically."""
     from codecssl.tokenize.common.files import atomic_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
