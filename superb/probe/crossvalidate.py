@@ -1,8 +1,8 @@
-"""Accuracy of a linear reader of features, layer by layer, by nested cross-validation.
+"""Accuracy of a linear classifier of features per layer, by nested cross-validation.
 
-Features are standardised on the training folds and read by logistic regression. The training folds alone choose the
-strength of its penalty, and the layer. Folds keep the values of a group column apart (unseen speakers), else they are
-stratified.
+Features are standardised on the training folds and classified by logistic regression. The training folds alone choose
+the strength of its penalty and the layer. With a group column, no two folds share its values (unseen speakers). Otherwise
+folds are stratified.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,10 @@ GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to probe. C: inverse strengths of the L2 penalty on standardised features, of which the training folds choose
-    one. pool: statistics over time of each feature, its mean and standard deviation or its mean alone.
+    """Settings of a probe.
+
+    C: inverse strengths of the L2 penalty on standardised features, of which the training folds choose one.
+    pool: statistics of each feature over time, either its mean and standard deviation or its mean.
     """
 
     folds: int = 4
@@ -42,9 +44,9 @@ class Settings:
 def evaluate(features: np.ndarray, labels: np.ndarray, groups: np.ndarray | None, settings: Settings) -> Row:
     """Accuracies of pooled features [N, L, D].
 
-    "layers": mean over seeds per layer, C chosen by the training folds; "best_layer": of the layer and C that the
-    training folds chose, fold by fold; "optimistic_layer": of the layer that is best in "layers", which has seen the
-    test folds; "right": per seed a string of N digits, 1 where the answer behind "best_layer" is right.
+    "layers": mean over seeds per layer, with C chosen by the training folds. "best_layer": accuracy with the layer and
+    C that the training folds chose, fold by fold. "optimistic_layer": accuracy of the best layer in "layers", a choice
+    that uses the test folds. "right": per seed a string of N digits, 1 for a right answer of "best_layer".
     """
     features = np.asarray(features, dtype=np.float64)
     by_seed = [_one_seed(features, labels, groups, settings, seed) for seed in settings.seeds]
@@ -64,9 +66,9 @@ def evaluate(features: np.ndarray, labels: np.ndarray, groups: np.ndarray | None
 @dataclass(frozen=True, kw_only=True)
 class _Seed:
     layers: np.ndarray
-    """[L]"""
+    """Accuracy of each layer [L]."""
     right: np.ndarray
-    """[N], bool"""
+    """Right answers of the chosen layers, bool [N]."""
     chosen_layers: list[int]
     chosen_strengths: list[float]
 
@@ -76,8 +78,8 @@ def _one_seed(
 ) -> _Seed:
     """Test accuracies with layer and C chosen in each fold's training part.
 
-    The models that choose for test fold f by validation fold g are trained on all other folds; they are the same ones
-    that choose for g by f, so that each pair of folds is fitted once.
+    The models that choose for test fold f by validation fold g are trained on all other folds. The choice for g by f
+    uses the same models. Each pair of folds is therefore fitted once.
     """
     from joblib import Parallel, delayed
 
@@ -107,7 +109,7 @@ def _one_seed(
 
 
 def assign_folds(labels: np.ndarray, groups: np.ndarray | None, folds: int, seed: int) -> np.ndarray:
-    """The fold of each row."""
+    """Fold of each row."""
     from sklearn.model_selection import GroupKFold, StratifiedKFold
 
     kind = StratifiedKFold if groups is None else GroupKFold
@@ -118,7 +120,7 @@ def assign_folds(labels: np.ndarray, groups: np.ndarray | None, folds: int, seed
 
 
 def _right(features: np.ndarray, labels: np.ndarray, out: np.ndarray, grid: tuple[float, ...]) -> NDArray[np.float64]:
-    """Fit on the rows not held out; for each C [C, N] 1 or 0 for each row that is held out, NaN for the others."""
+    """Fit on the rows not held out. Return [C, N]: 1 (right) or 0 for each held-out row, NaN for the others."""
     classes, known = np.unique(labels[~out], return_inverse=True)
     found = np.full((len(grid), len(labels)), np.nan)
     predicted = fit_predict(features[~out], known, features[out], grid)

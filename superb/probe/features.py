@@ -13,7 +13,7 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.hashing import file_sha256
 from codecssl.tokenize.sources.manifest import read_rows
 
-SHORTEST = 800  # samples: what s3prl pads its shortest waves to
+SHORTEST = 800  # samples; s3prl pads shorter waves to this length
 
 
 class AudioRows:
@@ -25,11 +25,11 @@ class AudioRows:
         self.rows = read_rows(manifest, "path")
 
     def source_sha256(self, index: int) -> str:
-        """Of the audio file of a row."""
+        """SHA-256 of the audio file of a row."""
         return file_sha256(self.manifest.parent / self.rows[index]["path"])
 
     def features(self, upstream: Upstream, shelf: Shelf) -> Callable[[int], list[np.ndarray]]:
-        """A function from a row's number to its hidden states [T, D]."""
+        """Return a function from a row's number to its hidden states [T, D]."""
         import torch
 
         from codecssl.tokenize.sources.audio import read_wave
@@ -46,7 +46,7 @@ class AudioRows:
 
 
 class ShardRows:
-    """A folder of token shards whose label columns are the probe's: no codec and no audio is needed."""
+    """A folder of token shards with the probe's label columns. It needs no codec and no audio."""
 
     def __init__(self, folder: Path) -> None:
         from codecssl.tokenize.shards import Shards
@@ -56,11 +56,11 @@ class ShardRows:
         self.rows: list[dict[str, Any]] = [{"path": u.path, **u.labels} for u in self.shards.utterances()]
 
     def source_sha256(self, index: int) -> str:
-        """Of the audio file of a row."""
+        """SHA-256 of the audio file of a row."""
         return str(self.shards.utterance(index).source_sha256)
 
     def features(self, upstream: Upstream, shelf: Shelf) -> Callable[[int], list[np.ndarray]]:
-        """A function from a row's number to its hidden states [T, D]."""
+        """Return a function from a row's number to its hidden states [T, D]."""
         import torch
 
         if not upstream.reads_codes:

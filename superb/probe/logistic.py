@@ -20,9 +20,10 @@ def fit_predict(
 ) -> Classes:
     """Predicted classes [len(grid), M] of test features [M, D], from models of the train features [N, D].
 
-    Both are standardised with the mean and deviation of `train`. labels: [N], 0 to K - 1. grid: values of C. tolerance:
-    of the largest entry of the gradient of the mean loss (scikit-learn's `tol`). Two classes have one weight vector in
-    scikit-learn, w with the penalty ||w||^2 / 2. Two vectors w / 2 and -w / 2 have half that penalty, so C is halved.
+    Both are standardised with the mean and deviation of `train`. labels: [N], 0 to K - 1. grid: values of C.
+    tolerance: bound on the largest entry of the gradient of the mean loss (scikit-learn's `tol`). For two classes,
+    scikit-learn has one weight vector w with the penalty ||w||^2 / 2. Two vectors w / 2 and -w / 2 have half that
+    penalty, so C is halved.
     """
     x, y = standardise(train, test)
     axes = _principal_axes(x)
@@ -38,7 +39,7 @@ def fit_predict(
 
 
 def standardise(train: Array, test: Array) -> tuple[Array, Array]:
-    """Both with the mean and deviation of `train`; a column that is constant there becomes 0 there."""
+    """Standardise both arrays with the mean and deviation of `train`. Columns constant in `train` become 0 in it."""
     mean, deviation = train.mean(axis=0), train.std(axis=0)
     constant = deviation <= 10 * np.finfo(np.float64).eps * np.abs(mean)
     deviation = np.where(constant, 1.0, deviation)
@@ -46,7 +47,7 @@ def standardise(train: Array, test: Array) -> tuple[Array, Array]:
 
 
 def _principal_axes(x: Array) -> Array:
-    """Orthonormal axes [D, R] that span the rows of x [N, D]; axes of rounding errors are left out."""
+    """Orthonormal axes [D, R] that span the rows of x [N, D]; axes that are rounding errors are omitted."""
     wide = x.shape[1] > x.shape[0]
     values, vectors = np.linalg.eigh(x @ x.T if wide else x.T @ x)
     kept = values > max(values[-1], 1e-300) * 1e-12

@@ -1,7 +1,7 @@
-"""Linear probes: how much of a label can be read off frozen features, layer by layer.
+"""Linear probes of frozen features: accuracy of predicting a label from each layer.
 
 The features of an utterance are the mean and standard deviation over time of each dimension. They are standardised on
-the training folds and read by logistic regression. The training folds choose the layer and the strength of the penalty.
+the training folds and classified by logistic regression. The training folds choose the layer and the strength of the penalty.
 The accuracy of the layer that is best on the test folds is reported too, as optimistic.
 """
 
@@ -41,8 +41,8 @@ class Rows(Protocol):
 class Probe:
     """The rows of a probe, the column to predict, and the column whose values no two folds share.
 
-    where: patterns as in file names for columns, one or a list of which one must match; those that begin with "!" must
-    not match.
+    where: file-name patterns for columns, one or a list. One pattern of a list must match. Patterns that begin with "!"
+    must not match.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Probe:
     where: dict[str, str | list[str]] = field(default_factory=dict)
 
     def takes(self, row: dict[str, Any]) -> bool:
-        """Whether a row of the manifest belongs to the probe."""
+        """True if a row of the manifest belongs to the probe."""
         in_task = self.task is None or self.task in str(row.get("task", "")).split(",")
         return in_task and all(_matches(str(row.get(key, "")), globs) for key, globs in self.where.items())
 
@@ -67,7 +67,7 @@ def _matches(value: str, globs: str | list[str]) -> bool:
 
 
 def load_probes(name: str) -> list[Probe]:
-    """Probes of a YAML file, or of the configuration of that name; UserError on a key that no probe has."""
+    """Load probes from a YAML file or a named configuration. Raises UserError on an unknown key."""
     import yaml
 
     shipped = Path(__file__).resolve().parents[2] / "configs" / "superb" / f"{name}.yaml"
@@ -88,8 +88,9 @@ def run(
     settings: Settings,
     report: Callable[[str], None] = print,
 ) -> list[results.Row]:
-    """Every probe on every upstream; what is finished in `output` is not computed again. Returns the rows
-    asked for.
+    """Run every probe on every upstream and return the requested rows.
+
+    Finished results in `output` are not computed again.
     """
     rows, source = [], open_rows(data)
     shelf = Shelf(device=settings.device, code_folder=output / "cache")
@@ -147,8 +148,9 @@ def pool(states: np.ndarray, how: str) -> np.ndarray:
 
 
 def _seen(source: Rows, upstream: Upstream, probe: Probe) -> results.Row:
-    """How many of the probe's clips a pretrained model was trained on: [clips, clips that can be told], or None where
-    the model does not say. Nothing for a baseline.
+    """Count the probe's clips that a pretrained model was trained on: [clips, clips with a known answer].
+
+    None if the model has no record. Empty for a baseline.
     """
     if upstream.kind in BASELINES:
         return {}
@@ -169,7 +171,7 @@ def _column(row: dict[str, Any], probe: Probe, column: str) -> str:
 
 
 def check(probe: Probe, labels: np.ndarray, groups: np.ndarray | None, folds: int) -> None:
-    """UserError where the folds can't be made."""
+    """Raise UserError if the folds cannot be made."""
     what = f"probe {probe.name}"
     if len(labels) == 0:
         raise UserError(f"{what}: no row matches it; look at task and where")

@@ -49,7 +49,7 @@ class Pair:
 
 
 def pairs(rows: Sequence[Row]) -> list[Pair]:
-    """Every model against every baseline that answered the same clips in the same folds."""
+    """Pair each model with each baseline that was tested on the same clips in the same folds."""
     names, found = _names(rows), []
     for _, group in _groups(rows):
         by_probe = groupby(sorted(group, key=_probe_key), key=_probe_key)
@@ -73,7 +73,7 @@ def _pair(one: Row, other: Row, names: dict[str, str]) -> Pair:
 
 
 def _answers(row: Row) -> np.ndarray:
-    """Right answers of each clip, over the seeds."""
+    """Number of right answers for each clip, summed over seeds."""
     seeds = [np.frombuffer(seed.encode(), np.uint8) - ord("0") for seed in row["right"]]
     return np.stack(seeds).sum(axis=0, dtype=np.int64)
 
@@ -96,7 +96,7 @@ def sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[str], list[list[st
 
 
 def _shown(row: Row, of_seen: bool, seen: set[str]) -> bool:
-    """Models are in one of the tables, baselines also in the second where a model of their probe is."""
+    """True if a row belongs in the table. Baselines are in the second table if a model of their probe is."""
     if _is_baseline(row):
         return not of_seen or row["probe"]["name"] in seen
     return _was_seen(row) == of_seen
@@ -128,7 +128,7 @@ def _in_pretraining(row: Row) -> str:
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """A line for each model and baseline: on how many probes it is better, worse, or not different."""
+    """One line per model and baseline: the number of probes where it is better, worse, or not different."""
     found = sorted(pairs(rows), key=lambda pair: (pair.model, _order(pair.baseline), pair.baseline))
     lines = []
     for (model, baseline), group in groupby(found, key=lambda pair: (pair.model, pair.baseline)):
@@ -143,7 +143,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
 
 
 def console_tables(rows: Sequence[Row]) -> "list[Table | str]":
-    """Of the rows asked for, for a terminal."""
+    """Terminal tables of the requested rows."""
     from rich.table import Table
 
     found: list[Table | str] = []
@@ -156,7 +156,7 @@ def console_tables(rows: Sequence[Row]) -> "list[Table | str]":
 
 
 def write_markdown(output: Path) -> Path:
-    """probe.md of all finished probes in `output`, whoever made them."""
+    """Write probe.md with all finished probes in `output`."""
     rows = results.read_rows(output, "probes")
     parts = ["# Linear probes"]
     for title, header, lines, note in sections(rows):
@@ -168,7 +168,7 @@ def write_markdown(output: Path) -> Path:
 
 
 def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Rows that may stand in one table, with its title."""
+    """Group comparable rows into tables, each with its title."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((_title(row), row["data_fingerprint"]), []).append(row)
@@ -211,7 +211,7 @@ def _identity(row: Row) -> str:
 
 
 def _names(rows: Sequence[Row]) -> dict[str, str]:
-    """A name of each upstream: as typed, a folder by its last part; with the sha256 where two would share one."""
+    """Name of each upstream: as typed, or the last part of a folder. Equal names get the sha256."""
     found = {}
     for row in rows:
         upstream = row["upstream"]

@@ -1,6 +1,6 @@
-"""What codes cost: nominal bits, bits under a model of their probabilities fitted elsewhere, bits really stored.
+"""Bits of codes: nominal, cross-entropy under a model of other codes, and stored.
 
-An entropy of the very codes that are counted is never given: with few of them it is far too low.
+The entropy of the measured codes themselves is not reported: on few codes it is far too low.
 """
 
 import tempfile
@@ -14,13 +14,15 @@ from codecssl.tokenize.measure.entropies import CountModel
 from codecssl.tokenize.write_codes import Item, write_shards
 
 Codes = np.ndarray
-"""[K, T] of one utterance."""
+"""Codes [K, T] of one utterance."""
 SMOOTHING = (0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 
 
 def costs(train: Sequence[Codes], held_out: Sequence[Codes], card: CodecCard) -> dict[str, float]:
-    """Bits of held-out codes: `filled_bits` as they are, `cross_entropy_bits` under a model of the training codes,
-    `streams_bits` of the entropy coder's streams, and `stored_bits` with its tables, which few codes cannot pay for.
+    """Bits of held-out codes by kind.
+
+    `filled_bits`: without compression. `cross_entropy_bits`: under a model of the training codes. `streams_bits`: the
+    entropy coder's streams. `stored_bits`: streams and tables; for few codes the tables exceed the savings.
     """
     stored, streams = stored_bits(held_out, card)
     bits = sum(bits * count for bits, count in zip(card.code_bits, card.codes_per_frame))
@@ -36,11 +38,11 @@ def costs(train: Sequence[Codes], held_out: Sequence[Codes], card: CodecCard) ->
 
 
 def cross_entropy_bits(train: Sequence[Codes], held_out: Sequence[Codes], sizes: Sequence[int]) -> float:
-    """Bits that the held-out utterances take under a model of counts of the training ones.
+    """Bits of the held-out utterances under a count model of the training ones.
 
-    Of the first codebook p(v | the code before it), of the others p(v | the coarser codebook's code):
-    (n(c, v) + a q(v)) / (n(c) + a), with q(v) ~ n(v) + 1/2. a is chosen on a tenth of the training utterances, which
-    are then counted too.
+    The context c of the first codebook is the previous code. That of another codebook is the code of the coarser one.
+    p(v | c) = (n(c, v) + a q(v)) / (n(c) + a), with q(v) ~ n(v) + 1/2. a is chosen on a tenth of the training
+    utterances, which are then counted too.
     """
     inner = [codes for i, codes in enumerate(train) if i % 10 or len(train) < 10]
     chosen = [codes for i, codes in enumerate(train) if i % 10 == 0]
@@ -55,7 +57,7 @@ def cross_entropy_bits(train: Sequence[Codes], held_out: Sequence[Codes], sizes:
 
 
 def contexts_and_codes(utterances: Sequence[Codes], k: int, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Contexts and codes [n] of codebook k, all utterances one after another."""
+    """Contexts and codes [n] of codebook k, concatenated over utterances."""
     rows = [u.astype(np.int64) for u in utterances]
     start = [sizes[0]]  # the context of an utterance's first code
     contexts = [u[k - 1] if k else np.concatenate([start, u[0, :-1]]) for u in rows]
@@ -67,8 +69,9 @@ def contexts_and_codes(utterances: Sequence[Codes], k: int, sizes: Sequence[int]
 
 
 def stored_bits(utterances: Sequence[Codes], card: CodecCard) -> tuple[int, int]:
-    """Bits of the codes in compressed shards: streams and tables together, and the streams alone. Ids, hashes and
-    labels, which any dataset has, are not counted.
+    """Bits of the codes in compressed shards: streams and tables together, and the streams alone.
+
+    Ids, hashes and labels are not counted, because every dataset has them.
     """
     with tempfile.TemporaryDirectory() as folder:
         items: Iterator[Item] = ((f"{i:06d}", codes, {}) for i, codes in enumerate(utterances))

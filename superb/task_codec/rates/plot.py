@@ -1,4 +1,4 @@
-"""The plot of tasks' metrics against rate."""
+"""Plot of task metrics against bit rate."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +11,10 @@ STYLE = {"model": ("k", "*"), "compress": ("C0", "o"), "codebooks": ("C1", "s"),
 
 
 def draw(path: Path, points: Sequence[dict[str, Any]]) -> None:
-    """Write a PNG of `compress_table.summary`, a panel for each task: filled at nominal rates, hollow at held-out
-    cross-entropy. The dashed line is 99 % of the model's accuracy.
+    """Write a PNG of `table.summary` with one panel per task.
+
+    Filled markers are at the nominal rate, hollow ones at held-out cross-entropy. The dashed line is 99 % of the
+    model's accuracy.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

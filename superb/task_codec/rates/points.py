@@ -1,12 +1,13 @@
-"""The points of a report: errors and costs in bits on the test part of one fold.
+"""Points of a report: errors and bits on the test part of one fold.
 
-Every point has a head of its own, trained alike (`compress_heads`); those of compress and k-means begin as model's.
+Each point has its own head, trained by one procedure (`head_training`). The heads of compress and k-means start from the
+head of model.
 
-    model         the model as it is, its states L, L + 1, ...; rate: the base codec's, all codebooks
-    all layers    the same, all of its states
+    model         the unmodified model, its states L, L + 1, ...; rate: the base codec's, all codebooks
+    all layers    the unmodified model, all of its states
     compress      a bottleneck at a rate, and each smaller number of its codebooks
-    codebooks     the model given the base codec's first codebooks alone
-    tables        the base codec's own tables of its first codebooks
+    codebooks     the model given only the base codec's first codebooks
+    tables        the base codec's own embeddings of its first codebooks
     k-means       plain k-means of the same layer, pooled to about the same rate
 """
 
@@ -34,7 +35,7 @@ Point = dict[str, Any]
 
 
 class Shared:
-    """What points have in common: what heads need of states that no fold changes, and heads on the model as it is."""
+    """Cache shared by points: head summaries, which do not depend on the fold, and heads after their first stage."""
 
     def __init__(self, ready: Prepared) -> None:
         self.ready = ready
@@ -42,7 +43,7 @@ class Shared:
         self._heads: dict[tuple[Any, ...], Any] = {}
 
     def summaries(self, config: CompressConfig, found: Examples, source: Source, *key: Any) -> Summaries:
-        """Of a source, which the key names."""
+        """Head summaries of a source, cached under the key."""
         if (key := (found.kind, *key)) not in self._summaries:
             states = source(next(iter(found.labels)))
             head = new_head(config, found, states[0].shape[1], len(states))
@@ -50,7 +51,7 @@ class Shared:
         return self._summaries[key]
 
     def head(self, config: CompressConfig, found: Examples, summaries: Summaries, *key: Any) -> Any:
-        """A head of its own for the summaries that the key names, after its first stage; of the last fold alone."""
+        """A copy of the key's head after its first stage. Only heads of the last fold are cached."""
         key = (config.task, config.train.seed, found.parts["test"], *key)
         if key not in self._heads:
             if self._heads and next(iter(self._heads))[:3] != key[:3]:
@@ -62,7 +63,7 @@ class Shared:
         return copy.deepcopy(self._heads[key])
 
     def model_head(self, config: CompressConfig, found: Examples) -> Any:
-        """On the states L, L + 1, ... of the model as it is."""
+        """The head on the states L, L + 1, ... of the unmodified model."""
         summaries = self.summaries(config, found, after(self.ready.states, config.layer), "model", config.layer)
         return self.head(config, found, summaries, "model", config.layer)
 
@@ -70,7 +71,7 @@ class Shared:
 def points(
     configs: Sequence[CompressConfig], shared: Shared, fold: int, found: Examples
 ) -> Iterator[tuple[str, Callable[[], list[Point]]]]:
-    """Names of a fold's points, and what makes them. configs: one for each rate, else alike."""
+    """Names of a fold's points, and functions that compute them. configs: one per rate, otherwise equal."""
     first, card = configs[0], shared.ready.model.card
     yield "model", partial(_model, first, shared, found)
     for config in configs:
@@ -81,7 +82,7 @@ def points(
 
 
 def nearest_count(card: CodecCard, rate_bps: float) -> int:
-    """The number of first codebooks of the base codec that is nearest to a rate; 0 if their rates differ."""
+    """Number of first codebooks of the base codec nearest to a bit rate. 0 if codebooks differ in codes per frame."""
     if set(card.codes_per_frame) != {1}:
         return 0
     each = np.cumsum([bits * float(card.frame_rate) for bits in card.code_bits])
@@ -89,7 +90,7 @@ def nearest_count(card: CodecCard, rate_bps: float) -> int:
 
 
 def code_card(base: CodecCard, pool: int, sizes: tuple[int, ...]) -> CodecCard:
-    """A card for counting codes at a pooled rate."""
+    """Codec card of codes at a pooled frame rate."""
     return replace(base, hop_length=base.hop_length * pool, codebook_sizes=sizes, codes_per_frame=(1,) * len(sizes))
 
 
@@ -123,7 +124,7 @@ def _tables(ready: Prepared, count: int, device: str) -> Source:
 def _base_points(
     methods: dict[str, tuple[Any, ...]], shape: str, config: CompressConfig, shared: Shared, found: Examples, count: int
 ) -> list[Point]:
-    """Points by method, all of codes of the base codec's first codebooks. methods: of each its source and the key."""
+    """Points of the base codec's first codebooks. methods: the source and the cache key of each method."""
     ready, card = shared.ready, shared.ready.model.card
     card = replace(card, codebook_sizes=card.codebook_sizes[:count], codes_per_frame=card.codes_per_frame[:count])
     codes = {part: [ready.shards.codes(i)[: card.num_rows] for i in found.parts[part]] for part in ("train", "test")}
@@ -136,7 +137,7 @@ def _base_points(
 
 
 def _tested(head: Any, summaries: Summaries, found: Examples, config: CompressConfig) -> tuple[int, int]:
-    """Wrong answers and labels of the test part, after the head's second stage."""
+    """Number of errors and labels of the test part, after the head's second stage."""
     train_head(head, summaries, found, config.train, STAGES.index("b"))
     return count_errors(head, summaries, found, "test")
 
@@ -161,7 +162,7 @@ def _compressed(config: CompressConfig, shared: Shared, fold: int) -> list[Point
 
 
 def _clusters(config: CompressConfig, shared: Shared, found: Examples) -> list[Point]:
-    """k-means with as many centres as a frame's bits allow; of 1024 at most, so that higher rates are pooled less."""
+    """k-means with as many centres as the bits of a frame allow, at most 1024. Higher rates are pooled less."""
     ready, base = shared.ready, shared.ready.model.card
     most = settle(config, ready)[1].pool
     bits_of = {pool: int(config.rate_bps * pool / float(base.frame_rate)) for pool in range(1, most + 1)}
@@ -180,7 +181,7 @@ def _clusters(config: CompressConfig, shared: Shared, found: Examples) -> list[P
 
 
 def _codes(training: Training) -> dict[str, list[Codes]]:
-    """Codes [K, T'] of the utterances of the training and the test part."""
+    """Codes [K, T'] of the training and test utterances."""
     encode, source, parts = training.bottleneck.encode, training.source, training.found.parts
     return {part: [encode(source(i)[0]).cpu().numpy() for i in parts[part]] for part in ("train", "test")}
 

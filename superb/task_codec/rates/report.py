@@ -1,4 +1,4 @@
-"""`codecssl-superb task-codec-report`: tasks' metrics against rate, of codes for the machine and of simpler ones."""
+"""`codecssl-superb task-codec-report`: task metrics against bit rate, of task codecs and of baselines."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from codecssl.tokenize.common.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Which points; the rest is `CompressConfig`'s."""
+    """Grid of points. The other settings are those of `CompressConfig`."""
 
     upstream: Path
     data: Path
@@ -29,7 +29,7 @@ class ReportConfig:
     rates_bps: tuple[float, ...] = (50.0, 100.0, 200.0)
     seeds: tuple[int, ...] = (0, 1, 2)
     folds: int = FOLDS
-    """That are tested, of each seed's; fewer are quicker and say less."""
+    """Number of folds tested per seed. Fewer are faster but less conclusive."""
     frame_rate: float | None = None
     codebook_dim: int = 32
     probes: str = "probes"
@@ -38,7 +38,7 @@ class ReportConfig:
 
 
 def report(config: ReportConfig, say: Callable[[str], None] = print) -> list[Path]:
-    """Compute the points that are missing; write results.jsonl, report.md and report.png in the output."""
+    """Compute missing points. Write results.jsonl, report.md and report.png to the output folder."""
     if "none" in config.tasks:
         raise UserError("task none: has no metric to report; give a task")
     if not 1 <= config.folds <= FOLDS:
@@ -62,7 +62,7 @@ def report(config: ReportConfig, say: Callable[[str], None] = print) -> list[Pat
 def _all_folds(
     config: ReportConfig, shared: Shared, work: Path, which: Point, say: Callable[[str], None]
 ) -> list[Point]:
-    """All points of a task, layer and seed; each is a file, so that it is computed once."""
+    """All points of a task, layer and seed. Each is stored in a file and computed once."""
     plain = {name: getattr(config, name) for name in COMMON} | {"train": replace(config.train, seed=which["seed"])}
     plain |= {"task": which["task"], "layer": which["layer"]}
     configs = [CompressConfig(**plain, rate_bps=rate) for rate in sorted(config.rates_bps)]
@@ -85,7 +85,7 @@ COMMON = ("upstream", "data", "output", "frame_rate", "codebook_dim", "probes", 
 
 
 def _digest(config: ReportConfig, ready: Prepared) -> str:
-    """Of all that a point depends on beside its task, layer, seed, fold and rate."""
+    """Hash of everything a point depends on except its task, layer, seed, fold and rate."""
     weights = hashlib.sha256((config.upstream / "model.safetensors").read_bytes()).hexdigest()
     parts: list[Any] = [weights, ready.shards.fingerprint, config.frame_rate, config.codebook_dim, config.probes]
     return hashlib.sha256(json.dumps([*parts, asdict(config.train)]).encode()).hexdigest()[:10]

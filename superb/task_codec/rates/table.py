@@ -1,4 +1,4 @@
-"""A report's points over folds and seeds, and the table of them."""
+"""Summarize points over folds and seeds, and format them as a table."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ Point = dict[str, Any]
 
 RATES = ("filled", "cross_entropy", "streams", "stored")
 KEPT = 0.99
-"""Share of the model's accuracy that codes are to keep."""
+"""Share of the model's accuracy that codes should keep."""
 NOTE = """\
 Mean and deviation over seeds; a seed draws folds, weights and batches, and each fold is tested once. Every head was \
 trained alike. Nominal: bits of a second of codes. The other rates are of the test part's codes, over seconds of its \
@@ -30,7 +30,7 @@ def summary(rows: Sequence[Point]) -> list[Point]:
 
 
 def _errors(rows: Sequence[Point]) -> dict[int, float]:
-    """Error rate of each seed, all folds together."""
+    """Error rate of each seed, pooled over folds."""
     seeds = sorted({row["seed"] for row in rows})
     sums = {s: [sum(r[name] for r in rows if r["seed"] == s) for name in ("wrong", "labels")] for s in seeds}
     return {seed: wrong / max(labels, 1) for seed, (wrong, labels) in sums.items()}
@@ -56,7 +56,7 @@ def _group(rows: list[Point], whole: dict[int, float]) -> Point:
 
 
 def markdown(points: Sequence[Point]) -> str:
-    """The table, and for each task and layer the lowest rate that keeps 99 %."""
+    """Markdown table, and for each task and layer the lowest rate that keeps 99 % of the accuracy."""
     header = ["task", "layer", "method", "codes", "nominal bit/s", "filled", "cross-entropy", "stored, streams alone",
               "stored, with tables", "metric %", "± seeds", "kept %", "seeds"]  # fmt: skip
     rows = [header, ["---"] * len(header)]
