@@ -1,8 +1,8 @@
 """Accuracy of a linear classifier of features per layer, by nested cross-validation.
 
 Features are standardised on the training folds and classified by logistic regression. The training folds alone choose
-the strength of its penalty and the layer. With a group column, no two folds share its values (unseen speakers). Otherwise
-folds are stratified.
+the strength of its penalty and the layer. With a group column, no two folds share its values (unseen speakers).
+Otherwise folds are stratified.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Linear probes of frozen features: accuracy of predicting a label from each layer.
 
 The features of an utterance are the mean and standard deviation over time of each dimension. They are standardised on
-the training folds and classified by logistic regression. The training folds choose the layer and the strength of the penalty.
+the training folds and classified by logistic regression. The training folds choose the layer and the penalty strength.
 The accuracy of the layer that is best on the test folds is reported too, as optimistic.
 """
 

@@ -1,7 +1,7 @@
-"""Finished runs grouped into what may stand in one table: per upstream and task the runs that won their sweeps.
+"""Group finished runs into comparable tables: per upstream and task, the best run of each learning-rate sweep.
 
-Of a learning-rate sweep the run with the best validation metric counts, per seed (and fold); the test metric chooses
-nothing, except where SUPERB has no validation set (asv).
+The best run has the best validation metric, per seed (and fold). The test metric is not used for selection, except where
+SUPERB has no validation set (asv).
 """
 
 import math
@@ -33,7 +33,7 @@ class Cell:
 
     @property
     def utterances(self) -> int:
-        """Tested, over the folds of one seed."""
+        """Number of test utterances, summed over the folds of one seed."""
         seed = self.runs[0]["seed"]
         return sum(int(run["utterances"]["test"]) for run in self.runs if run["seed"] == seed)
 
@@ -42,7 +42,7 @@ class Cell:
         return sorted({run["seed"] for run in self.runs})
 
     def by_seed(self, metric: str) -> list[float]:
-        """Empty where a run lacks the metric."""
+        """Value of each seed. Empty if a run lacks the metric."""
         if not all(metric in values_of(run) for run in self.runs):
             return []
         return [fmean(values_of(run)[metric] for run in self.runs if run["seed"] == seed) for seed in self.seeds]
@@ -52,13 +52,13 @@ class Cell:
         return fmean(values) if values else None
 
     def deviation(self, metric: str) -> float | None:
-        """Over seeds (n - 1); None for one."""
+        """Standard deviation over seeds (n - 1). None for one seed."""
         values = self.by_seed(metric)
         return stdev(values) if len(values) > 1 else None
 
     @property
     def untested_folds(self) -> list[int]:
-        """Of emotion recognition taken in turns: those that some seed lacks."""
+        """Folds of emotion recognition that at least one seed has not tested, if runs are per fold."""
         from codecssl.superb.corpora.corpus import FOLDS
 
         tested = {(run["seed"], run["fold"]) for run in self.runs if run.get("fold")}
@@ -66,7 +66,7 @@ class Cell:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval for a share of so many test utterances (the sampling of the test set)."""
+        """Wilson's 95 % interval of the accuracy, given the number of test utterances."""
         n, z, value = self.utterances, 1.96, self.value("accuracy") or 0.0
         centre = (value + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
@@ -74,24 +74,24 @@ class Cell:
 
 
 def values_of(run: results.Row) -> dict[str, float]:
-    """Every metric of a row; older rows have the first one only."""
+    """All metrics of a row. Older rows have only the first one."""
     return dict(run.get("values") or {run["metric"]: run["value"]})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What may stand in one table: upstreams on the same data under the same budget."""
+    """Upstreams that are comparable in one table: same data, same budget."""
 
     data: str
     official: bool
-    """Whether the data are SUPERB's own corpora."""
+    """True if the data are SUPERB's official corpora."""
     budget: Budget
     tasks: tuple[str, ...]
     upstreams: tuple[str, ...]
-    """Baselines first."""
+    """Names of the upstreams, baselines first."""
     kinds: dict[str, str]
     cells: dict[tuple[str, str], Cell]
-    """By (upstream, task)."""
+    """Cells by (upstream, task)."""
 
     @property
     def is_superb(self) -> bool:
@@ -99,7 +99,7 @@ class Comparison:
 
     @property
     def claim(self) -> str:
-        """What the table is, said so that nobody takes it for more."""
+        """Description of the table that states whether it is a SUPERB result."""
         budget = self.budget
         if self.is_superb:
             return f"SUPERB's official corpora, heads, batch sizes and number of steps; data: {self.data}"
@@ -109,7 +109,7 @@ class Comparison:
 
     @property
     def columns(self) -> list[Column]:
-        """Those that some run has."""
+        """Columns for which at least one upstream has values."""
         pairs = [(task, metric) for task in self.tasks for metric in TASKS[task].metrics]
         return [(t, m) for t, m in pairs if any(c.by_seed(m.key) for (_, task), c in self.cells.items() if task == t)]
 
@@ -119,7 +119,7 @@ class Comparison:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """(upstream, baseline) for every upstream that is not one."""
+        """Pairs (upstream, baseline) for each upstream that is not a baseline."""
         others = [name for name in self.upstreams if name not in self.baselines]
         return [(name, base) for name in others for base in self.baselines]
 
@@ -129,7 +129,7 @@ class Comparison:
 
 
 def compare(rows: Iterable[results.Row]) -> list[Comparison]:
-    """Group rows by data and budget, pick each sweep's winner."""
+    """Group rows by data and budget, and select the best run of each sweep."""
     groups: dict[tuple[str, str, str], list[results.Row]] = {}
     for row in rows:
         key = (row["data"], str(row["manifest_sha256"]), str(sorted(row["budget"].items())))
@@ -160,7 +160,7 @@ def _identity(upstream: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _labels(upstreams: Iterable[dict[str, Any]]) -> dict[tuple[str, ...], str]:
-    """A name for each upstream: as typed, a folder by its last part; where two would share one, its sha256 too."""
+    """Name of each upstream: as typed, or the last part of a folder. Equal names also get the sha256."""
     labels: dict[tuple[str, ...], str] = {}
     for upstream in upstreams:
         is_folder = upstream["kind"] == "model"
@@ -186,13 +186,13 @@ def _cell(task: str, rows: list[results.Row]) -> Cell:
 
 
 def _merit(row: results.Row, sign: int) -> float:
-    """Of a learning rate: the validation figure, or the test's where there is none; what is no number never wins."""
+    """Selection score of a run: its validation metric, or the test metric without one. NaN scores lowest."""
     value = sign * float(row["value"] if row["valid"] is None else row["valid"])
     return -math.inf if math.isnan(value) else value
 
 
 def load(folders: Sequence[Path]) -> list[Comparison]:
-    """The finished runs of several output folders; UserError where there are none."""
+    """Load the finished runs of several output folders. Raises UserError if there are none."""
     rows: list[results.Row] = [row for folder in folders for row in results.read_rows(folder, "runs")]
     if not rows:
         raise UserError(

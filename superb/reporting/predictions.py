@@ -1,14 +1,14 @@
-"""What a run answered on its test set, in the files that SUPERB's leaderboard takes (submission.py packs them).
+"""Test-set predictions of a run in the file formats of SUPERB's leaderboard (submission.py packs them).
 
-The folders are those of s3prl's packer (s3prl/submit/submit.py at 0.4.18, in its repository and not in the package),
-which takes the prediction files of s3prl's classic tasks (s3prl/downstream, `log_records` of each expert; its datasets
-give the utterances their names).
+The folders are those of s3prl's packer (s3prl/submit/submit.py at 0.4.18, in its repository and not in the package). The
+packer reads the prediction files of s3prl's classic tasks (s3prl/downstream, `log_records` of each expert). The datasets
+of these tasks name the utterances.
 
-    RUN/predict/ks_public/predict.txt                             a line a file: its name and its class
-    {sid,er_fold1..5}_public/predict.txt  ic_public/predict.csv   the same; of ic three slots, by commas
-    {pr,asr,asr_lm,sf}_public/predict.ark                         name, then what was heard
+    RUN/predict/ks_public/predict.txt                             one line per file: its name and its class
+    {sid,er_fold1..5}_public/predict.txt  ic_public/predict.csv   the same; for ic three slots, separated by commas
+    {pr,asr,asr_lm,sf}_public/predict.ark                         name, then the recognised text
     sv_public/predict.txt                                         asv: NAME_NAME and the cosine of the pair
-    qbe_public/benchmark.stdlist.xml                              every query's score of every document
+    qbe_public/benchmark.stdlist.xml                              score of each document for each query
     sd_public/frame_shift                                         samples at 16 kHz per frame
     sd_public/scoring/predictions/RECORDING.h5                    T_hat: the probabilities [frames, 2 speakers]
 """
@@ -26,13 +26,13 @@ from codecssl.superb.corpora.corpus import Example
 FOLDER = "predict"
 ANSWERS, ANSWERS_LM = "answers.json", "answers_lm.json"
 DETECTED = 2.0
-"""Deviations above a query's mean score from which s3prl's quesst14_dtw calls a document found."""
+"""Deviations above a query's mean score at which s3prl's quesst14_dtw counts a document as found."""
 
 
 def keep_answers(task: Any) -> Any:
-    """Make one of s3prl's tasks write what it answers when it is tested: answers.json in the folder of its metrics.
+    """Make an s3prl task write its test answers to answers.json in the folder of its metrics.
 
-    An object of utterance and answer; of verification, a list with the score of each trial.
+    The file is an object that maps utterances to answers. For verification it is a list of the trials' scores.
     """
     genuine = task.reduction
 
@@ -58,14 +58,16 @@ def _answers(task: Any, cached: list[dict[str, Any]]) -> Any:
     if "prediction" in found and "unique_name" in found:
         names = [str(name) for names in found["unique_name"] for name in np.atleast_1d(names)]
         return dict(zip(names, found["prediction"], strict=True))
-    return None  # diarisation, which keeps its probabilities in files
+    return None  # diarisation stores its probabilities in files
 
 
 def write_predictions(
     folder: Path, task: str, tested: Sequence[Example], found: results.Row, *, fold: int | None, rate: int
 ) -> None:
-    """RUN/predict of a trained run. `found`: its outcome; `fold`: the tested one of er; `rate`: the upstream's samples
-    per frame, which sd labels its frames by.
+    """Write RUN/predict of a trained run.
+
+    `found`: the run's outcome. `fold`: the tested fold of er. `rate`: the upstream's samples per frame, used by the
+    frame labels of sd.
     """
     if task == "sd":
         _diarised(folder, tested, rate)
@@ -87,7 +89,7 @@ def _labelled(folder: Path, task: str, tested: Sequence[Example], answers: dict[
 
 
 def name_of(task: str, path: Path) -> str:
-    """A test utterance as s3prl's classic dataset of the task names it: id10001-VIDEO-00001, yes-FILE.wav, ..."""
+    """Name of a test utterance in s3prl's classic dataset of the task: id10001-VIDEO-00001, yes-FILE.wav, ..."""
     if task in ("sid", "asv"):
         return "-".join(path.parts[-3:]).split(".")[0]
     if task == "ks":
@@ -98,13 +100,13 @@ def name_of(task: str, path: Path) -> str:
 def _told(task: str, answer: Any) -> str:
     if task == "ic":
         return ",".join(answer)
-    if task == "sid" and answer.startswith("speaker_"):  # of the official corpus: s3prl's label, the corpus's name
+    if task == "sid" and answer.startswith("speaker_"):  # official corpus: s3prl's label -> the corpus's name
         return f"id{int(answer.removeprefix('speaker_')) + 10001}"
     return str(answer)
 
 
 def _verified(folder: Path, step: int) -> None:
-    """The scores of the checkpoint that counts; those of the others go."""
+    """Write the scores of the selected checkpoint and delete those of the others."""
     tested = folder / "evaluate" / "test_trial"
     scores = results.read_json(tested / f"step_{step}" / ANSWERS)
     with (folder / "test_trial.csv").open(encoding="utf-8", newline="") as file:
@@ -133,7 +135,7 @@ def _diarised(folder: Path, tested: Sequence[Example], rate: int) -> None:
 
 
 def write_detections(folder: Path, queries: Sequence[Path], documents: Sequence[Path], scores: Any) -> None:
-    """RUN/predict of a search: scores [queries, documents] as NIST's list of detections, as s3prl writes it."""
+    """Write RUN/predict of a search: scores [queries, documents] as s3prl's list of detections in NIST's format."""
     from lxml import etree
 
     about = {"indexing_time": "1.00", "language": "english", "index_size": "1", "system_id": "benchmark"}

@@ -1,10 +1,10 @@
-"""The zip that SUPERB's leaderboard takes: the predictions of one upstream's `full` runs on the official corpora.
+"""Submission zip for SUPERB's leaderboard: predictions of one upstream's `full` runs on the official corpora.
 
     predict/ks_public/predict.txt ...        as predictions.py describes them
 
-After s3prl's docs ("Leaderboard submission" in s3prl/downstream/docs/superb.md) and its submit.py. Nothing is sent, and
-no submission has been tried: whether superbbenchmark.org takes any today is not known here. Its hidden sets take
-models, not predictions. Any part of the tasks may be submitted; er counts with all five folds only.
+The format follows s3prl's docs ("Leaderboard submission" in s3prl/downstream/docs/superb.md) and its submit.py. Nothing
+is sent. No submission has been tried, and it is unknown whether superbbenchmark.org still accepts any. Its hidden sets
+need models, not predictions. A subset of the tasks may be submitted. er needs all five folds.
 """
 
 import zipfile
@@ -19,14 +19,14 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import atomic_file
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
-"""Of every member: the same predictions are the same bytes."""
+"""Date of every member. Equal predictions give identical bytes."""
 
 
 def write_zip(folders: Sequence[Path], archive: Path, upstream: str | None = None) -> list[str]:
-    """Pack the runs that won, of the lowest seed; returns the tasks that have no finished run.
+    """Pack the best runs of the lowest seed. Return the tasks without a finished run.
 
-    UserError where nothing is a full run on the official corpora, the upstream is not clear, er lacks a fold, or a
-    run kept no predictions: then no zip is written.
+    Raises UserError, and writes no zip, if no run is a full run on the official corpora, the upstream is ambiguous, er
+    lacks a fold, or a run has no predictions.
     """
     comparison = _superb(folders)
     name = _chosen(comparison, upstream)
@@ -70,7 +70,7 @@ def _chosen(comparison: Comparison, upstream: str | None) -> str:
 
 
 def _files(folders: Sequence[Path], run: Row) -> dict[str, Path]:
-    """Name in the zip -> file."""
+    """Map names in the zip to files."""
     for folder in folders:
         kept = folder / str(run.get("folder")) / FOLDER
         if files := [path for path in kept.rglob("*") if path.is_file()]:

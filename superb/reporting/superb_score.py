@@ -1,7 +1,7 @@
-"""SUPERB's score and the figures published with it, as its leaderboard had them in April 2022.
+"""SUPERB's score and its published figures, from the leaderboard of April 2022.
 
-Per metric 1000 / (best - FBANK) * (value - FBANK), with `ANCHORS`; the mean within a task, then over the ten tasks.
-Recognition with a language model doesn't count. A missing task means no score.
+The score of a metric is 1000 / (best - FBANK) * (value - FBANK), with `ANCHORS`. It is averaged within each task, then
+over the ten tasks. Recognition with a language model is excluded. A missing task means no score.
 """
 
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ PUBLISHED: dict[str, dict[Key, float]] = {
 
 
 def score(values: Mapping[Key, float]) -> float | None:
-    """SUPERB's score of a row in tables' units, or None where a figure is missing."""
+    """SUPERB's score of a row in tables' units, or None if a figure is missing."""
     if missing(values):
         return None
     gains: dict[str, list[float]] = {}
@@ -57,5 +57,5 @@ def score(values: Mapping[Key, float]) -> float | None:
 
 
 def missing(values: Mapping[Key, float]) -> list[str]:
-    """The tasks that a score still needs."""
+    """Tasks missing for a score."""
     return sorted({task for task, metric in ANCHORS if (task, metric) not in values})

@@ -1,4 +1,4 @@
-"""Small SVG charts for a page that must stand alone: no scripts, no fonts, no files beside it."""
+"""Small SVG charts for a self-contained page, without scripts, fonts or other files."""
 
 from collections.abc import Sequence
 from html import escape
@@ -12,12 +12,12 @@ PALETTE = (
     "#e69f00",
     "#56b4e9",
     "#666666",
-)  # told apart by colour-blind eyes
+)  # distinguishable by colour-blind readers
 Series = tuple[str, str, Sequence[tuple[float, float]]]  # label, colour, points
 
 
 def line_chart(title: str, series: Sequence[Series], width: int = 430, height: int = 250) -> str:
-    """Lines over a common x axis of steps; points that are no numbers (a loss that ran away) are left out."""
+    """Lines over a common x axis of steps; non-finite points (a diverged loss) are omitted."""
     series = [(label, colour, [point for point in line if isfinite(point[1])]) for label, colour, line in series]
     points = [point for _, _, line in series for point in line]
     if not points:
@@ -46,7 +46,7 @@ def line_chart(title: str, series: Sequence[Series], width: int = 430, height: i
 
 
 def heat_chart(title: str, rows: Sequence[str], values: Sequence[Sequence[float]], *, width: int = 430) -> str:
-    """One coloured cell per value, rows named, columns numbered from 0; darker is more of the row's sum."""
+    """Coloured cells of values, with row names and column numbers from 0. Darker is a larger share of the row."""
     left, top, cell_height = 60, 46, 26
     columns = max(len(row) for row in values)
     cell_width = (width - left - 8) / columns

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["BASELINES", "SAMPLE", "compare", "console_table", "lines", "load", "markdown", "notes"]
 
 MOST_COLUMNS = 7
-"""Of a table on the console or in Markdown; a wider one is turned."""
+"""Largest number of columns on the console or in Markdown. Wider tables are transposed."""
 
 
 def percent(value: float | None) -> str:
@@ -25,7 +25,7 @@ def percent(value: float | None) -> str:
 
 
 def cell_text(cell: Cell | None, metric: str) -> str:
-    """Times 100: with the deviation over seeds, or an accuracy of one seed with its 95 % interval."""
+    """Value times 100, with the deviation over seeds, or with the 95 % interval of one seed's accuracy."""
     value = cell.value(metric) if cell else None
     if cell is None or value is None:
         return ""
@@ -38,8 +38,10 @@ def cell_text(cell: Cell | None, metric: str) -> str:
 
 
 def difference(one: Cell, other: Cell, metric: str) -> str:
-    """In points, with a * where it is more than noise (95 %): paired over test utterances where both kept their errors,
-    else, for accuracies, by two test sets of these sizes.
+    """Difference in points, with a * if it is significant (95 %).
+
+    The test is paired over test utterances if both cells have their errors. Otherwise, for accuracies, it assumes two
+    independent test sets of these sizes.
     """
     values = one.value(metric), other.value(metric)
     if values[0] is None or values[1] is None:
@@ -62,8 +64,9 @@ def heading(column: Column) -> str:
 
 
 def lines(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the main table: chance, every upstream, then differences to the baselines; beside a SUPERB
-    result the published ones.
+    """Header and lines of the main table: chance, every upstream, then differences to the baselines.
+
+    A SUPERB result also gets the published figures.
     """
     c = comparison
     scored = ["score"] if c.is_superb else []
@@ -79,7 +82,7 @@ def lines(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def _marked(c: Comparison, name: str, column: Column) -> str:
-    """A cell, in ** where the upstream beats every other one by more than noise."""
+    """Text of a cell, in ** if the upstream is significantly better than every other one."""
     task, metric = column
     text = cell_text(c.cells.get((name, task)), metric.key)
     leads = text and metric.key == TASKS[task].metric and beyond_noise(c, name, task)
@@ -99,7 +102,7 @@ def _delta(c: Comparison, name: str, base: str, column: Column) -> str:
 
 
 def _row_values(c: Comparison, name: str) -> dict[tuple[str, str], float]:
-    """What counts for a score, in tables' units; emotion recognition with all its folds only."""
+    """Values for the score in tables' units. Emotion recognition is included only with all its folds."""
     whole = [(task, metric) for task, metric in c.columns if not _untested_folds(c, name, task)]
     values = {(task, metric.key): c.value(name, (task, metric)) for task, metric in whole}
     return {key: 100 * value for key, value in values.items() if value is not None}
@@ -125,7 +128,7 @@ def _published(c: Comparison) -> list[list[str]]:
 
 
 def rates_text(c: Comparison, name: str) -> str:
-    """The learning rates that won, of all seeds; with their tasks where these differ."""
+    """Selected learning rates of all seeds, with their tasks if these differ."""
     won: dict[str, list[str]] = {}
     for task in c.tasks:
         runs = c.cells[name, task].runs if (name, task) in c.cells else ()
@@ -135,7 +138,7 @@ def rates_text(c: Comparison, name: str) -> str:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What a reader must know beside the numbers."""
+    """Notes below the table: steps, learning rates, test sizes, significance, seeds and versions."""
     c = comparison
     runs = [run for cell in c.cells.values() for run in cell.runs]
     by_task = {t: next(run for run in runs if run["task"] == t) for t in c.tasks}
@@ -160,7 +163,7 @@ def notes(comparison: Comparison) -> list[str]:
 
 
 def _spread(c: Comparison) -> list[str]:
-    """What stands behind a figure."""
+    """Explanations of the spread behind a figure."""
     several = {len(cell.seeds) > 1 for cell in c.cells.values()}
     alone = any(len(cell.seeds) == 1 and TASKS[task].classes for (_, task), cell in c.cells.items())
     return [
@@ -171,7 +174,7 @@ def _spread(c: Comparison) -> list[str]:
 
 
 def _brief(trained: dict[str, results.Row]) -> list[str]:
-    """Heads that did not see their training set once."""
+    """Warning about heads trained for less than one epoch."""
     seen = {t: (run["steps"] * run["batch"], run["utterances"]["train"]) for t, run in trained.items()}
     short = [f"{t} {count} of {whole}" for t, (count, whole) in seen.items() if count < whole]
     if not short:
@@ -197,7 +200,7 @@ def _tried(c: Comparison) -> str:
 
 
 def _choices(c: Comparison, runs: list[results.Row]) -> list[str]:
-    """What was chosen by what, where it isn't the validation set alone."""
+    """Selection criteria, where they are not the validation set alone."""
     found = []
     if "asv" in c.tasks:
         found.append("asv: SUPERB has no validation set; checkpoint and learning rate are the test set's best.")
@@ -233,7 +236,7 @@ def _scoring(c: Comparison) -> list[str]:
 
 
 def _narrow(comparison: Comparison) -> tuple[list[str], list[list[str]], bool]:
-    """`lines`, turned where they are wide: a line per metric instead of one per upstream."""
+    """`lines`, transposed if too wide: one line per metric instead of one per upstream."""
     header, body = lines(comparison)
     if len(header) <= MOST_COLUMNS:
         return header, body, False

@@ -1,4 +1,4 @@
-"""Who wins a comparison, and whether by more than noise: paired tests over test utterances."""
+"""Best upstream of a comparison and its significance, by paired tests over test utterances."""
 
 from codecssl.superb.paired import LEVEL, sign_flip_p
 from codecssl.superb.reporting.comparison import Cell, Comparison
@@ -6,7 +6,7 @@ from codecssl.superb.tasks import TASKS
 
 
 def errors(cell: Cell) -> tuple[list[tuple[int, int]], list[int]] | None:
-    """The runs' (seed, fold) and the errors of their test utterances in order; None where a run kept none."""
+    """(seed, fold) of each run and the errors of its test utterances, in order. None if a run has no errors stored."""
     found: list[int] = []
     for run in cell.runs:
         if run.get("errors") is None:
@@ -16,7 +16,7 @@ def errors(cell: Cell) -> tuple[list[tuple[int, int]], list[int]] | None:
 
 
 def paired_p(one: Cell, other: Cell) -> float | None:
-    """p of the exact sign-flip test over test utterances; None where the two did not answer the same ones.
+    """p of the exact sign-flip test over test utterances. None if the two cells have different test utterances.
 
     Errors of an utterance are summed over seeds.
     """
@@ -35,7 +35,7 @@ def paired_p(one: Cell, other: Cell) -> float | None:
 
 
 def best(c: Comparison, task: str) -> str | None:
-    """The upstream with the best first metric of a task; None for fewer than two upstreams, and for a tie."""
+    """Upstream with the best first metric of a task. None for fewer than two upstreams, and for a tie."""
     sign = 1 if TASKS[task].higher_better else -1
     column = (task, TASKS[task].metrics[0])
     values = {name: sign * value for name in c.upstreams if (value := c.value(name, column)) is not None}
@@ -44,14 +44,14 @@ def best(c: Comparison, task: str) -> str | None:
 
 
 def beyond_noise(c: Comparison, name: str, task: str) -> bool:
-    """Whether an upstream is the best one of a task, with p below the level against each of the others."""
+    """True if an upstream is the best of a task, with p below the level against each other one."""
     others = [c.cells[other, task] for other in c.upstreams if other != name and (other, task) in c.cells]
     found = [paired_p(c.cells[name, task], cell) for cell in others]
     return best(c, task) == name and all(p is not None and p < LEVEL for p in found)
 
 
 def sentence(c: Comparison) -> str:
-    """Who wins and whether the difference is more than noise; empty for one upstream."""
+    """Sentence on the best upstream and its significance. Empty for one upstream."""
     if len(c.upstreams) < 2:
         return ""
     leaders = {task: best(c, task) for task in c.tasks}

@@ -1,4 +1,4 @@
-"""report.html: the tables of report.py with charts, in one file that opens anywhere."""
+"""report.html: the tables of tables.py with charts, in one self-contained file."""
 
 from collections.abc import Sequence
 from html import escape
@@ -50,7 +50,7 @@ ul { padding-left: 1.2rem; color: var(--soft) }
 
 
 def html(comparisons: Sequence[Comparison]) -> str:
-    """The whole page."""
+    """Render the whole page."""
     sections = "".join(_section(comparison) for comparison in comparisons)
     head = f'<meta charset="utf-8"><title>{TITLE}</title><style>{STYLE}</style>'
     body = f"<body><h1>{TITLE}</h1>{sections}</body>"
@@ -91,7 +91,7 @@ def _delta_row(header: Sequence[str], line: Sequence[str]) -> str:
 
 
 def _direction(head: str, text: str) -> str:
-    """Colour only for a difference that is more than noise: green where the upstream is better."""
+    """CSS class of a difference. Only significant ones are coloured, green if the upstream is better."""
     if not text.endswith("*"):
         return ""
     return ' class="up"' if (text[0] == "+") == head.endswith("↑") else ' class="down"'

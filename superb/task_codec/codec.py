@@ -1,11 +1,11 @@
 """Task codec: the result of `codecssl-superb task-codec` behind the `Codec` protocol.
 
 The base codec encodes a wave, the pretrained model turns its codes into the state of a layer, and a small residual
-quantizer encodes that state below 200 bit/s. The codes hold what the model's later layers and the task's head need. They
-cannot be decoded to audio.
+quantizer encodes that state below 200 bit/s. The codes hold what the model's later layers and the task's head need.
+They cannot be decoded to audio.
 
-Attention reads its whole input, and any padding or cut therefore changes codes. The policy is that of X-codec. A wave of
-up to `WHOLE_SECONDS` is encoded whole and alone. From a longer wave, segments of `SEGMENT_SECONDS` are encoded
+Attention reads its whole input, and any padding or cut therefore changes codes. The policy is that of X-codec. A wave
+of up to `WHOLE_SECONDS` is encoded whole and alone. From a longer wave, segments of `SEGMENT_SECONDS` are encoded
 separately while more than `WHOLE_SECONDS` remain.
 
 The package registers this codec with `codecssl.tokenize` through the entry point `machine` (`entry_point.py`).

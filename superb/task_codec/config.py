@@ -14,7 +14,7 @@ class TrainConfig:
     a_steps: int = 1000
     """Steps of stage A, which needs no labels."""
     b_steps: int = 1000
-    """Steps of stage B, with labels: a bottleneck and its head. Every other head gets as many steps on its own input."""
+    """Steps of stage B, with labels: a bottleneck and its head. Every other head gets as many on its own input."""
     batch_size: int = 16
     """Utterances per batch."""
     head_learning_rate: float = 1e-3

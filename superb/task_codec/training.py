@@ -5,9 +5,9 @@
     stage B: the task's loss on the states after the bottleneck + the distance to the answers of the head on the
         unmodified states + the quantizer's losses
 
-Every head is trained by the same procedure, whatever its input: the same steps and batches in `head` and in `b`, and the
-best weights on the validation part. All random choices are determined by (seed, stage, step). A resumed run is therefore
-identical to an uninterrupted one.
+Every head is trained by the same procedure, whatever its input: the same steps and batches in `head` and in `b`, and
+the best weights on the validation part. All random choices are determined by (seed, stage, step). A resumed run is
+therefore identical to an uninterrupted one.
 """
 
 import copy
