@@ -19,7 +19,7 @@ def span_mask(config: MaskConfig, keys: Keys, frames: npt.NDArray[Any]) -> Bools
     No length may be below the span. See `_spans` and `_exact` for the two kinds.
     """
     assert int(frames.min()) >= config.span_frames, "shorter utterances are left out by data.min_frames"
-    return (_spans if config.kind == "spans" else _exact)(config, keys, frames)
+    return _KINDS[config.kind](config, keys, frames)
 
 
 def _spans(config: MaskConfig, keys: Keys, frames: npt.NDArray[Any]) -> Bools:
@@ -51,6 +51,10 @@ def _exact(config: MaskConfig, keys: Keys, frames: npt.NDArray[Any]) -> Bools:
     wanted = np.maximum(1, np.floor(config.fraction * frames + 1e-9)).astype(np.int64)
     np.put_along_axis(masked, order, np.arange(width)[None, :] < wanted[:, None], axis=1)
     return masked
+
+
+_KINDS = {"spans": _spans, "exact": _exact}
+"""The names of `MaskConfig.kind`."""
 
 
 def _start_ranks(

@@ -39,7 +39,8 @@ def model_card(name: str, description: Mapping[str, Any], data: Iterable[Mapping
 
 
 def _title(config: RunConfig) -> str:
-    return _TITLES[config.objective.name, config.objective.target]
+    kind = config.objective.name, config.objective.target
+    return _TITLES.get(kind, f"{kind[0]}, predicting {kind[1]}")
 
 
 def _use(name: str, card: CodecCard, layers: int, dim: int, mel: Mapping[str, Any] | None) -> str:

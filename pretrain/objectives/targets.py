@@ -50,4 +50,5 @@ def make_target(config: ObjectiveConfig, card: CodecCard, label_sizes: tuple[int
         return None
     if config.target == "labels":
         return Labels(label_sizes)
+    assert config.target == "codes", f"no class for objective.target {config.target}"
     return Codes(card)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 DEFAULT_CODEC = "tiny_16khz"  # of bare `codes` and `random` where no model is named beside them,
 DEFAULT_CONFIG = "codec2vec_tiny_codes"  # and the architecture of that `random`
 NAMES = (
-    "an exported model's folder, a shipped model's name (laptop_16khz), a codec's of compress, fbank, logmel, mfcc, "
+    "an exported model's folder, a shipped model's name (laptop_16khz), a codec's of task-codec, fbank, logmel, mfcc, "
     "codes, random, codes:MODEL, codes:CODEC, random:MODEL, NAME@s3prl, or hf:PATH|NAME for a HuBERT, wav2vec2 or WavLM"
     " of transformers"
 )
