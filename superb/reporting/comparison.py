@@ -1,7 +1,7 @@
 """Group finished runs into comparable tables: per upstream and task, the best run of each learning-rate sweep.
 
-The best run has the best validation metric, per seed (and fold). The test metric is not used for selection, except where
-SUPERB has no validation set (asv).
+The best run has the best validation metric, per seed (and fold). The test metric is not used for selection, except
+where SUPERB has no validation set (asv).
 """
 
 import math

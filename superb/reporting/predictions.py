@@ -1,8 +1,8 @@
 """Test-set predictions of a run in the file formats of SUPERB's leaderboard (submission.py packs them).
 
-The folders are those of s3prl's packer (s3prl/submit/submit.py at 0.4.18, in its repository and not in the package). The
-packer reads the prediction files of s3prl's classic tasks (s3prl/downstream, `log_records` of each expert). The datasets
-of these tasks name the utterances.
+The folders are those of s3prl's packer (s3prl/submit/submit.py at 0.4.18, in its repository and not in the package).
+The packer reads the prediction files of s3prl's classic tasks (s3prl/downstream, `log_records` of each expert). The
+datasets of these tasks name the utterances.
 
     RUN/predict/ks_public/predict.txt                             one line per file: its name and its class
     {sid,er_fold1..5}_public/predict.txt  ic_public/predict.csv   the same; for ic three slots, separated by commas

@@ -1,4 +1,4 @@
-"""A codec behind waves at 16 kHz, as s3prl hands them over."""
+"""Apply a codec to waves at 16 kHz, s3prl's sample rate."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,14 +8,14 @@ from torch import Tensor
 
 from codecssl.tokenize.codec import Codec, CodecCard, Encoded
 
-SAMPLE_RATE = 16_000  # of every wave that s3prl hands over
+SAMPLE_RATE = 16_000  # of all waves from s3prl
 
 
 def encode(codec: Codec, wavs: Sequence[Tensor], device: str = "cpu") -> list[Tensor]:
     """1-D float waves at 16 kHz -> codes [R, T] each.
 
-    On a CPU by one thread, whatever torch is set to: the bits of a convolution may depend on the number of threads,
-    and codes must not.
+    On a CPU this uses one thread, whatever torch's setting. The bits of a convolution may depend on the number of
+    threads, and codes must not.
     """
     waves = [at_codec_rate(wav, codec.card).to(device) for wav in wavs]
     return [encoded.codes for encoded in encode_at_codec_rate(codec, waves, device)]
@@ -30,7 +30,7 @@ def encode_at_codec_rate(codec: Codec, waves: Sequence[Tensor], device: str) -> 
 
 
 def at_codec_rate(wav: Tensor, card: CodecCard) -> Tensor:
-    """A 1-D wave at 16 kHz as the codec takes it: resampled as codecssl-tokenize resamples files, on all channels."""
+    """Convert a 1-D wave at 16 kHz to the codec's input: resampled as in codecssl-tokenize, on all its channels."""
     wave = wav.detach().float()
     if card.sample_rate != SAMPLE_RATE:
         import soxr
@@ -41,7 +41,7 @@ def at_codec_rate(wav: Tensor, card: CodecCard) -> Tensor:
 
 @contextmanager
 def one_thread(device: str) -> Iterator[None]:
-    """Torch works with one thread on a CPU; a GPU is left alone."""
+    """Limit torch to one thread on a CPU. No effect for a GPU."""
     threads = torch.get_num_threads()
     if torch.device(device).type != "cpu" or threads == 1:
         yield

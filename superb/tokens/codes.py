@@ -1,7 +1,7 @@
 """Codes of a wave, computed once: from the token cache on disk, from memory, or by the codec.
 
-SUPERB's upstream is frozen, so that the codes of a wave never change, yet s3prl asks for its features at every step.
-Codes cost about a kilobyte per second of audio, features a hundred times that: so the codes are what is kept.
+SUPERB's upstream is frozen, and the codes of a wave never change, but s3prl requests its features at every step. Codes
+take about a kilobyte per second of audio, features a hundred times that. Therefore the codes are cached.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,10 +17,10 @@ __all__ = ["CodeCache", "counts_of", "wave_key"]
 
 
 class CodeCache:
-    """Codes [R, T] by content of the wave.
+    """Cache of codes [R, T], keyed by the content of the wave.
 
-    What the token cache has comes from there. The rest (a wave that was cut or changed at random, or one that nobody
-    cached) goes through the codec, and is kept in memory up to `limit_bytes`; beyond it nothing more is kept.
+    Waves in the token cache are read from it. Other waves (randomly cut or changed ones, or uncached ones) go through
+    the codec. Their codes are kept in memory up to `limit_bytes`.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class CodeCache:
     ) -> None:
         self.encode, self.cache = encode, cache
         self.found = self.kept = self.encoded = 0
-        """Waves asked for that the token cache had, that memory had, that went through the codec."""
+        """Numbers of requested waves found in the token cache, found in memory, and encoded."""
         self._codes: dict[str, NDArray[np.uint16]] = {}
         self._room = limit_bytes
 

@@ -1,7 +1,7 @@
-"""Filling the token cache: the waves of a task through the codec, once, into a set of token shards.
+"""Fill the token cache: encode the waves of a task once, into a set of token shards.
 
-Any number of processes, started by one command or by several, may fill one set: each takes a shard that no other has
-locked. A shard is written block by block; a killed process leaves whole blocks, from which the next one resumes.
+Any number of processes, started by one or several commands, may fill one set. Each takes an unlocked shard. A shard is
+written block by block. A killed process leaves complete blocks, and the next one resumes after them.
 """
 
 import errno
@@ -30,14 +30,14 @@ from codecssl.tokenize.format.writer import ShardWriter, finish_dataset
 
 SHARD_WAVES = 4096
 BLOCK_WAVES = 256
-"""A kill loses at most so many."""
+"""Waves per block: the most that a killed process loses."""
 GROUP_WAVES = 32
-"""EncodedUtterance together."""
+"""Waves encoded together."""
 POLL_SECONDS = 0.2
-"""Between looks at shards that other processes are at work on."""
+"""Interval between checks of shards locked by other processes."""
 
 Report = Callable[[int], None]
-"""Is called with the number of waves that are done."""
+"""Callback that receives the number of finished waves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Job:
     load: Callable[[], Codec]
     device: str = "cpu"
     workers: int = 0
-    """Processes that load waves and, on a CPU, encode them; 0 is this one."""
+    """Processes that load waves and, on a CPU, encode them. 0 uses this process."""
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -59,13 +59,13 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Its name says which waves, and which state of their files."""
+        """Folder of the set. Its name depends on the waves and the state of their files."""
         digest = hashlib.sha256(b"".join(wave.digest() for wave in self.waves)).hexdigest()
         return codec_folder(self.root, self.card) / f"{self.name}-{digest[:12]}"
 
 
 def fill(job: Job, report: Report = lambda done: None) -> KeyedShards:
-    """Encode what is missing and return the finished set. Raises UserError for a full disk or one without locks."""
+    """Encode missing waves and return the finished set. Raises UserError if the disk is full or lacks file locks."""
     try:
         return _fill(job, job.folder, report)
     except OSError as error:
@@ -109,7 +109,7 @@ def _unfinished(job: Job, folder: Path) -> list[int]:
 
 
 def _fill_shard(job: Job, folder: Path, shard: int, locks: Path, encoder: "_Encoder", report: Report) -> bool:
-    """Write the rest of a shard; False where another process is at work on it."""
+    """Write the rest of a shard. False if another process holds its lock."""
     with locked(locks / f"{shard:05d}") as free:
         if not free or (folder / "dataset.json").exists():
             return False
@@ -133,7 +133,7 @@ def _fill_shard(job: Job, folder: Path, shard: int, locks: Path, encoder: "_Enco
 
 @dataclass(frozen=True, kw_only=True)
 class _Heard:
-    """A wave that is not in the cache."""
+    """A loaded wave and its key."""
 
     wave: Wave
     key: str
@@ -141,7 +141,7 @@ class _Heard:
 
 
 class _Encoder(Dataset[Any]):
-    """Groups of waves to results, in worker processes or here. Waves that are known or never the same have none."""
+    """Encode groups of waves, in worker processes or here. Known and randomly cut waves give no result."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -153,7 +153,7 @@ class _Encoder(Dataset[Any]):
         return self.__dict__ | {"_open": None, "_seen": set()}
 
     def encode(self, blocks: Sequence[Sequence[Wave]]) -> Iterator[list[EncodedUtterance | Failure]]:
-        """The results of each block."""
+        """Yield the results of each block."""
         groups = [block[at : at + GROUP_WAVES] for block in blocks for at in range(0, len(block), GROUP_WAVES)]
         results = iter(self._loader(groups))
         for block in blocks:
@@ -203,12 +203,12 @@ def _as_it_is(value: Any) -> Any:
 
 
 def _heard(wave: Wave) -> _Heard | Failure | None:
-    """The wave; None where it is cut at random. What cannot be read is a failure here and an error of the task."""
+    """Load a wave. None if it is cut at random, a `Failure` if it cannot be read. The task fails on it later."""
     try:
         samples = wave.load()
     except MemoryError:
         raise
-    except Exception as error:  # whatever a decoder may raise costs its file, not the rest
+    except Exception as error:  # any decoder error affects only its own file
         return Failure(id=wave.path, path=wave.path, reason=one_line(error))
     if samples is not None and not len(samples):
         return Failure(id=wave.path, path=wave.path, reason="no samples")

@@ -1,11 +1,11 @@
-"""The token cache on disk: the codes of waves by what the waves contain, in our own token shards.
+"""The token cache on disk: codes of waves in token shards, keyed by the content of the wave.
 
     DIR/CODEC-FINGERPRINT/SET/       a finished dataset of token shards, as codecssl.tokenize writes and verifies it;
                                      each utterance's id and source_sha256 are the sha256 of the wave's float32 samples
-    DIR/CODEC-FINGERPRINT/SET/keys.npy   those, sorted, and the utterance of each: opening maps it, whatever its size
+    DIR/CODEC-FINGERPRINT/SET/keys.npy   sorted hashes and the utterance of each; memory-mapped
 
-A set is what one task needed, and never changes; another task adds another set, without the waves that are there.
-Codes of two codecs, or of one on two kinds of devices, can't mix: the codec's fingerprint names their folder.
+A set holds the waves of one task and never changes. Another task adds another set without the existing waves. Codes of
+two codecs, or of one codec on two kinds of devices, cannot mix, because the codec's fingerprint names their folder.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ def codec_folder(root: Path, card: CodecCard) -> Path:
 
 
 class KeyedShards:
-    """One set: `find(key)` gives codes. Safe to share between processes; nothing but a map is held in memory."""
+    """One set, queried by `find(key)`. It is memory-mapped and safe to share between processes."""
 
     def __init__(self, folder: Path, card: CodecCard) -> None:
         self.shards = Shards(folder)
@@ -56,7 +56,7 @@ class KeyedShards:
         return len(self.keys)
 
     def find(self, key: str) -> NDArray[np.uint16] | None:
-        """Codes [R, T] of the wave with this `wave_key`; None where it is not there."""
+        """Codes [R, T] of the wave with this `wave_key`. None if it is missing."""
         digest, column = bytes.fromhex(key), self.keys["key"]
         place = bisect_left(range(len(column)), digest, key=lambda i: column[i].tobytes())
         if place == len(column) or column[place].tobytes() != digest:
@@ -65,7 +65,7 @@ class KeyedShards:
 
 
 def write_keys(shards: Shards) -> None:
-    """keys.npy of a finished set, from the hashes in its shards."""
+    """Write keys.npy of a finished set, from the hashes in its shards."""
     table = np.zeros(len(shards), KEY)
     for row in shards.blocks:
         with shard_path(shards.path, int(row["shard"])).open("rb") as file:
@@ -77,7 +77,7 @@ def write_keys(shards: Shards) -> None:
 
 
 class TokenCache:
-    """All finished sets of a codec under a folder; those that are finished later are found by `refresh`."""
+    """All finished sets of a codec under a folder. `refresh` finds sets finished later."""
 
     def __init__(self, root: Path, card: CodecCard) -> None:
         self.folder, self.card = codec_folder(root, card), card
@@ -93,7 +93,7 @@ class TokenCache:
         return sum(map(len, self._sets.values()))
 
     def find(self, key: str) -> NDArray[np.uint16] | None:
-        """Codes [R, T] of a wave by its `wave_key`; None where no set has it."""
+        """Codes [R, T] of a wave by its `wave_key`. None if no set has it."""
         for shards in self._sets.values():
             if (codes := shards.find(key)) is not None:
                 return codes
@@ -101,5 +101,5 @@ class TokenCache:
 
 
 def finished_sets(folder: Path) -> Iterator[Path]:
-    """The datasets in a codec's folder, by name."""
+    """Finished datasets in a codec's folder, sorted by name."""
     return (path.parent for path in sorted(folder.glob("*/dataset.json")))

@@ -1,4 +1,4 @@
-"""The waves of a task, as s3prl will hand them to the upstream: which files, cut and with which effects."""
+"""Waves of a task as s3prl passes them to the upstream: files, cuts and sox effects."""
 
 import hashlib
 import json
@@ -22,24 +22,24 @@ Effects = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Wave:
-    """One wave of a task. Two that are equal are the same samples, as long as the file is."""
+    """One wave of a task. Equal objects have the same samples, as long as the file does not change."""
 
     path: str
     start: float | None = None
-    """Seconds; None is the file's start."""
+    """Start in seconds. None is the file's start."""
     end: float | None = None
     effects: Effects = ()
-    """sox effects, by `codecssl.superb.patches.sox_effects`."""
+    """sox effects, applied by `codecssl.superb.patches.sox_effects`."""
     longest: float | None = None
-    """Seconds; a longer wave is cut at random each time, so that it is never the same."""
+    """Seconds above which a wave is cut at random each time, and therefore differs each time."""
     by_sox: bool = False
-    """Opened by the effects themselves, at the file's own rate, as QbE does; else by s3prl's loader, at 16 kHz."""
+    """True if sox opens the file at its own rate, as in QbE. Otherwise s3prl's loader opens it at 16 kHz."""
 
     samples: tuple[int, int] | None = None
-    """The first sample and the one after the last, where the task's dataset cuts the file as it is (diarisation)."""
+    """First sample and the one after the last, if the task's dataset cuts the unprocessed file (diarisation)."""
 
     def load(self) -> Tensor | None:
-        """Float32 samples at 16 kHz as the task has them; None where it would be cut at random."""
+        """Load the task's samples, float32 at 16 kHz. None if the wave would be cut at random."""
         if self.samples is not None:
             return _stretch(self.path, *self.samples)
         if self.by_sox:
@@ -58,7 +58,7 @@ class Wave:
         return None if self.longest is not None and len(wav) / loader.sample_rate > self.longest else wav
 
     def digest(self) -> bytes:
-        """Changes when the request does, or the file's size or date."""
+        """Hash of the request and of the file's size and date."""
         found = Path(self.path).stat()
         parts = [asdict(self), found.st_size, found.st_mtime_ns]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
@@ -83,9 +83,9 @@ def load_qbe(path: str) -> Tensor:
 
 
 def waves_of(task: Task, splits: Mapping[str, Iterable[Any]], frame_shift: int = 320) -> list[Wave]:
-    """The distinct waves of a task, given its examples by split (of `codecssl.superb.corpora.corpus`).
+    """Distinct waves of a task, given its examples by split (see `codecssl.superb.corpora.corpus`).
 
-    frame_shift: the upstream's samples per frame, in which diarisation counts where it cuts recordings.
+    frame_shift: the upstream's samples per frame, the unit in which diarisation cuts recordings.
     """
     waves: dict[Wave, None] = {}
     for split, examples in splits.items():
@@ -102,7 +102,7 @@ def waves_of(task: Task, splits: Mapping[str, Iterable[Any]], frame_shift: int =
 def _stretches(
     path: str, frame_shift: int, chunk_size: int, subsampling: int, rate: int, use_last_samples: bool, label_delay: int
 ) -> Iterator[Wave]:
-    """A recording as s3prl's DiarizationDataset cuts it, by its own rule."""
+    """Cut a recording by the rule of s3prl's DiarizationDataset."""
     import soundfile
     from s3prl.dataio.dataset.diarization import _gen_frame_indices
 
@@ -114,7 +114,7 @@ def _stretches(
 
 
 def _settings(task: Task, split: str) -> dict[str, Any]:
-    """What s3prl does to the waves of a split: effects, and the length from which they are cut at random."""
+    """s3prl's settings for the waves of a split: effects, and the length above which they are cut at random."""
     import_patches.install()
     if task.problem is None:
         return {"by_sox": True}
@@ -126,7 +126,7 @@ def _settings(task: Task, split: str) -> dict[str, Any]:
         return dict(datasets)
     dataset = datasets.get(split) or {}
     effects = dataset.get("sox_effects") or ()
-    if task.name == "asv" and split == "train":  # a constant of s3prl's module, in no configuration
+    if task.name == "asv" and split == "train":  # a constant in s3prl's module, absent from its configuration
         effects = superb_asv.EFFECTS
     return {"effects": tuple(tuple(effect) for effect in effects), "longest": dataset.get("max_secs")}
 

@@ -1,7 +1,7 @@
-"""Upstreams by name, and the expert that makes a codec model one: waves in, hidden states out, always frozen.
+"""Upstreams by name, and the frozen upstream of a codec and an encoder.
 
-A wave at 16 kHz becomes codes (the codec runs once per distinct wave), the codes become hidden states. The
-contract is s3prl's: `forward(list of 1-D float waves) -> {"hidden_states": [[B, T, D], ...]}` and
+The codec encodes a wave at 16 kHz (once per distinct wave), and the encoder turns the codes into hidden states. The
+interface is s3prl's: `forward(list of 1-D float waves) -> {"hidden_states": [[B, T, D], ...]}` and
 `get_downsample_rates`.
 """
 
@@ -31,8 +31,8 @@ from codecssl.tokenize.registry import load_codec, load_codec_for
 if TYPE_CHECKING:
     from codecssl.pretrain.config import ModelConfig
 
-DEFAULT_CODEC = "tiny_16khz"  # of bare `codes` and `random` where no model is named beside them,
-DEFAULT_CONFIG = "codec2vec_tiny_codes"  # and the architecture of that `random`
+DEFAULT_CODEC = "tiny_16khz"  # codec of bare `codes` and `random` if no model is named with them
+DEFAULT_CONFIG = "codec2vec_tiny_codes"  # architecture of that `random`
 NAMES = (
     "an exported model's folder, a shipped model's name (laptop_16khz), a codec's of task-codec, fbank, logmel, mfcc, "
     "codes, random, codes:MODEL, codes:CODEC, random:MODEL, NAME@s3prl, or hf:PATH|NAME for a HuBERT, wav2vec2 or WavLM"
@@ -41,7 +41,7 @@ NAMES = (
 
 
 class Encoder(Protocol):
-    """Codes to hidden states: a pretrained model, or the codec's own tables."""
+    """Protocol from codes to hidden states: a pretrained model, or the codec's own tables."""
 
     def extract(self, codes: Tensor, frames: Sequence[int], mel: Tensor | None = None) -> list[Tensor]:
         """int64 codes [B, K, T], frames per item, uint8 mel [B, bands, T] -> hidden states, each [B, T, D]."""
@@ -65,26 +65,26 @@ class CodeTables(nn.Module):
 class CodecExpert(FrozenUpstream):
     """An s3prl upstream of a codec and an encoder.
 
-    Hidden states of a model with L layers are L + 1. State 0 is the input of the first layer: the embedded codes,
-    projected, positions added (of a post-norm model normalised after that). State i is the output of layer i, its
-    residuals added: of a post-norm model after the layer's last norm, of a pre-norm one before any, but for state L,
-    which is after the encoder's final norm. Of a ResiDual model (EnCodecMAE) states 1 to L - 1 are the normalised
-    stream, and state L is the sum of both streams. Of a codec that `compress` made they are the states L, L + 1, ...
-    after its bottleneck, `pool` frames for each frame of codes.
+    A model with L layers has L + 1 hidden states. State 0 is the input of the first layer: the embedded codes,
+    projected, with positions added. A post-norm model normalises it after that. State i is the output of layer i with
+    its residuals. In a post-norm model it is taken after the layer's last norm, in a pre-norm model before any norm.
+    State L of a pre-norm model is taken after the encoder's final norm. In a ResiDual model (EnCodecMAE), states 1 to L - 1 are
+    the normalised stream, and state L is the sum of both streams. A task codec with its bottleneck at layer L gives the
+    states L, L + 1, ... after the bottleneck, with `pool` frames for each frame of codes.
 
-    Frozen by construction: neither is a submodule, so that no parameter reaches an optimiser or a checkpoint,
-    `train()` can't switch dropout on, and `to(device)` still moves them. Frames follow s3prl's arithmetic
-    exactly: a wave of n samples has ceil(n / rate) frames. Where the codec's frame is not a whole number of
-    samples at 16 kHz (24 kHz with a hop of 320: 213.33), `rate` is the integer part, and frame j is the
-    codec's frame at sample j * rate: one frame in 640 appears twice, and nothing drifts, however long the
-    wave.
+    The codec and the encoder are not submodules. Therefore no parameter reaches an optimiser or a checkpoint, and
+    `train()` cannot switch dropout on. `to(device)` still moves them.
+
+    The number of frames is s3prl's: a wave of n samples has ceil(n / rate) frames. If the codec's frame is not a whole
+    number of samples at 16 kHz (24 kHz with a hop of 320: 213.33), `rate` is the integer part, and frame j is the
+    codec's frame at sample j * rate. One frame in 640 then appears twice, and frames do not drift in long waves.
     """
 
     def __init__(self, card: CodecCard, codes: Callable[[Sequence[Tensor]], list[Tensor]], encoder: nn.Module) -> None:
         super().__init__(encoder)
         self.card = card
         self.codes = codes
-        self._pool = int(getattr(encoder, "pool", 1))  # frames of states in one of codes
+        self._pool = int(getattr(encoder, "pool", 1))  # frames of states per frame of codes
         self._frame = Fraction(SAMPLE_RATE * card.hop_length, card.sample_rate * self._pool)  # samples at 16 kHz
         self._rate = frame_shift(card) // self._pool
 
@@ -100,7 +100,7 @@ class CodecExpert(FrozenUpstream):
     def forward(self, wavs: Sequence[Tensor], codes: Sequence[Tensor] | None = None) -> dict[str, list[Tensor]]:
         """1-D float waves at 16 kHz -> {"hidden_states": [[B, T, D], ...]}, zeros beyond each wave's own frames.
 
-        `codes`: the waves' own, where the caller has asked `self.codes` for them already.
+        `codes`: codes of the waves, if the caller already has them from `self.codes`.
         """
         device = wavs[0].device
         codes = self.codes(wavs) if codes is None else codes
@@ -114,12 +114,12 @@ class CodecExpert(FrozenUpstream):
         return {"hidden_states": [pad([s[i, at] for i, at in enumerate(index)], batch_first=True) for s in states]}
 
     def _mel(self, spec: MelSpec, wavs: Sequence[Tensor]) -> Tensor:
-        """The log-mel planes uint8 [B, bands, T] of the waves, as `codecssl-tokenize run --with-mel` stores them."""
+        """Log-mel planes uint8 [B, bands, T] of the waves, as `codecssl-tokenize run --with-mel` stores them."""
         planes = [torch.from_numpy(mel_plane(spec, at_codec_rate(wav, self.card).cpu().numpy())) for wav in wavs]
         return nn.utils.rnn.pad_sequence(planes, batch_first=True).transpose(1, 2)
 
     def _index(self, samples: int, frames: int) -> Tensor:
-        """For each of s3prl's ceil(samples / rate) frames, the codec's frame that holds its first sample."""
+        """Index of the codec frame at the first sample of each of s3prl's ceil(samples / rate) frames."""
         starts = torch.arange(-(-samples // self._rate)) * self._rate
         if not self.card.segment_samples:
             return (starts * self._frame.denominator // self._frame.numerator).clamp(max=frames - 1)
@@ -128,14 +128,14 @@ class CodecExpert(FrozenUpstream):
         return (segments * per_segment + within).clamp(max=frames - 1)
 
     def _segment(self, starts: Tensor) -> tuple[Tensor, Tensor]:
-        """Of samples at 16 kHz: the segment that begins last before each, and the frame in it."""
+        """Last segment that begins at or before each sample at 16 kHz, and the frame within it."""
         at = starts * self.card.sample_rate // SAMPLE_RATE
         stride = self.card.segment_stride
         return at // stride, at % stride // self.card.hop_length
 
 
 def frames_only(card: CodecCard) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-    """In place of a codec, for models that read the log-mel plane alone: zeros [R, T] for each wave at 16 kHz."""
+    """Replacement of the codec for models that read only the log-mel plane: zeros [R, T] per wave at 16 kHz."""
 
     def zeros(wavs: Sequence[Tensor]) -> list[Tensor]:
         samples = [at_codec_rate(wav, card).shape[-1] for wav in wavs]
@@ -145,14 +145,15 @@ def frames_only(card: CodecCard) -> Callable[[Sequence[Tensor]], list[Tensor]]:
 
 
 def frame_shift(card: CodecCard) -> int:
-    """Whole samples at 16 kHz per frame: the downsample rate that s3prl is told."""
+    """Whole samples at 16 kHz per frame: the downsample rate reported to s3prl."""
     return SAMPLE_RATE * card.hop_length // card.sample_rate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Upstream:
-    """What an upstream's name means. `argument` is a model's folder, a codec's name, an s3prl name, or a
-    transformers checkpoint.
+    """A parsed upstream name.
+
+    `argument`: a model's folder, a codec's name, an s3prl name, or a transformers checkpoint.
     """
 
     name: str
@@ -170,7 +171,7 @@ class Upstream:
         return self.reads_codes and not (isinstance(model, dict) and model.get("input") == "mel")
 
     def identity(self) -> dict[str, str | None]:
-        """What determines its features as far as the name goes; of a path (also NAME@PATH), its files' sha256."""
+        """Identity of the upstream's features: the name, and for a path (also NAME@PATH) its files' sha256."""
         digest, files = None, _files(self.argument or "")
         if files:
             digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in files)).hexdigest()
@@ -178,7 +179,7 @@ class Upstream:
 
 
 def parse(name: str) -> Upstream:
-    """A name as the user types it; UserError where it names nothing."""
+    """Parse a name as typed by the user. Raises UserError for an unknown name."""
     head, _, tail = name.partition(":")
     if name.endswith("@s3prl"):
         return Upstream(name=name, kind="s3prl", argument=name.removesuffix("@s3prl"))
@@ -198,8 +199,9 @@ def parse(name: str) -> Upstream:
 
 
 def parse_all(names: Sequence[str]) -> list[Upstream]:
-    """Names of one comparison: bare `codes` and `random` take the codec and architecture of the first model
-    named.
+    """Parse the names of one comparison.
+
+    Bare `codes` and `random` use the codec and architecture of the first named model.
     """
     upstreams = [parse(name) for name in names]
     model = next((u.argument for u in upstreams if u.kind == "model" and _is_model(u.argument or "")), None)
@@ -211,12 +213,12 @@ def parse_all(names: Sequence[str]) -> list[Upstream]:
 
 
 def _is_model(path: str) -> bool:
-    """Whether a folder is an exported model; codecs and other models have a config.json too."""
+    """True if a folder is an exported model. Codecs and other models also have a config.json."""
     return _description(path).get("format") == "codecssl-model"
 
 
 def _is_compressed(path: str) -> bool:
-    """Whether a folder is a codec that `codecssl-superb compress` wrote."""
+    """True if a folder is a codec written by `codecssl-superb task-codec`."""
     return _description(path).get("model_type") == "codecssl-machine"
 
 
@@ -229,7 +231,7 @@ def _description(path: str) -> dict[str, Any]:
 
 
 def _files(name: str) -> list[Path]:
-    """The weights and settings that a name points to; [] where it is no path."""
+    """Weight and settings files that a name points to. Empty if it is not a path."""
     path = model_folder(name.partition("@")[2] or name)
     if not name or not path.exists():
         return []
@@ -238,9 +240,10 @@ def _files(name: str) -> list[Path]:
 
 
 class Shelf:
-    """Builds upstreams for one process; those that share a codec share its codes, so that it runs once per wave.
+    """Build upstreams in one process.
 
-    `code_folder`: of a token cache, whose waves the codec need not see at all.
+    Upstreams with the same codec share its codes, and the codec runs once per wave. `code_folder`: folder of a token
+    cache. The codec does not run on waves in this cache.
     """
 
     def __init__(self, *, device: str = "cpu", code_folder: Path | None = None, seed: int = 0) -> None:
@@ -250,7 +253,7 @@ class Shelf:
         self._codecs: dict[str, tuple[Codec, CodeCache]] = {}
 
     def build(self, upstream: Upstream) -> nn.Module:
-        """The upstream, frozen and on the device."""
+        """Build the upstream, frozen and on the device."""
         if upstream.kind == "fbank":
             return s3prl_upstreams.fbank("fbank").to(self.device)
         if upstream.kind in ("logmel", "mfcc"):
@@ -266,15 +269,16 @@ class Shelf:
         return CodecExpert(card, codes, encoder).to(self.device)
 
     def build_unnormalised(self, upstream: Upstream) -> nn.Module:
-        """The same, but fbank without the normalisation that makes the mean over time of every utterance
-        zero.
+        """Build the upstream, with fbank unnormalised.
+
+        s3prl's normalisation makes the mean over time of every fbank utterance zero.
         """
         return (
             s3prl_upstreams.fbank("fbank_no_cmvn").to(self.device) if upstream.kind == "fbank" else self.build(upstream)
         )
 
     def encoder(self, upstream: Upstream) -> tuple[CodecCard, nn.Module]:
-        """The part from codes to hidden states, for data that is codes already."""
+        """Build the encoder from codes to hidden states, for data that is already encoded."""
         from codecssl.pretrain.export.export import load_pretrained
         from codecssl.pretrain.model.model import untrained
 
@@ -293,13 +297,13 @@ class Shelf:
         codec = load_codec(upstream.argument or DEFAULT_CODEC, device=self.device)
         codec, _ = self._codec(codec.card.fingerprint, lambda: codec)
         if upstream.kind == "model":
-            return codec.card, codec.compressed  # type: ignore[attr-defined]  # of compress
+            return codec.card, codec.compressed  # type: ignore[attr-defined]  # task codec
         return codec.card, self._baseline(
             upstream.kind, codec, load_config(RunConfig, "pretrain", DEFAULT_CONFIG).model
         )
 
     def codec(self, upstream: Upstream) -> tuple[Codec, Callable[[], Codec]]:
-        """The codec of an upstream that reads codes, and how another process loads it."""
+        """Codec of an upstream that reads codes, and a function that loads it in another process."""
         from codecssl.pretrain.export.export import load_pretrained
 
         if upstream.argument and _is_model(upstream.argument):

@@ -1,4 +1,4 @@
-"""A memory cache of hidden states: s3prl asks for those of every wave again at each step."""
+"""A memory cache of hidden states, which s3prl requests for every wave at each step."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from codecssl.superb.upstreams.frozen import FrozenUpstream
 class CachedUpstream(FrozenUpstream):
     """A frozen upstream that stores the hidden states of each distinct wave, as many as fit `limit_bytes`.
 
-    A stored wave is computed alone, and its states do not depend on the batch that it came in. Results differ from
+    A stored wave is computed alone, and its states do not depend on its batch. Results differ from
     the upstream's own batches by rounding only. When the memory is full, the other waves are computed in batches.
     """
 
@@ -38,7 +38,7 @@ class CachedUpstream(FrozenUpstream):
         return {"hidden_states": [pad([s.to(wavs[0].device) for s in layer], batch_first=True) for layer in layers]}
 
     def _codes(self, wavs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Codes of all waves at once, where the upstream reads codes: a codec is slower on one wave at a time."""
+        """Codes of all waves at once, if the upstream reads codes. A codec is slower on single waves."""
         if not wavs or not isinstance(self.frozen, CodecExpert):
             return {}
         return dict(zip(wavs, self.frozen.codes(list(wavs.values())), strict=True))

@@ -6,9 +6,9 @@ from torch import nn
 
 
 class FrozenUpstream(nn.Module):
-    """An s3prl upstream around a module that nothing trains.
+    """An s3prl upstream that wraps a frozen module.
 
-    The module is kept in a tuple and is therefore no submodule: none of its parameters reaches an optimiser or a
+    The module is kept in a tuple and is therefore not a submodule: none of its parameters reaches an optimiser or a
     checkpoint, and `train()` does not switch its dropout on. `to(device)` and `to(dtype)` do reach it.
     """
 

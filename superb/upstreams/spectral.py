@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 WINDOW, HOP = 400, 160
 FLOOR = 1e-10
-"""Of the mel power, before the logarithm."""
+"""Lower bound of the mel power, before the logarithm."""
 NUM_MFCC = 13
 
 
 class LogMel(nn.Module):
-    """s3prl's contract for natural logarithms of the power in mel bands; one hidden state [B, T, bands]."""
+    """An s3prl upstream of the natural logarithm of the power in mel bands. One hidden state [B, T, bands]."""
 
     def __init__(self, bands: int = 80) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class LogMel(nn.Module):
         return {"hidden_states": [nn.utils.rnn.pad_sequence(frames, batch_first=True)]}
 
     def frames(self, wav: Tensor) -> Tensor:
-        """float64 [T, D] of one wave."""
+        """Features of one wave, float64 [T, D]."""
         window, filters = self.get_buffer("window"), self.get_buffer("filters")
         spectrum = torch.stft(
             wav.double(), WINDOW, HOP, window=window, center=True, pad_mode="constant", return_complex=True
@@ -59,7 +59,7 @@ class Mfcc(LogMel):
         self.register_buffer("dct", create_dct(NUM_MFCC, 40, norm="ortho").double())
 
     def frames(self, wav: Tensor) -> Tensor:
-        """float64 [T, 39] of one wave."""
+        """Features of one wave, float64 [T, 39]."""
         from torchaudio.functional import compute_deltas
 
         cepstra = (super().frames(wav) @ self.get_buffer("dct")).T

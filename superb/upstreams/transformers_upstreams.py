@@ -1,8 +1,9 @@
 """Checkpoints of transformers (HuBERT, wav2vec 2.0, WavLM) as frozen upstreams.
 
-s3prl's own `hf_hubert` and `hf_wav2vec2` hand a padded batch to the model: of a network with group normalisation (the
-base ones) the features of a wave then depend on its neighbours' lengths, and the last frames of all but the longest
-wave come from padding. Here a wave's features are its own, and equal s3prl's for that wave alone.
+s3prl's own `hf_hubert` and `hf_wav2vec2` pass a padded batch to the model. In a network with group normalisation (the
+base models), the features of a wave then depend on the lengths of the others in its batch. The last frames of all but
+the longest wave come from padding. Here the features of a wave do not depend on its batch, and equal those of s3prl for
+that wave alone.
 """
 
 import json
@@ -25,9 +26,10 @@ MODEL_TYPES = {"hubert": "HubertModel", "wav2vec2": "Wav2Vec2Model", "wavlm": "W
 class CheckpointExpert(FrozenUpstream):
     """An s3prl upstream of a transformers model with a convolutional front end.
 
-    Hidden states are transformers' own, L + 1 of them. 0 is the input of the first layer, positions added (of a
-    post-norm model also normalised; of a pre-norm one not); i is the output of layer i, residual added (of a post-norm
-    model after the layer's last norm); the last one of a pre-norm model is after the encoder's final norm.
+    The L + 1 hidden states are those of transformers. State 0 is the input of the first layer with positions added. A
+    post-norm model also normalises it, a pre-norm model does not. State i is the output of layer i with its residual.
+    In a post-norm model it is taken after the layer's last norm. The last state of a pre-norm model is taken after the
+    encoder's final norm.
     """
 
     def __init__(self, model: Any, extractor: Any) -> None:
@@ -37,7 +39,7 @@ class CheckpointExpert(FrozenUpstream):
         self.rate = int(torch.tensor(config.conv_stride).prod())
         self.least = 1
         for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
-            self.least = (self.least - 1) * stride + kernel  # samples that give one frame
+            self.least = (self.least - 1) * stride + kernel  # samples for one frame
         self.same_lengths = config.feat_extract_norm == "group"
 
     def get_downsample_rates(self, key: str) -> int:
@@ -48,8 +50,8 @@ class CheckpointExpert(FrozenUpstream):
     def forward(self, wavs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
         """1-D float waves at 16 kHz -> {"hidden_states": [[B, T, D], ...]}.
 
-        A wave of n samples has ceil(n / rate) frames, the last one repeated where the network has fewer, as s3prl
-        repeats it; zeros beyond.
+        A wave of n samples has ceil(n / rate) frames. As in s3prl, the last frame is repeated if the network gives
+        fewer. Frames beyond are zeros.
         """
         self.frozen.eval()
         front = self._front([self._normalised(wav) for wav in wavs])
@@ -91,9 +93,9 @@ class CheckpointExpert(FrozenUpstream):
 
 
 def load(source: str) -> CheckpointExpert:
-    """The upstream `hf:SOURCE`: a folder in the hub's format, or a NAME of the hub (from its cache where offline).
+    """The upstream `hf:SOURCE`: a folder in the hub's format, or a NAME of the hub (from its cache when offline).
 
-    Raises UserError for another kind of model, and where loading fails.
+    Raises UserError for another kind of model, and if loading fails.
     """
     import transformers
 
