@@ -83,7 +83,10 @@ class Training:
         return 0 if STAGES[self.stage] == "b" and self.head is None else steps_of(self.config, self.stage)
 
     def run(self, log: Callable[[dict[str, Any]], None], save: Callable[[], None], save_seconds: float = 60.0) -> None:
-        """Train to the end. `log` gets a row about every 50 steps; `save` is called every `save_seconds`."""
+        """Train to the end. `log` gets a row about every 50 steps.
+
+        `save` is called every `save_seconds` and after each stage.
+        """
         if not self.fitted:
             self.fit()
         last = time.monotonic()

@@ -68,9 +68,9 @@ class CodecExpert(FrozenUpstream):
     A model with L layers has L + 1 hidden states. State 0 is the input of the first layer: the embedded codes,
     projected, with positions added. A post-norm model normalises it after that. State i is the output of layer i with
     its residuals. In a post-norm model it is taken after the layer's last norm, in a pre-norm model before any norm.
-    State L of a pre-norm model is taken after the encoder's final norm. In a ResiDual model (EnCodecMAE), states 1 to L - 1 are
-    the normalised stream, and state L is the sum of both streams. A task codec with its bottleneck at layer L gives the
-    states L, L + 1, ... after the bottleneck, with `pool` frames for each frame of codes.
+    State L of a pre-norm model is taken after the encoder's final norm. In a ResiDual model (EnCodecMAE), states 1 to
+    L - 1 are the normalised stream, and state L is the sum of both streams. A task codec with its bottleneck at layer L
+    gives the states L, L + 1, ... after the bottleneck, with `pool` frames for each frame of codes.
 
     The codec and the encoder are not submodules. Therefore no parameter reaches an optimiser or a checkpoint, and
     `train()` cannot switch dropout on. `to(device)` still moves them.
