@@ -29,9 +29,9 @@ DECODE_FRAMES, DECODE_CONTEXT = 256, 12
 
 
 PACES = {"cpu": Pace(chunk=192, piece=6)}
-"""Chunk sizes by device type."""
+"""Paces by device type."""
 OTHER_PACE = Pace(chunk=2400, piece=2400)
-"""Waves per GPU batch. One wave of a few seconds fills a GPU, and its bits cannot depend on other waves."""
+"""Pace on a GPU, one wave at a time. A few seconds fill a GPU, and a wave encoded alone does not depend on a batch."""
 
 
 def encoder_layers(encoder: Any) -> tuple[list[Layer], list[Layer]]:
@@ -145,7 +145,7 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
 
     source = weights or f"descript/{name}"
     model = load_pretrained(name, transformers.DacModel, source)
-    # not config.hop_length: the hub's configs once gave 512 for all three
+    # config.hop_length on the hub was once 512 for all three
     found = (model.config.sampling_rate, math.prod(model.config.downsampling_ratios))
     if found != NETWORKS[name]:
         raise UserError(

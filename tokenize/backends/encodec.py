@@ -34,7 +34,7 @@ FINE_FRAMES = {"cpu": 16, "cuda": 128}
 PIECE_FRAMES = {"cpu": 32, "cuda": 128}
 """Frames per step of all other layers, a multiple of the above. It amortizes reading their weights."""
 SHARED_SECONDS = 30
-"""Pieces after which a wave's LSTM runs alone. Waves that long are files that are encoded by themselves."""
+"""Seconds after which a wave's LSTM runs alone. Such a wave is a long file that is encoded by itself."""
 QUANTIZER_ROWS = {"cpu": 32, "cuda": 1024}
 """Frames per quantizer product. The size is fixed, so no frame's code depends on other frames."""
 

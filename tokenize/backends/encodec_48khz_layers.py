@@ -83,7 +83,10 @@ class Convolution:
         return self._normalised(raw, torch.stack(sums).double().sum(0) / (frames * taps.outputs))
 
     def _padding(self, length: int, frames: int) -> tuple[int, int]:
-        """Return the libraries' left padding and the row where they reflect, which is past the end of a very short input."""
+        """Return the libraries' left padding and the row where they reflect.
+
+        The row is past the end of a very short input.
+        """
         total = self.taps.span - self.taps.stride
         right = total // 2
         wanted = max(total - right, right + frames * self.taps.stride - length)

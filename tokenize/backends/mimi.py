@@ -112,7 +112,10 @@ class MimiCodec:
         return self.downsample(self.transformer(self.deep(hidden, past), past), past)
 
     def quantize(self, latents: Tensor) -> Tensor:
-        """Quantize latents [L, t, D] to codes [L, K, t]: each codebook's nearest entry to the residual of those before it."""
+        """Quantize latents [L, t, D] to codes [L, K, t].
+
+        Each codebook takes the nearest entry to the residual of those before it.
+        """
         codes = []
         for project, tables in self.quantizers:
             residual = project(latents.flatten(0, 1))
