@@ -172,9 +172,10 @@ class SemanticCodec:
         return codes
 
     def encode_reference(self, wave: Tensor) -> Tensor:
-        """Encode the whole wave as `SemantiCodec.encode` does: one spectrogram of all windows, cut into them afterwards.
+        """Encode the whole wave as `SemantiCodec.encode` does: one spectrogram, then cut into windows.
 
-        If the wave fills its windows exactly, the package adds an empty one. Its own token count may end within a column.
+        If the wave fills its windows exactly, the package adds an empty one.
+        Its own token count may end within a column.
         """
         count = len(wave) // WINDOW + 1
         mel = self._mel(F.pad(wave, (0, count * WINDOW - len(wave))), count)
@@ -214,7 +215,7 @@ class SemanticCodec:
         )
 
     def latents(self, codes: Tensor) -> Tensor:
-        """Convert codes [R, T] to latents [bands * width, T]: per band, the acoustic vector and then the semantic one."""
+        """Convert codes [R, T] to latents [bands * width, T]: per band the acoustic vector, then the semantic one."""
         tokens = to_tokens(codes.to(self.device), self.grid.bands)[None]
         encoder = self.package.encoder
         with full_precision():

@@ -28,7 +28,7 @@ from codecssl.tokenize.common.errors import UserError
 
 WHOLE_SECONDS, SEGMENT_SECONDS = 30, 20
 RATIOS = [8, 5, 4, 2]
-"""Total stride of the acoustic encoder's first two blocks."""
+"""Strides of the acoustic encoder's convolutions."""
 
 PIECE_STEPS, FRONT_CONTEXT, FRONT_HOP = 400, 10, 40
 """Step of the acoustic encoder's first two blocks on a CPU: 1 s, so that activations stay near the cache.

@@ -12,7 +12,7 @@ from torch import Tensor
 class ChunkedStream:
     """Base class of streaming encoders (`codec.StreamEncoder`). Collects samples and encodes them in fixed chunks.
 
-    A subclass implements `encode_chunk` and stores the state that its network carries from chunk to chunk as attributes:
+    A subclass implements `encode_chunk` and stores the state that its network carries between chunks as attributes:
 
         class MyStream(ChunkedStream):
             def __init__(self, codec):

@@ -35,11 +35,11 @@ class Encoder:
     def __init__(
         self, layers: Sequence[Any], hop_length: int, *, fine_frames: int, piece_frames: int, shared_pieces: int
     ) -> None:
-        """Arguments:
-            piece_frames: frames per piece. The layers up to the last residual one process fine_frames of them at once.
-            shared_pieces: number of pieces at the beginning of a wave whose LSTM runs in parallel with other lanes. After
-                that, on a CPU, the wave's LSTM runs alone. This is slower than running with other lanes, but faster than
-                running with empty ones.
+        """Build the stages of the encoder.
+
+        piece_frames: frames per piece. The layers up to the last residual one process fine_frames of them at once.
+        shared_pieces: pieces at a wave's beginning whose LSTM runs in parallel with other lanes. After that, on a CPU,
+        the wave's LSTM runs alone. This is slower than with other lanes, but faster than with empty ones.
         """
         *fine, residual, before, strided, lstm, after, last = layers
         if not hasattr(lstm, "lstm") or not isinstance(after, nn.ELU):
@@ -60,8 +60,8 @@ class Encoder:
     def __call__(self, lanes: Sequence[Lane], pieces: Sequence[Tensor]) -> Tensor:
         """Encode the next piece of each lane's wave, up to [piece_samples], to latents [W, piece_frames, D].
 
-        The number of lanes is free up to the last of `widths`. If a piece is shorter (the last one), only the frames that it
-        covers are valid.
+        The number of lanes is free up to the last of `widths`. If a piece is shorter (the last one), only the
+        frames that it covers are valid.
         """
         features = self.hidden.new_empty(self.piece_frames, len(lanes), self.hidden.shape[1])
         for i, (lane, piece) in enumerate(zip(lanes, pieces)):
