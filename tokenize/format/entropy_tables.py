@@ -18,7 +18,7 @@ UNITS_PER_BIT = 256
 CLASSES = (16, 32, 64, 128, 256)
 MAX_LEVELS = 3
 REDUCED = 16
-"""Numbers of reduced codes per source, from the second level on."""
+"""Number of reduced codes per source, from the second level on."""
 MAX_COUNTS = 4097 * 4096
 """Maximum number of cells of a count table. Pairs of larger codebooks are skipped."""
 SMOOTHING = (10, 30, 100, 300)
@@ -89,7 +89,7 @@ def _sources(k: int, planes: Sequence[Plane], frames: NDArray[np.integer], sizes
 
 
 def _cells(book: Book, classes: Ints, source: _Source, reduce: Ints) -> tuple[Ints, int]:
-    """Candidate cells of each code after one more level, and their number.
+    """Return each code's cell (the context for its table) after one more level, and the number of cells.
 
     The first level's classes are those of the source's own codes, as fine as pays off.
     """
@@ -124,7 +124,7 @@ def _count(contexts: Ints, number: int, plane: Ints, size: int) -> Counts:
 
 
 def _cluster(counts: Counts, classes: int, rounds: int = 8) -> Ints:
-    """Group contexts to minimize the bits of their codes, by k-means on code lengths. Return the group of each [contexts].
+    """Group contexts by k-means on code lengths, to minimize the bits of their codes. Return groups [contexts].
 
     The most frequent contexts seed the groups. A context that never occurred goes to the first group.
     """

@@ -38,8 +38,8 @@ class ShardFiles:
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Read bytes offset .. offset + size of a tar.
 
-        Raises UserError if the tar is shorter. Raises TransientError if it could not be read for `retry_seconds` (UserError
-        without retries).
+        Raises UserError if the tar is shorter. Raises TransientError if it could not be read for `retry_seconds`
+        (UserError without retries).
         """
         try:
             content = os.pread(self._opened(shard).fileno(), size, offset)
@@ -76,7 +76,7 @@ class ShardFiles:
             raise UserError(f"{path}: cannot be read ({error}); run `codecssl-tokenize verify {self.root}`") from error
 
     def _read_again(self, shard: int, offset: int, size: int) -> bytes:
-        """Reopen the tar by name and read. A replaced tar is complete under its name, and a stale handle never recovers."""
+        """Reopen the tar by name and read. A replaced tar is complete there, and a stale handle never recovers."""
         with self._open(shard) as file:
             content = os.pread(file.fileno(), size, offset)
         if len(content) < size:

@@ -61,11 +61,11 @@ def to_json(value: object, indent: int | None = 1) -> bytes:
 class ShardWriter:
     """Collects one shard, block by block. `done` restores the blocks that an earlier run finished.
 
-    With `compress`, the codes are compressed when the shard is finished, with tables fitted to all of its codes. Until then
-    its blocks are the same as without.
+    With `compress`, the codes are compressed when the shard is finished, with tables fitted to all of its codes.
+    Until then its blocks are the same as without.
 
-    work/00007/0000-0128.block holds block 0, made of inputs 0..127 of the shard. The .json file of the same name holds its
-    place and the failures among those inputs.
+    work/00007/0000-0128.block holds block 0, made of inputs 0..127 of the shard. The .json file of the same name
+    holds its place and the failures among those inputs.
     """
 
     def __init__(self, root: Path, shard: int, card: CodecCard, *, compress: bool = False) -> None:
@@ -188,8 +188,8 @@ def _moved(place: Place, offset: int) -> dict[str, int]:
 def finish_dataset(root: Path, header: dict[str, Any], shards: int) -> dict[str, Any]:
     """Write index.npy, blocks.npy, failed.jsonl and, last, dataset.json. Return the totals.
 
-    `header` holds the fields known to the run (codec, sources, sizes). Only one shard's mark is in memory at a time. The
-    function is idempotent: two tasks that finish at once write the same.
+    `header` holds the fields known to the run (codec, sources, sizes). Only one shard's mark is in memory at a time.
+    The function is idempotent: two tasks that finish at once write the same.
     """
     card = CodecCard.from_dict(header["codec"])
     totals = dict.fromkeys(("inputs", "utterances", "frames", "samples", "bytes"), 0)

@@ -44,7 +44,7 @@ def read_some(root: Path) -> Iterator[Damage]:
 
 
 def coder_agrees(root: Path) -> Iterator[Damage]:
-    """Check that the first block of a compressed dataset decodes and re-encodes identically with this coder version."""
+    """Check that a compressed dataset's first block decompresses correctly. Another coder version might differ."""
     shards = Shards(root)
     if not shards.compressed or not len(shards):
         return
@@ -78,8 +78,8 @@ def _damage(shards: Shards, index: int, what: str) -> Damage:
 def spot_check(root: Path, plan: dict[str, Any], count: int, weights: str | None) -> tuple[list[Damage], list[str]]:
     """Encode `count` evenly spread utterances again. Return (damages, notes for the user).
 
-    A check that is impossible here (no weights, no sources, a changed source) is a note. A small share of differing codes
-    is also a note, because other processors and libraries round differently. Codes of other audio are a damage.
+    A check that is impossible here (no weights, no sources, a changed source) is a note. A small share of differing
+    codes is also a note, because other processors and libraries round differently. Codes of other audio are a damage.
     """
     shards = Shards(root)
     device = "cuda" if shards.card.policies.get("device", "cpu").startswith("cuda") else "cpu"
@@ -108,7 +108,7 @@ def _picked(shards: Shards, plan: dict[str, Any], count: int) -> Iterator[tuple[
     if not sources:
         raise UserError("the dataset was made of codes, not of audio")
     streamed = any(is_stream(source) for source in sources)
-    picks = iter(_spread(min(len(shards), count) if streamed else len(shards), count))  # do not download a corpus for this
+    picks = iter(_spread(min(len(shards), count) if streamed else len(shards), count))  # not to fetch a corpus for it
     wanted = next(picks, None)
     for item in read_sources(sources):
         if wanted is None:

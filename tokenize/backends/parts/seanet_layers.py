@@ -46,7 +46,7 @@ class Arena:
 
 
 def elu(x: Tensor, out: Tensor) -> None:
-    """ELU as max(x, exp(min(x, 0)) - 1), twice as fast as torch's own. Like all sums here, it is rounded to 6e-8 of 1."""
+    """ELU as max(x, exp(min(x, 0)) - 1), twice as fast as torch's. Like all sums here, it is rounded to 6e-8 of 1."""
     torch.clamp(x, max=0, out=out)
     torch.maximum(x, out.exp_().sub_(1), out=out)
 
