@@ -91,7 +91,7 @@ class State:
 
 
 def find_damage(root: Path, report: Report) -> State:
-    """Check a dataset, even if its run or repair did not finish. Raises UserError if the dataset cannot be identified."""
+    """Check a dataset, even one with an unfinished run or repair. Raises UserError if it cannot be identified."""
     if not (root / "dataset.json").exists():
         return _unfinished(root, report)
     found, said = examine(root, report=report).damages, read_statements(root)
@@ -239,7 +239,7 @@ class Aside:
             sync_folder(self.root / "shards")
 
     def settle(self, state: State, here: CodecCard) -> Iterator[str]:
-        """Yield a line per new shard. Remove the damaged files, except where the new shard differs from the original."""
+        """Yield a line per new shard. Remove the damaged files, unless the new shard differs from the original."""
         before, now = (_read(folder / "dataset.json") or {} for folder in (self.folder, self.root))
         for shard in self.begun:
             kept, name = self.tar(shard), f"shard {shard:05d}: encoded again"

@@ -48,7 +48,7 @@ class Findings:
 def examine(
     root: Path, *, sample: int = 0, weights: str | None = None, report: Report = lambda done, total: None
 ) -> Findings:
-    """Check everything. For an intact dataset, also encode `sample` utterances again if codec and sources are available.
+    """Check everything. For an intact dataset, also encode `sample` utterances again if codec and sources exist.
 
     `weights`: of the codec, if they have moved. Raises UserError if `root` is not a finished dataset.
     """
@@ -183,7 +183,7 @@ def read_statements(root: Path) -> Statements:
 def _without_odd_keys(
     header: dict[str, Any] | None, begun: dict[str, Any] | None, damages: list[Damage]
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Return the statements without one that has a key which the other lacks."""
+    """Return both files' contents, with None for one that has a key which the other lacks."""
     if header is None:
         return header, begun
     own = plan_of(header).keys()

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FOLDS = 10
-"""Number of parts of the utterances. The last is measured, the one before it sets the smoothing, the rest is counted."""
+"""Parts of the utterances. The last is measured, the one before it sets the smoothing, the rest are counted."""
 SMOOTHING = (1, 3, 10, 30, 100, 300, 1000, 3000)
 
 

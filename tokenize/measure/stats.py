@@ -135,9 +135,10 @@ def codebook(k: int, sample: Sample, size: int) -> dict[str, Any]:
 
 
 def flac_bits_per_second(shards: Shards, files: int = FLAC_FILES) -> tuple[float | None, int, str | None]:
-    """Return the bits per second of the sources as FLAC (16 bit, the codec's sample rate) and the number of files.
+    """Return bits per second of the sources as FLAC (16 bit, the codec's sample rate), the number of files, and None.
 
-    Measured on up to `files` evenly spaced utterances whose sources are unchanged. Otherwise returns None, 0 and the reason.
+    Measured on up to `files` evenly spaced utterances whose sources are unchanged. If that is impossible, returns
+    None, 0 and the reason.
     """
     import soundfile
 
