@@ -255,8 +255,8 @@ Report = Callable[[int, int | None, str], None]
 def progress_bar(unit: str, *, every: float = 0.5) -> Iterator[Report]:
     """A progress bar on stderr if it is a terminal. Yields report(done, total, note).
 
-    It is drawn at most once in `every` seconds, by the caller's thread. It starts no thread of its own, so the caller may
-    fork.
+    It is drawn at most once in `every` seconds, by the caller's thread. It starts no thread of its own, so the caller
+    may fork.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

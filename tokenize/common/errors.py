@@ -18,7 +18,7 @@ def message_on_one_line(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """First line of an error message. If `datasets` only reports that generation failed, the line is that of its cause."""
+    """First line of an error message, or of its cause if `datasets` only reports that generation failed."""
     while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"

@@ -24,8 +24,8 @@ T = TypeVar("T")
 def patiently(work: Callable[[], T], what: object, *, seconds: float) -> T:
     """Call `work` and return its result. After an OSError of TRANSIENT, retry for `seconds`.
 
-    what: the file, for the message. With 0 seconds there is one attempt, and its OSError is raised. Raises TransientError
-    with the last cause when the time is over.
+    what: the file, for the message. With 0 seconds there is one attempt, and its OSError is raised. Raises
+    TransientError with the last cause when the time is over.
     """
     began, tries = time.monotonic(), 0
     while True:

@@ -1,6 +1,6 @@
 """`codecssl-tokenize stats`: amount of audio, bits, and usage of the codebooks.
 
-Entropies are estimates that correct for the sample they are made from. Order-0 is the estimate of Miller and Madow
+Entropies are estimates for the source of the codes, not for the sample. Order-0 is the estimate of Miller and Madow
 (1955): the entropy of the histogram plus (used - 1) / 2N nats. Conditional entropies are the bits that a count model,
 smoothed towards order-0, needs for utterances it has not seen. Such a cross-entropy is never below the entropy, and
 approaches it as the data grow.
