@@ -1,7 +1,7 @@
 """DAC (Kumar et al. 2023, High-Fidelity Audio Compression with Improved RVQGAN): a convolutional encoder, not causal.
 
-Exact in bounded memory (tests/tokenize/test_dac.py): a wave passes through the encoder piece by piece (rowconv.py).
-Fast on one CPU thread: the widest activations go through in pieces that stay in the cache.
+The encoder runs on a wave piece by piece (parts/streaming_conv.py). The result is exact and memory is bounded
+(tests/tokenize/backends/test_dac.py). On a CPU the widest activations are computed in pieces that fit the cache.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ NETWORKS = {"dac_16khz": (16_000, 320), "dac_24khz": (24_000, 320), "dac_44khz":
 """Sample rate in Hz and samples per frame of each network."""
 
 DECODE_FRAMES, DECODE_CONTEXT = 256, 12
-"""The decoder takes so many frames at a time; it sees less than 11 frames to either side."""
+"""Frames per decoder window. The decoder's receptive field is less than 11 frames to either side."""
 
 
 PACES = {"cpu": Pace(chunk=192, piece=6)}
-"""By kind of device."""
+"""Paces by device type."""
 OTHER_PACE = Pace(chunk=2400, piece=2400)
-"""On a GPU one wave of some seconds is work enough, and alone its bits cannot depend on its batch."""
+"""Pace on a GPU, one wave at a time. A few seconds fill a GPU, and a wave encoded alone does not depend on a batch."""
 
 
 def encoder_layers(encoder: Any) -> tuple[list[Layer], list[Layer]]:
-    """The layers of a `transformers` DacEncoder: up to the second block's end, and the others."""
+    """Split the layers of a `transformers` DacEncoder: those up to the end of the second block, and the rest."""
     layers: list[Layer] = [Convolution(encoder.conv1)]
     for block in encoder.block:
         for unit in (block.res_unit1, block.res_unit2, block.res_unit3):
@@ -56,17 +56,17 @@ class Codebook:
         self.directions, self.squared_norms = directions.t(), directions.pow(2).sum(1)
 
     def table(self) -> Tensor:
-        """[V, D]: what each entry adds to the latent."""
+        """Vectors [V, D] that the entries add to the latent."""
         return torch.addmm(self.up_bias, self.entries, self.up)
 
     def quantize(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, D] to codes [T] and what remains [T, D]."""
+        """Quantize a residual [T, D]. Return the codes [T] and the remaining residual [T, D]."""
         narrow = torch.addmm(self.down_bias, residual, self.down)
         unit = F.normalize(narrow)
-        # the reference's own expression, so that ties and rounding fall alike
+        # the reference's expression: ties and rounding agree with it
         nearness = -(unit.pow(2).sum(1, keepdim=True) - 2 * unit @ self.directions) + self.squared_norms
         index = nearness.max(1)[1]
-        chosen = narrow + (F.embedding(index, self.entries) - narrow)  # so rounds its straight-through estimator
+        chosen = narrow + (F.embedding(index, self.entries) - narrow)  # rounding of its straight-through estimator
         return index, residual - torch.addmm(self.up_bias, chosen, self.up)
 
 
@@ -91,7 +91,7 @@ class DacCodec:
         return encode_each(self, waves)
 
     def encode_reference(self, wave: Tensor) -> Tensor:
-        """The whole wave, filled up to a frame, through `DacModel.encode`."""
+        """Encode the whole wave, zero-padded to a whole frame, with `DacModel.encode`."""
         padded = F.pad(wave, (0, -len(wave) % self.card.hop_length)).to(self.device, self.dtype)
         with full_precision():
             codes: Tensor = self.model.encode(  # type: ignore[operator]
@@ -100,7 +100,7 @@ class DacCodec:
         return codes
 
     def quantize(self, latents: Tensor) -> Tensor:
-        """Latents [T, D] to codes [K, T]."""
+        """Quantize latents [T, D] to codes [K, T]."""
         codes = []
         for codebook in self.codebooks:
             index, latents = codebook.quantize(latents)
@@ -108,7 +108,10 @@ class DacCodec:
         return torch.stack(codes)
 
     def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
-        """In windows of `DECODE_FRAMES`. The network itself gives a few samples less where a stride is odd: zeros."""
+        """Decode in windows of `DECODE_FRAMES`.
+
+        The network returns a few samples less than T * hop where a stride is odd; zeros are appended.
+        """
         hop, frames = self.card.hop_length, codes.shape[1]
         wave = torch.zeros(frames * hop, device=self.device)
         for start in range(0, frames, DECODE_FRAMES):
@@ -142,7 +145,7 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
 
     source = weights or f"descript/{name}"
     model = load_pretrained(name, transformers.DacModel, source)
-    # not config.hop_length: the hub once said 512 for all three
+    # config.hop_length on the hub was once 512 for all three
     found = (model.config.sampling_rate, math.prod(model.config.downsampling_ratios))
     if found != NETWORKS[name]:
         raise UserError(

@@ -1,7 +1,8 @@
-"""EnCodec and its kin: causal SEANet encoders with an LSTM and a residual vector quantizer.
+"""EnCodec and similar codecs: causal SEANet encoders with an LSTM and a residual vector quantizer.
 
-Exact in bounded memory, and for any number of waves at once (tests/tokenize/test_encodec.py): every wave is computed in
-the same short pieces, each layer carrying what it needs of the piece before (seanet.py).
+Every wave is encoded in short pieces of the same size, and each layer carries its state from piece to piece
+(parts/seanet.py). The result is exact for any number of waves at once, and memory is bounded
+(tests/tokenize/backends/test_encodec.py).
 """
 
 from __future__ import annotations
@@ -27,29 +28,29 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.hashing import file_sha256
 
 DEFAULT_CODEBOOKS = 8
-"""6 kbps."""
+"""Default number of codebooks: 6 kbps."""
 FINE_FRAMES = {"cpu": 16, "cuda": 128}
-"""Frames that the first layers, at the high rates, take at once: what a CPU's cache holds; a GPU wants more."""
+"""Frames per step of the first layers, which run at high rates: they fit a CPU's cache. A GPU takes more."""
 PIECE_FRAMES = {"cpu": 32, "cuda": 128}
-"""Frames that all others take at once, a multiple: their weights are read once for so many."""
+"""Frames per step of all other layers, a multiple of the above. It amortizes reading their weights."""
 SHARED_SECONDS = 30
-"""From there on the LSTM runs alone: such a wave is a long file that is encoded by itself."""
+"""Seconds after which a wave's LSTM runs alone. Such a wave is a long file that is encoded by itself."""
 QUANTIZER_ROWS = {"cpu": 32, "cuda": 1024}
-"""Frames that the quantizer takes together: products of one size, so that no frame's code depends on others."""
+"""Frames per quantizer product. The size is fixed, so no frame's code depends on other frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seanet:
-    """The parts that matter of an EnCodec network, whichever library built it."""
+    """The required parts of an EnCodec network, independent of the library that built it."""
 
     encoder: Sequence[nn.Module]
     """The encoder's layers in order."""
     decoder: Sequence[nn.Module]
     quantizer: nn.Module
     quantize_reference: Callable[[Tensor, int], Tensor]
-    """By `quantizer`: latents [1, D, T] and K to codes [K, 1, T]."""
+    """Function that quantizes latents [1, D, T] with K codebooks to codes [K, 1, T]."""
     codebooks: Tensor
-    """[K, V, D] float32."""
+    """Codebooks [K, V, D] float32."""
     sample_rate: int
     hop_length: int
 
@@ -80,11 +81,11 @@ class EncodecCodec:
 
     @full_precision()
     def encode(self, waves: Sequence[Tensor]) -> list[Encoded]:
-        """See `Codec`. Waves run side by side, the longest first; when one ends, the next takes its place."""
+        """See `Codec`. Waves are encoded in parallel, the longest first. When one ends, the next takes its lane."""
         size = self.encoder.piece_samples
         waiting = sorted((i for i, wave in enumerate(waves) if len(wave)), key=lambda i: len(waves[i]))
         longest = max(map(len, waves), default=0)
-        # no more side by side than end together when the longest does: the last ones would run alone
+        # limit the lanes to those that end together with the longest wave: otherwise the last waves would run alone
         count = min(self.encoder.widths[-1], -(-sum(map(len, waves)) // max(1, longest)))
         running: dict[int, tuple[Lane, list[Tensor]]] = {}
         codes = [[torch.zeros(self.card.num_codebooks, 0, dtype=torch.int64, device=self.device)] for _ in waves]
@@ -100,18 +101,18 @@ class EncodecCodec:
         return [Encoded(torch.cat(found, 1)) for found in codes]
 
     def first_lane(self, piece: Tensor) -> Lane:
-        """Return the memory of a wave that begins with this piece [n]."""
+        """Return the initial state of a wave that begins with this piece [n]."""
         return Lane(-(-len(piece) // self.net.hop_length))
 
     def advance(self, lanes: Sequence[Lane], pieces: Sequence[Tensor]) -> list[Tensor]:
-        """Encode the next piece, up to [piece_samples], of each lane's wave to codes [K, t] each."""
+        """Encode the next piece of each lane's wave, up to [piece_samples], to codes [K, t] each."""
         latents = self.encoder(lanes, pieces)
         codes = self.quantize(latents.flatten(0, 1).t()).unflatten(1, (len(lanes), -1))
         return [codes[:, i, : -(-len(piece) // self.net.hop_length)] for i, piece in enumerate(pieces)]
 
     @full_precision()
     def quantize(self, latents: Tensor) -> Tensor:
-        """Latents [D, T] to codes [K, T]: nearest entry of each codebook to what the ones before it left over."""
+        """Quantize latents [D, T] to codes [K, T]: each codebook's nearest entry to the residual of those before it."""
         count, rows = latents.shape[1], QUANTIZER_ROWS[self.device.type]
         residual = F.pad(latents, (0, -count % rows)).t().contiguous()
         codes = torch.empty(len(self.codebooks), len(residual), dtype=torch.int64, device=self.device)
@@ -126,7 +127,7 @@ class EncodecCodec:
 
     @full_precision()
     def encode_reference(self, wave: Tensor) -> Tensor:
-        """The whole wave, filled up to whole frames, through the layers of the library that built the network."""
+        """Encode the whole wave, zero-padded to whole frames, with the layers of the library that built the network."""
         padded = F.pad(wave, (0, -len(wave) % self.net.hop_length)).to(self.device)[None, None]
         for layer in self.net.encoder:
             padded = layer(padded)
@@ -134,7 +135,7 @@ class EncodecCodec:
 
     @full_precision()
     def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
-        """See `Codec`. Piece by piece: memory grows by the wave alone."""
+        """See `Codec`. Decoding is piecewise: only the output wave grows in memory."""
         size, count = self.decoder.piece_frames, codes.shape[1]
         lane = Lane(count)
         pieces = [
@@ -153,7 +154,7 @@ class EncodecCodec:
 
 
 class EncodecStream(ChunkedStream):
-    """Streaming encoder of one wave, in the pieces of `EncodecCodec.encode`."""
+    """Streaming encoder of one wave. It uses the same pieces as `EncodecCodec.encode`."""
 
     codec: EncodecCodec
 
@@ -179,7 +180,7 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
 
 
 def make_card(name: str, weights: str, digest: str, net: Seanet, num_codebooks: int, device: str) -> CodecCard:
-    """The card of a causal EnCodec network."""
+    """Build the card of a causal EnCodec network."""
     kind = torch.device(device).type
     return CodecCard(
         name=name,
@@ -200,7 +201,7 @@ def make_card(name: str, weights: str, digest: str, net: Seanet, num_codebooks: 
 
 
 def from_encodec(model: Any) -> Seanet:
-    """Parts of an `encodec.EncodecModel`."""
+    """Take the parts of an `encodec.EncodecModel`."""
     tables = torch.stack([layer.codebook for layer in model.quantizer.vq.layers])
     return Seanet(
         encoder=list(model.eval().encoder.model),
@@ -214,14 +215,14 @@ def from_encodec(model: Any) -> Seanet:
 
 
 def from_transformers(model: Any) -> Seanet:
-    """Parts of a `transformers.EncodecModel`."""
+    """Take the parts of a `transformers.EncodecModel`."""
     tables = torch.stack([layer.codebook.embed for layer in model.quantizer.layers])
     return Seanet(
         encoder=list(model.eval().encoder.layers),
         decoder=list(model.decoder.layers),
         codebooks=tables.detach(),
         quantizer=model.quantizer,
-        # transformers counts codebooks by their rate in kbps, rounded down
+        # transformers derives the number of codebooks from the rate in kbps, rounded down
         quantize_reference=lambda latents, count: model.quantizer.encode(
             latents, (count + 0.5) * log2(tables.shape[1]) * model.config.frame_rate / 1000
         ),
@@ -231,7 +232,7 @@ def from_transformers(model: Any) -> Seanet:
 
 
 def _load_24khz(weights: str | None) -> tuple[Seanet, str]:
-    """EnCodec 24 kHz from a folder in the hub's format, from the package's .th file, or from their caches."""
+    """Load EnCodec 24 kHz from a folder in the hub's format, from the package's .th file, or from their caches."""
     if path := th_file(weights, "encodec_24khz-d7cc33bc.th"):
         return _load_th(path)
     import transformers

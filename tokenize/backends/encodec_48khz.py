@@ -1,11 +1,11 @@
 """EnCodec at 48 kHz (Defossez et al. 2022): stereo, not causal, in segments of 1 s that overlap by 480 samples.
 
-Each segment is divided by its own volume and encoded for itself, the last ones at the length that the wave leaves them
-(never padded: every layer normalises over the segment). A wave's codes are those of its segments one after another.
+Each segment is divided by its own volume and encoded independently. The last segments are shorter. They are never
+padded, because every layer normalizes over the segment. A wave's codes are the concatenated codes of its segments.
 
-On a CPU the time goes into memory traffic and into reading the LSTM's weights at each step. So the layers before it
-take one segment in blocks that fit the cache (encodec48_layers.py), and the LSTM takes several segments of a wave at
-once.
+On a CPU, memory traffic and reading the LSTM's weights at each step dominate the time. The layers before the LSTM
+therefore process one segment in blocks that fit the cache (encodec_48khz_layers.py). The LSTM processes several
+segments of a wave at once.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.hashing import file_sha256
 
 DEFAULT_CODEBOOKS = 8
-"""12 kbps."""
+"""Default number of codebooks: 12 kbps."""
 GROUP = 8
-"""Segments of a wave that pass the LSTM together on a CPU."""
+"""Segments of a wave per LSTM batch on a CPU."""
 CUDA_GROUP = 32
-"""Segments, of any waves, that a GPU encodes together. The shape is fixed, so that none depends on the others."""
+"""Segments, from any waves, per GPU batch. The shape is fixed, so no segment depends on the others."""
 
 Scaled = tuple[Tensor, Tensor]
 """Codes [K, t] and scale [1] float32 of a segment."""
@@ -44,15 +44,15 @@ Scaled = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Net48:
-    """The parts that matter of an EnCodec network, whichever library built it."""
+    """The required parts of an EnCodec network, independent of the library that built it."""
 
     layers: Sequence[Any]
-    """The encoder's, in order."""
+    """Layers of the encoder, in order."""
     codebooks: Tensor
-    """[K, V, D] float32."""
+    """Codebooks [K, V, D] float32."""
     decoder: nn.Module
     encode_segment: Callable[[Tensor, int], tuple[Tensor, Tensor]]
-    """The library's own: a segment [1, 2, n] and K to codes [1, K, t] and scale [1, 1]."""
+    """The library's own encoder: a segment [1, 2, n] and K to codes [1, K, t] and scale [1, 1]."""
     sample_rate: int
     hop_length: int
     segment_samples: int
@@ -60,7 +60,7 @@ class Net48:
 
 
 class Encodec48Codec:
-    """EnCodec 48 kHz as a `Codec`; its waves are [2, n]."""
+    """EnCodec 48 kHz as a `Codec`. Its waves have shape [2, n]."""
 
     def __init__(self, net: Net48, card: CodecCard, device: str = "cpu", *, pooled: bool = False) -> None:
         self.net, self.card, self.device = net, card, torch.device(device)
@@ -79,7 +79,7 @@ class Encodec48Codec:
 
     @full_precision()
     def encode(self, waves: Sequence[Tensor]) -> list[Encoded]:
-        """See `Codec`. Each wave also has the scale of each of its segments."""
+        """See `Codec`. Each result also holds one scale per segment."""
         cut = [self.segments_of(wave.to(self.device)) for wave in waves]
         if not self.pooled:
             return [joined(self.encode_segments(segments)) for segments in cut]
@@ -87,7 +87,7 @@ class Encodec48Codec:
         return [joined([next(found) for _ in segments]) for segments in cut]
 
     def segments_of(self, wave: Tensor) -> list[Tensor]:
-        """A wave [2, n] as its segments; those at the end are shorter."""
+        """Split a wave [2, n] into segments. Segments at the end are shorter."""
         return [wave[:, start:stop] for start, stop in self._bounds(wave.shape[1])]
 
     def _bounds(self, samples: int) -> list[tuple[int, int]]:
@@ -95,7 +95,7 @@ class Encodec48Codec:
         return [(start, min(start + self.net.segment_samples, samples)) for start in starts]
 
     def encode_segments(self, segments: Sequence[Tensor]) -> list[Scaled]:
-        """Segments [2, n] to the codes [K, t] and the scale [1] of each."""
+        """Encode segments [2, n]. Return the codes [K, t] and the scale [1] of each."""
         found = []
         for at in range(0, len(segments), self.group):
             found += self._encode_group(segments[at : at + self.group])
@@ -107,13 +107,13 @@ class Encodec48Codec:
         return [(self.quantize(z), scale[None]) for z, scale in zip(latents, scales)]
 
     def latents_of(self, segments: Sequence[Tensor]) -> list[Tensor]:
-        """Up to `group` segments [2, n], each of volume 1, to what the quantizer is given, [t, D]."""
+        """Compute the quantizer's input [t, D] for up to `group` segments [2, n] of unit volume."""
         inputs = [segment.t().contiguous() for segment in segments]
         hidden = self._recur(self._each(self.before, inputs, self.net.segment_samples))
         return self._each(self.after, hidden, self.segment_frames)
 
     def _each(self, layers: Layers, inputs: Sequence[Tensor], whole: int) -> list[Tensor]:
-        """Layers over each [T, C] alone or, where pooled, over those `whole` long in one batch of fixed size."""
+        """Apply layers to each [T, C] alone. If pooled, those of length `whole` form one batch of fixed size."""
         pooled = [i for i, x in enumerate(inputs) if self.pooled and len(x) == whole]
         outputs: dict[int, Tensor] = {}
         if pooled:
@@ -122,7 +122,7 @@ class Encodec48Codec:
         return [outputs[i] if i in outputs else layers(x[None])[0] for i, x in enumerate(inputs)]
 
     def _recur(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """The LSTM over segments [t, C] together: it looks back only, so that zeros after a shorter one do no harm."""
+        """Run the LSTM over segments [t, C] together. It is causal, so zeros after a shorter segment change nothing."""
         steps = self.segment_frames if self.pooled else max(len(h) for h in hidden)
         inputs = hidden[0].new_zeros(steps, self.group if self.pooled else len(hidden), hidden[0].shape[1])
         for row, h in enumerate(hidden):
@@ -131,7 +131,7 @@ class Encodec48Codec:
         return [outputs[: len(h), row] for row, h in enumerate(hidden)]
 
     def quantize(self, latents: Tensor) -> Tensor:
-        """Latents [T, D] to codes [K, T]: nearest entry of each codebook to what the ones before it left over."""
+        """Quantize latents [T, D] to codes [K, T]: each codebook's nearest entry to the residual of those before it."""
         residual, codes = latents, []
         for table, squared in zip(self.codebooks, self.squared_norms):
             index = torch.addmm(squared, residual, table.t(), alpha=-2).argmin(dim=1)
@@ -141,17 +141,17 @@ class Encodec48Codec:
 
     @full_precision()
     def encode_reference(self, wave: Tensor) -> Tensor:
-        """Each segment through the library's own encoder, one after another."""
+        """Encode the segments one after another with the library's own encoder."""
         segments = self.segments_of(wave.to(self.device))
         found = [self.net.encode_segment(segment[None], self.card.num_codebooks)[0][0] for segment in segments]
         return torch.cat(found, dim=1)
 
     @full_precision()
     def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
-        """Codes [K, T] and the segments' scales [S] to a wave [2, n], with linear fades where segments overlap.
+        """Decode codes [K, T] and segment scales [S] to a wave [2, n], with linear fades where segments overlap.
 
-        n is (S - 1) * stride + the last segment's frames * hop. Without scales each segment has volume 1.
-        Raises UserError for a T that no wave has, or scales of another number of segments.
+        n is (S - 1) * stride + the last segment's frames * hop. Without scales, each segment has unit volume.
+        Raises UserError if no wave has T frames, or if the number of scales differs from the number of segments.
         """
         lengths = self._segment_frames_of(codes.shape[1])
         factors = [1.0] * len(lengths) if scales is None else scales.to(self.device)
@@ -163,11 +163,11 @@ class Encodec48Codec:
 
     @property
     def segment_frames(self) -> int:
-        """Of a whole segment."""
+        """Frames of a whole segment."""
         return -(-self.net.segment_samples // self.net.hop_length)
 
     def _segment_frames_of(self, frames: int) -> list[int]:
-        """The frames of each segment of a wave that has so many in all: no two waves with as many differ in this."""
+        """Frames of each segment of a wave with `frames` frames in all. The total determines the split."""
         lengths = range(1, frames * self.net.hop_length + 1)
         at = bisect_left(lengths, frames, key=self.card.frames_of)
         if at == len(lengths) or self.card.frames_of(lengths[at]) != frames:
@@ -184,7 +184,7 @@ class Encodec48Codec:
 
 
 class Encodec48Stream(ChunkedStream):
-    """Streaming encoder of one wave [2, n], a group of whole segments at a time."""
+    """Streaming encoder of one wave [2, n]. It encodes a group of whole segments at a time."""
 
     codec: Encodec48Codec
 
@@ -202,7 +202,7 @@ class Encodec48Stream(ChunkedStream):
 
     @property
     def scales(self) -> Tensor:
-        """float32 [S], one per segment encoded so far."""
+        """Scales float32 [S], one per segment encoded so far."""
         return torch.cat(self._scales) if self._scales else torch.zeros(0, device=self.device)
 
 
@@ -212,9 +212,10 @@ def joined(found: Sequence[Scaled]) -> Encoded:
 
 
 def overlap_add(waves: Sequence[Tensor], stride: int) -> Tensor:
-    """Waves [C, n] that start `stride` apart, each weighted by a triangle over the first one's length, as [C, N].
+    """Overlap-add waves [C, n] that start `stride` apart. Return [C, N].
 
-    The encodec package's sum, which fails where the last wave ends before the one before it does.
+    Each wave is weighted by a triangle over the length of the first one. This is the sum of the encodec package, which
+    fails where the last wave ends before the previous one.
     """
     place = torch.linspace(0, 1, waves[0].shape[1] + 2, dtype=waves[0].dtype, device=waves[0].device)[1:-1]
     triangle = 0.5 - (place - 0.5).abs()
@@ -239,7 +240,7 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
 
 
 def make_card(name: str, weights: str, digest: str, net: Net48, num_codebooks: int, device: str) -> CodecCard:
-    """The card of a segment-wise EnCodec network."""
+    """Build the card of a segment-wise EnCodec network."""
     return CodecCard(
         name=name,
         weights=weights,
@@ -264,7 +265,7 @@ def make_card(name: str, weights: str, digest: str, net: Net48, num_codebooks: i
 
 
 def from_encodec(model: Any) -> Net48:
-    """Parts of an `encodec.EncodecModel`."""
+    """Take the parts of an `encodec.EncodecModel`."""
 
     def encode_segment(segment: Tensor, count: int) -> Scaled:
         # half a codebook more: the library rounds down
@@ -284,7 +285,7 @@ def from_encodec(model: Any) -> Net48:
 
 
 def from_transformers(model: Any) -> Net48:
-    """Parts of a `transformers.EncodecModel`."""
+    """Take the parts of a `transformers.EncodecModel`."""
     config = model.config
 
     def encode_segment(segment: Tensor, count: int) -> Scaled:
@@ -305,7 +306,7 @@ def from_transformers(model: Any) -> Net48:
 
 
 def _load(name: str, weights: str | None) -> tuple[Net48, str]:
-    """From a folder in the hub's format, from the package's .th file, or from their caches."""
+    """Load from a folder in the hub's format, from the package's .th file, or from their caches."""
     if path := th_file(weights, "encodec_48khz-7e698e3e.th"):
         return _load_th(path)
     import transformers

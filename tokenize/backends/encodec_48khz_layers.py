@@ -1,6 +1,6 @@
-"""The convolutions of EnCodec at 48 kHz, each normalised over a whole segment, in blocks that fit a CPU's cache.
+"""Convolutions of EnCodec at 48 kHz, each normalized over a whole segment, in blocks that fit a CPU's cache.
 
-A layer's output is kept as it comes out of the convolution; its normalisation is applied where the next layer reads it.
+A layer stores the raw output of its convolution. The next layer applies the normalization when it reads it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from codecssl.tokenize.backends.mimi import Taps, elu
 
 BLOCK_FLOATS = 1 << 16
-"""Of a layer's input that are read at once: they and the output stay in the second-level cache of a CPU."""
+"""Input values per block. The block and its output fit the second-level cache of a CPU."""
 BLOCK_ROWS = 256
-"""Of a layer's output that are made at once at least: with fewer, reading its weights would cost more."""
+"""Minimum output rows per block. With fewer, reading the weights would dominate."""
 
 Layers = Callable[[Tensor], Tensor]
 """[L, T, C] to [L, T', C']."""
@@ -27,7 +27,7 @@ Layers = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Signal:
-    """[L, T, C]: a sum of tensors times scales [L, 1, C], plus a shift [L, 1, C], worked out where it is read."""
+    """A lazily evaluated signal [L, T, C]: a sum of tensors times scales [L, 1, C], plus a shift [L, 1, C]."""
 
     parts: tuple[tuple[Tensor, Tensor], ...]
     shift: Tensor
@@ -47,7 +47,10 @@ class Signal:
         return out
 
     def padded_rows(self, start: int, stop: int, last: int, activated: bool) -> Tensor:
-        """Rows of the signal, after an ELU or not, reflected at 0 and at `last`, with zeros from its end to there."""
+        """Compute rows of the signal, optionally after an ELU.
+
+        The signal is reflected at 0 and at `last`; zeros fill the rows from its end to `last`.
+        """
         low, high = max(0, min(start, 2 * last - stop + 1)), min(self.length, max(stop, 1 - start))
         out = elu(self.rows(low, high)) if activated else self.rows(low, high)
         if (low, high) == (start, stop):
@@ -59,7 +62,7 @@ class Signal:
 
 
 class Convolution:
-    """A convolution with its group norm (one group: over all of a segment), after an ELU or not."""
+    """A convolution with its group norm (one group: over the whole segment), optionally after an ELU."""
 
     def __init__(self, layer: Any, activated: bool) -> None:
         # the encodec package wraps both in one module, transformers does not
@@ -80,7 +83,10 @@ class Convolution:
         return self._normalised(raw, torch.stack(sums).double().sum(0) / (frames * taps.outputs))
 
     def _padding(self, length: int, frames: int) -> tuple[int, int]:
-        """What the libraries pad on the left, and the row where they reflect: beyond the end of a very short input."""
+        """Return the libraries' left padding and the row where they reflect.
+
+        The row is past the end of a very short input.
+        """
         total = self.taps.span - self.taps.stride
         right = total // 2
         wanted = max(total - right, right + frames * self.taps.stride - length)
@@ -92,14 +98,14 @@ class Convolution:
         return max(BLOCK_ROWS, BLOCK_FLOATS // max(self.taps.inputs * self.taps.stride, raw.shape[2]))
 
     def _normalised(self, raw: Tensor, moments: Tensor) -> Signal:
-        """`raw` with the mean and the mean square [2, L] of each of its rows of segments taken out."""
+        """Normalize `raw` by the mean and the mean square [2, L] of each of its rows of segments."""
         mean, square = moments[..., None, None]
         scale = (square - mean.square() + self.norm.eps).rsqrt() * self.norm.weight
         return Signal(((raw, scale.to(raw.dtype)),), (self.norm.bias - mean * scale).to(raw.dtype))
 
 
 def layers_of(layers: Sequence[Any]) -> Layers:
-    """Layers of a SEANet encoder in a row, as a function of [L, T, C]."""
+    """Chain the layers of a SEANet encoder into one function of [L, T, C]."""
     run = _chain(layers)
 
     def apply(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """`lyra_v2`: the SoundStream codec of Lyra v2 (Apache-2.0), run by ai-edge-litert from a folder of its .tflite files.
 
-16 kHz mono, hop 320, residual quantizer of up to 46 codebooks x 16 entries. Causal, one frame at a time with the state
-inside the interpreter: a fresh state per utterance, so batched equals single equals chunked by construction.
+16 kHz mono, hop 320, residual quantizer of up to 46 codebooks x 16 entries. The codec is causal and runs one frame at
+a time; the interpreter holds the state. Each utterance starts from a fresh state, so batched, single and chunked
+encoding are equal by construction.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class LyraCodec:
         return encode_each(self, waves)
 
     def quantize(self, feature: NDArray[np.float32]) -> NDArray[np.int64]:
-        """One latent [1, 1, 64] to codes [K]."""
+        """Quantize one latent [1, 1, 64] to codes [K]."""
         encode = self.quantizer.get_signature_runner("encode")
         count = np.array(self.card.num_codebooks, np.int32)
         indices = next(iter(encode(input_frames=feature, num_quantizers=count).values()))
@@ -58,7 +59,7 @@ class LyraCodec:
         return torch.from_numpy(np.concatenate(frames).astype(np.float32)) if frames else torch.zeros(0)
 
     def embeddings(self) -> list[Tensor]:
-        """Tables read out of the quantizer itself: the decoded latent of each entry alone, less that of none."""
+        """Tables read out of the quantizer: the decoded latent of each entry alone, minus the latent of no entry."""
         tables = []
         for k in range(self.card.num_codebooks):
             indices = np.full((CODEBOOK_SIZE, MAX_CODEBOOKS), -1, np.int32)
@@ -81,7 +82,7 @@ class LyraCodec:
 
 
 class LyraStream(ChunkedStream):
-    """Streaming encoder of one wave, frame by frame; the network's state is inside the interpreter."""
+    """Streaming encoder of one wave, frame by frame. The interpreter holds the network's state."""
 
     codec: LyraCodec
 
@@ -107,7 +108,7 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
     if len(files) < len(FILES):
         raise UserError(f"codec {name}: {weights} lacks one of {', '.join(FILES)}; {how}")
     kept = keep_codebooks(name, num_codebooks, DEFAULT_CODEBOOKS, MAX_CODEBOOKS)
-    _interpreter(files[0].read_bytes())  # tells a missing package now
+    _interpreter(files[0].read_bytes())  # reports a missing package early
     return LyraCodec(files, _card(name, weights, files, kept))
 
 

@@ -1,15 +1,15 @@
 """Mimi (Defossez et al. 2024, "Moshi"): causal convolutions, a Transformer with a sliding window, a split quantizer.
 
-Exact in bounded memory (tests/tokenize/test_mimi.py): a wave is cut into chunks of `CHUNK_FRAMES`. Each convolution
-keeps the inputs that its kernel still needs, each attention layer the keys and values of its window; nothing is
-computed twice.
+A wave is cut into chunks of `CHUNK_FRAMES`. Each convolution keeps the inputs that its kernel still needs. Each
+attention layer keeps the keys and values of its window. Nothing is computed twice. The result is exact and memory is
+bounded (tests/tokenize/backends/test_mimi.py).
 
 The window is the one that the model was trained with (section 3.3.1; `config.sliding_window`). transformers 4.57
-leaves it out: beyond 250 positions, 10 s, its `MimiModel.encode` attends to everything, in memory that grows with the
-square of the length. Its later versions and the authors' own package apply it, and so does `encode_reference` here.
+omits it: beyond 250 positions (10 s) its `MimiModel.encode` attends to everything, and its memory grows with the
+square of the length. Later versions and the authors' own package apply the window, and so does `encode_reference`.
 
-On a CPU most time goes into memory traffic of long activations, so that the first layers run on pieces that fit the
-cache, and all convolutions as matrix products on [T, C], one for each tap.
+On a CPU, memory traffic of long activations dominates the time. The first layers therefore run on pieces that fit the
+cache, and all convolutions are matrix products on [T, C], one per tap.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from codecssl.tokenize.common.errors import UserError
 
 DEFAULT_CODEBOOKS = 8
 CHUNK_FRAMES = 64
-"""Frames that pass the deep layers at once: long enough that reading the weights costs little."""
+"""Frames per step of the deep layers. It amortizes reading their weights."""
 PIECE_FRAMES = 1
-"""Frames that pass the first layers at once on a CPU: their activations stay in its second-level cache."""
+"""Frames per step of the first layers on a CPU. Their activations fit its second-level cache."""
 SHALLOW_DOWNSAMPLINGS = 2
-"""The first layers end after so many strided convolutions."""
+"""Number of strided convolutions in the first layers."""
 FEW_INPUTS = 16
-"""Inputs of a convolution, times its stride, up to which its windows are laid out in full."""
+"""Limit of a convolution's inputs, times its stride, up to which its windows are materialized."""
 CUDA_LANES = 16
-"""Waves that a GPU encodes in lockstep. The shape is fixed, so that a wave's codes do not depend on the others'."""
+"""Waves per GPU batch, encoded in lockstep. The shape is fixed, so a wave's codes do not depend on the others'."""
 
 Layer = Callable[[Tensor, "Past"], Tensor]
-"""[L, T, C] of the next samples or frames, and what is carried, to [L, T', C']."""
+"""A function of the next samples or frames [L, T, C] and the carried state. It returns [L, T', C']."""
 
 
 class Past(dict[Any, Any]):
-    """What one encoder or decoder carries from chunk to chunk, by layer."""
+    """The state that one encoder or decoder carries from chunk to chunk, by layer."""
 
     position = 0
-    """Of the next chunk in the Transformer's sequence."""
+    """Position of the next chunk in the Transformer's sequence."""
 
 
 class MimiCodec:
@@ -93,26 +93,29 @@ class MimiCodec:
 
     @property
     def chunk(self) -> int:
-        """Samples that are encoded at once."""
+        """Samples per encoded chunk."""
         return CHUNK_FRAMES * self.card.hop_length
 
     @property
     def quantum(self) -> int:
-        """Samples to a multiple of which a wave is filled up with zeros."""
+        """Waves are zero-padded to a multiple of this many samples."""
         return self.card.hop_length if self.lanes == 1 else self.chunk
 
     def advance(self, audio: Tensor, past: Past) -> Tensor:
-        """The next whole frames of `lanes` waves [L, n] to their codes [L, K, t]."""
+        """Encode the next whole frames of `lanes` waves [L, n] to codes [L, K, t]."""
         return self.quantize(self.latents_of(audio, past))
 
     def latents_of(self, audio: Tensor, past: Past) -> Tensor:
-        """The next whole frames of waves [L, n] to what the quantizer is given, [L, t, D]."""
+        """Compute the quantizer's input [L, t, D] for the next whole frames of waves [L, n]."""
         piece = PIECE_FRAMES * self.card.hop_length if self.device.type == "cpu" else audio.shape[1]
         hidden = torch.cat([self.shallow(part[..., None], past) for part in audio.split(piece, dim=1)], dim=1)
         return self.downsample(self.transformer(self.deep(hidden, past), past), past)
 
     def quantize(self, latents: Tensor) -> Tensor:
-        """Latents [L, t, D] to codes [L, K, t]: each quantizer's nearest entries to what the ones before left over."""
+        """Quantize latents [L, t, D] to codes [L, K, t].
+
+        Each codebook takes the nearest entry to the residual of those before it.
+        """
         codes = []
         for project, tables in self.quantizers:
             residual = project(latents.flatten(0, 1))
@@ -124,7 +127,7 @@ class MimiCodec:
 
     @full_precision()
     def encode_reference(self, wave: Tensor) -> Tensor:
-        """The whole wave through transformers' own modules; attention is given the window that they leave out."""
+        """Encode the whole wave with transformers' own modules, with the attention window that they omit."""
         audio = F.pad(wave.to(self.device), (0, -len(wave) % self.card.hop_length))[None, None]
         model, count = self.model, self.card.num_codebooks
         hidden = model.encoder(audio).transpose(1, 2)
@@ -139,7 +142,7 @@ class MimiCodec:
 
     @full_precision()
     def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
-        """The decoder's convolutions run over the whole utterance: memory grows with its length."""
+        """Decode the whole utterance at once: memory grows with its length."""
         hidden, past = self.model.upsample(self.latents(codes)[None]).transpose(1, 2), Past()
         parts = hidden.split(CHUNK_FRAMES * 2, dim=1)
         hidden = torch.cat([self.decoder_transformer(part, past) for part in parts], dim=1)
@@ -158,7 +161,7 @@ class MimiCodec:
         return [entries.cpu().clone() for entries, _ in self._entries()][: self.card.num_codebooks]
 
     def _entries(self) -> Iterator[tuple[Tensor, Any]]:
-        """Each codebook's entries, and the projection behind them, if any."""
+        """Yield each codebook's entries and the projection after them, if any."""
         split = self.model.quantizer
         for part in (split.semantic_residual_vector_quantizer, split.acoustic_residual_vector_quantizer):
             for layer in part.layers:
@@ -171,7 +174,7 @@ class MimiCodec:
 
 
 class MimiStream(ChunkedStream):
-    """Streaming encoder of one wave, a chunk at a time; the last chunk, whole or not, is left for `finish`."""
+    """Streaming encoder of one wave, a chunk at a time. The last chunk, whole or not, is left for `finish`."""
 
     codec: MimiCodec
 
@@ -190,9 +193,9 @@ class MimiStream(ChunkedStream):
 
 
 class Taps:
-    """A convolution over [L, n, C] as matrix products, one for each tap.
+    """A convolution over [L, n, C] as matrix products, one per tap.
 
-    With rows of `stride` samples laid end to end, a kernel is a few taps: its length is to be a multiple of the stride.
+    Rows of `stride` samples are concatenated, so a kernel has few taps. Its length must be a multiple of the stride.
     """
 
     def __init__(self, convolution: nn.Conv1d) -> None:
@@ -205,7 +208,7 @@ class Taps:
         self.bias = weight.new_zeros(self.outputs) if bias is None else bias.detach()
 
     def __call__(self, x: Tensor, out: Tensor) -> Tensor:
-        """The convolution of x [L, n, C], all that the kernel touches, written to `out` [L, T, C']."""
+        """Convolve x [L, n, C], which holds every input of the kernel, and write the result to `out` [L, T, C']."""
         rows, length = x.reshape(len(x), -1, self.stride * self.inputs), out.shape[1]
         out.copy_(self.bias)
         if (
@@ -220,7 +223,7 @@ class Taps:
 
 
 class Convolution:
-    """A causal `MimiConv1d` over the next [L, T, C], T a multiple of its stride, after an ELU or not."""
+    """A causal `MimiConv1d` over the next [L, T, C], optionally after an ELU. T is a multiple of its stride."""
 
     def __init__(self, layer: Any, activated: bool = False) -> None:
         self.taps, self.activated, self.replicate = Taps(layer.conv), activated, layer.pad_mode == "replicate"
@@ -243,7 +246,7 @@ class Convolution:
 
 
 class Transformer:
-    """A `MimiTransformerModel` over the next [L, T, D]; each layer keeps the keys and values of its window."""
+    """A `MimiTransformerModel` over the next [L, T, D]. Each layer keeps the keys and values of its window."""
 
     def __init__(self, model: Any) -> None:
         self.layers, self.window = list(model.layers), int(model.config.sliding_window)
@@ -276,13 +279,13 @@ class Transformer:
 
 
 def _window(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
-    """[queries, keys]: which of `keys` positions each of the last `queries` sees, itself and the window - 1 before."""
+    """Mask [queries, keys]: each of the last `queries` positions sees itself and the window - 1 keys before it."""
     age = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     return (age >= 0) & (age < window)
 
 
 def _chain(layers: Sequence[Any]) -> Layer:
-    """Layers of a MimiEncoder in a row; an ELU joins the convolution that follows it."""
+    """Chain the layers of a MimiEncoder. An ELU is merged into the convolution that follows it."""
     steps: list[Layer] = []
     for before, layer in zip([None, *layers], layers):
         if hasattr(layer, "block"):
@@ -299,7 +302,7 @@ def _chain(layers: Sequence[Any]) -> Layer:
 
 
 def elu(x: Tensor) -> Tensor:
-    """As F.elu to within 6e-8, in half its time: that one takes expm1, which is slow."""
+    """ELU within 6e-8 of F.elu, in half the time. F.elu uses expm1, which is slow."""
     below = x.clamp(max=0).exp_().sub_(1)
     return torch.maximum(x, below, out=below)
 
@@ -311,7 +314,7 @@ def _residual(layer: Any) -> Layer:
 
 
 def _quantizers(split: Any, count: int) -> Iterator[tuple[Callable[[Tensor], Tensor], list[tuple[Tensor, Tensor]]]]:
-    """The two residual quantizers: a projection of [N, D], and their first `count` tables with squared norms."""
+    """Yield the two residual quantizers: a projection of [N, D] and the first `count` tables with squared norms."""
     for part in (split.semantic_residual_vector_quantizer, split.acoustic_residual_vector_quantizer):
         tables = [layer.codebook.embed for layer in part.layers[:count]]
         count -= len(tables)
@@ -339,7 +342,7 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
 
 
 def make_card(name: str, weights: str, model: Any, num_codebooks: int, device: str) -> CodecCard:
-    """The card of a MimiModel."""
+    """Build the card of a MimiModel."""
     config = model.config
     return CodecCard(
         name=name,

@@ -1,14 +1,14 @@
 """SemantiCodec (Liu et al. 2024): a semantic and an acoustic code in each cell of a time-frequency grid.
 
-AudioMAE sees 10.24 s at once, 1024 mel frames x 128 bins in patches of 16 x 16: 64 columns in time x 8 bands. Where the
-codec has 50 or 25 tokens in a second instead of 100, a cell joins 2 neighbouring bands, or 2 bands of 2 columns. Its
-tokens run band by band through a column, then on to the next; windows follow one another. A frame here is one column:
-row f of the codes is band f, lowest first, semantic bands before acoustic ones.
+AudioMAE sees 10.24 s at once: 1024 mel frames x 128 bins in patches of 16 x 16, that is 64 columns in time x 8 bands.
+The networks with 50 or 25 tokens per second instead of 100 join 2 neighboring bands, or 2 bands of 2 columns, into a
+cell. Tokens are ordered band by band within a column, column by column, window by window. A frame here is one column.
+Row f of the codes is band f, lowest first; semantic bands come before acoustic ones.
 
-The policy is the package's own for files of any length: windows of 10.24 s one after another, each encoded for itself,
-the last one filled up with zeros; columns that begin after the wave's end are dropped.
+Files of any length are encoded as in the package: consecutive windows of 10.24 s, each encoded independently, the last
+one zero-padded. Columns that begin after the wave's end are dropped.
 
-The package is not in a registry. Nothing of it is needed but `SemantiCodec` itself and its mel spectrogram.
+The package is not in a registry. Only its `SemantiCodec` class and its mel spectrogram are used.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from codecssl.tokenize.common.hashing import file_sha256
 
 SAMPLE_RATE, WINDOW, MEL_FRAMES = 16_000, 163_840, 1024
 LOOKAHEAD = 240
-"""The last two mel frames of a window, of 400 samples each, reach so far into the next one."""
+"""Lookahead in samples. The last two mel frames of a window, of 400 samples each, extend into the next window."""
 CUDA_LANES = 16
-"""Windows that a GPU encodes at once, empty ones if need be, so that a wave's codes do not depend on its batch."""
+"""Windows per GPU batch, padded with empty ones, so a wave's codes do not depend on its batch."""
 NOISE_SEED = 0
-"""Of the decoder, which samples by diffusion: `torch.manual_seed` before each utterance."""
+"""Seed of the decoder, which samples by diffusion: `torch.manual_seed` before each utterance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +50,12 @@ class Grid:
     """The layout of one of the three networks."""
 
     token_rate: int
-    """As the package counts: semantic and acoustic tokens per second."""
+    """Semantic and acoustic tokens per second, as the package counts them."""
     bands: int
     hop_length: int
     """Samples per column."""
     folder: str
-    """Of its semantic codebooks in the published checkpoints."""
+    """Sizes of its semantic codebooks in the published checkpoints."""
 
 
 GRIDS = {
@@ -63,67 +63,67 @@ GRIDS = {
     1536: Grid(token_rate=50, bands=4, hop_length=2560, folder="combine_256_audioset_dominate"),
     3072: Grid(token_rate=25, bands=4, hop_length=5120, folder="combine_128_audioset_dominate"),
 }
-"""By width of a semantic codebook's entries: 768, AudioMAE's width, for each patch in a cell."""
+"""Keyed by the width of a semantic codebook's entries: 768 (AudioMAE's width) for each patch in a cell."""
 
 
 class Encoder(Protocol):
-    """What we use of the package's encoder."""
+    """Protocol of the package's encoder, as far as it is used here."""
 
     centroid_npy: Tensor
     """The semantic codebook [V, D]."""
     codebook_size: int
-    """Entries of the acoustic codebook."""
+    """Number of entries of the acoustic codebook."""
 
     def __call__(self, batch: Tensor) -> Tensor:
-        """Mel spectrograms [B, 1024 w, 128] to int64 tokens [B, N, 2], semantic and acoustic."""
+        """Encode mel spectrograms [B, 1024 w, 128] to int64 tokens [B, N, 2], semantic and acoustic."""
 
     def unquant(self, tokens: Tensor) -> Tensor:
-        """Semantic tokens [B, N] to [B, N, D]."""
+        """Look up semantic tokens [B, N] as vectors [B, N, D]."""
 
     def token_to_quantized_feature(self, tokens: Tensor) -> Tensor:
-        """Tokens [1, N, 2] to [1, N, 2 D], the acoustic half first."""
+        """Convert tokens [1, N, 2] to features [1, N, 2 D], the acoustic half first."""
 
 
 class Package(Protocol):
-    """What we use of `semanticodec.SemantiCodec`."""
+    """Protocol of `semanticodec.SemantiCodec`, as far as it is used here."""
 
     encoder: Encoder
 
     def decode(self, tokens: Tensor) -> NDArray[np.float32]:
-        """Tokens [1, N, 2] to a wave [1, 1, n]."""
+        """Decode tokens [1, N, 2] to a wave [1, 1, n]."""
 
 
 class Mel(Protocol):
-    """`semanticodec.utils.extract_kaldi_fbank_feature`."""
+    """Protocol of `semanticodec.utils.extract_kaldi_fbank_feature`."""
 
     def __call__(self, waveform: Tensor, sampling_rate: int, target_length: int) -> dict[str, Tensor]:
-        """A wave [1, n] to {"ta_kaldi_fbank": [target_length, 128]}, frames cut off or zeros added."""
+        """Compute {"ta_kaldi_fbank": [target_length, 128]} of a wave [1, n]. Frames are cut off or zero-padded."""
 
 
 # ---------------------------------------------------------------- the grid
 
 
 def to_rows(tokens: Tensor, bands: int) -> Tensor:
-    """Tokens [columns * bands, C] in the package's order to codes [C * bands, columns]."""
+    """Convert tokens [columns * bands, C] in the package's order to codes [C * bands, columns]."""
     return tokens.unflatten(0, (-1, bands)).permute(2, 1, 0).flatten(0, 1)
 
 
 def to_tokens(codes: Tensor, bands: int) -> Tensor:
-    """Codes [C * bands, columns] to tokens [columns * bands, C]: the inverse of `to_rows`."""
+    """Convert codes [C * bands, columns] to tokens [columns * bands, C]. Inverse of `to_rows`."""
     return codes.unflatten(0, (-1, bands)).permute(2, 1, 0).flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class Window:
-    """What the encoder sees at once."""
+    """One input window of the encoder."""
 
     audio: Tensor
     samples: int
-    """Of the wave, without lookahead and padding."""
+    """Samples of the wave, without lookahead and padding."""
 
 
 def windows(wave: Tensor) -> list[Window]:
-    """Cut a whole wave [n], or its end, into windows. A window has LOOKAHEAD more samples if the wave fills it."""
+    """Cut a whole wave [n], or its end, into windows. A window includes LOOKAHEAD more samples if the wave has them."""
     found = []
     while len(wave) >= WINDOW:
         audio = wave[: WINDOW + LOOKAHEAD]
@@ -139,7 +139,7 @@ def windows(wave: Tensor) -> list[Window]:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """The package tells of its progress, and prints a traceback where one mel frame only is not silent."""
+    """Silence the package, which prints its progress, and a traceback where only a single mel frame is not silent."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield
 
@@ -162,7 +162,7 @@ class SemanticCodec:
         return [Encoded(torch.cat([next(codes) for _ in group], dim=1)) for group in groups]
 
     def encode_windows(self, found: Sequence[Window]) -> list[Tensor]:
-        """The codes [R, T] of each window."""
+        """Encode windows. Return the codes [R, T] of each."""
         codes = []
         for at in range(0, len(found), self.lanes):
             group = found[at : at + self.lanes]
@@ -172,16 +172,17 @@ class SemanticCodec:
         return codes
 
     def encode_reference(self, wave: Tensor) -> Tensor:
-        """The whole wave as `SemantiCodec.encode` has it: one spectrogram of all windows, cut into them afterwards.
+        """Encode the whole wave as `SemantiCodec.encode` does: one spectrogram, then cut into windows.
 
-        Where the wave fills its windows, the package adds an empty one. Its own count of tokens may end in mid-column.
+        If the wave fills its windows exactly, the package adds an empty one.
+        Its own token count may end within a column.
         """
         count = len(wave) // WINDOW + 1
         mel = self._mel(F.pad(wave, (0, count * WINDOW - len(wave))), count)
         return self._rows(mel[None])[0][:, : self.card.frames_of(len(wave))]
 
     def _mel(self, wave: Tensor, count: int) -> Tensor:
-        """[n] to the spectrogram of `count` windows, [1024 * count, 128]."""
+        """Compute the spectrogram [1024 * count, 128] of `count` windows of a wave [n]."""
         return self.mel(wave[None].float().cpu(), SAMPLE_RATE, target_length=count * MEL_FRAMES)["ta_kaldi_fbank"]
 
     def _rows(self, mels: Tensor) -> list[Tensor]:
@@ -190,7 +191,7 @@ class SemanticCodec:
         return [to_rows(lane[:, : self.card.num_codebooks], self.grid.bands) for lane in tokens]
 
     def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
-        """By diffusion, 50 steps for each 10.24 s. Raises UserError without the acoustic codes."""
+        """Decode by diffusion, 50 steps per 10.24 s. Raises UserError without the acoustic codes."""
         if self.card.num_codebooks < 2:
             raise UserError(f"codec {self.card.name}: decodes from 2 codebooks, 1 is kept; tokenize with both")
         samples = codes.shape[1] * self.card.hop_length
@@ -204,7 +205,7 @@ class SemanticCodec:
         return F.pad(wave, (0, samples - len(wave)))
 
     def embeddings(self) -> list[Tensor]:
-        """Raises UserError: the latent is no sum, see `latents`."""
+        """Raises UserError: the latent is not a sum of embeddings, see `latents`."""
         card = self.card
         size = sum(v * n for v, n in zip(card.codebook_sizes, card.codes_per_frame)) * card.latent_dim * 4 / 1e9
         raise UserError(
@@ -214,7 +215,7 @@ class SemanticCodec:
         )
 
     def latents(self, codes: Tensor) -> Tensor:
-        """[R, T] to [bands * width, T]: band by band, the acoustic vector and then the semantic one."""
+        """Convert codes [R, T] to latents [bands * width, T]: per band the acoustic vector, then the semantic one."""
         tokens = to_tokens(codes.to(self.device), self.grid.bands)[None]
         encoder = self.package.encoder
         with full_precision():
@@ -250,7 +251,7 @@ class Checkpoint:
     semantic_size: int
 
     def link(self, folder: Path) -> None:
-        """Lay the files out as the package looks for them."""
+        """Link the files in the layout that the package expects."""
         codebook = folder / "codebook_idx" / self.grid.folder / f"codebook_{self.semantic_size // 2}_0.npy"
         codebook.parent.mkdir(parents=True)
         codebook.symlink_to(self.codebook)
@@ -259,7 +260,7 @@ class Checkpoint:
 
 
 def find_checkpoint(name: str, folder: Path) -> Checkpoint:
-    """The one checkpoint at any depth of a folder. Raises UserError when there is none, or when there are several."""
+    """Find the single checkpoint at any depth of a folder. Raises UserError if there is none or more than one."""
     found = {file: sorted(folder.rglob(file)) for file in ("encoder.ckpt", "decoder.ckpt", "codebook_*.npy")}
     for file, paths in found.items():
         if len(paths) != 1:
@@ -308,7 +309,7 @@ def _build(name: str, kind: Any, checkpoint: Checkpoint, device: str) -> Any:
         except (AssertionError, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
             what = (str(error).splitlines() or [type(error).__name__])[0][:120]
             raise UserError(f"{checkpoint.encoder.parent}: not a checkpoint of {name} ({what})") from error
-    # it takes a GPU where there is one, and keeps the semantic codebook outside its parameters
+    # the package uses a GPU if there is one, and keeps the semantic codebook outside its parameters
     package = package.to(device).eval()
     package.device = package.decoder.device = package.encoder.device = torch.device(device)
     package.encoder.centroid_npy = package.encoder.centroid_npy.to(device)
@@ -318,7 +319,7 @@ def _build(name: str, kind: Any, checkpoint: Checkpoint, device: str) -> Any:
 def make_card(
     name: str, weights: str, checkpoint: Checkpoint, package: Package, num_codebooks: int, device: str
 ) -> CodecCard:
-    """The card of a checkpoint. Its sha256 is over the files that determine codes: not the decoder's."""
+    """Build the card of a checkpoint. Its sha256 covers the files that determine codes, not those of the decoder."""
     grid, encoder = checkpoint.grid, package.encoder
     return CodecCard(
         name=name,

@@ -2,9 +2,10 @@
 
 A frame is one step of the coarsest codebook: `snac_24khz` has 1, 2 and 4 codes in a frame of 2048 samples, 7 rows.
 
-Exact in bounded memory (tests/tokenize/test_snac.py): a wave goes through the encoder in pieces (rowconv.py).
+The encoder runs on a wave piece by piece (parts/streaming_conv.py). The result is exact and memory is bounded
+(tests/tokenize/backends/test_snac.py).
 
-The decoder adds noise, as it was trained; here it comes from a fixed seed.
+The decoder adds noise, as in training. Here the noise comes from a fixed seed.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from codecssl.tokenize.common.errors import UserError, one_line
 
 CPU_PACE, GPU_PACE = Pace(2, 48), Pace(480, 480)
 FRONT_BLOCKS = 3
-"""The first layers end after so many blocks of the encoder."""
+"""Number of encoder blocks in the first layers."""
 NOISE_SEED = 0
-"""Of the decoder's noise: `torch.manual_seed` before each utterance."""
+"""Seed of the decoder's noise: `torch.manual_seed` before each utterance."""
 
 
 def encoder_layers(encoder: Any) -> tuple[list[Layer], list[Layer]]:
-    """The layers of a `snac` Encoder without attention: the first ones, and those after FRONT_BLOCKS."""
+    """Split the layers of a `snac` Encoder without attention: the first ones, and those after FRONT_BLOCKS."""
     first, *blocks, last = encoder.block
     front: list[Layer] = [Convolution(first)]
     back: list[Layer] = []
@@ -54,7 +55,7 @@ class SnacCodec:
         self.front, self.back = encoder_layers(net.encoder)
         self.quantizers = list(net.quantizer.quantizers)[: card.num_codebooks]
         self.steps: int = net.vq_strides[0]
-        """Of the encoder in one frame."""
+        """Steps of the encoder per frame."""
         self.pace = _pace(device)
 
     def stream(self) -> SnacStream:
@@ -64,7 +65,7 @@ class SnacCodec:
         return encode_each(self, waves)
 
     def quantize(self, latents: Tensor) -> Tensor:
-        """Latents [D, steps * T] to codes [R, T], by the package's own layers."""
+        """Quantize latents [D, steps * T] to codes [R, T] with the package's own layers."""
         residual, rows = latents[None], []
         for quantizer, count in zip(self.quantizers, self.card.codes_per_frame):
             found, codes = quantizer(residual)
@@ -73,14 +74,14 @@ class SnacCodec:
         return torch.cat(rows)
 
     def encode_reference(self, wave: Tensor) -> Tensor:
-        """The whole wave through `SNAC.encode`."""
+        """Encode the whole wave with `SNAC.encode`."""
         with full_precision():
             found = self.net.encode(wave.to(self.device, self.dtype)[None, None])
         kept = zip(found, self.card.codes_per_frame)  # the codebooks that are kept
         return torch.cat([codes.view(-1, count).t() for codes, count in kept])
 
     def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
-        """The decoder runs over the whole utterance: memory grows with its length."""
+        """Decode the whole utterance at once: memory grows with its length."""
         if codes.shape[1] == 0:
             return torch.zeros(0, device=self.device)
         devices = [self.device] if self.device.type == "cuda" else []
@@ -90,7 +91,10 @@ class SnacCodec:
         return wave[0, 0]
 
     def embeddings(self) -> list[Tensor]:
-        """Row j of a codebook with n codes in a frame fills the j-th n-th of the frame's steps, zeros elsewhere."""
+        """Embedding tables, one per row of codes.
+
+        Row j of a codebook with n codes per frame fills the j-th n-th of the frame's steps. All other steps are zero.
+        """
         tables = []
         with full_precision():
             for quantizer, count in zip(self.quantizers, self.card.codes_per_frame):
@@ -106,13 +110,13 @@ class SnacCodec:
         return [quantizer.codebook.weight.detach().cpu().clone() for quantizer, count in counts for _ in range(count)]
 
     def latents(self, codes: Tensor) -> Tensor:
-        """[R, T] to [steps * D, T]: a frame's steps one under another."""
+        """Convert codes [R, T] to latents [steps * D, T]: the steps of a frame are stacked."""
         with full_precision():
             fine = self._fine(codes)[0]
             return fine.unflatten(1, (codes.shape[1], self.steps)).permute(2, 0, 1).flatten(0, 1)
 
     def _fine(self, codes: Tensor) -> Tensor:
-        """[R, T] to the dequantised latent at the encoder's own rate, [1, D, steps * T]."""
+        """Dequantize codes [R, T] to latents at the encoder's own rate, [1, D, steps * T]."""
         summed: Tensor | float = 0.0
         parts = codes.to(self.device).split(self.card.codes_per_frame)
         for quantizer, part in zip(self.quantizers, parts):
@@ -123,7 +127,7 @@ class SnacCodec:
 
 
 class SnacStream(RowStream):
-    """Keeps the latents of a frame that is not whole yet."""
+    """Streaming encoder of one wave. It keeps the latents of the incomplete frame."""
 
     codec: SnacCodec
 
@@ -163,7 +167,7 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
 
 
 def _files(name: str, source: str) -> tuple[Path, Path]:
-    """config.json and pytorch_model.bin. Raises UserError when they are not there."""
+    """Find config.json and pytorch_model.bin. Raises UserError if they are missing."""
     if Path(source).is_dir():
         config, state = (Path(source) / file for file in ("config.json", "pytorch_model.bin"))
         if config.exists() and state.exists():
@@ -187,7 +191,7 @@ def _from_hub(repository: str, file: str) -> Path:
 
 
 def make_card(name: str, weights: str, net: Any, num_codebooks: int, device: str) -> CodecCard:
-    """The card of a SNAC network."""
+    """Build the card of a SNAC network."""
     strides, pace = net.vq_strides, _pace(device)
     return CodecCard(
         name=name,

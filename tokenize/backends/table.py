@@ -1,4 +1,4 @@
-"""The codecs of codecssl itself: one entry each. Codecs of other packages are found by `tokenize/registry.py`."""
+"""Table of the built-in codecs, one entry each. `tokenize/registry.py` finds codecs of other packages."""
 
 from __future__ import annotations
 

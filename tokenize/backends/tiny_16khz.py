@@ -1,9 +1,9 @@
-"""`tiny_16khz`: the embedded codec, EnCodec's architecture made small (16 kHz, 50 Hz, 8 codebooks x 1024).
+"""`tiny_16khz`: the embedded codec, a small version of EnCodec's architecture (16 kHz, 50 Hz, 8 codebooks x 1024).
 
-The parts are the `encodec` package's own: a causal SEANet encoder and decoder and its residual vector quantizer
-(Defossez et al. 2022, arXiv 2210.13438, section 3.2). Against EnCodec's 24 kHz model the width is halved, one LSTM
-layer is kept of the encoder's two and none of the decoder's, the latent has 64 channels, and the strides come in the
-other order (8, 5, 4, 2), so that most of the work happens at a low rate: a third of the operations.
+The parts come from the `encodec` package: a causal SEANet encoder and decoder and its residual vector quantizer
+(Defossez et al. 2022, arXiv 2210.13438, section 3.2). There are four differences from EnCodec's 24 kHz model. The width
+is halved. The encoder has one LSTM layer instead of two, the decoder none. The latent has 64 channels. The strides are
+reversed (8, 5, 4, 2), which moves most of the work to a low rate and leaves a third of the operations.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ CODEBOOK_SIZE = 1024
 LATENT_DIM = 64
 NUM_FILTERS = 16
 RATIOS = [2, 4, 5, 8]
-"""Of the decoder, in its order; the encoder's strides are these backwards."""
+"""Strides of the decoder, in order. The encoder's strides are reversed."""
 WEIGHTS = Path(__file__).with_name("tiny_16khz.safetensors")
 
 
 def build_network(*, weight_norm: bool, dead_code_threshold: float = 0.0) -> EncodecModel:
-    """Make the network with fresh weights.
+    """Build the network with fresh weights.
 
-    Training wants `weight_norm`; inference has it folded into plain weights (`fold`), which is faster and smaller.
+    Training uses `weight_norm`. For inference it is folded into plain weights (`fold`), which is faster and smaller.
     `dead_code_threshold` is the moving count below which training replaces a codebook entry.
     """
     width: dict[str, Any] = dict(
@@ -66,7 +66,7 @@ def build_network(*, weight_norm: bool, dead_code_threshold: float = 0.0) -> Enc
 
 
 def fold(trained: EncodecModel) -> dict[str, Tensor]:
-    """Inference weights of a trained network: weight norm folded, float16, without the training's counters."""
+    """Return inference weights of a trained network: weight norm folded, float16, without the training's counters."""
     source, state = trained.state_dict(), {}
     for key, value in source.items():
         if key.endswith(".weight_g"):
@@ -100,7 +100,7 @@ def load_network(path: Path = WEIGHTS) -> EncodecModel:
 
 
 def mark_initialised(model: nn.Module) -> None:
-    """Tell every codebook that its entries are set, so that no forward pass fits them anew."""
+    """Mark every codebook as initialized, so no forward pass fits its entries again."""
     for key, buffer in model.named_buffers():
         if key.endswith(".inited"):
             buffer.fill_(1)

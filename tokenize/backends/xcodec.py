@@ -1,12 +1,12 @@
 """X-codec (Ye et al. 2024, Codec Does Matter): an acoustic encoder and HuBERT, their outputs in one residual quantizer.
 
-HuBERT normalises over all that it is given and attends to all of it: any padding or cut changes codes. The policy: a
-wave of up to `WHOLE_SECONDS` is encoded whole and alone, as `XcodecModel.encode` does. Of a longer wave, segments of
-`SEGMENT_SECONDS` are taken, each encoded for itself, while more than `WHOLE_SECONDS` remain; so the last segment is
-never a short rest, of which HuBERT could make little.
+HuBERT normalizes over its whole input and attends to all of it, so any padding or cut changes codes. A wave of up to
+`WHOLE_SECONDS` is encoded whole and alone, as `XcodecModel.encode` does. A longer wave is cut into segments of
+`SEGMENT_SECONDS` while more than `WHOLE_SECONDS` remain, and each segment is encoded independently. The last segment
+is therefore never short; HuBERT works poorly on short inputs.
 
-Waves are filled up with zeros to a whole frame, as by the model's feature extractor: then both encoders give a vector
-per frame, and even one frame, with the 160 samples that the model adds at either end, is above HuBERT's least, 400.
+Waves are zero-padded to a whole frame, as by the model's feature extractor. Both encoders then return one vector per
+frame. The model adds 160 samples at either end, so even one frame exceeds HuBERT's minimum of 400 samples.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from codecssl.tokenize.common.errors import UserError
 
 WHOLE_SECONDS, SEGMENT_SECONDS = 30, 20
 RATIOS = [8, 5, 4, 2]
-"""Of the acoustic encoder's strided convolutions."""
+"""Strides of the acoustic encoder's convolutions."""
 
 PIECE_STEPS, FRONT_CONTEXT, FRONT_HOP = 400, 10, 40
-"""On a CPU the acoustic encoder's first two blocks run on 1 s at a time, so that activations stay near the cache.
-A step of theirs, 40 samples, sees 382 samples to either side."""
+"""Step of the acoustic encoder's first two blocks on a CPU: 1 s, so that activations stay near the cache.
+One output step of these blocks, 40 samples, depends on 382 samples to either side.
+"""
 
 
 class XcodecCodec:
@@ -53,20 +54,20 @@ class XcodecCodec:
         return encode_each(self, waves)
 
     def encode_segment(self, wave: Tensor) -> Tensor:
-        """[n], one segment or a whole wave, to codes [K, T]."""
+        """Encode one segment or a whole wave [n] to codes [K, T]."""
         padded = F.pad(wave.to(self.device, self.dtype), (0, -len(wave) % self.card.hop_length))
         with full_precision():
             return self._quantize(self._latents(padded[None]))
 
     def encode_reference(self, wave: Tensor) -> Tensor:
-        """The whole wave, filled up to a frame, through `XcodecModel.encode`."""
+        """Encode the whole wave, zero-padded to a whole frame, with `XcodecModel.encode`."""
         padded = F.pad(wave.to(self.device, self.dtype), (0, -len(wave) % self.card.hop_length))
         with full_precision():
             codes: Tensor = self.model.encode(padded[None, None]).audio_codes[0]
         return codes[: self.card.num_codebooks]
 
     def _latents(self, audio: Tensor) -> Tensor:
-        """[1, n], n a multiple of the hop, to what the quantizer is given, [1, D, T]."""
+        """Compute the quantizer's input [1, D, T] for audio [1, n], n a multiple of the hop."""
         model = self.model
         padded = F.pad(audio, (model.pad, model.pad))
         hidden = model.semantic_model(padded, output_hidden_states=True).hidden_states
@@ -76,7 +77,7 @@ class XcodecCodec:
         return latents.transpose(1, 2)
 
     def _front(self, audio: Tensor) -> Tensor:
-        """The acoustic encoder's first blocks: [1, n] to [1, C, n / FRONT_HOP]."""
+        """Run the acoustic encoder's first blocks: [1, n] to [1, C, n / FRONT_HOP]."""
         steps = audio.shape[1] // FRONT_HOP
         size = PIECE_STEPS if self.device.type == "cpu" else steps
         parts = []
@@ -95,7 +96,7 @@ class XcodecCodec:
         return torch.stack(codes)
 
     def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
-        """The decoder runs over the whole utterance: memory grows with its length."""
+        """Decode the whole utterance at once: memory grows with its length."""
         if codes.shape[1] == 0:
             return torch.zeros(0, device=self.device)
         with full_precision():
@@ -112,7 +113,7 @@ class XcodecCodec:
 
 
 class XcodecStream(ChunkedStream):
-    """Streaming encoder of one wave: a segment at a time while more than `WHOLE_SECONDS` remain."""
+    """Streaming encoder of one wave. It encodes a segment at a time while more than `WHOLE_SECONDS` remain."""
 
     codec: XcodecCodec
 
@@ -140,7 +141,7 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
 
 
 class _Model:
-    """`XcodecModel`, but that a semantic model's name in the configuration is no reason to ask the hub about it."""
+    """`XcodecModel` that does not query the hub for the semantic model named in its configuration."""
 
     @staticmethod
     def from_pretrained(source: str, **options: Any) -> Any:
@@ -156,7 +157,7 @@ class _Model:
 
 
 def make_card(name: str, weights: str, model: Any, num_codebooks: int, device: str) -> CodecCard:
-    """The card of an XcodecModel."""
+    """Build the card of an XcodecModel."""
     config = model.config
     return CodecCard(
         name=name,

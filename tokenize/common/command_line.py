@@ -1,11 +1,11 @@
-"""The parser, the exit codes and the progress bar that the three commands share.
+"""Parser, exit codes and progress bar shared by the three commands.
 
     line = CommandLine("codecssl-toy", "Count the files of a folder.")
     count = line.command("count", _count, group="folders", help="count the files", example="count recordings")
     count.add_argument("folder", type=Path, metavar="DIR")
     sys.exit(line.main())
 
-A subcommand is a function of the parsed arguments that returns an exit code, or None for 0. Import what is heavy inside
+A subcommand is a function of the parsed arguments that returns an exit code, or None for 0. Import heavy modules inside
 that function: `--help` and a mistyped option must answer at once.
 
 | exit code | meaning |
@@ -13,7 +13,7 @@ that function: `--help` and a mistyped option must answer at once.
 | 0 | done |
 | 1 | error, on one line |
 | 2 | wrong usage |
-| 70 | traceback, or a fault of the machine that may be over at the next try (`process.CRASHED`) |
+| 70 | traceback, or a machine fault that may be transient (`process.CRASHED`) |
 | 75, 76 | stopped by a signal, stuck (`process.PREEMPTED`, `process.STUCK`) |
 | 130 | interrupted by Ctrl-C |
 | 141 | the reader of a resumable command's output is gone |
@@ -35,14 +35,14 @@ from codecssl.tokenize.common.errors import TransientError, UserError
 from codecssl.tokenize.common.process import CRASHED
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT, as shells give it."""
+"""Exit code after Ctrl-C: 128 + SIGINT, the shell convention."""
 
 BROKEN_PIPE = 141
-"""Exit code of a resumable command whose output nobody reads any more: 128 + SIGPIPE."""
+"""Exit code of a resumable command whose output has no reader any more: 128 + SIGPIPE."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 AWAY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO)
-"""Faults of a disk or a network, not of a path that the user chose: a traceback, and worth another try."""
+"""Disk or network faults that do not depend on a path chosen by the user: they print a traceback and can be retried."""
 
 Action = Callable[[argparse.Namespace], int | None]
 Number = TypeVar("Number", int, float)
@@ -82,7 +82,7 @@ class CommandLine:
         self._groups: dict[str, list[tuple[str, str]]] = {}
         self._overridable: set[str] = set()
         self.examples: dict[str, str] = {}
-        """Subcommand -> the arguments of its example."""
+        """Arguments of each subcommand's example."""
 
     def command(
         self,
@@ -96,10 +96,10 @@ class CommandLine:
         resume: str | None = None,
         overrides: bool = False,
     ) -> Parser:
-        """The parser of a new subcommand, to add arguments to.
+        """Add a subcommand and return its parser.
 
         group: heading under which the command's `--help` lists it. example: arguments of a typical call, with the
-        subcommand's name. resume: what the same command does after an interruption, where it does not begin again.
+        subcommand's name. resume: effect of the same command after an interruption, if it does not start over.
         overrides: collect `--section.key VALUE` in `arguments.overrides` (list of str).
         """
         parser: Parser = self._commands.add_parser(
@@ -117,7 +117,7 @@ class CommandLine:
         return parser
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """The arguments of a subcommand. Exits with 2 and one line where they are wrong."""
+        """Parse the arguments of a subcommand. If they are invalid, print one line and exit with 2."""
         self._parser.description = self._description
         self._parser.epilog = self._overview()
         words = list(argv)
@@ -131,7 +131,7 @@ class CommandLine:
         return self._parser.parse_args(words)
 
     def main(self, argv: Sequence[str] | None = None) -> int:
-        """Run the subcommand that `argv` (default: the process's) names; returns the exit code."""
+        """Run the subcommand named in `argv` (default: the process's). Return the exit code."""
         arguments = argparse.Namespace()
         try:
             arguments = self.parse(sys.argv[1:] if argv is None else argv)
@@ -163,7 +163,7 @@ class CommandLine:
 
 
 def _joined(words: Sequence[str]) -> list[str]:
-    """`--section.key VALUE` as one word, which may stand anywhere: argparse would take VALUE for an argument."""
+    """Join `--section.key VALUE` into one word, allowed at any position. Argparse would take VALUE for an argument."""
     joined: list[str] = []
     for word in words:
         last = joined[-1] if joined else ""
@@ -175,7 +175,7 @@ def _joined(words: Sequence[str]) -> list[str]:
 
 
 def _disk_error(error: OSError, arguments: argparse.Namespace) -> str:
-    """The line for an error of a path that the user chose. Raises the error again where it is another one."""
+    """Format the error of a path that the user chose as one line. Raises any other error again."""
     given = getattr(arguments, "output", None) or getattr(arguments, "dataset", None)
     where = error.filename or given or "the output"
     if error.errno in FULL:
@@ -186,7 +186,7 @@ def _disk_error(error: OSError, arguments: argparse.Namespace) -> str:
 
 
 def number(kind: Callable[[str], Number], least: Number) -> Callable[[str], Number]:
-    """An argument type: a number of at least `least`."""
+    """Argument type: a number of at least `least`."""
 
     def read(text: str) -> Number:
         if not (value := kind(text)) >= least:
@@ -201,7 +201,7 @@ positive, whole, amount = number(int, 1), number(int, 0), number(float, 0.0)
 
 
 def integers(text: str) -> tuple[int, ...]:
-    """An argument type: whole numbers, comma-separated."""
+    """Argument type: integers, comma-separated."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -209,7 +209,7 @@ def integers(text: str) -> tuple[int, ...]:
 
 
 def positive_floats(text: str) -> tuple[float, ...]:
-    """An argument type: positive numbers, comma-separated."""
+    """Argument type: positive numbers, comma-separated."""
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -220,14 +220,14 @@ def positive_floats(text: str) -> tuple[float, ...]:
 
 
 def add_sharing(parser: argparse.ArgumentParser) -> None:
-    """`--tasks N --task I`: share the work among N processes, of which this is number I."""
+    """Add `--tasks N --task I`: split the work among N processes, of which this is number I."""
     group = parser.add_argument_group("sharing the work, for example in a job array")
     group.add_argument("--tasks", type=positive, default=1, metavar="N", help="split the work into N tasks")
     group.add_argument("--task", type=whole, default=0, metavar="I", help="do task I, 0 to N - 1")
 
 
 class Renamed(argparse.Action):
-    """A former spelling of a flag: `add_argument("--old", action=Renamed, const="--new", dest="new", nargs=0)`."""
+    """A deprecated flag: `add_argument("--old", action=Renamed, const="--new", dest="new", nargs=0)`."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, const: str, **options: Any) -> None:
         super().__init__(option_strings, dest, const=const, nargs=0, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -238,7 +238,7 @@ class Renamed(argparse.Action):
 
 
 def console(**options: Any) -> Any:
-    """A rich console that leaves a closed pipe to `CommandLine.main`; `options` are those of rich's Console."""
+    """A rich console that leaves a closed pipe to `CommandLine.main`. `options` are passed to rich's Console."""
     from rich.console import Console
 
     class Quiet(Console):
@@ -253,10 +253,10 @@ Report = Callable[[int, int | None, str], None]
 
 @contextmanager
 def progress_bar(unit: str, *, every: float = 0.5) -> Iterator[Report]:
-    """A progress bar on stderr, where that is a terminal; yields report(done, total, note).
+    """A progress bar on stderr if it is a terminal. Yields report(done, total, note).
 
-    It is drawn at most once in `every` seconds, and by the caller's thread: no thread of its own is alive when the
-    caller forks.
+    It is drawn at most once in `every` seconds, by the caller's thread. It starts no thread of its own, so the caller
+    may fork.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

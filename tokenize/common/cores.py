@@ -4,5 +4,5 @@ import os
 
 
 def available_cores() -> int:
-    """Cores on which this process may run: in a job, those that the scheduler gave it."""
+    """Number of cores available to this process. In a job, these are the cores that the scheduler assigned."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

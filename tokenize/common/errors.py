@@ -1,14 +1,14 @@
-"""The one exception that means "the user can fix this": commands print it on one line and exit 1."""
+"""Exceptions that commands print on one line: `UserError` can be fixed by the user."""
 
 
 class UserError(ValueError):
-    """Bad input of the user's. The text names what, which value, which bound, and what to do."""
+    """Invalid user input. The message states what, which value, which bound, and what to do."""
 
 
 class TransientError(UserError):
-    """A fault of the machine that may be over at the next try: a disk or a network that was away.
+    """A machine fault that may be transient, such as an unavailable disk or network.
 
-    Commands print it on one line as well, and exit with `process.CRASHED`: the batch scripts requeue the job.
+    Commands print it on one line and exit with `process.CRASHED`. The batch scripts then requeue the job.
     """
 
 
@@ -18,7 +18,7 @@ def message_on_one_line(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what went wrong; where `datasets` only says that generating failed, of its cause."""
+    """First line of an error message, or of its cause if `datasets` only reports that generation failed."""
     while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whoever writes them at the same time and wherever a kill falls."""
+"""Atomic files and locks, safe with concurrent writers and kills at any time."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from typing import IO, BinaryIO
 from codecssl.tokenize.common.errors import UserError
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What a file system without locks says."""
+"""Errors of a file system without locks."""
 PATIENCE = {"here": 10.0, "elsewhere": 120.0}
-"""Seconds for which the lock of a killed process may outlive it: its children have it, or a file server."""
+"""Seconds for which a killed process's lock may persist: its children or a file server still hold it."""
 
 
 def temporary_for(path: Path) -> Path:
-    """Where to write what shall become `path`: a name that no other process has. Numbers of processes are not enough:
-    on other nodes of a cluster, and in other containers, they are the same.
+    """Return a temporary name for writing `path`, unique across processes.
+
+    Process numbers do not suffice: they repeat on other nodes of a cluster and in other containers.
     """
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
+    """Write a file atomically and durably, also in case of a power failure."""
     with atomic_file(path) as file:
         file.write(content)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its place, durably, when all is written, and is gone when that fails."""
+    """Open a file that replaces `path` atomically and durably when the context ends, and is removed if it fails."""
     temporary = temporary_for(path)
     try:
         with temporary.open("wb") as file:
@@ -54,12 +55,12 @@ def _put(temporary: Path, path: Path) -> None:
     try:
         temporary.replace(path)
     except FileNotFoundError:
-        if not path.exists():  # else a sibling task completed the dataset, with the same bytes, and tidied up
+        if not path.exists():  # else a sibling task finished the dataset with the same bytes and tidied up
             raise
 
 
 def names_in(folder: Path) -> set[str]:
-    """What a folder holds, but for half-written files and locks, also of killed processes."""
+    """Names in a folder, without temporary files and locks, including those of killed processes."""
     return {
         path.name
         for path in folder.iterdir()
@@ -68,7 +69,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 def temporaries(folder: Path) -> list[Path]:
-    """Half-written files that a killed process left."""
+    """Temporary files left by a killed process."""
     return list(folder.glob(".*.tmp"))
 
 
@@ -83,7 +84,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether the lock was free, or is by now; it ends with the process, however that ends. OSError without locks."""
+    """Yield True if the lock was free or became free. The lock ends with the process. Raises OSError without locks."""
     with _opened(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -95,17 +96,17 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 @contextmanager
 def alone_in(folder: Path, name: str = ".lock", *, wait: bool = False) -> Iterator[None]:
-    """This process's alone, for as long as the context is open: what is started twice must not write there twice.
+    """Hold an exclusive lock on the folder while the context is open, so that no second process writes there.
 
-    Raises UserError while another process has it; or waits for that one. On a file system without locks there is no
-    such guard, and an error where one would wait.
+    Raises UserError if another process holds it, or waits for that process. A file system without locks gives no
+    protection; with `wait` it raises an error.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, host, began = folder / name, socket.gethostname(), time.monotonic()
     while True:
         with path.open("ab", buffering=0) as file:
             if _taken(file, needed=wait) and _is_still(path, file):
-                with suppress(OSError):  # a full disk has worse to tell
+                with suppress(OSError):  # a full disk raises a more important error
                     file.truncate(0)
                     file.write(f"process {os.getpid()} on {host}".encode())
                 try:
@@ -121,7 +122,7 @@ def alone_in(folder: Path, name: str = ".lock", *, wait: bool = False) -> Iterat
 
 
 def _is_still(path: Path, file: IO[bytes]) -> bool:
-    """Whether the file has that name yet: who had the lock removes it in the end."""
+    """Return True if the file still has that name. The holder of a lock removes its file at the end."""
     with suppress(FileNotFoundError):
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     return False
@@ -150,5 +151,5 @@ def _taken(file: IO[bytes], *, needed: bool) -> bool:
 def _opened(path: Path) -> IO[str]:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # another process finished and tidied up just now
+        with suppress(FileNotFoundError):  # another process finished and tidied up meanwhile
             return path.open("w")

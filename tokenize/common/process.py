@@ -1,7 +1,7 @@
-"""What a long run listens to beside its data: a signal that asks it to stop, and a clock that says it is stuck.
+"""Process control for long runs: stop signals and a watchdog for stuck runs.
 
-Exit codes of every stage under `python -m`: 0 done, 1 an error told on one line, 2 wrong usage, CRASHED, PREEMPTED and
-STUCK. The batch scripts put the last three, and whatever a signal gives, back into the queue; never 1 and 2.
+Exit codes of every stage under `python -m`: 0 done, 1 an error on one line, 2 wrong usage, CRASHED, PREEMPTED and
+STUCK. The batch scripts requeue jobs with the last three codes and with the code of any signal, never with 1 and 2.
 """
 
 import json
@@ -18,26 +18,27 @@ from types import FrameType, TracebackType
 from typing import Any
 
 CRASHED = 70
-"""Exit code after a traceback: EX_SOFTWARE of sysexits.h. A fault of ours or of the machine's, worth another try."""
+"""Exit code after a traceback: EX_SOFTWARE of sysexits.h. A software or machine fault that can be retried."""
 
 PREEMPTED = 75
-"""Exit code of a run that was told to stop, and saved its work first: EX_TEMPFAIL of sysexits.h, "try again"."""
+"""Exit code of a run that saved its work after a stop signal: EX_TEMPFAIL of sysexits.h, "try again"."""
 
 STUCK = 76
-"""Exit code of a run that ended itself because nothing moved for too long."""
+"""Exit code of a run that stopped itself after no progress for too long."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
-"""They ask for a checkpoint and an end: Slurm's and the launchers' own, and one for `sbatch --signal`. (NCCL takes
-SIGUSR1 for itself.)"""
+"""Signals that request a checkpoint and exit: those of Slurm and the launchers, and one for `sbatch --signal`.
+NCCL uses SIGUSR1 itself.
+"""
 
 BEAT_SECONDS = 30.0
-"""How often a process writes down what it is doing."""
+"""Seconds between two records of the process's activity."""
 
 _GRACE_SECONDS = 10.0
 
 
 def guarded(main: Callable[[], int]) -> int:
-    """What `main` returns; CRASHED, after the traceback, where it raises what it should not."""
+    """Return the result of `main`. If it raises an unexpected error, print the traceback and return CRASHED."""
     try:
         return main()
     except Exception:
@@ -46,21 +47,21 @@ def guarded(main: Callable[[], int]) -> int:
 
 
 def drop_stdout() -> None:
-    """Send what is still printed to nowhere, once the reader of a pipe is gone: Python flushes once more at its end."""
+    """Discard further output after the reader of a pipe is gone. Python flushes once more when it exits."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)
 
 
 class StopSignal:
-    """While entered, SIGNALS only set `asked`; the run looks at it between steps."""
+    """Within this context, SIGNALS only set `asked`. The run checks it between steps."""
 
     def __init__(self) -> None:
         self.asked: str | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():  # the only one that Python lets install any
+        if threading.current_thread() is threading.main_thread():  # only the main thread may install signal handlers
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -73,12 +74,12 @@ class StopSignal:
 
 
 class Watchdog:
-    """While entered, ends the process with exit code STUCK and one line when nothing was reported for `minutes`.
+    """Within this context, ends the process with exit code STUCK and one line after `minutes` without a report.
 
-    A thread of its own, because what is stuck (a file system, a collective of ranks of which one is gone) does not
-    come back to Python. Several ranks are stuck together; the one whose own doing it is speaks first, so that its
-    launcher ends the others before they do. minutes: 0 turns that off. beat: a file in which to note, every
-    BEAT_SECONDS, what the process is doing, for `status`.
+    It runs in its own thread, because a stuck call (a file system, a collective with a missing rank) does not return to
+    Python. Several ranks are stuck together. The rank that caused the stall reports first, so its launcher ends the
+    others. minutes: 0 disables the watchdog. beat: a file in which to record, every BEAT_SECONDS, what the process is
+    doing, for `status`.
     """
 
     def __init__(self, minutes: float, *, rank: int = 0, hint: str = "", beat: Path | None = None) -> None:
@@ -88,7 +89,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, daemon=True, name="codecssl watchdog")
 
     def report(self, doing: str, *, waits_for_others: bool = False) -> None:
-        """The run is alive, and will now do this; with other ranks, perhaps, that may be what is waited for."""
+        """Report that the run is alive and what it does next. `waits_for_others`: it may wait for other ranks."""
         self._doing, self._waits_for_others, self._since = doing, waits_for_others, time.monotonic()
 
     def __enter__(self) -> "Watchdog":
@@ -123,7 +124,7 @@ class Watchdog:
         os._exit(STUCK)
 
     def _note(self, state: str) -> None:
-        """Into the file, by rename. A disk that refuses is for the run to tell."""
+        """Write the state to the file by rename. Disk errors are left for the run to report."""
         if self._beat is None:
             return
         now, environment = time.time(), os.environ
@@ -139,6 +140,6 @@ class Watchdog:
         }
         part = self._beat.with_name(f".{self._beat.name}")
         with suppress(OSError):
-            self._beat.parent.mkdir(exist_ok=True)  # not the run's folder, whose disk may be away
+            self._beat.parent.mkdir(exist_ok=True)  # not the run's folder, whose disk may be unavailable
             part.write_text(json.dumps(row))
             part.replace(self._beat)

@@ -1,4 +1,4 @@
-"""Disks and file servers that are away: which errors may be over at the next try, and trying again for a while."""
+"""Retries for unavailable disks and file servers: classification of transient errors, and repeated attempts."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ TRANSIENT = frozenset({
     errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH,
     errno.ENETDOWN, errno.ENETUNREACH, errno.EREMOTEIO, errno.ECOMM, errno.ENOENT,
 })  # fmt: skip
-"""Errors of a disk or a file server that is away; ENOENT of a file that was there before."""
+"""Errors of an unavailable disk or file server. ENOENT applies to files that existed before."""
 PAUSES = (0.1, 0.5, 1.0, 2.0, 5.0)
-"""Seconds between tries; the last one repeats."""
+"""Seconds between attempts. The last value repeats."""
 
 T = TypeVar("T")
 
 
 def patiently(work: Callable[[], T], what: object, *, seconds: float) -> T:
-    """Return what `work` returns; call it again after an OSError of TRANSIENT, for `seconds`.
+    """Call `work` and return its result. After an OSError of TRANSIENT, retry for `seconds`.
 
-    what: the file, for the message. With 0 seconds there is one try, and its OSError is raised. Raises TransientError
-    with the last cause when the time is over.
+    what: the file, for the message. With 0 seconds there is one attempt, and its OSError is raised. Raises
+    TransientError with the last cause when the time is over.
     """
     began, tries = time.monotonic(), 0
     while True:
@@ -45,5 +45,5 @@ def patiently(work: Callable[[], T], what: object, *, seconds: float) -> T:
 
 
 def disk_error(text: str, error: OSError) -> UserError:
-    """The exception for a file operation that failed: a TransientError where another try may help."""
+    """Build the exception for a failed file operation: a TransientError if a retry may help."""
     return (TransientError if error.errno in TRANSIENT else UserError)(text)

@@ -18,7 +18,7 @@ from codecssl.tokenize.common.files import write_atomic
 from codecssl.tokenize.common.hashing import file_sha256
 
 MOST_FILES = 1000
-"""A folder with more files is not recorded."""
+"""Maximum number of files of a recorded folder."""
 
 
 def cache_folder() -> Path:
@@ -35,7 +35,7 @@ def remember(source: str) -> None:
     sizes = _sizes(files)
     known = _read(_record(path))
     if known.get("sizes") != sizes:
-        with suppress(OSError):  # without a home that can be written, the user names the weights each time
+        with suppress(OSError):  # without a writable home, the user names the weights each time
             record = _record(path)
             record.parent.mkdir(parents=True, exist_ok=True)
             content = {"path": str(path), "sizes": sizes, "sha256": file_sha256(*files)}
@@ -64,7 +64,7 @@ def _read(record: Path) -> dict[str, object]:
 
 
 def _files(path: Path) -> list[Path]:
-    """The file itself, or the regular files of a folder at any depth; [] for anything else and for too many."""
+    """Return the file itself, or the regular files of a folder at any depth; [] for anything else and for too many."""
     if path.is_file():
         return [path]
     found = list(islice((p for p in path.rglob("*") if p.is_file()), MOST_FILES + 1)) if path.is_dir() else []
@@ -72,5 +72,5 @@ def _files(path: Path) -> list[Path]:
 
 
 def _sizes(files: list[Path]) -> list[list[object]]:
-    """Name, size and time of change of each file: equal ones need not be hashed again."""
+    """Name, size and modification time of each file. Files with equal values need not be hashed again."""
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

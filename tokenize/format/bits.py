@@ -1,7 +1,7 @@
-"""Codes packed at ceil(log2 size) bits each, little-endian bit order.
+"""Codes packed at ceil(log2 size) bits each, in little-endian bit order.
 
-Codes fall into groups that begin on a byte: four codes of 10 bits in five bytes, eight of 11 bits in eleven. Code j of
-all groups is then one strided view of the bytes, and packing or unpacking takes one pass over it per j.
+Codes form groups that begin on a byte: four codes of 10 bits in five bytes, eight of 11 bits in eleven. Code j of all
+groups is one strided view of the bytes. Packing or unpacking takes one pass over it per j.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 
 MAX_BITS = 16
 CHUNK = 1 << 16
-"""Codes packed at a time: what fits a core's cache. A multiple of 8, so that every chunk ends on a byte."""
+"""Codes packed at a time: they fit a core's cache. A multiple of 8, so every chunk ends on a byte."""
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that `count` codes of `bits` bits take."""
+    """Bytes used by `count` codes of `bits` bits."""
     return (count * bits + 7) // 8
 
 
 def pack(codes: NDArray[np.integer], bits: int) -> bytes:
-    """Pack 1-D codes, bits in 1..16 each; the last byte is filled up with zero bits.
+    """Pack 1-D codes at 1 to 16 bits each. The last byte is padded with zero bits.
 
     Raises ValueError for a code that is negative or not below 2**bits.
     """
@@ -34,13 +34,13 @@ def pack(codes: NDArray[np.integer], bits: int) -> bytes:
 
 
 def unpack(buffer: NDArray[np.uint8], bits: int, start: int, stop: int) -> NDArray[np.uint16]:
-    """Codes start..stop of packed planes: [..., bytes] to [..., stop - start]. Only bytes that hold them are read."""
+    """Unpack codes start..stop of packed planes: [..., bytes] to [..., stop - start]. Reads only their bytes."""
     per_group, size = _group(bits)
     first, last = start // per_group, -(-stop // per_group)
     held = buffer[..., first * size : last * size]
     if start == stop:
         return np.zeros((*buffer.shape[:-1], 0), np.uint16)
-    # a copy with room: the last group may be cut short, and words are read past its end
+    # a padded copy: the last group may be incomplete, and words are read past its end
     groups, row = last - first, (last - first) * size + 4
     window = np.zeros((*buffer.shape[:-1], row), np.uint8)
     window[..., : held.shape[-1]] = held
@@ -72,6 +72,6 @@ def _pack_chunk(codes: NDArray[np.integer], bits: int) -> bytes:
 
 
 def _group(bits: int) -> tuple[int, int]:
-    """(codes, bytes) of the smallest run of codes that ends on a byte."""
+    """(codes, bytes) of the shortest run of codes that ends on a byte."""
     common = gcd(bits, 8)
     return 8 // common, bits // common

@@ -1,4 +1,4 @@
-"""A block of utterances as three members of a tar; its codes packed while a shard is made, compressed at its end."""
+"""Blocks of utterances: three tar members each. Codes are packed first and compressed when a shard is finished."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from codecssl.tokenize.format.records import EncodedUtterance
 from codecssl.tokenize.format.validate import MOST_TEXT, read_members, read_npz
 
 SAMPLE_CODES = 1 << 25
-"""Codes of a shard, at most, from which its tables are made: what bounds the memory of compressing it."""
+"""Maximum number of a shard's codes used to fit its tables. It bounds the memory of compression."""
 
 Place = dict[str, int]
-"""Where a block's codes lie in its members: count (of utterances), codes_offset, codes_bytes, crc32 (of the codes)."""
+"""Position of a block's codes in its members: count (utterances), codes_offset, codes_bytes, crc32 (of the codes)."""
 
 
 def block_bytes(key: str, utterances: Sequence[EncodedUtterance], card: CodecCard) -> tuple[bytes, Place]:
-    """The tar members of a block of packed codes."""
+    """Build the tar members of a block of packed codes."""
     codes = b"".join(pack(plane, bits) for u in utterances for plane, bits in zip(u.codes, card.code_bits))
     planes = [u.mel for u in utterances if u.mel is not None]
     mel = b"".join(np.ascontiguousarray(plane).tobytes() for plane in planes) if planes else None
@@ -52,7 +52,7 @@ def _members(key: str, text: bytes, numbers: bytes, codes: bytes, mel: bytes | N
 
 
 def tar_member(name: str, content: bytes) -> bytes:
-    """Header, content and filling of one file in a tar, without date or owner."""
+    """Build one file's header, content and padding in a tar, without date or owner."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = len(content), 0o644
     return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
@@ -61,7 +61,7 @@ def tar_member(name: str, content: bytes) -> bytes:
 def _text_columns(utterances: Sequence[EncodedUtterance]) -> bytes:
     names = sorted({name for u in utterances for name in u.labels})
     columns: dict[str, Any] = {"id": [u.id for u in utterances]}
-    if any(u.path != u.id for u in utterances):  # most paths are their ids
+    if any(u.path != u.id for u in utterances):  # most paths equal their ids
         columns["path"] = [u.path for u in utterances]
     columns["labels"] = {name: [u.labels.get(name) for u in utterances] for name in names}
     packed = json.dumps(columns, ensure_ascii=False, separators=(",", ":"), default=str).encode()
@@ -94,7 +94,7 @@ def _mel_of(utterance: EncodedUtterance, card: CodecCard) -> bytes:
 
 
 def _source_rest(utterance: EncodedUtterance, sample_rate: int) -> int:
-    """What the resampler's rounding hides of the source's length: 0 or close to it, so that it takes no room."""
+    """Remainder of the source's length lost in the resampler's rounding. It is close to 0 and compresses well."""
     return utterance.source_samples - utterance.samples * utterance.source_rate // sample_rate
 
 
@@ -107,7 +107,7 @@ def _scales(utterance: EncodedUtterance, card: CodecCard) -> NDArray[np.float32]
 
 
 def npz_bytes(columns: Mapping[str, NDArray[Any]]) -> bytes:
-    """Arrays in np.savez's format, the same bytes for the same arrays; hashes don't shrink, all else does."""
+    """Serialize arrays in np.savez's format, deterministically. Hashes, being incompressible, are not deflated."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
         for name, column in columns.items():
@@ -124,7 +124,7 @@ def npz_bytes(columns: Mapping[str, NDArray[Any]]) -> bytes:
 
 @dataclass(frozen=True)
 class PackedBlock:
-    """A block as `block_bytes` made it, taken apart again."""
+    """A block made by `block_bytes`, split into its parts."""
 
     text: bytes
     numbers: dict[str, NDArray[Any]]
@@ -141,7 +141,7 @@ class PackedBlock:
         return cls(text, numbers, codes, mel, card)
 
     def segments(self) -> Iterator[list[NDArray[np.uint16]]]:
-        """The planes of each segment of each utterance, in order."""
+        """Yield the planes of each segment of each utterance, in order."""
         buffer, offset = np.frombuffer(self.codes, np.uint8), 0
         for frames in self.card.frames_of(self.numbers["samples"].astype(np.int64)).tolist():
             planes = []
@@ -155,9 +155,9 @@ class PackedBlock:
 
 
 def packed_again(codes: bytes, numbers: Mapping[str, NDArray[Any]], coder: Coder, card: CodecCard) -> bytes:
-    """The packed codes of a block from its compressed ones; their crc32 is `packed_crc32` of the shard's mark.
+    """Restore the packed codes of a block from its compressed ones. Their crc32 is `packed_crc32` of the shard's mark.
 
-    Raises AssertionError for streams that nothing was coded to.
+    Raises AssertionError for streams that the coder did not write.
     """
     words, planes, first = np.frombuffer(codes, "<u4"), [], 0
     lengths = iter(numbers["stream_words"].tolist())
@@ -172,7 +172,7 @@ def packed_again(codes: bytes, numbers: Mapping[str, NDArray[Any]], coder: Coder
 
 
 def fit_coder(blocks: Callable[[], Iterable[PackedBlock]], card: CodecCard, frames: int) -> Coder:
-    """Make the tables of a shard of so many frames from its own codes, or from every n-th segment of a large one."""
+    """Fit the tables of a shard of `frames` frames to its own codes, or to every n-th segment of a large shard."""
     from codecssl.tokenize.format.entropy_tables import fit
 
     every = max(1, -(-frames * card.num_rows // SAMPLE_CODES))
@@ -184,7 +184,7 @@ def fit_coder(blocks: Callable[[], Iterable[PackedBlock]], card: CodecCard, fram
 
 
 def compressed_bytes(key: str, block: PackedBlock, coder: Coder) -> tuple[bytes, Place]:
-    """The tar members of a block with its codes compressed; the place has the packed codes' crc32 beside."""
+    """Build the tar members of a block with compressed codes. The place also has the crc32 of the packed codes."""
     streams = []
     for segment in block.segments():
         words = coder.encode(segment)

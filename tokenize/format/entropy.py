@@ -1,12 +1,12 @@
-"""Lossless coding of planes of codes: a range coder with static tables, chosen code by code by what is known before it.
+"""Lossless coding of planes of codes: a range coder with static tables, selected for each code by its context.
 
-Each codebook has a few classes with one table of probabilities each. The class of a code follows from the codes of
-coarser codebooks at the same time and from the codebook's own code before it, level by level: a source's code is
-reduced to one of a few, which with the class so far gives the next class. Tables are integers and sum to 2**24, so
-that every machine codes alike; the coder itself is `constriction`'s range coder (Bamler, arXiv:2201.01741).
+Each codebook has a few classes with one probability table each. The class of a code depends on the codes of coarser
+codebooks at the same time and on the codebook's own previous code. It is computed level by level: a source's code is
+mapped to one of a few reduced codes, and this and the current class give the next class. Tables are integers that sum
+to 2**24, so coding is identical on every machine. The coder is `constriction`'s range coder (Bamler, arXiv:2201.01741).
 
-A segment of SEGMENT_FRAMES frames is one stream of 32-bit words, codebook after codebook, each in time order: the
-first k codebooks can be read without the others, and a crop of a long utterance costs its own segments only.
+A segment of SEGMENT_FRAMES frames is one stream of 32-bit words, codebook after codebook, each in time order. The
+first k codebooks can be read without the others. Reading a crop of a long utterance decodes only its own segments.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from codecssl.tokenize.format.validate import read_npz
 
 PRECISION = 24
-"""log2 of what the probabilities of a table sum to; constriction's own."""
+"""log2 of the sum of a table's probabilities, as defined by constriction."""
 LEVELS_PER_BIT = 8
 """Resolution of stored probabilities: 2**(-level / 8)."""
 RAREST = 255
 SEGMENT_FRAMES = 3000
 PREVIOUS = -1
-"""As a level's source: the codebook's own code before this one."""
+"""Level source: the codebook's own previous code."""
 
 Plane = NDArray[np.integer]
 
@@ -41,7 +41,7 @@ class Level:
     source: int
     """A coarser codebook, or PREVIOUS."""
     reduce: NDArray[np.uint8]
-    """[size of the source's codebook], and for PREVIOUS one more: what stands before a segment's first code."""
+    """[size of the source's codebook], plus 1 for PREVIOUS: the value before a segment's first code."""
     merge: NDArray[np.uint8]
     """[classes before * reduced codes]."""
 
@@ -56,13 +56,13 @@ class Level:
 
 @dataclass(frozen=True, kw_only=True)
 class Book:
-    """How one codebook is coded: probability of code v in class c ~ 2**((step * ratio[c, v] - base[v]) / 8)."""
+    """Coding tables of one codebook: probability of code v in class c ~ 2**((step * ratio[c, v] - base[v]) / 8)."""
 
     base: NDArray[np.uint8]
     """[V]."""
     step: int = 1
     ratio: NDArray[np.int8]
-    """[classes, V], by how much a class is unlike the whole."""
+    """[classes, V], deviation of each class from the overall distribution."""
     levels: tuple[Level, ...] = field(default=())
 
     @property
@@ -71,11 +71,11 @@ class Book:
 
 
 def weights(book: Book) -> NDArray[np.int64]:
-    """[classes, V] probabilities of a codebook's codes less one, in units of 2**-24; all in integers."""
+    """Probabilities [classes, V] of a codebook's codes minus one unit, in units of 2**-24, in integer arithmetic."""
     level = np.clip(book.base.astype(np.int64) - book.step * book.ratio.astype(np.int64), 0, RAREST)
     roots = np.array([int(2 ** (30 - i / LEVELS_PER_BIT)) for i in range(LEVELS_PER_BIT)], np.int64)
     shares = roots[level % LEVELS_PER_BIT] >> (level // LEVELS_PER_BIT)
-    total = (1 << PRECISION) - len(book.base)  # the coder adds one to each, so that every code can be coded
+    total = (1 << PRECISION) - len(book.base)  # the coder adds one to each: every code can be coded
     found = shares * total // shares.sum(axis=1, keepdims=True)
     likeliest = found.argmax(axis=1)
     found[np.arange(len(found)), likeliest] += total - found.sum(axis=1)
@@ -83,19 +83,19 @@ def weights(book: Book) -> NDArray[np.int64]:
 
 
 def aligned(plane: Plane, count: int) -> Plane:
-    """The codes of a coarser plane at the times of `count` codes, where codebooks run at different rates."""
+    """Align a coarser plane to the times of `count` codes of a plane with another rate."""
     return plane if len(plane) == count else plane[np.arange(count) * len(plane) // count]
 
 
 def _table(row: NDArray[np.int64]) -> Any:
     import constriction
 
-    # whole numbers below 2**24 that sum to what the coder scales to: its arithmetic is exact
+    # integers below 2**24 with the sum that the coder scales to: its arithmetic is exact
     return constriction.stream.model.Categorical(row.astype(np.float64), perfect=False)
 
 
 class _BookCoder:
-    """A codebook's tables as the coder wants them."""
+    """Tables of a codebook in the coder's representation."""
 
     def __init__(self, book: Book) -> None:
         self.book = book
@@ -105,7 +105,7 @@ class _BookCoder:
         self.grid = self._grid()
 
     def _grid(self) -> NDArray[np.integer]:
-        """[known contexts, reduced previous codes] to the class."""
+        """Class of each (known context, reduced previous code)."""
         classes: NDArray[np.integer] = np.zeros((), np.int64)
         for level in self.book.levels:
             classes = level.merge[classes[..., None].astype(np.int64) * level.reduced + np.arange(level.reduced)]
@@ -115,7 +115,7 @@ class _BookCoder:
 
     @cached_property
     def rows(self) -> list[list[Any]]:
-        """The grid with the models themselves: two look-ups a code."""
+        """The grid with coder models as entries: two look-ups per code."""
         return [[self.models[c] for c in row] for row in self.grid.tolist()]
 
     @cached_property
@@ -123,7 +123,7 @@ class _BookCoder:
         return [] if self.before is None else self.before.tolist()
 
     def contexts(self, planes: Sequence[Plane], count: int) -> NDArray[np.int64]:
-        """[count] row of the grid for each code, from the coarser planes."""
+        """Row of the grid for each code, [count], from the coarser planes."""
         found = np.zeros(count, np.int64)
         for level in self.known:
             found = found * level.reduced + level.reduce[aligned(planes[level.source], count)]
@@ -156,18 +156,18 @@ class _BookCoder:
 
 
 class Coder:
-    """Codes the segments of one shard by its tables.
+    """Encodes and decodes the segments of one shard with its tables.
 
-    codes_per_frame: of each codebook, as in the codec card.
+    codes_per_frame: one value per codebook, as in the codec card.
     """
 
     def __init__(self, books: Sequence[Book], codes_per_frame: Sequence[int]) -> None:
         self.books = tuple(books)
         self.codes_per_frame = tuple(codes_per_frame)
-        self._coders: dict[int, _BookCoder] = {}  # made when first used: many readers want few codebooks
+        self._coders: dict[int, _BookCoder] = {}  # created on first use: many readers need few codebooks
 
     def encode(self, planes: Sequence[Plane]) -> NDArray[np.uint32]:
-        """The words of a segment, given each codebook's plane [frames * its codes per frame]."""
+        """Encode each codebook's plane [frames * its codes per frame] to the words of a segment."""
         import constriction
 
         coder = constriction.stream.queue.RangeEncoder()
@@ -177,7 +177,7 @@ class Coder:
         return coder.get_compressed()
 
     def decode(self, words: NDArray[np.integer], frames: int, num_codebooks: int) -> list[NDArray[np.uint16]]:
-        """The planes of the first codebooks of a segment of so many frames."""
+        """Decode the planes of the first `num_codebooks` codebooks of a segment of `frames` frames."""
         import constriction
 
         coder = constriction.stream.queue.RangeDecoder(np.asarray(words, np.uint32))
@@ -194,7 +194,7 @@ class Coder:
     # ------------------------------------------------------------ on disk
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The tables as few flat arrays: what stands in the shard's `tables.npz`."""
+        """Tables as a few flat arrays, the content of the shard's `tables.npz`."""
         levels = [level for book in self.books for level in book.levels]
         return {
             "layout": np.frombuffer(json.dumps([_layout(book) for book in self.books]).encode(), np.uint8),
@@ -206,7 +206,7 @@ class Coder:
 
     @classmethod
     def from_bytes(cls, content: bytes, codes_per_frame: Sequence[int]) -> Coder:
-        """Read `tables.npz`. Raises ValueError for tables that are damaged."""
+        """Read `tables.npz`. Raises ValueError for damaged tables."""
         arrays = read_npz(content)
         taken = dict.fromkeys(arrays, 0)
 

@@ -1,7 +1,7 @@
-"""Fitting the tables of `entropy` to the codes of a shard: which contexts pay for their tables, and how they group.
+"""Fitting the tables of `entropy` to the codes of a shard: selection of contexts and their grouping into classes.
 
-Lengths are rounded to whole 1/256 bits before they are summed, which a float64 does exactly: whatever the order, the
-number of threads or the matrix library, the same codes give the same tables, and so the same bytes of a shard.
+Lengths are rounded to multiples of 1/256 bit before they are summed, which float64 does exactly. The same codes give
+the same tables, and the same bytes of a shard, for any summation order, number of threads or matrix library.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ UNITS_PER_BIT = 256
 CLASSES = (16, 32, 64, 128, 256)
 MAX_LEVELS = 3
 REDUCED = 16
-"""Kinds of a source's codes, from the second level on."""
+"""Number of reduced codes per source, from the second level on."""
 MAX_COUNTS = 4097 * 4096
-"""Cells of a table of counts, at most; a pair of larger codebooks is not looked at."""
+"""Maximum number of cells of a count table. Pairs of larger codebooks are skipped."""
 SMOOTHING = (10, 30, 100, 300)
-"""Codes that the whole's distribution is worth beside those counted in a class."""
+"""Weight, in codes, of the overall distribution relative to the counts of a class."""
 STEPS = (4, 8)
 
 Ints = NDArray[np.int64]
 Counts = NDArray[np.float64]
-"""[contexts, V], whole numbers."""
+"""[contexts, V], integers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Fit:
-    """A book, and what the sample takes with it, tables included, in 1/256 bit."""
+    """A book and its cost for the sample, tables included, in 1/256 bit."""
 
     cost: int
     book: Book
@@ -42,20 +42,20 @@ class _Fit:
 class _Source:
     number: int
     codes: Ints
-    """For each code of the plane, what the source has there."""
+    """Value of the source for each code of the plane."""
     kinds: int
 
 
 def fit(planes: Sequence[Plane], frames: NDArray[np.integer], sizes: Sequence[int]) -> list[Book]:
-    """One Book per codebook for a sample of segments.
+    """Fit one Book per codebook to a sample of segments.
 
-    planes: per codebook, the segments' codes one after another; frames: of each segment; sizes: of the codebooks.
+    planes: per codebook, the segments' codes one after another. frames: of each segment. sizes: of the codebooks.
     """
     return [_fit_book(k, planes, frames, sizes) for k in range(len(sizes))]
 
 
 def _fit_book(k: int, planes: Sequence[Plane], frames: NDArray[np.integer], sizes: Sequence[int]) -> Book:
-    """Add levels, each by the source that saves most, until none pays for its tables."""
+    """Add levels, each with the source that saves most, until no level pays for its tables."""
     plane, size = planes[k].astype(np.int64), sizes[k]
     classes = np.zeros_like(plane)
     best = _fit(_count(classes, 1, plane, size), ())
@@ -76,7 +76,7 @@ def _fit_book(k: int, planes: Sequence[Plane], frames: NDArray[np.integer], size
 
 
 def _sources(k: int, planes: Sequence[Plane], frames: NDArray[np.integer], sizes: Sequence[int]) -> Iterator[_Source]:
-    """The code before, the coarsest codebooks and the next coarser ones."""
+    """Yield the previous code, the coarsest codebooks and the next coarser ones."""
     size, count = sizes[k], len(planes[k])
     if count and (size + 1) * size <= MAX_COUNTS:
         before = np.concatenate([[size], planes[k][:-1]]).astype(np.int64)
@@ -89,9 +89,9 @@ def _sources(k: int, planes: Sequence[Plane], frames: NDArray[np.integer], sizes
 
 
 def _cells(book: Book, classes: Ints, source: _Source, reduce: Ints) -> tuple[Ints, int]:
-    """What each code's table may depend on after one level more, and of how many kinds that is.
+    """Return each code's cell (the context for its table) after one more level, and the number of cells.
 
-    The first level's classes are those of the source's own codes, as fine as it pays.
+    The first level's classes are those of the source's own codes, as fine as pays off.
     """
     if not book.levels:
         return source.codes, source.kinds
@@ -100,7 +100,7 @@ def _cells(book: Book, classes: Ints, source: _Source, reduce: Ints) -> tuple[In
 
 
 def _extend(book: Book, source: _Source, reduce: Ints, counts: Counts) -> _Fit:
-    """The best fit with one level more, given the counts of its cells: the number of classes grows while it pays."""
+    """Best fit with one more level, given the counts of its cells. The number of classes grows while it pays off."""
     best: _Fit | None = None
     for classes in CLASSES:
         groups = _cluster(counts, classes)
@@ -124,9 +124,9 @@ def _count(contexts: Ints, number: int, plane: Ints, size: int) -> Counts:
 
 
 def _cluster(counts: Counts, classes: int, rounds: int = 8) -> Ints:
-    """Group contexts so that their codes take few bits, [contexts] to the group of each: k-means on code lengths.
+    """Group contexts by k-means on code lengths, to minimize the bits of their codes. Return groups [contexts].
 
-    The most frequent contexts seed the groups; a context that never occurred goes to the first.
+    The most frequent contexts seed the groups. A context that never occurred goes to the first group.
     """
     if classes >= len(counts):
         return np.arange(len(counts))
@@ -144,11 +144,11 @@ def _cluster(counts: Counts, classes: int, rounds: int = 8) -> Ints:
 
 def _grouped(counts: Counts, groups: Ints, number: int | None = None) -> Counts:
     number = int(groups.max()) + 1 if number is None else number
-    return (groups == np.arange(number)[:, None]).astype(np.float64) @ counts  # whole numbers: exact in any order
+    return (groups == np.arange(number)[:, None]).astype(np.float64) @ counts  # integers: exact in any order
 
 
 def _lengths(counts: Counts, smoothing: int) -> Counts:
-    """Code lengths [contexts, V] in whole 1/256 bits."""
+    """Code lengths [contexts, V] as integers in 1/256 bit."""
     whole = counts.sum(axis=0) + 0.5
     shares = counts + smoothing * whole / whole.sum()
     return np.rint(-UNITS_PER_BIT * np.log2(shares / shares.sum(axis=1, keepdims=True)))
@@ -158,7 +158,7 @@ def _lengths(counts: Counts, smoothing: int) -> Counts:
 
 
 def _fit(counts: Counts, levels: tuple[Level, ...]) -> _Fit:
-    """The cheapest tables for counts [classes, V]."""
+    """Return the cheapest tables for counts [classes, V]."""
     whole = counts.sum(axis=0) + 0.5
     base = np.clip(np.rint(-LEVELS_PER_BIT * np.log2(whole / whole.sum())), 0, RAREST)
     best: tuple[int, Book] | None = None
@@ -182,7 +182,7 @@ def _data_cost(counts: Counts, level: Counts) -> int:
 
 
 def _table_cost(book: Book) -> int:
-    """About what the tables take when deflated: the order-0 entropy of the ratios, and the maps in whole bits."""
+    """Approximate deflated size of the tables: the order-0 entropy of the ratios, and the maps in whole bits."""
     counts = np.unique(book.ratio, return_counts=True)[1]
     bits = float(-(counts * np.log2(counts / counts.sum())).sum())
     for level in book.levels:

@@ -2,23 +2,23 @@
 
     DIR/dataset.json        format version, codec card, sources, totals; written last
     DIR/index.npy           frames of each utterance (uint16 or uint32), in order
-    DIR/blocks.npy          where each block of utterances lies (BLOCK)
+    DIR/blocks.npy          position of each block of utterances (BLOCK)
     DIR/failed.jsonl        inputs that could not be read
     DIR/shards/00000.tar    a plain tar of blocks; per block three members:
         KEY.json.gz             columns of text: id, path, labels
         KEY.npz                 columns of numbers: sha256, samples, source_rate, source_rest (the source's samples are
                                 samples * source_rate // sample_rate + source_rest), and scales, float32 per segment,
-                                where the codec has such
+                                for codecs with scales
         KEY.codes               per utterance, per codebook, the codes packed at `code_bits`, each plane byte-aligned
-        KEY.mel                 only where dataset.json has "mel": per utterance, frame and band one byte (see
+        KEY.mel                 only if dataset.json has "mel": per utterance, frame and band one byte (see
                                 codecssl.tokenize.mel); KEY.npz then has mel_crc32, one for each utterance
     DIR/shards/00000.json   sha256 and counts of the tar: its completion mark
 
-The offset of an utterance inside its block's codes follows from the frames before it: nothing else is stored.
+The offset of an utterance inside its block's codes follows from the frames before it and is not stored.
 
-Version 2 is that of compressed datasets ("compression" in dataset.json). There the tar begins with the tables of
-`entropy`, 00000.tables.npz; KEY.codes holds the streams of the utterances' segments of SEGMENT_FRAMES frames, and the
-column stream_words of KEY.npz the length of each in 32-bit little-endian words.
+Version 2 is used for compressed datasets ("compression" in dataset.json). Their tars begin with the tables of
+`entropy`, 00000.tables.npz. KEY.codes holds the streams of the utterances' segments of SEGMENT_FRAMES frames. The
+column stream_words of KEY.npz holds the length of each stream in 32-bit little-endian words.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from codecssl.tokenize.format.validate import (
 
 FORMAT = "codecssl-shards"
 FORMAT_VERSION = 2
-"""The newest that is read; what is not compressed is written as version 1."""
+"""Newest readable version. Uncompressed datasets are written as version 1."""
 MEL_CRC32 = "mel_crc32"
-"""The number column of blocks with a log-mel plane: crc32 of each utterance's bytes in KEY.mel."""
+"""Number column of blocks with a log-mel plane: crc32 of each utterance's bytes in KEY.mel."""
 COMPRESSION = "range"
 """`compression` in the header of a compressed dataset: constriction's range coder with the tables of `entropy`."""
 
@@ -62,15 +62,15 @@ BLOCK = np.dtype(
         ("first", "<u8"),  # index of the block's first utterance in the dataset
         ("count", "<u4"),  # utterances
         ("offset", "<u8"),  # of the block's first member in the shard's tar, bytes
-        ("codes_offset", "<u8"),  # of its codes
+        ("codes_offset", "<u8"),  # of the block's codes
         ("codes_bytes", "<u8"),
-        ("crc32", "<u4"),  # of the codes
+        ("crc32", "<u4"),  # of the block's codes
     ]
 )
 
 
 def utterance_bytes(frames: NDArray[np.integer], card: CodecCard) -> NDArray[np.int64]:
-    """Bytes of the packed codes of utterances of so many frames."""
+    """Bytes of the packed codes of utterances, given their numbers of frames."""
     wide = np.asarray(frames, dtype=np.int64)
     total = np.zeros_like(wide)
     for bits, rate in zip(card.code_bits, card.codes_per_frame):
@@ -81,7 +81,7 @@ def utterance_bytes(frames: NDArray[np.integer], card: CodecCard) -> NDArray[np.
 def stored_bytes(
     numbers: Mapping[str, NDArray[Any]], frames: NDArray[np.integer], card: CodecCard
 ) -> NDArray[np.int64]:
-    """Bytes in KEY.codes of each utterance of a block, given its columns of numbers and its utterances' frames."""
+    """Bytes in KEY.codes of each utterance of a block, given its number columns and its utterances' frames."""
     if "stream_words" not in numbers:
         return utterance_bytes(frames, card)
     ends = np.concatenate([[0], np.cumsum(numbers["stream_words"], dtype=np.int64)]) * 4
@@ -90,37 +90,37 @@ def stored_bytes(
 
 
 def segments_of(frames: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Separately coded segments of utterances of so many frames, in a compressed dataset."""
+    """Number of separately coded segments of utterances in a compressed dataset, given their numbers of frames."""
     return -(-np.asarray(frames, dtype=np.int64) // SEGMENT_FRAMES)
 
 
 def to_planes(codes: NDArray[np.integer], card: CodecCard) -> list[NDArray[np.integer]]:
-    """Codes [R, T] to one plane per codebook, [T * codes per frame], in time order."""
+    """Split codes [R, T] into one plane per codebook, [T * codes per frame], in time order."""
     rows = np.cumsum(card.codes_per_frame)
     return [codes[row - n : row].T.reshape(-1) for row, n in zip(rows, card.codes_per_frame)]
 
 
 def from_planes(planes: Sequence[NDArray[Any]], card: CodecCard) -> NDArray[Any]:
-    """Planes of the first codebooks to codes [R, T], as `to_planes` takes them."""
+    """Join planes of the first codebooks into codes [R, T]. Inverse of `to_planes`."""
     return np.concatenate([plane.reshape(-1, n).T for plane, n in zip(planes, card.codes_per_frame)])
 
 
 SEAL = "check"
-"""The last key of our JSON files: the crc32 of all before it."""
+"""Last key of the format's JSON files: the crc32 of everything before it."""
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
-    """`value` with the crc32 of its JSON, which `load_json` checks and takes off again."""
+    """Add the crc32 of the JSON of `value`, which `load_json` checks and removes."""
     return value | {SEAL: zlib.crc32(json.dumps(value, ensure_ascii=False).encode())}
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that we wrote. Raises UserError when it is not one, or not as it was written."""
+    """Read a sealed JSON object. Raises UserError if it is not one or was changed."""
     if path.exists() and (not path.is_file() or path.stat().st_size > MOST_TEXT):
         raise UserError(f"{path}: not a file, or one of more than {MOST_TEXT >> 20} MiB; no run writes such")
     try:
         value = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:  # also a number of too many digits
+    except (ValueError, RecursionError) as error:  # including a number with too many digits
         raise UserError(f"{path}: damaged, not JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: damaged, not a JSON object")
@@ -130,7 +130,7 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """dataset.json of a finished dataset. Raises UserError for another folder, an unfinished or a newer one."""
+    """Read dataset.json of a finished dataset. Raises UserError for other folders, unfinished or newer datasets."""
     file = path / "dataset.json"
     if not file.exists():
         if (path / "plan.json").exists():
@@ -152,12 +152,12 @@ def shard_path(root: Path, shard: int) -> Path:
 
 
 def mel_offset(codes_offset: int, codes_bytes: int) -> int:
-    """Where the bytes of KEY.mel begin in the tar: KEY.codes is filled up to a whole record, a header follows."""
+    """Offset of KEY.mel's content in the tar: after KEY.codes, padded to a whole record, and one header."""
     return codes_offset + codes_bytes + -codes_bytes % tarfile.BLOCKSIZE + tarfile.BLOCKSIZE
 
 
 def scales_of(numbers: Mapping[str, NDArray[Any]], within: int, card: CodecCard) -> NDArray[np.float32] | None:
-    """The scales of the utterance at this place in a block; None where the codec has none."""
+    """Scales of the utterance at this position in a block; None for codecs without scales."""
     if "scales" not in numbers:
         return None
     counts = card.segments_of(numbers["samples"][: within + 1].astype(np.int64))  # type: ignore[arg-type]
@@ -168,9 +168,9 @@ def scales_of(numbers: Mapping[str, NDArray[Any]], within: int, card: CodecCard)
 def read_columns(
     file: BinaryIO, offset: int, count: int | None = None
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """The text and the number columns of the block whose first member's header is at `offset` of a shard.
+    """Read the text and number columns of the block whose first member's header is at `offset` of a shard.
 
-    count: of its utterances, with which the columns are compared. Raises ValueError for what does not fit.
+    count: number of utterances, checked against the columns. Raises ValueError on a mismatch.
     """
     packed, arrays = read_members(file, offset, 2)
     text, numbers = json.loads(gunzip(packed)), read_npz(arrays)
@@ -180,12 +180,12 @@ def read_columns(
 
 
 def read_numbers(file: BinaryIO, offset: int, *names: str) -> dict[str, NDArray[Any]]:
-    """The number columns alone, all or those named."""
+    """Read the number columns only, all or those named."""
     return read_npz(read_members(file, offset, 2)[1], *names)
 
 
 def read_coder(path: Path, card: CodecCard) -> Coder:
-    """The tables at the beginning of a compressed shard. Raises UserError when they are not there or damaged."""
+    """Read the tables at the beginning of a compressed shard. Raises UserError if they are missing or damaged."""
     try:
         with path.open("rb") as file:
             coder = Coder.from_bytes(read_members(file, 0, 1)[0], card.codes_per_frame)
@@ -197,7 +197,7 @@ def read_coder(path: Path, card: CodecCard) -> Coder:
 
 @dataclass(frozen=True)
 class Run:
-    """Codebooks one after another whose codes have the same width and rate."""
+    """Consecutive codebooks whose codes have the same width and rate."""
 
     first: int
     count: int
@@ -206,7 +206,7 @@ class Run:
 
 
 def runs_of(card: CodecCard) -> list[Run]:
-    """The codebooks of a codec, those of one width and rate together."""
+    """Group the codebooks of a codec into runs of equal width and rate."""
     runs: list[Run] = []
     for key, group in groupby(enumerate(zip(card.code_bits, card.codes_per_frame)), key=lambda pair: pair[1]):
         books = [k for k, _ in group]
@@ -215,6 +215,6 @@ def runs_of(card: CodecCard) -> list[Run]:
 
 
 def starts(sizes: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
-    """[n + 1] where each of n things begins, and the end; as small as they fit: many are kept."""
+    """Start of each of n items and the end, [n + 1], in the smallest dtype that fits: many are kept in memory."""
     ends = np.concatenate([[0], np.cumsum(sizes)])
     return ends.astype(np.uint32 if ends[-1] < 1 << 32 else np.uint64)

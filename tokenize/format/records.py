@@ -1,4 +1,4 @@
-"""What a run writes about one input: an encoded utterance, or a failure."""
+"""Results of a run for one input: an encoded utterance or a failure."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedUtterance:
-    """One utterance, ready to be written."""
+    """One encoded utterance, ready to be written."""
 
     id: str
     path: str
     codes: Sequence[NDArray[np.integer]]
     """One 1-D array per codebook; see `layout.to_planes`."""
     samples: int
-    """Samples of the wave that was encoded, at the codec's rate."""
+    """Samples of the encoded wave, at the codec's rate."""
     source_sha256: str
     source_rate: int
     source_samples: int
@@ -29,7 +29,7 @@ class EncodedUtterance:
     mel: NDArray[np.uint8] | None = None
     """uint8 [T, bands], in datasets with a log-mel plane (`codecssl.tokenize.mel`)."""
     notes: tuple[str, ...] = ()
-    """What was unusual in its audio, to be counted: see `AudioReader.notes`."""
+    """Irregularities of its audio, to be counted: see `AudioReader.notes`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Positioned reads of a dataset's tars.
 
-Nothing is mapped into memory: a tar that is cut short under a reader gives an error instead of SIGBUS.
+No file is memory-mapped: a tar that is truncated while it is read gives an error instead of SIGBUS.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from codecssl.tokenize.common.retry import patiently
 from codecssl.tokenize.format.layout import shard_path
 
 OPEN_FILES = 256
-"""Tars whose descriptors stay open."""
+"""Maximum number of tars with open descriptors."""
 _CHUNK = 1 << 20
 
 T = TypeVar("T")
 
 
 class ShardFiles:
-    """The tars of one dataset; safe for several reader threads.
+    """The tars of one dataset. Safe for several reader threads.
 
-    retry_seconds: how long a read is tried again after an OSError (a disk that was unmounted, a stale NFS handle).
+    retry_seconds: how long to retry a read after an OSError (an unmounted disk, a stale NFS handle).
     """
 
     def __init__(self, root: Path, *, retry_seconds: float = 0.0) -> None:
         self.root, self.retry_seconds = root, retry_seconds
-        # a file is closed when nobody holds it: one that leaves the cache may still be read by another thread
+        # a file is closed with its last reference: another thread may still read one that left the cache
         self._opened = lru_cache(maxsize=OPEN_FILES)(self._open)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Bytes offset .. offset + size of a tar.
+        """Read bytes offset .. offset + size of a tar.
 
-        Raises UserError where the tar is shorter, TransientError where it could not be read for `retry_seconds`
+        Raises UserError if the tar is shorter. Raises TransientError if it could not be read for `retry_seconds`
         (UserError without retries).
         """
         try:
@@ -46,19 +46,19 @@ class ShardFiles:
             if len(content) == size:
                 return content
         except OSError:
-            pass  # the slow way says what is wrong, or waits until it is over
+            pass  # the slow path reports the error, or retries until it is over
         self._opened.cache_clear()
         return self._tried(shard, lambda: self._read_again(shard, offset, size))
 
     def crc32(self, shard: int, offset: int, size: int) -> int:
-        """CRC-32 of bytes offset .. offset + size of a tar; errors as those of `read`."""
+        """CRC-32 of bytes offset .. offset + size of a tar. Raises the same errors as `read`."""
         checksum = 0
         for start in range(offset, offset + size, _CHUNK):
             checksum = zlib.crc32(self.read(shard, start, min(_CHUNK, offset + size - start)), checksum)
         return checksum
 
     def parse(self, shard: int, parse: Callable[[BinaryIO], T]) -> T:
-        """What `parse` makes of the open tar. A flipped bit can break tar, gzip, zip or JSON: any error is one line."""
+        """Apply `parse` to the open tar. Any error becomes one line: a flipped bit can break tar, gzip, zip or JSON."""
 
         def attempt() -> T:
             with open(shard_path(self.root, shard), "rb", opener=_at_once) as file:
@@ -76,7 +76,7 @@ class ShardFiles:
             raise UserError(f"{path}: cannot be read ({error}); run `codecssl-tokenize verify {self.root}`") from error
 
     def _read_again(self, shard: int, offset: int, size: int) -> bytes:
-        """By its name: a tar that was replaced meanwhile is whole there, and a stale handle never works again."""
+        """Reopen the tar by name and read. A replaced tar is complete there, and a stale handle never recovers."""
         with self._open(shard) as file:
             content = os.pread(file.fileno(), size, offset)
         if len(content) < size:
@@ -88,5 +88,5 @@ class ShardFiles:
 
 
 def _at_once(path: str, flags: int) -> int:
-    """Open a file; one that is a named pipe does not wait for a writer."""
+    """Open a file without blocking: a named pipe does not wait for a writer."""
     return os.open(path, flags | os.O_NONBLOCK)

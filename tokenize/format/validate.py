@@ -1,8 +1,8 @@
-"""Checks of everything that a dataset's files say about themselves, made before it is used.
+"""Validation of all metadata in a dataset's files, before it is used.
 
-A dataset may be damaged, or may come from a stranger. Each function raises UserError in one line for a count, an
-offset, a dtype or a size that cannot be right. The cost does not grow with the corpus, except for one pass over
-blocks.npy, which is read in any case.
+A dataset may be damaged or come from an untrusted source. Each function raises UserError in one line for an invalid
+count, offset, dtype or size. The cost does not grow with the corpus, except for one pass over blocks.npy, which is
+read in any case.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError, one_line
 
 MOST_TEXT = 1 << 28
-"""Bytes of a block's text columns when they are decompressed."""
+"""Maximum size in bytes of a block's decompressed text columns."""
 MOST_MEMBER = 1 << 30
-"""Bytes of a block's columns in the tar, and of its number columns when they are decompressed."""
+"""Maximum size in bytes of a block's columns in the tar, and of its decompressed number columns."""
 LARGEST = 1 << 50
-"""Offsets, sizes and counts are below this."""
+"""Exclusive upper bound of offsets, sizes and counts."""
 TOTALS = ("inputs", "utterances", "frames", "samples", "bytes", "failed", "shards")
 NUMBERS = {"samples": "u", "source_rate": "u", "source_rest": "i"}
-"""Number columns of a block with one value per utterance, and the kinds of their dtypes."""
+"""Number columns of a block with one value per utterance, and their dtype kinds."""
 
 
 # ---------------------------------------------------------------- JSON files
@@ -87,7 +87,7 @@ def _shown(value: Any) -> str:
 
 
 def read_array(path: Path, kinds: Iterable[Any], *, mapped: bool = False) -> NDArray[Any]:
-    """Read or map a .npy file [N] whose dtype is one of `kinds` and whose size is what its header says."""
+    """Read or map a .npy file [N]. Its dtype must be one of `kinds`, and its size must match its header."""
     try:
         if path.exists() and not path.is_file():
             raise ValueError("not a regular file")
@@ -99,13 +99,13 @@ def read_array(path: Path, kinds: Iterable[Any], *, mapped: bool = False) -> NDA
             if mapped and count:
                 return np.memmap(path, dtype, "r", start, (count,))
             return np.fromfile(file, dtype, count)
-    except Exception as error:  # the header is Python: a flipped bit can be any error
+    except Exception as error:  # the header is a Python literal: a flipped bit can raise any error
         remedy = f"`codecssl-tokenize repair {path.parent}` writes it again"
         raise UserError(f"{path}: cannot be read ({one_line(error)}); {remedy}") from error
 
 
 def _array_header(file: Any) -> tuple[np.dtype[Any], int]:
-    """The dtype and the length of the vector in a .npy stream, which then stands at its data."""
+    """Read the dtype and length of the vector in a .npy stream. The stream is then at the vector's data."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
@@ -115,7 +115,7 @@ def _array_header(file: Any) -> tuple[np.dtype[Any], int]:
 
 
 def check_blocks(blocks: NDArray[Any], utterances: int, shards: int, file: Path) -> None:
-    """Check that the blocks follow one another: in the dataset's utterances and in the bytes of each shard."""
+    """Check that the blocks are contiguous, in the dataset's utterances and in the bytes of each shard."""
     counts, shard = blocks["count"].astype(np.int64), blocks["shard"].astype(np.int64)
     ends = np.cumsum(counts)
     wide = {name: blocks[name] for name in ("first", "offset", "codes_offset", "codes_bytes")}
@@ -138,9 +138,9 @@ def check_blocks(blocks: NDArray[Any], utterances: int, shards: int, file: Path)
 
 
 def read_members(file: BinaryIO, offset: int, count: int) -> list[bytes]:
-    """Read the contents of the next `count` members of a tar of ours, the first of which has its header at `offset`.
+    """Read the contents of the next `count` members of a shard's tar. The first member's header is at `offset`.
 
-    Raises ValueError for what our writer never writes: another kind of member, or one that is longer than the file.
+    Raises ValueError for members that the writer never writes: other types, or longer than the file.
     """
     end, found = file.seek(0, io.SEEK_END), []
     for _ in range(count):
@@ -165,7 +165,7 @@ def gunzip(content: bytes) -> bytes:
 
 
 def read_npz(content: bytes, *names: str) -> dict[str, NDArray[Any]]:
-    """Read the arrays of an .npz, all or those named; at most MOST_MEMBER bytes. Raises ValueError for others."""
+    """Read the arrays of an .npz, all or those named, of at most MOST_MEMBER bytes. Raises ValueError for others."""
     with zipfile.ZipFile(io.BytesIO(content)) as file:
         members = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
         if sum(info.file_size for info in members.values()) > MOST_MEMBER:
@@ -211,7 +211,7 @@ def ids_of(text: bytes, count: int) -> list[str]:
 
 
 def read_streams(file: BinaryIO, offset: int, segments: int, codes_bytes: int) -> NDArray[np.unsignedinteger]:
-    """Read the words of each stream of a compressed block, one stream per segment; together they must fill the block.
+    """Read the words of each stream of a compressed block, one stream per segment. Together they must fill the block.
 
     offset: of the block's first member. Raises ValueError.
     """

@@ -1,7 +1,7 @@
-"""Writing shards: blocks first, each whole or absent, then the tar, then its completion mark, then the dataset.
+"""Writing shards: atomic blocks first, then the tar, then its completion mark, then the dataset.
 
-Every file is written beside its place, fsynced and renamed. A block's bytes depend on its utterances alone, a shard's
-on its blocks: whoever writes them, and however often a run is killed, they are the same.
+Every file is written under a temporary name, fsynced and renamed. A block's bytes depend only on its utterances, a
+shard's only on its blocks. They are identical for every writer and any number of interruptions.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from codecssl.tokenize.format.records import EncodedUtterance, Failure
 
 
 def tidy(root: Path) -> None:
-    """Remove what killed runs left behind in a dataset whose shards are all finished."""
+    """Remove leftovers of killed runs from a dataset whose shards are all finished."""
     shutil.rmtree(root / "work", ignore_errors=True)
     for path in temporaries(root) + temporaries(root / "shards"):
         path.unlink(missing_ok=True)
 
 
 def to_json(value: object, indent: int | None = 1) -> bytes:
-    """JSON in UTF-8, the same bytes for the same value."""
+    """Serialize to JSON in UTF-8, deterministically."""
     return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode()
 
 
@@ -59,13 +59,13 @@ def to_json(value: object, indent: int | None = 1) -> bytes:
 
 
 class ShardWriter:
-    """Collects one shard, block by block. Blocks that an earlier run finished are found again by `done`.
+    """Collects one shard, block by block. `done` restores the blocks that an earlier run finished.
 
-    With `compress` the codes are compressed when the shard is finished, by tables made from all of its codes: until
-    then its blocks are those of any shard.
+    With `compress`, the codes are compressed when the shard is finished, with tables fitted to all of its codes.
+    Until then its blocks are the same as without.
 
-    work/00007/0000-0128.block holds block 0, made of inputs 0..127 of the shard; beside it a .json with its place and
-    the failures among those inputs.
+    work/00007/0000-0128.block holds block 0, made of inputs 0..127 of the shard. The .json file of the same name
+    holds its place and the failures among those inputs.
     """
 
     def __init__(self, root: Path, shard: int, card: CodecCard, *, compress: bool = False) -> None:
@@ -94,9 +94,9 @@ class ShardWriter:
     def add_block(
         self, inputs: int, utterances: list[EncodedUtterance], failures: list[Failure], inputs_sha256: str | None = None
     ) -> None:
-        """Write the next block durably; `inputs` counts the utterances and the failures.
+        """Write the next block durably. `inputs` counts the utterances and the failures.
 
-        inputs_sha256: over all inputs of the shard so far; whoever goes on compares it.
+        inputs_sha256: over all inputs of the shard so far. A resumed run compares it.
         """
         block = len(self.parts)
         content, place = block_bytes(self._key(block), utterances, self.card) if utterances else (b"", {"count": 0})
@@ -113,10 +113,10 @@ class ShardWriter:
         self.parts.append(part)
 
     def finish(self, inputs_sha256: str) -> None:
-        """Join the blocks into the tar, make it durable, and write its completion mark."""
+        """Join the blocks into the tar, make it durable and write its completion mark."""
         target = shard_path(self.root, self.shard)
         target.parent.mkdir(exist_ok=True)
-        for left in target.parent.glob(f".{target.name}.*.tmp"):  # by a kill
+        for left in target.parent.glob(f".{target.name}.*.tmp"):  # from a killed run
             left.unlink()
         digest, blocks, offset = hashlib.sha256(), [], 0
         with atomic_file(target) as file:
@@ -143,7 +143,7 @@ class ShardWriter:
         shutil.rmtree(self.folder, ignore_errors=True)  # a sibling may tidy up at the same time
 
     def _contents(self) -> Iterator[tuple[bytes, Place | None]]:
-        """What the tar consists of; with each block its place."""
+        """Yield the parts of the tar, and for each block its place."""
         if self.compress:
             yield from self._compressed()
         else:
@@ -171,12 +171,12 @@ class ShardWriter:
         return content
 
     def _blocks(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The blocks that hold utterances; in others every input failed."""
+        """Yield the blocks that hold utterances. In the other blocks every input failed."""
         return ((block, part) for block, part in enumerate(self.parts) if part["count"])
 
 
 def _moved(place: Place, offset: int) -> dict[str, int]:
-    """The place of a block whose members begin at `offset` of the tar."""
+    """Return the place of a block whose members begin at `offset` of the tar."""
     names = ("codes_bytes", "count", "crc32", "packed_crc32")
     kept = {name: place[name] for name in names if name in place}
     return {"offset": offset, "codes_offset": offset + place["codes_offset"]} | kept
@@ -186,10 +186,10 @@ def _moved(place: Place, offset: int) -> dict[str, int]:
 
 
 def finish_dataset(root: Path, header: dict[str, Any], shards: int) -> dict[str, Any]:
-    """Write index.npy, blocks.npy, failed.jsonl and, last, dataset.json; return the totals.
+    """Write index.npy, blocks.npy, failed.jsonl and, last, dataset.json. Return the totals.
 
-    `header` holds what the run knows (codec, sources, sizes). One shard's mark is in memory at a time. Idempotent: two
-    tasks that finish at once write the same.
+    `header` holds the fields known to the run (codec, sources, sizes). Only one shard's mark is in memory at a time.
+    The function is idempotent: two tasks that finish at once write the same.
     """
     card = CodecCard.from_dict(header["codec"])
     totals = dict.fromkeys(("inputs", "utterances", "frames", "samples", "bytes"), 0)
@@ -218,7 +218,7 @@ def _marks(root: Path, shards: int) -> Iterator[dict[str, Any]]:
 
 
 def _write_index(root: Path, shards: int, card: CodecCard, utterances: int, blocks: int) -> None:
-    """index.npy and blocks.npy. The frames pass through a file: how wide they are is known at the end."""
+    """Write index.npy and blocks.npy. The frames pass through a file, because their dtype is known only at the end."""
     first = largest = 0
     with TemporaryFile(dir=root, prefix=".", suffix=".tmp") as passed, atomic_file(root / "blocks.npy") as rows:
         _write_npy_header(rows, BLOCK, blocks)

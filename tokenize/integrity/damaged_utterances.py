@@ -1,4 +1,4 @@
-"""Which utterances of a damaged block are damaged, as far as their own bytes show it: the crc32 is the block's."""
+"""Locates damaged utterances within a damaged block, as far as their own bytes show it. The crc32 covers the block."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Numbers = Mapping[str, NDArray[Any]]
 def suspects(
     codes: NDArray[np.uint8], numbers: Numbers, card: CodecCard, coder: Coder | None
 ) -> Iterator[tuple[int, int, int, str]]:
-    """(place in the block, first byte, last byte + 1, what is wrong) of utterances that are surely damaged.
+    """Yield (place in the block, first byte, last byte + 1, description) of utterances that are certainly damaged.
 
-    codes: KEY.codes; coder: of a compressed shard. A flipped bit that turns a code into another valid one shows
-    nowhere but in the block's crc32.
+    codes: KEY.codes. coder: of a compressed shard. A flipped bit that turns a code into another valid one is detected
+    only by the block's crc32.
     """
     frames = card.frames_of(numbers["samples"].astype(np.int64))
     ends = np.cumsum(stored_bytes(numbers, frames, card))
@@ -35,7 +35,7 @@ def suspects(
 
 
 def _packed(own: NDArray[np.uint8], frames: int, card: CodecCard) -> str:
-    """A code too large for its codebook, or bits set where nothing is stored."""
+    """Detect a code too large for its codebook, or set bits in the padding."""
     offset = 0
     for k, (bits, rate, size) in enumerate(zip(card.code_bits, card.codes_per_frame, card.codebook_sizes)):
         stored = own[offset : offset + packed_size(frames * rate, bits)]
@@ -49,7 +49,7 @@ def _packed(own: NDArray[np.uint8], frames: int, card: CodecCard) -> str:
 
 
 def _compressed(own: NDArray[np.uint8], frames: int, card: CodecCard, coder: Coder, streams: Iterator[int]) -> str:
-    """A stream that is not what its codes give when they are coded again: each code sequence has one stream."""
+    """Detect a stream that differs from its re-encoded codes. Each code sequence has exactly one stream."""
     offset, wrong = 0, ""
     for segment, first in enumerate(range(0, frames, SEGMENT_FRAMES)):
         size = 4 * next(streams)
@@ -64,5 +64,5 @@ def _is_canonical(words: NDArray[np.uint32], frames: int, card: CodecCard, coder
     try:
         planes = coder.decode(words, frames, card.num_codebooks)
         return np.array_equal(coder.encode(planes), words)
-    except Exception:  # the coder refuses what no codes give
+    except Exception:  # the coder rejects streams that it cannot have written
         return False

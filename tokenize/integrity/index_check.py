@@ -1,4 +1,4 @@
-"""index.npy, blocks.npy, failed.jsonl and the sums of dataset.json, compared with the shards that they are made of."""
+"""Comparison of index.npy, blocks.npy, failed.jsonl and the totals of dataset.json with the shards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NARROW, WIDE = np.dtype("<u2"), np.dtype("<u4")
 
 
 class SideFiles:
-    """Takes the checked shards in order, then says what is wrong beside them."""
+    """Takes the checked shards in order, then reports damage of the files derived from them."""
 
     def __init__(self, root: Path) -> None:
         self.index = Expected(root / "index.npy")
@@ -37,10 +37,10 @@ class SideFiles:
         self.recorded, self.actual = hashlib.sha256(), hashlib.sha256()
         self.doubtful: list[Damage] = []
         self.lost = False
-        """After a shard whose mark is damaged nobody can tell what belongs where."""
+        """Set after a shard with a damaged mark: the following positions are unknown."""
 
     def take(self, checked: Checked) -> None:
-        """Compare with what the next shard says."""
+        """Compare the side files with the next shard."""
         mark = checked.mark
         if mark is None or any(damage.file.endswith(".json") for damage in checked.damages):
             self.lost = True
@@ -69,13 +69,13 @@ class SideFiles:
         self.utterances += place["count"]
 
     def settle(self, damages: Sequence[Damage], header: dict[str, Any] | None) -> list[Damage]:
-        """Where a tar and its mark differ in the sha256 and all else is right, dataset.json says which to believe."""
+        """If a tar and its mark differ only in the sha256, decide with dataset.json which one is damaged."""
         if self.lost or header is None or header["sha256"] != self.actual.hexdigest():
             return list(damages)
         return [_of_the_mark(damage) if damage in self.doubtful else damage for damage in damages]
 
     def finish(self, header: dict[str, Any] | None, card: CodecCard) -> Iterator[Damage]:
-        """What is wrong with the files; with their ends and sums only where all shards could be counted."""
+        """Yield damages of the files. Their ends and totals are checked only if all shards could be counted."""
         if not self.lost:
             self.index.end_array(WIDE if self.longest >= 1 << 16 else NARROW, self.utterances)
             self.blocks.end_array(BLOCK, self.blocks_seen)
@@ -102,7 +102,7 @@ def _of_the_mark(damage: Damage) -> Damage:
 
 
 class Expected:
-    """A file whose bytes are known, piece by piece. The first difference is kept as `damage`."""
+    """A file with known content, compared piece by piece. The first difference is kept as `damage`."""
 
     def __init__(self, path: Path) -> None:
         self.name, self.at = path.name, 0
@@ -119,7 +119,7 @@ class Expected:
         self.damage = self.damage or Damage(file=self.name, what=what, **place)
 
     def compare(self, expected: bytes) -> None:
-        """The next bytes of the file must be these."""
+        """Compare the next bytes of the file with these."""
         if self.damage:
             return
         found = self.file.read(len(expected))
@@ -130,20 +130,20 @@ class Expected:
         self.at += len(expected)
 
     def skip(self, size: int) -> None:
-        """Leave out bytes that nobody knows."""
+        """Skip bytes with unknown content."""
         if not self.damage:
             self.at += size
             self.file.seek(self.at)
 
     def end(self) -> None:
-        """Nothing may follow."""
+        """Check that the file ends here."""
         if not self.damage and self.file.read(1):
             self._damaged(f"goes on after offset {self.at}, where the shards end", start=self.at)
 
     # ------------------------------------------------------------ .npy
 
     def open_array(self, kinds: Sequence[np.dtype[Any]]) -> np.dtype[Any]:
-        """Read the header of a .npy file; its data, one of `kinds`, follows."""
+        """Read the header of a .npy file. Its data, of one of `kinds`, follows."""
         if self.damage:
             return kinds[0]
         magic = self.file.read(10)
@@ -151,7 +151,7 @@ class Expected:
         self.header = self.file.read(self.at - 10).decode("latin1")
         try:
             described = np.lib.format.descr_to_dtype(ast.literal_eval(self.header.strip())["descr"])
-        except Exception:  # the header is Python: a flipped bit can be any error
+        except Exception:  # the header is a Python literal: a flipped bit can raise any error
             described = None
         if magic[:8] == NPY_MAGIC and described is not None and described in kinds:
             return described
@@ -159,7 +159,7 @@ class Expected:
         return kinds[0]
 
     def end_array(self, kind: np.dtype[Any], count: int) -> None:
-        """Nothing may follow, and the header must be that of `count` values of this kind."""
+        """Check that the file ends here and that its header describes `count` values of this kind."""
         self.end()
         if self.damage:
             return

@@ -1,4 +1,4 @@
-"""A few utterances of a dataset encoded again: are the codes those of their audio?"""
+"""Re-encodes a few utterances of a dataset and compares their codes with the stored ones."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from codecssl.tokenize.shards import Shards, Utterance
 from codecssl.tokenize.sources.sources import Input, is_stream, read_sources
 
 READ = 64
-"""Utterances that are read."""
+"""Number of utterances to read."""
 FOREIGN = 0.1
-"""Share of differing codes in the coarsest codebook above which rounding cannot be the reason."""
+"""Share of differing codes in the coarsest codebook above which rounding cannot be the cause."""
 
 
 def read_some(root: Path) -> Iterator[Damage]:
-    """Read some utterances as a trainer does: a code must be below its codebook's size."""
+    """Read some utterances as training does. Each code must be below its codebook's size."""
     shards = Shards(root, check=False)
     for index in _spread(len(shards), READ):
         try:
@@ -44,7 +44,7 @@ def read_some(root: Path) -> Iterator[Damage]:
 
 
 def coder_agrees(root: Path) -> Iterator[Damage]:
-    """Do the codes of a compressed dataset's first block come back? Another version of the coder might give others."""
+    """Check that a compressed dataset's first block decompresses correctly. Another coder version might differ."""
     shards = Shards(root)
     if not shards.compressed or not len(shards):
         return
@@ -56,7 +56,7 @@ def coder_agrees(root: Path) -> Iterator[Damage]:
         codes = file.read(place["codes_bytes"])
     try:
         found = zlib.crc32(packed_again(codes, numbers, read_coder(tar, shards.card), shards.card))
-    except AssertionError:  # the coder refuses what no codes give
+    except AssertionError:  # the coder rejects streams that it cannot have written
         found = None
     if found != place["packed_crc32"]:
         what = "its first block does not decompress to the codes that were compressed"
@@ -64,7 +64,7 @@ def coder_agrees(root: Path) -> Iterator[Damage]:
 
 
 def _spread(count: int, wanted: int) -> list[int]:
-    """Up to `wanted` of `count` places, evenly spread."""
+    """Return up to `wanted` of `count` positions, evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(wanted, count)).round().astype(int)).tolist() if count else []
 
 
@@ -76,10 +76,10 @@ def _damage(shards: Shards, index: int, what: str) -> Damage:
 
 
 def spot_check(root: Path, plan: dict[str, Any], count: int, weights: str | None) -> tuple[list[Damage], list[str]]:
-    """Encode `count` utterances, evenly spread, again: (damages, notes for the user).
+    """Encode `count` evenly spread utterances again. Return (damages, notes for the user).
 
-    What cannot be done here (no weights, no sources, a source that changed) is a note. So is a small share of
-    differing codes: another processor or library rounds otherwise. Codes of other audio are a damage.
+    A check that is impossible here (no weights, no sources, a changed source) is a note. A small share of differing
+    codes is also a note, because other processors and libraries round differently. Codes of other audio are a damage.
     """
     shards = Shards(root)
     device = "cuda" if shards.card.policies.get("device", "cpu").startswith("cuda") else "cpu"
@@ -103,7 +103,7 @@ def _available(device: str) -> str:
 
 
 def _picked(shards: Shards, plan: dict[str, Any], count: int) -> Iterator[tuple[Utterance, Input]]:
-    """Utterances and the inputs that they were made of. Sources are walked in the shards' order, once."""
+    """Yield utterances and their inputs. The sources are listed once, in the shards' order."""
     sources = list(plan.get("sources", []))
     if not sources:
         raise UserError("the dataset was made of codes, not of audio")
@@ -154,7 +154,7 @@ class _SpotCheck:
             self.damages.append(_damage(self.shards, utterance.index, what))
 
     def summary(self) -> str:
-        """One line: how many utterances, how many codes differ and, where some do, with which versions."""
+        """One-line summary: the numbers of utterances and differing codes and, if any differ, the versions."""
         line = f"{self.encoded} utterances encoded again: {self.differing} of {self.codes} codes differ"
         if not self.differing:
             return line

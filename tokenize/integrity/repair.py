@@ -1,7 +1,7 @@
-"""`codecssl-tokenize repair`: damaged shards are encoded again from their sources; whole ones stay as they are.
+"""`codecssl-tokenize repair`: damaged shards are encoded again from their sources; intact ones stay unchanged.
 
-What is damaged waits in DIR/damaged until the new shard is whole. dataset.json goes there first, so that nobody reads
-a dataset in the making. A repair that was interrupted goes on when it is run again.
+Damaged files are kept in DIR/damaged until the new shard is complete. dataset.json is moved there first, so nobody
+reads a dataset under repair. An interrupted repair resumes when it is run again.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def repair(
     weights: str | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> list[str]:
-    """Repair a dataset. Return one line for each thing done; [] if it was whole.
+    """Repair a dataset. Return one line per action; [] if it was intact.
 
-    report: called with the number of checked shards; progress: called while encoding; workers: as in TokenizeConfig;
+    report: called with the number of checked shards. progress: called while encoding. workers: as in TokenizeConfig.
     weights: of the codec, if they have moved. Raises UserError, and changes nothing, if the sources or the codec are
     missing or differ from those that wrote the dataset.
     """
@@ -58,7 +58,7 @@ def repair(
         aside.take(state)
         from codecssl.tokenize.run import run
 
-        run(config, progress, compare=False)  # what is whole needs no source
+        run(config, progress, compare=False)  # intact shards need no source
     elif state.files:
         if "plan.json" in state.files:
             write_atomic(root / "plan.json", to_json(sealed(state.plan)))
@@ -73,17 +73,17 @@ def repair(
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """What is to be done."""
+    """Required repair steps."""
 
     plan: dict[str, Any]
     damaged: list[int]
-    """Shards that are there and damaged."""
+    """Shards that exist and are damaged."""
     unsure: list[int]
-    """Those among them whose mark is damaged: what it says is not to be believed."""
+    """The damaged shards whose mark is damaged: its content is unreliable."""
     files: list[str]
-    """Beside the shards, to be written again."""
+    """Files other than shards, to be written again."""
     finished: bool
-    """dataset.json is there: else there may be shards that nobody has begun."""
+    """True if dataset.json exists. Otherwise some shards may not have been started."""
 
     @property
     def card(self) -> CodecCard:
@@ -91,7 +91,7 @@ class State:
 
 
 def find_damage(root: Path, report: Report) -> State:
-    """Check a dataset, also one whose run or repair did not end. Raises UserError where nobody can tell what it is."""
+    """Check a dataset, even one with an unfinished run or repair. Raises UserError if it cannot be identified."""
     if not (root / "dataset.json").exists():
         return _unfinished(root, report)
     found, said = examine(root, report=report).damages, read_statements(root)
@@ -129,7 +129,7 @@ def _unfinished(root: Path, report: Report) -> State:
 
 
 def _config(root: Path, state: State, workers: int | None, weights: str | None) -> TokenizeConfig:
-    """The run that wrote the dataset, in one task."""
+    """Configuration of the run that wrote the dataset, as one task."""
     from codecssl.tokenize.config import TokenizeConfig
 
     card, plan = state.card, state.plan
@@ -150,7 +150,7 @@ def _config(root: Path, state: State, workers: int | None, weights: str | None) 
 
 
 def _check_codec(root: Path, state: State, config: TokenizeConfig, weights: str | None) -> CodecCard:
-    """The card of the codec as it is here."""
+    """Return the card of the local codec."""
     import torch
 
     if config.device != "cpu" and not torch.cuda.is_available():
@@ -162,10 +162,10 @@ def _check_codec(root: Path, state: State, config: TokenizeConfig, weights: str 
 
 
 def _check_sources(root: Path, aside: Aside, state: State) -> None:
-    """Are all inputs still there that whole and damaged shards were made of? Walks the sources once."""
+    """Check that all inputs of intact and damaged shards still exist. Lists the sources once."""
     sources, size = list(state.plan["sources"]), state.plan["shard_inputs"]
     if any(is_stream(source) for source in sources):
-        return  # to list them would mean to fetch them
+        return  # listing them would fetch them
     missing: list[str] = []
     again = {*state.damaged, *aside.begun}
     try:
@@ -186,7 +186,7 @@ def _check_sources(root: Path, aside: Aside, state: State) -> None:
 def _missing(
     root: Path, shard: int, inputs: Iterator[Input], mark: dict[str, Any] | None, encode: bool
 ) -> Iterator[str]:
-    """Files of a shard to be encoded that are not there, but for those that could not be read in the first place."""
+    """Yield missing files of a shard to encode, except those that could not be read originally."""
     failed = {row["id"] for row in mark["failed"]} if mark else set()
     digest = hashlib.sha256()
     for item in inputs:
@@ -202,7 +202,7 @@ def _missing(
 
 
 class Aside:
-    """DIR/damaged. Its shards.json lists the shards of a repair that has not ended."""
+    """The folder DIR/damaged. Its shards.json lists the shards of an unfinished repair."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.folder = root, root / "damaged"
@@ -213,7 +213,7 @@ class Aside:
         return self.folder / shard_path(self.root, shard).name
 
     def mark(self, shard: int) -> dict[str, Any] | None:
-        """What a shard's mark said before; None where it is lost."""
+        """Return the previous mark of a shard; None if it is lost."""
         for path in (self.tar(shard), shard_path(self.root, shard)):
             mark = _read(path.with_suffix(".json"))
             if mark and mark.get("shard") == shard and {"failed", "inputs_sha256"} <= mark.keys():
@@ -221,7 +221,7 @@ class Aside:
         return None
 
     def take(self, state: State) -> None:
-        """Move what is damaged here, in an order in which no interruption loses anything."""
+        """Move damaged files here, in an order in which no interruption loses anything."""
         self.folder.mkdir(exist_ok=True)
         if "plan.json" in state.files:
             write_atomic(self.root / "plan.json", to_json(sealed(state.plan)))
@@ -239,7 +239,7 @@ class Aside:
             sync_folder(self.root / "shards")
 
     def settle(self, state: State, here: CodecCard) -> Iterator[str]:
-        """A line for each new shard; what was damaged goes, but where the new one is not what it was."""
+        """Yield a line per new shard. Remove the damaged files, unless the new shard differs from the original."""
         before, now = (_read(folder / "dataset.json") or {} for folder in (self.folder, self.root))
         for shard in self.begun:
             kept, name = self.tar(shard), f"shard {shard:05d}: encoded again"
@@ -279,7 +279,7 @@ def _begun(path: Path) -> list[int]:
 
 
 def _move(path: Path, target: Path) -> None:
-    if target.exists():  # of an earlier repair: that is what was there first
+    if target.exists():  # from an earlier repair: that is the original
         path.unlink(missing_ok=True)
     elif path.exists():
         path.replace(target)
@@ -293,5 +293,5 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _sources_of(tar: Path) -> dict[str, bytes]:
-    """The sources' sha256 by id, of the blocks that can be read."""
+    """Return the sources' sha256 by id, from the readable blocks."""
     return source_hashes((tar, place["offset"]) for place in (_read(tar.with_suffix(".json")) or {}).get("blocks", []))

@@ -1,4 +1,4 @@
-"""One shard, byte by byte: its mark, its tar's sha256, each block's codes and columns, and where the damage lies."""
+"""Full check of one shard: its mark, its tar's sha256, each block's codes and columns, and the location of damage."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ MARK: dict[str, type] = {
     **dict.fromkeys(("sha256", "inputs_sha256"), str),
     **dict.fromkeys(("blocks", "failed"), list),
 }
-"""What a mark holds."""
+"""Fields of a mark."""
 PLACE = ("offset", "codes_offset", "codes_bytes", "count", "crc32")
-"""What it holds of every block."""
+"""Fields of a mark for each block."""
 NAMED = 3
-"""Utterances of a damaged block that are told at most."""
+"""Maximum number of reported utterances in a damaged block."""
 
 Columns = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """One thing that is not as it was written."""
+    """One deviation from the written data."""
 
     file: str
-    """Relative to the dataset's folder."""
+    """Path relative to the dataset's folder."""
     what: str
     shard: int | None = None
-    """The shard to be encoded again; None where a file beside the shards is damaged."""
+    """Shard to encode again; None if the damaged file is not part of a shard."""
     block: int | None = None
     start: int | None = None
     stop: int | None = None
-    """The damage lies in bytes start..stop - 1 of `file`, where that can be told."""
+    """The damage lies in bytes start..stop - 1 of `file`, if known."""
 
     def __str__(self) -> str:
         if self.shard is None:
@@ -67,30 +67,30 @@ class Damage:
 
 @dataclass(kw_only=True)
 class Checked:
-    """What a shard says of itself, and what is wrong with it."""
+    """The content of a shard's metadata, and its damages."""
 
     shard: int
     mark: dict[str, Any] | None = None
-    """None when it is missing or damaged."""
+    """Mark of the shard; None if it is missing or damaged."""
     sha256: str = ""
-    """Of the tar as it is."""
+    """sha256 of the actual tar."""
     frames: list[NDArray[np.integer] | None] = field(default_factory=list)
-    """Per block, the frames of its utterances; None where they cannot be read."""
+    """Frames of the utterances, per block; None if they cannot be read."""
     damages: list[Damage] = field(default_factory=list)
     doubtful: bool = False
-    """Nothing is wrong but the tar's sha256: the tar is damaged in an idle byte, or its mark in the sha256."""
+    """True if only the tar's sha256 differs: an unused byte of the tar is damaged, or the mark's sha256."""
 
 
 def check_shard(root: Path, shard: int, card: CodecCard, version: int) -> Checked:
-    """Read a whole shard, in bounded memory. Damage becomes rows of the result, never an exception.
+    """Read a whole shard in bounded memory. Damage is returned in the result and never raises an exception.
 
-    version: of the format, that the mark must say.
+    version: format version that the mark must contain.
     """
     return _Check(root, shard, card, version).run()
 
 
 def read_document(path: Path, indent: int | None = 1) -> dict[str, Any]:
-    """A JSON file of ours. Raises UserError when any byte of it is not as our writer would write it."""
+    """Read a JSON file of the format. Raises UserError if any byte differs from the writer's output."""
     value = load_json(path)
     content = path.read_bytes()
     if to_json(json.loads(content), indent) != content:
@@ -182,7 +182,7 @@ class _Check:
         self._damaged(self.tar, what, block=number, start=start, stop=stop)
 
     def _check_mel(self, file: BinaryIO, number: int, place: dict[str, int], columns: Columns) -> None:
-        """The log-mel planes of a damaged tar, utterance by utterance."""
+        """Check the log-mel planes of a damaged tar, utterance by utterance."""
         ids, numbers = columns[0]["id"], columns[1]
         frames = self.card.frames_of(numbers["samples"].astype(np.int64)).tolist()
         at = mel_offset(place["codes_offset"], place["codes_bytes"])
@@ -202,7 +202,7 @@ class _Check:
             at += count * bands
 
     def _check_columns(self, file: BinaryIO, number: int, place: dict[str, int], whole: bool) -> Columns | None:
-        """The columns of a block, unless they are damaged or do not fit its codes."""
+        """Return the columns of a block, unless they are damaged or do not fit its codes."""
         start, stop = place["offset"], place["codes_offset"]
         try:
             columns = read_columns(file, start)
@@ -210,7 +210,7 @@ class _Check:
             stored = stored_bytes(columns[1], frames, self.card)
             fits = len(columns[0]["id"]) == len(frames) == place["count"] and stored.sum() == place["codes_bytes"]
             problem = "" if fits else f"it does not fit {place['count']} utterances of {place['codes_bytes']} bytes"
-        except Exception as error:  # a flipped bit can break any layer of tar, zip, gzip or JSON
+        except Exception as error:  # a flipped bit can break any layer: tar, zip, gzip, JSON
             problem = type(error).__name__
         if not problem:
             self.found.frames.append(frames)
@@ -226,7 +226,7 @@ class _Check:
         return None
 
     def _named(self, place: dict[str, int], columns: Columns) -> str:
-        """The utterances of a damaged block whose own bytes show it."""
+        """List the utterances of a damaged block whose own bytes show the damage."""
         text, numbers = columns
         codes = np.memmap(self.tar, np.uint8, "r", place["codes_offset"], (place["codes_bytes"],))
         try:
@@ -239,7 +239,7 @@ class _Check:
         return "".join(f"; utterance {each}" for each in named)
 
     def _check_tables(self, mark: dict[str, Any]) -> None:
-        """The tables at the beginning of a compressed shard."""
+        """Check the tables at the beginning of a compressed shard."""
         stop = mark["blocks"][0]["offset"] if mark["blocks"] else 0
         if not stop:
             return
@@ -249,7 +249,7 @@ class _Check:
             self._damaged(self.tar, f"tables damaged between offsets 0 and {stop}", start=0, stop=stop)
 
     def _check_members(self, file: BinaryIO, end: int) -> None:
-        """Find damage that no block shows: in a tar header, in a filling, or in the zeros at the end."""
+        """Find damage outside the blocks' content: in a tar header, in padding, or in the zeros at the end."""
         offset = 0
         while offset < end - 2 * tarfile.BLOCKSIZE:
             file.seek(offset)
@@ -271,7 +271,7 @@ class _Check:
             self._damaged(self.tar, f"filling damaged at offset {place}", start=place, stop=place + 1)
 
     def _check_counts(self, mark: dict[str, Any]) -> None:
-        """The counts of a mark against those of its tar, which is whole."""
+        """Compare the counts of a mark with those of its intact tar."""
         frames = [f for f in self.found.frames if f is not None]
         counts = {"utterances": sum(map(len, frames)), "frames": int(sum(f.sum() for f in frames))}
         for key, count in (counts | {"samples": self.samples}).items():
@@ -280,7 +280,7 @@ class _Check:
 
 
 def _misfit(mark: dict[str, Any]) -> str:
-    """What is wrong with the form of a mark, or ""."""
+    """Describe an error in the form of a mark, or return ""."""
     if odd := sorted(MARK.keys() ^ mark.keys()):
         return f"{'no' if odd[0] in MARK else 'unknown'} {odd[0]!r}"
     for key, kind in MARK.items():
@@ -299,7 +299,7 @@ def _misfit(mark: dict[str, Any]) -> str:
 
 
 def sums_of(path: Path, blocks: Sequence[dict[str, int]]) -> tuple[str, list[int]]:
-    """The sha256 of a file, and the crc32 of each block's codes in it, in one pass."""
+    """Compute the sha256 of a file and the crc32 of each block's codes in one pass."""
     digest, sums, at = hashlib.sha256(), [], 0
     with path.open("rb") as file:
         for place in blocks:

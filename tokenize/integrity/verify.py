@@ -1,7 +1,7 @@
-"""`codecssl-tokenize verify`: is every byte of a dataset what was written, and is every input accounted for?
+"""`codecssl-tokenize verify`: checks that every byte of a dataset is as written, and every input is accounted for.
 
-Each tar has its sha256 and each block its crc32; the files beside the shards hold nothing that the shards do not, and
-are compared with them as they pass. Everything is read once, in bounded memory.
+Each tar has its sha256 and each block its crc32. The other files only repeat data of the shards and are compared with
+them while these are read. Everything is read once, in bounded memory.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from codecssl.tokenize.sources.sources import read_source
 __all__ = ["Damage", "Findings", "examine"]
 
 OWN = ("format", "format_version", "sha256", "totals")
-"""What dataset.json holds beside the plan."""
+"""Fields of dataset.json in addition to the plan."""
 
 MOST_MISSING = 10_000
-"""Shards that may be missing: each one is reported."""
+"""Maximum number of missing shards; each one is reported."""
 
 STDIN = "stdin.jsonl"
 MADE = ("codec", "sources", "compression", "mel")
-"""And all that it holds of a plan where the codes came from elsewhere."""
+"""All plan fields of dataset.json if the codes were imported."""
 
 Report = Callable[[int, int], None]
-"""(shards checked, shards in all)."""
+"""Callback with (shards checked, total shards)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """Damages, none in a whole dataset, and what a user may want to know beside."""
+    """Damages, none in an intact dataset, and additional notes for the user."""
 
     damages: list[Damage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -48,9 +48,9 @@ class Findings:
 def examine(
     root: Path, *, sample: int = 0, weights: str | None = None, report: Report = lambda done, total: None
 ) -> Findings:
-    """Check everything; of a whole dataset also encode `sample` utterances again, where codec and sources are at hand.
+    """Check everything. For an intact dataset, also encode `sample` utterances again if codec and sources exist.
 
-    `weights`: of the codec, where they have moved. Raises UserError when `root` is no finished dataset.
+    `weights`: of the codec, if they have moved. Raises UserError if `root` is not a finished dataset.
     """
     said = read_statements(root)
     if said.plan is None:
@@ -78,7 +78,7 @@ def examine(
 
 
 def _check_list(root: Path, said: Statements) -> list[Damage]:
-    """The list that came on standard input, where the dataset was made of one, against the marks."""
+    """Compare the input list that was read from standard input, if the dataset was made of one, with the marks."""
     plan = said.plan or {}
     sources = plan.get("sources", [])
     if len(sources) != 1 or Path(sources[0]).name != STDIN or not plan.get("shard_inputs"):
@@ -100,7 +100,7 @@ def _check_list(root: Path, said: Statements) -> list[Damage]:
 
 @dataclass(frozen=True, kw_only=True)
 class Statements:
-    """dataset.json and plan.json; None where one is missing or damaged."""
+    """dataset.json and plan.json; None if one is missing or damaged."""
 
     header: dict[str, Any] | None
     begun: dict[str, Any] | None
@@ -108,19 +108,19 @@ class Statements:
 
     @property
     def plan(self) -> dict[str, Any] | None:
-        """What the run was asked for, by the one that can be read."""
+        """The plan of the run, from the readable file."""
         if self.begun is not None:
             return self.begun
         return None if self.header is None else plan_of(self.header)
 
     @property
     def agree(self) -> bool:
-        """Whether the two say the same, as far as both can be read."""
+        """Return True if the two files agree, as far as both can be read."""
         return self.begun is None or self.header is None or self.begun == plan_of(self.header)
 
     @property
     def version(self) -> int:
-        """Of the format, as the writer chooses it."""
+        """Format version, as the writer chooses it."""
         for value in (self.header, self.begun):
             if value is not None and value.get("format_version") == (version := version_of(value)):
                 return version
@@ -128,32 +128,32 @@ class Statements:
 
     @property
     def shards(self) -> int:
-        """Shards that there must be."""
+        """Expected number of shards."""
         if self.header is not None and shards_of(self.header) in (None, self.header["totals"]["shards"]):
             return int(self.header["totals"]["shards"])
         return shards_of(self.plan or {}) or 0
 
 
 def version_of(plan: dict[str, Any]) -> int:
-    """The format version of a plan's dataset."""
+    """Format version of a plan's dataset."""
     return FORMAT_VERSION if plan.get("compression") else 1
 
 
 def shards_of(plan: dict[str, Any]) -> int | None:
-    """How many shards a plan makes; None where its inputs were not counted."""
+    """Number of shards of a plan; None if its inputs were not counted."""
     inputs, size = plan.get("inputs"), plan.get("shard_inputs")
     return -(-inputs // size) if isinstance(inputs, int) and isinstance(size, int) and size > 0 else None
 
 
 def plan_of(header: dict[str, Any]) -> dict[str, Any]:
-    """The plan, as dataset.json repeats it."""
+    """Extract the plan from dataset.json."""
     return {key: value for key, value in header.items() if key not in OWN}
 
 
 def read_statements(root: Path) -> Statements:
-    """Raises UserError when `root` is no finished dataset, or one of a newer format."""
+    """Read both files. Raises UserError if `root` is not a finished dataset or has a newer format."""
     if not (root / "dataset.json").exists():
-        read_header(root)  # tells why
+        read_header(root)  # raises with the reason
     read, damages = {}, []
     for name in ("dataset.json", "plan.json"):
         try:
@@ -183,7 +183,7 @@ def read_statements(root: Path) -> Statements:
 def _without_odd_keys(
     header: dict[str, Any] | None, begun: dict[str, Any] | None, damages: list[Damage]
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The statements, but for one that has a key which the other lacks."""
+    """Return both files' contents, with None for one that has a key which the other lacks."""
     if header is None:
         return header, begun
     own = plan_of(header).keys()
@@ -215,6 +215,6 @@ def _read_statement(path: Path) -> dict[str, Any]:
 
 
 def _card(root: Path, said: Statements) -> CodecCard:
-    """The codec card; where dataset.json and plan.json differ, the one that fits the first shard better."""
+    """Read the codec card. If dataset.json and plan.json differ, use the one that fits the first shard better."""
     cards = [CodecCard.from_dict(value["codec"]) for value in (said.begun, said.header) if value is not None]
     return min(cards, key=lambda card: len(check_shard(root, 0, card, said.version).damages) if len(cards) > 1 else 0)

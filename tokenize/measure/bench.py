@@ -1,4 +1,4 @@
-"""`codecssl-tokenize bench`: our encoder beside the plain way, same audio and weights, in one run."""
+"""`codecssl-tokenize bench`: this encoder compared with the reference implementation, on the same audio and weights."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ ROUNDS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """What `codecssl-tokenize bench` was asked for."""
+    """Options of `codecssl-tokenize bench`."""
 
     sources: tuple[str, ...]
     codec: str = "tiny_16khz"
     num_codebooks: int | None = None
     device: str = "cpu"
     seconds: float = 120.0
-    """Of audio to use at most."""
+    """Maximum seconds of audio."""
     rounds: int = ROUNDS
-    """Each way runs so often, in turns; the fastest counts."""
+    """Runs of each method, interleaved; the fastest counts."""
 
 
 def bench(config: BenchConfig) -> Iterator[dict[str, Any]]:
-    """Yield one row per measurement: `what`, and what was measured, x real time where it is a speed."""
+    """Yield one row per measurement: `what` and the measured values. Speeds are multiples of real time."""
     device = Device(codec=config.codec, num_codebooks=config.num_codebooks, device=config.device)
     codec = device.load()
     began = time.perf_counter()
@@ -61,7 +61,7 @@ def bench(config: BenchConfig) -> Iterator[dict[str, Any]]:
 
 
 def table(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
-    """The rows as lines to print."""
+    """Format the rows as lines to print."""
     for row in rows:
         figures = []
         if "x_real_time" in row:
@@ -91,7 +91,7 @@ def _some_audio(config: BenchConfig, codec: Codec) -> Iterator[Heard]:
 
 
 def _shares(codec: Codec, heard: Sequence[Heard], reading: float, seconds: float) -> Iterator[dict[str, Any]]:
-    """Where one thread's time goes: reading, encoding, writing."""
+    """Measure the shares of one thread's time: reading, encoding, writing."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     encode_heard(codec, heard[:4])  # warm up
@@ -107,7 +107,7 @@ def _shares(codec: Codec, heard: Sequence[Heard], reading: float, seconds: float
 def _ways(
     config: BenchConfig, device: Device, codec: Codec, heard: Sequence[Heard]
 ) -> Iterator[tuple[str, Callable[[], float]]]:
-    """Name and function of each way to encode `heard`; the function returns the seconds that it took."""
+    """Yield the name and the function of each method to encode `heard`. The function returns its seconds."""
     cores = default_workers()
     waves = [torch.from_numpy(h.wave) for h in heard]
     if isinstance(codec, Reference):
@@ -132,7 +132,7 @@ def _with_threads(threads: int, work: Callable[[], Any]) -> float:
 
 
 def _in_turns(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The fastest of `rounds` runs of each way; in turns, so that a busy moment of the machine hits all alike."""
+    """Return the fastest of `rounds` runs of each method. The runs are interleaved, so load peaks affect all alike."""
     best: dict[str, float] = {}
     for _ in range(rounds):
         for name, way in ways.items():
@@ -141,7 +141,7 @@ def _in_turns(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, fl
 
 
 def _in_processes(device: Device, heard: Sequence[Heard], processes: int) -> float:
-    """Encode in worker processes; the time from when all are ready to when all are done."""
+    """Encode in worker processes. Return the time from all ready to all done."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(processes + 1)
     groups = [heard[i : i + GROUP_INPUTS] for i in range(0, len(heard), GROUP_INPUTS)]

@@ -1,7 +1,7 @@
-"""`codecssl-tokenize check-codec`: which codes change, on this device, with the batch, the cut or the implementation.
+"""`codecssl-tokenize check-codec`: codes that change on this device with batching, chunking or implementation.
 
-A residual quantizer amplifies near-ties: where a device rounds a batch otherwise than a single wave, some codes of the
-later codebooks flip. Shards are reproducible where `batched` and `chunked` are 0.
+A residual quantizer amplifies near-ties. If a device rounds a batch differently from a single wave, some codes of the
+later codebooks flip. Shards are reproducible if `batched` and `chunked` are 0.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from codecssl.tokenize.sources.sources import read_sources
 
 
 def check_codec(codec: Codec, waves: Sequence[Tensor], seed: int = 0) -> dict[str, Any]:
-    """The share of codes, per row, that differ from those of each wave encoded alone and whole.
+    """Return the share of codes, per row, that differ from those of each wave encoded alone and whole.
 
-    batched: all waves together; repeated: alone once more; chunked: the stream, pushed in random pieces;
-    plain: the reference implementation, where the codec names one.
+    batched: all waves together. repeated: alone a second time. chunked: streaming, pushed in random pieces.
+    plain: the reference implementation, if the codec has one.
     """
     alone = [codec.encode([wave])[0].codes.cpu() for wave in waves]
     found = {
@@ -44,7 +44,7 @@ def check_codec(codec: Codec, waves: Sequence[Tensor], seed: int = 0) -> dict[st
 
 
 def table(found: dict[str, Any]) -> list[str]:
-    """`check_codec`'s result as lines to print."""
+    """Format `check_codec`'s result as lines to print."""
     lines = [
         "{codec} on {device}, torch {torch}: {waves} waves, {frames} frames".format(**found),
         "codes that differ from those of a wave alone, by codebook, coarsest first:",
@@ -62,7 +62,7 @@ def table(found: dict[str, Any]) -> list[str]:
 
 
 def waves_of(sources: Sequence[str], card: CodecCard, seconds: float) -> list[Tensor]:
-    """Waves to check with: the sources' first files, or, without sources, noise and tones of many lengths."""
+    """Waves to check with: the sources' first files or, without sources, noise and tones of many lengths."""
     if not sources:
         return synthetic_waves(card)
     waves, had = [], 0.0
@@ -106,7 +106,7 @@ def _chunked(codec: Codec, wave: Tensor, seed: int) -> Tensor:
 
 
 def _differing(alone: Sequence[Tensor], other: Sequence[Tensor]) -> list[float]:
-    """Per row, the share of codes that differ. Raises UserError when the numbers of frames do."""
+    """Return the share of differing codes per row. Raises UserError if the numbers of frames differ."""
     for a, b in zip(alone, other, strict=True):
         if a.shape != b.shape:
             raise UserError(f"check-codec: {tuple(b.shape)} codes against {tuple(a.shape)} of the wave alone")

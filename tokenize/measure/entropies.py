@@ -6,18 +6,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 FOLDS = 10
-"""Parts of the utterances: the last is measured, the one before it sets the smoothing, the others are counted."""
+"""Parts of the utterances. The last is measured, the one before it sets the smoothing, the rest are counted."""
 SMOOTHING = (1, 3, 10, 30, 100, 300, 1000, 3000)
 
 
 def entropy(counts: NDArray[np.integer]) -> float:
-    """Order-0 entropy in bits of a histogram itself; 0 for an empty one."""
+    """Order-0 entropy in bits of a histogram; 0 for an empty one."""
     p = counts[counts > 0] / max(counts.sum(), 1)
     return float(-(p * np.log2(p)).sum()) + 0.0
 
 
 def corrected_entropy(counts: NDArray[np.integer]) -> float:
-    """Order-0 entropy in bits of what a histogram is a sample of (Miller and Madow)."""
+    """Order-0 entropy in bits of the distribution that a histogram samples (Miller and Madow)."""
     used, total = int((counts > 0).sum()), int(counts.sum())
     return entropy(counts) + max(used - 1, 0) / (2 * max(total, 1) * np.log(2))
 
@@ -25,11 +25,11 @@ def corrected_entropy(counts: NDArray[np.integer]) -> float:
 class CountModel:
     """Probabilities of codes given a context, from counts: p(v | c) = (n(c, v) + a q(v)) / (n(c) + a).
 
-    q is the order-0 distribution, with half a count added to each value. The smoothing a is given with each query.
+    q is the order-0 distribution, with half a count added to each value. The smoothing a is an argument of each query.
     """
 
     def __init__(self, contexts: NDArray[np.int64], codes: NDArray[np.int64], size: int) -> None:
-        """Count contexts and codes [n] below `size`, of utterances that are not measured."""
+        """Count contexts and codes [n] below `size`, from utterances that are not measured."""
         self.size = size
         self.pairs, self.pair_counts = np.unique(contexts * size + codes, return_counts=True)
         self.context_counts = np.bincount(contexts)
@@ -37,7 +37,7 @@ class CountModel:
         self.prior = counts / counts.sum()
 
     def bits(self, contexts: NDArray[np.int64], codes: NDArray[np.int64], smoothing: float) -> NDArray[np.float64]:
-        """Return the bits [n] that each code takes given its context."""
+        """Return the bits [n] of each code given its context."""
         joint = self._looked_up(contexts * self.size + codes)
         known = contexts < len(self.context_counts)
         context = np.zeros(len(contexts), np.int64)

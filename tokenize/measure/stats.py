@@ -1,8 +1,9 @@
-"""`codecssl-tokenize stats`: how much audio, how many bits, and how the codebooks are used.
+"""`codecssl-tokenize stats`: amount of audio, bits, and usage of the codebooks.
 
-Entropies are estimates, and none is of the sample that made it: order-0 is Miller and Madow's (1955), the histogram's
-own plus (used - 1) / 2N nats; conditional ones are what a model of counts, smoothed towards order-0, needs for
-utterances that it has not seen. Such a cross-entropy is never below the entropy, and nears it as the data grow.
+Entropies are estimates for the source of the codes, not for the sample. Order-0 is the estimate of Miller and Madow
+(1955): the entropy of the histogram plus (used - 1) / 2N nats. Conditional entropies are the bits that a count model,
+smoothed towards order-0, needs for utterances it has not seen. Such a cross-entropy is never below the entropy, and
+approaches it as the data grow.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from codecssl.tokenize.shards import Shards, Utterance
 
 FLAC_FILES = 32
 FLAC_SECONDS = 120.0
-"""Longer utterances are not taken for the comparison with FLAC."""
+"""Maximum seconds of an utterance in the comparison with FLAC."""
 
 
 def stats(root: Path, *, plot: Path | None = None, max_codes: int = MAX_CODES) -> dict[str, Any]:
-    """Totals of a dataset, and per codebook the usage and entropies (bits) of its codes.
+    """Return totals of a dataset and, per codebook, the usage and entropies (bits) of its codes.
 
     At most about `max_codes` codes are counted, of evenly spaced utterances. `plot` is a PNG file to write.
-    Raises UserError when `root` is no finished dataset.
+    Raises UserError if `root` is not a finished dataset.
     """
     shards = Shards(root)
     card, totals = shards.card, shards.header["totals"]
@@ -71,7 +72,7 @@ def stats(root: Path, *, plot: Path | None = None, max_codes: int = MAX_CODES) -
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """What `stats` found, as text."""
+    """Format the result of `stats` as text."""
     rate = f"{found['frame_rate']:g} frames/s, {found['codes_per_second']:g} codes/s"
     nominal = f"{found['nominal_bits_per_code']:.3f} nominal ({found['overhead']:+.2%})"
     flac = f"against FLAC     {found['without_flac']}"
@@ -108,13 +109,13 @@ def _codebook_line(k: int, book: dict[str, Any]) -> str:
 
 
 def codebook(k: int, sample: Sample, size: int) -> dict[str, Any]:
-    """How one codebook is used: how many entries, and what its codes tell, alone and given what is known before."""
+    """Usage of one codebook: the entries used, and the entropies of its codes, alone and given preceding codes."""
     plane = sample.planes[k].astype(np.int64)
     rate = len(plane) // max(int(sample.frames.sum()), 1)
     utterance = np.repeat(np.arange(len(sample.frames)), sample.frames * rate)
     counts = np.bincount(plane, minlength=size)
     bits = corrected_entropy(counts)
-    inside = np.flatnonzero(utterance[1:] == utterance[:-1]) + 1  # an utterance's first code has none before it
+    inside = np.flatnonzero(utterance[1:] == utterance[:-1]) + 1  # an utterance's first code has no predecessor
     before = conditional_entropy(plane[inside], plane[inside - 1], utterance[inside], size)
     coarser = None
     if k:
@@ -134,9 +135,10 @@ def codebook(k: int, sample: Sample, size: int) -> dict[str, Any]:
 
 
 def flac_bits_per_second(shards: Shards, files: int = FLAC_FILES) -> tuple[float | None, int, str | None]:
-    """Bits that a second of the sources takes as FLAC (16 bit, the codec's sample rate), and of how many files.
+    """Return bits per second of the sources as FLAC (16 bit, the codec's sample rate), the number of files, and None.
 
-    Measured on up to `files` evenly spaced utterances whose sources are what they were. Or None, 0, and why not.
+    Measured on up to `files` evenly spaced utterances whose sources are unchanged. If that is impossible, returns
+    None, 0 and the reason.
     """
     import soundfile
 

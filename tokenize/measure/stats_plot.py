@@ -1,4 +1,4 @@
-"""The pictures of `codecssl-tokenize stats`."""
+"""Plots of `codecssl-tokenize stats`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def draw(path: Path, found: dict[str, Any], sample: Sample, shards: Shards) -> None:
-    """Write a PNG: lengths of utterances, bits a code, use of the codebooks' entries, and how even it is.
+    """Write a PNG: lengths of utterances, bits per code, usage of the codebooks' entries, and its evenness.
 
-    Raises UserError when the file cannot be written.
+    Raises UserError if the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -72,7 +72,7 @@ def _ranks(axes: Any, found: dict[str, Any], sample: Sample) -> None:
     from matplotlib import colormaps
 
     colors = colormaps["viridis"](np.linspace(0, 0.9, len(found["codebooks"])))
-    every = -(-len(colors) // 16)  # as many as the legend holds
+    every = -(-len(colors) // 16)  # at most the legend's capacity
     for k, (plane, book) in enumerate(zip(sample.planes, found["codebooks"])):
         counts = np.sort(np.bincount(plane, minlength=book["size"]))[::-1]
         shares = counts[counts > 0] / max(len(plane), 1)
@@ -97,7 +97,7 @@ def _evenness(axes: Any, found: dict[str, Any]) -> None:
 
 
 def _plain_ticks(axes: Any, low: float, high: float) -> None:
-    """1, 2, 5, 10, ... on a logarithmic axis, or 1, 10, 100 where these would be too many."""
+    """Set ticks 1, 2, 5, 10, ... on a logarithmic axis, or 1, 10, 100 if these would be too many."""
     steps = (1, 2, 5) if high / low < 1e4 else (1,)
     ticks = [step * 10.0**e for e in range(-3, 7) for step in steps if low / 1.1 <= step * 10.0**e <= high * 1.1]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -1,4 +1,4 @@
-"""A sample of a dataset's utterances, from which `stats` estimates."""
+"""A sample of a dataset's utterances for the estimates of `stats`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from codecssl.tokenize.shards import Shards
 
 MAX_CODES = 1 << 24
-"""Codes that are counted, at most."""
+"""Maximum number of counted codes."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,13 @@ class Sample:
     """Evenly spaced utterances of a dataset."""
 
     planes: list[NDArray[np.integer]]
-    """Per codebook, the codes of all of them one after another."""
+    """Concatenated codes of all utterances, per codebook."""
     frames: NDArray[np.int64]
-    """Of each."""
+    """Frames of each utterance."""
 
 
 def take_sample(shards: Shards, max_codes: int = MAX_CODES) -> Sample:
-    """Evenly spaced utterances that have about `max_codes` codes together."""
+    """Take evenly spaced utterances with about `max_codes` codes in total."""
     total = int(shards.frames.sum(dtype=np.int64)) * shards.card.num_rows
     step = max(1, -(-total // max_codes))
     picks = range(0, len(shards), step)

@@ -1,4 +1,4 @@
-"""The fields of a `CodecCard` that most codecs fill in the same way."""
+"""Fields of a `CodecCard` that most codecs fill in the same way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def policies(
 ) -> dict[str, str]:
     """Return `CodecCard.policies`. The texts are part of a card's fingerprint: do not reword them.
 
-    chunk: how a wave is cut. device: as torch names it; only its kind is kept. more: policies of this codec alone.
+    chunk: how a wave is cut. device: a torch device name; only its type is kept. more: policies specific to this codec.
     """
     return {
         "channels": channels,
@@ -32,7 +32,7 @@ def policies(
 
 
 def versions(*libraries: str) -> dict[str, str]:
-    """Return `CodecCard.versions` of those libraries that are installed."""
+    """Return `CodecCard.versions` of the installed libraries."""
     found = {}
     for library in libraries:
         try:

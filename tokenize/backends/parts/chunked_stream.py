@@ -1,4 +1,4 @@
-"""`ChunkedStream`: the buffering that all streaming encoders share."""
+"""`ChunkedStream`: the buffering shared by all streaming encoders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 class ChunkedStream:
     """Base class of streaming encoders (`codec.StreamEncoder`). Collects samples and encodes them in fixed chunks.
 
-    A subclass implements `encode_chunk` and keeps in attributes what its network carries from chunk to chunk:
+    A subclass implements `encode_chunk` and stores the state that its network carries between chunks as attributes:
 
         class MyStream(ChunkedStream):
             def __init__(self, codec):
@@ -26,10 +26,10 @@ class ChunkedStream:
         stream = MyStream(codec)
         codes = torch.cat([stream.push(first), stream.push(second), stream.finish()], dim=1)
 
-    A chunk starts every `chunk` samples. It is encoded as soon as `needed` samples from its start have arrived, and is
-    passed `size` of them: more than `chunk` if the network looks ahead. (By default, size = chunk and needed = size.)
-    `finish` passes all that remains, fewer than `needed` samples, with `last=True`, or nothing if none remain. So chunk
-    bounds do not depend on how the wave is pushed. The last dimension of what is pushed is time.
+    A chunk starts every `chunk` samples. It is encoded as soon as `needed` samples from its start have arrived. It is
+    passed `size` samples: more than `chunk` if the network looks ahead. By default, size = chunk and needed = size.
+    `finish` passes the remainder, fewer than `needed` samples, with `last=True`, or nothing if no samples remain. Chunk
+    bounds therefore do not depend on how the wave is pushed. The last dimension of a pushed wave is time.
     """
 
     def __init__(self, codec: Any, *, chunk: int, needed: int | None = None, size: int | None = None) -> None:
@@ -37,7 +37,7 @@ class ChunkedStream:
         self._chunk, self._size = chunk, size or chunk
         self._needed = needed or self._size
         self.pending: list[Tensor] = []
-        """What was pushed and is not encoded yet."""
+        """Samples that were pushed and are not encoded yet."""
         self.samples = 0
         """Number of pending samples."""
 
@@ -47,7 +47,7 @@ class ChunkedStream:
         return None
 
     def encode_chunk(self, audio: Tensor, last: bool) -> Tensor:
-        """Encode the next samples [..., n] to the codes [R, t] that they complete; `last` if the wave ends here."""
+        """Encode the next samples [..., n] to the codes [R, t] that they complete. `last`: the wave ends here."""
         raise NotImplementedError
 
     def push(self, wave: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""K-means by Lloyd's algorithm (Lloyd 1982), with which codebooks are initialized."""
+"""K-means by Lloyd's algorithm (Lloyd 1982), used to initialize codebooks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def lloyd(
     nearest: Callable[[Tensor, Tensor], Tensor],
     refill: Callable[[int], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Fit entries [V, W] to frames [N, W]. Return the entries, and the number of frames of each one, int64 [V].
+    """Fit entries [V, W] to frames [N, W]. Return the entries and the number of frames of each one, int64 [V].
 
-    nearest: assigns frames to entries, [N, W] and [V, W] to int64 [N]. refill: returns n new entries [n, W] for those
-    that no frame was assigned to; without it they stay as they are.
+    nearest: assigns frames to entries, [N, W] and [V, W] to int64 [N]. refill: returns n new entries [n, W] to replace
+    those without assigned frames; without it they stay unchanged.
     """
     counts = torch.zeros(len(entries), dtype=torch.int64, device=entries.device)
     for _ in range(iterations):

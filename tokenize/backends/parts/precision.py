@@ -1,4 +1,4 @@
-"""The precision in which codecs compute: a residual quantizer amplifies what is rounded away before it."""
+"""Numerical precision of codecs: a residual quantizer amplifies rounding errors of the layers before it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """No gradients, no autocast; float32 products whole, whatever the process has set."""
+    """Disable gradients and autocast, and compute float32 products in full precision, whatever the process has set."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     cudnn = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)

@@ -1,12 +1,11 @@
 """EnCodec's encoder and decoder (SEANet with an LSTM) for waves of any length, several at a time.
 
-Defossez et al. 2022 (arXiv 2210.13438), section 3.2. The network is causal, so nothing is computed twice: a convolution
-keeps its last inputs, the LSTM its state. Pieces are short, so that on a CPU what passes between layers stays in its
-cache.
+Defossez et al. 2022 (arXiv 2210.13438), section 3.2. The network is causal: a convolution keeps its last inputs and the
+LSTM its state, so nothing is computed twice. Pieces are short, so activations between layers stay in a CPU's cache.
 
-Convolutions run on one wave at a time, in products of matrices of one fixed size. The LSTM, whose weights fit in no
-cache, runs on several waves (lanes) side by side, but only on such numbers of them as give the same bits
-(`Encoder.widths`). So a wave's latents depend on that wave alone.
+Convolutions run on one wave at a time, as matrix products of one fixed size. The LSTM's weights fit no cache, so it
+runs on several waves (lanes) in parallel, but only on numbers of lanes that give identical bits (`Encoder.widths`).
+A wave's latents therefore depend on that wave alone.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from codecssl.tokenize.backends.parts.seanet_layers import Arena, Convolution, L
 from codecssl.tokenize.common.errors import UserError
 
 WIDTHS = (2, 4, 8, 12, 16, 24, 32)
-"""Numbers of lanes that a CPU may run side by side; for a single one oneDNN sums in another order."""
+"""Numbers of lanes that a CPU may run in parallel. For a single lane oneDNN sums in another order."""
 CUDA_WIDTH = 32
-"""A GPU's libraries choose their sums by the shape: it always runs this many lanes, some of them empty."""
+"""Lanes on a GPU, some of them empty. GPU libraries choose their summation order by shape, so the number is fixed."""
 
 
 class Encoder:
@@ -36,10 +35,11 @@ class Encoder:
     def __init__(
         self, layers: Sequence[Any], hop_length: int, *, fine_frames: int, piece_frames: int, shared_pieces: int
     ) -> None:
-        """piece_frames: taken at once, of which the layers up to the last residual one see fine_frames at once.
+        """Build the stages of the encoder.
 
-        shared_pieces: of a wave, at its beginning; from there on its LSTM runs alone (on a CPU), which is slower than
-        side by side with others, but faster than side by side with nothing.
+        piece_frames: frames per piece. The layers up to the last residual one process fine_frames of them at once.
+        shared_pieces: pieces at a wave's beginning whose LSTM runs in parallel with other lanes. After that, on a CPU,
+        the wave's LSTM runs alone. This is slower than with other lanes, but faster than with empty ones.
         """
         *fine, residual, before, strided, lstm, after, last = layers
         if not hasattr(lstm, "lstm") or not isinstance(after, nn.ELU):
@@ -58,10 +58,10 @@ class Encoder:
         self.last = Convolution(last, self.hidden, arena, frames=piece_frames, activate=True)
 
     def __call__(self, lanes: Sequence[Lane], pieces: Sequence[Tensor]) -> Tensor:
-        """The next piece of each lane's wave, up to [piece_samples], to latents [W, piece_frames, D].
+        """Encode the next piece of each lane's wave, up to [piece_samples], to latents [W, piece_frames, D].
 
-        The number of lanes is free up to the last of `widths`. Of a piece that is shorter, the last, only so many
-        frames are meant.
+        The number of lanes is free up to the last of `widths`. If a piece is shorter (the last one), only the
+        frames that it covers are valid.
         """
         features = self.hidden.new_empty(self.piece_frames, len(lanes), self.hidden.shape[1])
         for i, (lane, piece) in enumerate(zip(lanes, pieces)):
@@ -75,7 +75,7 @@ class Encoder:
         return torch.stack(latents)
 
     def _recur(self, features: Tensor, lanes: Sequence[Lane]) -> Tensor:
-        """[t, W, H] to [t, W, H]: side by side up to `shared_pieces` of a wave, each lane alone from there on."""
+        """Run the LSTM on [t, W, H]: in parallel up to `shared_pieces` of a wave, each lane alone after that."""
         alone = [[i] for i, lane in enumerate(lanes) if lane.pieces > self.shared_pieces]
         shared = [i for i, lane in enumerate(lanes) if lane.pieces <= self.shared_pieces]
         hidden = torch.empty_like(features)
@@ -87,7 +87,7 @@ class Encoder:
         return hidden
 
     def _convolve(self, lane: Lane, piece: Tensor) -> Tensor:
-        """All before the LSTM: a piece to [piece_frames, H]."""
+        """Run all layers before the LSTM: a piece to [piece_frames, H]."""
         for samples, features in zip(piece.split(len(self.piece)), self.features.split(len(self.fine[-1].out))):
             self.piece[: len(samples), 0] = samples
             self.piece[len(samples) :] = 0
@@ -101,9 +101,9 @@ class Encoder:
     @cached_property
     @full_precision()
     def widths(self) -> tuple[int, ...]:
-        """Numbers of lanes that may run side by side, because a lane's result is the same, to the bit, in all of them.
+        """Numbers of lanes that may run in parallel, because a lane's result is bit-identical in all of them.
 
-        How a product of matrices sums up does not depend on the numbers in it, so lanes that are all alike show it.
+        The summation order of a matrix product does not depend on the values, so a test with identical lanes suffices.
         """
         if self.piece.device.type != "cpu":
             return (CUDA_WIDTH,)
@@ -122,7 +122,7 @@ class Decoder:
         self.stages = stages_of(layers, self.piece, Arena(like), piece_frames)
 
     def __call__(self, latents: Tensor, lane: Lane) -> Tensor:
-        """The next piece [piece_frames, D] to samples [piece_frames * hop]."""
+        """Decode the next piece of latents [piece_frames, D] to samples [piece_frames * hop]."""
         self.piece.copy_(latents)
         for stage in self.stages:
             stage(lane)

@@ -1,7 +1,7 @@
-"""The layers of EnCodec's network run piece by piece: each with its place in memory and what it carries over.
+"""Layers of EnCodec's network, run piece by piece. Each layer has its own buffers and carried state.
 
-All pieces of a wave have one length, so each layer has its memory, and its views of it, from the start: it reads
-`source`, writes `out`, and leaves what the next piece needs in the wave's `Lane`. Time stands before channels.
+All pieces of a wave have the same length, so each layer allocates its buffers and their views in advance. It reads
+`source`, writes `out`, and stores in the wave's `Lane` what the next piece needs. Time precedes channels.
 """
 
 from __future__ import annotations
@@ -15,51 +15,51 @@ from torch import Tensor, nn
 from codecssl.tokenize.common.errors import UserError
 
 BLOCK = 8
-"""A convolution from or to one channel, too thin for a product of matrices, runs over blocks of this many samples."""
+"""Block size in samples of convolutions from or to one channel, which are too thin for a matrix product."""
 MAX_TERMS = 640
-"""Of the sums in one product: for longer ones MKL's order depends on the number of threads."""
+"""Maximum number of terms per sum in one product. For longer sums MKL's order depends on the number of threads."""
 
 
 class Lane:
-    """What one wave carries from piece to piece: a memory for each layer."""
+    """The state that one wave carries from piece to piece, by layer."""
 
     def __init__(self, first_frames: int) -> None:
         self.first_frames, self.pieces = first_frames, 0
-        """Frames of the first piece that are the wave's; pieces that an encoder has taken."""
+        """Frames of the first piece that belong to the wave; pieces that an encoder has processed."""
         self.memory: dict[object, Tensor] = {}
 
 
 class Arena:
-    """Three blocks of memory that all layers share in turn: fresh memory would not be in the cache."""
+    """Three blocks of memory that all layers share in turn. Newly allocated memory would not be in the cache."""
 
     def __init__(self, like: Tensor) -> None:
         self.blocks = [like.new_empty(1) for _ in range(3)]
 
     def take(self, rows: int, columns: int, *live: Tensor) -> Tensor:
-        """An uninitialised [rows, columns] that shares no memory with the tensors in `live`, two at most."""
+        """Return an uninitialized [rows, columns] that shares no memory with the tensors in `live`, two at most."""
         taken = {tensor.untyped_storage().data_ptr() for tensor in live}
         block = next(b for b in self.blocks if b.untyped_storage().data_ptr() not in taken)
         storage, size = block.untyped_storage(), rows * columns * block.itemsize
         if len(storage) < size:
-            storage.resize_(size)  # views of it that others have grow with it
+            storage.resize_(size)  # existing views stay valid
         return block.new_empty(0).set_(storage, 0, (rows, columns), (columns, 1))
 
 
 def elu(x: Tensor, out: Tensor) -> None:
-    """ELU as max(x, exp(min(x, 0)) - 1): twice as fast as torch's own, rounded to 6e-8 of 1 as all sums here are."""
+    """ELU as max(x, exp(min(x, 0)) - 1), twice as fast as torch's. Like all sums here, it is rounded to 6e-8 of 1."""
     torch.clamp(x, max=0, out=out)
     torch.maximum(x, out.exp_().sub_(1), out=out)
 
 
 class Kernel:
-    """The weights of a convolution of either library as an ordinary one over blocks of `stride` samples.
+    """Weights of a convolution of either library, as an ordinary convolution over blocks of `stride` samples.
 
-    A stride s with a kernel of m * s is a kernel of m over blocks of s samples. Transposed, it is a kernel of m that
-    gives s samples at once.
+    A kernel of m * s with stride s is a kernel of m over blocks of s samples. A transposed convolution is a kernel of m
+    that returns s samples at once.
     """
 
     def __init__(self, layer: Any, source: Tensor) -> None:
-        """source: where its input will stand, [n, C]."""
+        """source: the buffer [n, C] that will hold the input."""
         inner = _innermost(layer)
         weight, self.stride, self.dilation = _weight(inner), inner.stride[0], inner.dilation[0]
         self.upsample, self.mirror = 1, True
@@ -73,18 +73,18 @@ class Kernel:
         if inner.groups != 1 or weight.shape[2] % self.stride:
             raise UserError(f"{inner}: only plain convolutions whose stride divides the kernel run in pieces")
         self.taps = weight.unflatten(2, (-1, self.stride)).permute(2, 3, 1, 0).flatten(1, 2).to(source)
-        """[m, stride * C, upsample * N]"""
+        """Weights [m, stride * C, upsample * N]."""
         self.bias = inner.bias.detach().repeat(self.upsample).to(source)
 
 
 class Convolution:
-    """A causal convolution over pieces [n, C], time before channels, as products of matrices: nothing is unfolded.
+    """A causal convolution over pieces [n, C], time before channels, as matrix products without unfolding.
 
-    The input stands in `source`, the output in `out`.
+    The input is read from `source` and the output is written to `out`.
     """
 
     def __init__(self, layer: Any, source: Tensor, arena: Arena, *live: Tensor, frames: int, activate: bool) -> None:
-        """frames: of a piece. activate: the input goes through an ELU first. live: what else must last in the arena."""
+        """frames: frames per piece. activate: apply an ELU first. live: tensors that must stay valid in the arena."""
         kernel = Kernel(layer, source)
         self.source, self.frames, self.activate, self.mirror = source, frames, activate, kernel.mirror
         taps, width, outputs = kernel.taps.shape
@@ -111,7 +111,7 @@ class Convolution:
             self.product.addmm_(rows, weight)
 
     def _load(self, lane: Lane) -> None:
-        """Put the piece behind the inputs before it."""
+        """Append the piece to the previous inputs."""
         if self.activate:
             elu(self.source, self.body)
         else:
@@ -122,7 +122,7 @@ class Convolution:
             lane.memory[self] = self.tail.clone()
 
     def _mirrored(self, lane: Lane) -> Tensor:
-        """What the reference puts before a wave: its beginning mirrored, with zeros for what a short one lacks."""
+        """The reference's left padding: the wave's mirrored beginning, or zeros where a short wave lacks samples."""
         mirrored = self.body[1 : self.pad + 1].flip(0)
         length = len(self.body) * lane.first_frames // self.frames if self.mirror else 0
         mirrored[: max(0, self.pad + 1 - length)] = 0
@@ -130,7 +130,7 @@ class Convolution:
 
 
 class Residual:
-    """x -> shortcut(x) + pointwise(elu(convolution(elu(x)))); [n, C] in `source` to [n, C] in `out`."""
+    """x -> shortcut(x) + pointwise(elu(convolution(elu(x)))), from [n, C] in `source` to [n, C] in `out`."""
 
     def __init__(self, layer: Any, source: Tensor, arena: Arena, frames: int) -> None:
         self.source = source
@@ -151,13 +151,13 @@ class Residual:
 
 
 class Recurrence:
-    """An LSTM and the connection past it, for lanes side by side."""
+    """An LSTM with its skip connection, for several lanes in parallel."""
 
     def __init__(self, layer: Any) -> None:
         self.lstm: nn.LSTM = layer.lstm
 
     def __call__(self, x: Tensor, lanes: Sequence[Lane]) -> Tensor:
-        """[t, W, H] to [t, W, H]."""
+        """Map [t, W, H] to [t, W, H]."""
         fresh = x.new_zeros(2, self.lstm.num_layers, self.lstm.hidden_size)
         hidden, cell = torch.stack([lane.memory.get(self, fresh) for lane in lanes], 2)
         out, states = self.lstm(x, (hidden, cell))
@@ -167,7 +167,7 @@ class Recurrence:
 
 
 class LoneRecurrence:
-    """A `Recurrence` of one lane among stages: [n, H] in `source` to [n, H] in `out`."""
+    """A `Recurrence` of one lane as a stage, from [n, H] in `source` to [n, H] in `out`."""
 
     def __init__(self, layer: Any, source: Tensor, arena: Arena) -> None:
         self.source, self.recurrence = source, Recurrence(layer)
@@ -178,7 +178,7 @@ class LoneRecurrence:
 
 
 def stages_of(layers: Sequence[Any], source: Tensor, arena: Arena, frames: int) -> list[Any]:
-    """The layers of a SEANet, of the encodec package or of transformers, as stages, each reading the one before it."""
+    """Convert the layers of a SEANet, of the encodec package or of transformers, to stages that read one another."""
     found: list[Any] = []
     for before, layer in zip([None, *layers], layers):
         if isinstance(layer, nn.ELU):
@@ -194,14 +194,14 @@ def stages_of(layers: Sequence[Any], source: Tensor, arena: Arena, frames: int) 
 
 
 def _innermost(layer: Any) -> Any:
-    """The torch layer within the wrappers of either library."""
+    """Return the torch layer inside the wrappers of either library."""
     while (inner := getattr(layer, "convtr", getattr(layer, "conv", None))) is not None:
         layer = inner
     return layer
 
 
 def _blocked(weight: Tensor) -> Tensor:
-    """A convolution [N, C, k] as one of stride BLOCK, [BLOCK * N, C, m * BLOCK], which gives BLOCK samples at once."""
+    """Rewrite a convolution [N, C, k] as one of stride BLOCK, [BLOCK * N, C, m * BLOCK], with BLOCK samples out."""
     outputs, inputs, kernel = weight.shape
     length = -(-(kernel - 1) // BLOCK) * BLOCK + BLOCK
     blocked = weight.new_zeros(BLOCK, outputs, inputs, length)
@@ -213,7 +213,7 @@ def _blocked(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _weight(convolution: Any) -> Tensor:
-    """Its weight with the weight norm of either kind folded in."""
+    """Return a convolution's weight with its weight norm, of either kind, folded in."""
     if hasattr(convolution, "weight_g"):  # set by a hook when the layer is called: recompute what may be stale
         return torch._weight_norm(convolution.weight_v, convolution.weight_g, 0)
     return convolution.weight.detach().clone()

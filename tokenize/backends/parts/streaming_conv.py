@@ -1,11 +1,11 @@
-"""Convolutional encoders that are not causal, exactly and in bounded memory: DAC's and SNAC's layers, piece by piece.
+"""Exact piecewise computation of non-causal convolutional encoders (DAC, SNAC) in bounded memory.
 
-Each layer keeps the inputs that its next outputs need, gives out what is certain, and pads with zeros only where the
-wave itself begins and ends, as the reference does in each layer. So no frame is computed twice, and no wave sees
+Each layer keeps the inputs that its next outputs need and returns the outputs that are final. It pads with zeros only
+where the wave begins and ends, as each layer of the reference does. No frame is computed twice, and no wave depends on
 another's padding.
 
-Activations are rows [n, C] in time order: a depthwise convolution is a sum of shifted rows, any other a few matrix
-products of them, both faster on one CPU thread than torch's convolutions where a piece stays in the cache.
+Activations are rows [n, C] in time order. A depthwise convolution is a sum of shifted rows; any other convolution is a
+few matrix products of them. On one CPU thread, both are faster than torch's convolutions if a piece fits the cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from codecssl.tokenize.backends.parts.precision import full_precision
 from codecssl.tokenize.codec import CodecCard
 
 Kept = dict[Any, Tensor]
-"""What each layer keeps of a wave between two pieces."""
+"""State that each layer keeps of a wave between two pieces."""
 
 
 class Snake:
@@ -38,7 +38,7 @@ class Snake:
 
 
 class Convolution:
-    """A Conv1d, depthwise or not, after a Snake where there is one; the stride divides the kernel."""
+    """A Conv1d, depthwise or not, optionally after a Snake. The stride must divide the kernel."""
 
     def __init__(self, module: Any, snake: Snake | None = None) -> None:
         self.snake, self.bias = snake, module.bias.detach()
@@ -48,12 +48,12 @@ class Convolution:
         self.right = self.span - self.stride - self.left
         self.depthwise = module.groups > 1
         self.width = weight.shape[2] if module.in_channels == 1 else self.stride
-        """Samples to a tap: the whole kernel where there is one channel, else a stride."""
+        """Samples per tap: the whole kernel for one channel, else a stride."""
         taps = weight.unflatten(2, (-1, 1 if self.depthwise else self.width))
         self.taps = taps.permute(2, 3, 1, 0).flatten(1, 2).contiguous()  # [taps, width * I, O]
 
     def push(self, rows: Tensor, kept: Kept, last: bool) -> Tensor:
-        """The outputs that are certain after these further inputs; `last` when the wave ends with them."""
+        """Append inputs and return the outputs that are now final. `last`: the wave ends with these inputs."""
         before = kept[self] if self in kept else rows.new_zeros(self.left, rows.shape[1])
         start, end = len(before), len(before) + len(rows)
         inputs = rows.new_empty(end + self.right * last, rows.shape[1])
@@ -95,7 +95,7 @@ class Residual:
     def push(self, rows: Tensor, kept: Kept, last: bool) -> Tensor:
         hidden = self.wide.push(rows, kept, last)
         self.snake(hidden, out=hidden)
-        before = kept.get(self, rows[:0])  # inputs, the bias added, that wait for their `hidden`
+        before = kept.get(self, rows[:0])  # pending inputs, bias included, until their `hidden` is final
         inputs = rows.new_empty(len(before) + len(rows), rows.shape[1])
         inputs[: len(before)] = before
         torch.add(rows, self.bias, out=inputs[len(before) :])
@@ -110,16 +110,16 @@ Layer = Convolution | Residual
 
 
 class Pace(NamedTuple):
-    """Frames that go through the network at once."""
+    """Numbers of frames that pass the network at once."""
 
     piece: int
-    """Through the first layers, where activations are large."""
+    """Frames per step of the first layers, where activations are large."""
     chunk: int
-    """Through the last ones, where weights are."""
+    """Frames per step of the last layers, where weights are large."""
 
 
 class RowCodec(Protocol):
-    """A codec whose encoder is made of layers of this file."""
+    """A codec whose encoder consists of layers of this module."""
 
     card: CodecCard
     device: torch.device
@@ -132,7 +132,7 @@ class RowCodec(Protocol):
 
 
 class RowStream(ChunkedStream):
-    """Streaming encoder of one wave, a chunk at a time; the last chunk, whole or not, is left for `finish`."""
+    """Streaming encoder of one wave, a chunk at a time. The last chunk, whole or not, is left for `finish`."""
 
     codec: RowCodec
 

@@ -1,4 +1,4 @@
-"""Weights of codecs: from a folder or file, the hub's cache, or a URL that the user gives."""
+"""Weights of codecs: from a folder or file, the hub's cache, or a URL given by the user."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from codecssl.tokenize.common.files import atomic_file
 from codecssl.tokenize.common.trusted_weights import cache_folder
 
 MOST_BYTES = 16 << 30
-"""Largest file that `download` fetches; the largest weights of a codec here have 6 GB."""
+"""Largest file in bytes that `download` fetches. The largest weights of a codec here have 6 GB."""
 
 _CACHE_ONLY = ContextVar("cache_only", default=False)
 
 
 def missing(name: str, source: str, why: str = "") -> UserError:
-    """The error for weights that are not there, or why they are none: it says how to get them."""
+    """Build the error for missing or invalid weights, with instructions to get them."""
     return UserError(f"codec {name}: no weights at {source}{why}; get them by {BACKENDS[name].weights}")
 
 
 def local(source: str) -> str:
-    """The absolute path of a source that exists here (so that a card's stays true elsewhere), else the source."""
+    """Return the absolute path of a local source, which stays valid in other folders, else the source itself."""
     return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 def load_pretrained(name: str, kind: Any, source: str) -> Any:
-    """A transformers model of class `kind` from a folder in the hub's format or from the hub (its cache, offline).
+    """Load a transformers model of class `kind` from a folder in the hub's format or from the hub (its cache, offline).
 
-    Returned in float32, in eval mode, without gradients. Raises UserError when there are no such weights.
+    The model is in float32, in eval mode, without gradients. Raises UserError if there are no such weights.
     """
     try:
         model, found = _from_disk_or_hub(kind, source)
-    except Exception as error:  # of what is not there, no model, weights of another shape, and a torn config.json
+    except Exception as error:  # missing files, other files, weights of another shape, or a truncated config.json
         raise missing(name, source, f" ({one_line(error)})" if Path(source).exists() else "") from error
-    # transformers would go on with random values in their place, and a warning; a mask for training decides no code
+    # transformers fills missing weights with random values and only warns; a training mask affects no code
     if lacking := sorted(key for key in found["missing_keys"] if not key.endswith("masked_spec_embed")):
         raise UserError(f"codec {name}: {source} lacks {lacking[0]}; give the whole checkpoint")
     return model.float().eval().requires_grad_(False)
@@ -63,8 +63,10 @@ def _from_disk_or_hub(kind: Any, source: str) -> Any:
 
 
 def ask_hub(repository: str) -> None:
-    """Raises OSError or ValueError when the hub does not answer or has no such repository: downloads would ask it
-    again and again, for most of a minute. Raises OSError while only the cache may be used (`cache_only`)."""
+    """Check that the hub answers and has a repository. Downloads would retry for most of a minute.
+
+    Raises OSError or ValueError if it does not. Raises OSError while only the cache may be used (`cache_only`).
+    """
     if _CACHE_ONLY.get():
         raise OSError(f"{repository} is named by a file, not by you: it is taken from the hub's cache only")
     from huggingface_hub import model_info
@@ -73,7 +75,7 @@ def ask_hub(repository: str) -> None:
 
 
 def th_file(weights: str | None, cached: str) -> Path | None:
-    """The encodec package's .th file: `weights`, or, where none are named, the one that lies in torch hub's cache."""
+    """Return the encodec package's .th file: `weights` or, by default, the file in torch hub's cache."""
     if weights is None:
         path = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache/torch")) / "hub/checkpoints" / cached
     else:
@@ -82,15 +84,15 @@ def th_file(weights: str | None, cached: str) -> Path | None:
 
 
 def fill(model: nn.Module, path: Path, name: str) -> None:
-    """Put the tensors of a file of `torch.save` into `model`. Raises UserError when they are others, or none."""
+    """Load the tensors of a `torch.save` file into `model`. Raises UserError if they are missing or do not match."""
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # a pickle of something else may raise anything
+    except Exception as error:  # an unrelated pickle may raise any error
         raise UserError(f"{path}: not the weights of {name} ({one_line(error)})") from error
 
 
 def state_sha256(model: nn.Module) -> str:
-    """sha256 over names and bytes of a state dict: the same for each way of storing it."""
+    """sha256 over names and bytes of a state dict, independent of its storage format."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
@@ -98,20 +100,20 @@ def state_sha256(model: nn.Module) -> str:
 
 
 def is_url(source: str) -> bool:
-    """Whether `source` is to be downloaded."""
+    """Return True if `source` is a URL to download."""
     return urllib.parse.urlparse(source).scheme in ("http", "https", "file")
 
 
 def downloaded(url: str) -> Path:
-    """The file in the cache ($XDG_CACHE_HOME/codecssl) to which `download` writes a URL."""
+    """Path in the cache ($XDG_CACHE_HOME/codecssl) to which `download` writes a URL."""
     name = Path(urllib.parse.urlparse(url).path).name or "weights"
     return cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:16] / name
 
 
 def download(url: str) -> Path:
-    """Fetch a file once into the cache; it is there whole or not at all.
+    """Fetch a file once into the cache, atomically.
 
-    Only for a URL that the user gave. Raises UserError if it cannot be fetched or has more than MOST_BYTES.
+    Only for a URL given by the user. Raises UserError if it cannot be fetched or has more than MOST_BYTES.
     """
     target = downloaded(url)
     if target.exists():
@@ -140,7 +142,7 @@ def _copy(answer: Any, file: BinaryIO, url: str) -> None:
 
 @contextmanager
 def cache_only() -> Iterator[None]:
-    """While open, weights come from the disk and the hub's cache; no network is asked."""
+    """Within this context, weights come only from the disk and the hub's cache, without network access."""
     token = _CACHE_ONLY.set(True)
     try:
         yield
