@@ -229,7 +229,7 @@ def _hubert(config: RunConfig, batch: Batch, clip_seconds: float, device: torch.
 
 
 def _loader(config: RunConfig, seconds_per_frame: float) -> dict[str, Any]:
-    """Measure the speed of the loader."""
+    """Measure the speed of the loader relative to that of the model."""
     train, _, _ = open_data(config, Ranks(rank=0, world_size=1, local_rank=0))
     steps = train.steps(0, 20, workers=config.data.workers, prefetch=config.data.prefetch)
     next(steps)
