@@ -92,8 +92,8 @@ class MaskConfig:
     """Span masking as in HuBERT and Codec2Vec: 8 % of the frames start a span of 10; 57 % are masked."""
 
     kind: Literal["spans", "exact"] = "spans"
-    """spans: HuBERT's masking, a fixed number of spans that may overlap. exact: EnCodecMAE's masking, exactly `fraction`
-    of the frames."""
+    """spans: HuBERT's masking, a fixed number of spans that may overlap. exact: EnCodecMAE's masking, exactly
+    `fraction` of the frames."""
     start_probability: float = 0.08
     """Fraction of the frames at which a span starts (spans)."""
     fraction: float = 0.5
@@ -182,8 +182,9 @@ class ObjectiveConfig:
     codebooks, and the bias from the log unigram. With 1,024 classes, codebook heads start to learn several times as
     early as linear ones (LOG.md, 2026-11-30)."""
     head_context: bool = False
-    """Condition the head of codebook k on the de-quantised sum of the true codes below k (codebook heads only). The
-    loss is then that of q_k given h and q_1 .. q_k-1, coarse to fine as in AudioLM (arXiv 2209.03143, section 3.2)."""
+    """Condition the head of codebook k on the de-quantised sum of the true codes below k (codebook heads only).
+    The loss is then that of q_k given h and q_1 .. q_k-1, coarse to fine as in AudioLM (arXiv 2209.03143, section
+    3.2)."""
     head_dim: int = 256
     """Width of the projection and of the class embeddings of each stream (cosine; HuBERT 256, MERT 64)."""
     temperature: float = 0.1

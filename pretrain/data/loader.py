@@ -30,7 +30,7 @@ class Batch:
     kept: Tensor
     """bool [B, R], true for the codebooks that the input keeps."""
     masked: Tensor
-    """int64 [M], indices b T + t of the masked frames. Computed in advance, to avoid a synchronisation with the device."""
+    """int64 [M], indices b T + t of the masked frames. Computed in advance to avoid a device synchronisation."""
     visible: Tensor
     """int64 [V], indices b T + t of the unmasked frames, without the padding."""
     visible_frames: list[int]

@@ -56,7 +56,7 @@ def _exact(config: MaskConfig, keys: Keys, frames: npt.NDArray[Any]) -> Bools:
 def _start_ranks(
     config: MaskConfig, keys: Keys, frames: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
-    """Return the draw order [B, S] of the possible starts (0 first), and the number [B] of possible starts of each item.
+    """Return the draw order [B, S] of the possible starts (0 first), and the number of possible starts [B] per item.
 
     Positions beyond an item's own come last.
     """

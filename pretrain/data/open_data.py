@@ -56,7 +56,7 @@ def open_data(config: RunConfig, ranks: Ranks) -> tuple[Loader, Loader | None, C
 
 
 def held_out_utterances(corpus: Corpus, config: DataConfig) -> Ints:
-    """Return the held-out utterances (`valid_fraction`) that are long enough, limited to about `valid_frames` frames."""
+    """Return held-out utterances (`valid_fraction`) that are long enough, about `valid_frames` frames at most."""
     found = [np.zeros(0, dtype=np.int64)]
     if config.valid_fraction:
         for begin, end in zip(corpus.first[:-1].tolist(), corpus.first[1:].tolist()):

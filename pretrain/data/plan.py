@@ -75,7 +75,7 @@ class Pool:
         return int(self._bounds[-1])
 
     def utterances(self, places: Ints, *keys: int) -> tuple[Ints, Ints]:
-        """Return (places that are not empty, the utterance at each). `keys` choose which fractional copies are present."""
+        """Return (places that are not empty, the utterance at each). `keys` select the fractional copies."""
         folder = np.searchsorted(self._bounds, places, side="right") - 1
         within, copies = places - self._bounds[folder], self._copies[folder]
         utterance = self.first[folder] + within // copies
