@@ -103,9 +103,9 @@ class _Part:
 
 
 def label(config: LabelConfig, say: Callable[[str], None] = print) -> dict[str, Any] | None:
-    """Write this task's label shards. Return the contents of report.json, or None while shards of other tasks are missing.
+    """Write this task's label shards and return the contents of report.json.
 
-    The same command resumes after it was killed. Raises UserError for data of several codecs, an output folder with
+    Returns None while shards of other tasks are missing. The same command resumes after it was killed. Raises UserError for data of several codecs, an output folder with
     other contents or other settings, and a source that does not fit the data.
     """
     data = [Shards(path) for path in config.data]
@@ -158,7 +158,7 @@ def _open_plan(config: LabelConfig, data: Sequence[Shards], made_of: dict[str, s
         plan |= {key: getattr(config, key) for key in ("clusters", "sample_frames", "utterance_frames", "seed")}
         plan["clustering"] = config.clustering and file_sha256(config.clustering)
     path = config.output / PLAN
-    if not path.exists() or (config.tasks == 1 and not _has_begun(config)):  # the settings of a failed start may be corrected
+    if not path.exists() or (config.tasks == 1 and not _has_begun(config)):  # a failed start may be corrected
         write_atomic(path, json.dumps(plan, indent=1).encode())
         return
     begun = json.loads(path.read_text())
@@ -295,7 +295,7 @@ def _label_shard(part: _Part, labeller: Labeller, report: Callable[[], object]) 
 
 
 def _phones(labels: dict[str, Any], frame_rate: float, frames: int) -> list[tuple[str, int, int]]:
-    """Convert the data's `phones`, rows [phone, start, end in seconds], to (phone, first frame, frame after the last)."""
+    """Convert the `phones` rows [phone, start, end in seconds] to (phone, first frame, frame after the last)."""
     rows = labels.get("phones")
     if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == 3 for row in rows):
         return []

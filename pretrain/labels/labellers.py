@@ -22,7 +22,7 @@ from codecssl.tokenize.shards import Shards
 
 _BATCH_FRAMES = 8_000
 WINDOW_SECONDS = 60.0
-"""Maximum number of frames that a model reads at once. Longer utterances are read in windows."""
+"""Maximum length that a model reads at once, seconds. Longer utterances are read in windows."""
 
 Labelled = tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float32]]
 """An utterance's index, its labels [T], and the squared distance of each frame to its centroid [T]."""
@@ -138,7 +138,7 @@ class Extractor:
 
 
 def windows(frames: int, size: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (begin, end, first, last) of windows of at most `size` frames: of frames begin .. end, first .. last are kept.
+    """Yield (begin, end, first, last) of windows of at most `size` frames. Of begin .. end, first .. last are kept.
 
     The kept parts cover all frames, in order. Each has a quarter of a window of context before and after it, except at
     the ends of the utterance.
