@@ -31,7 +31,7 @@ class Clustering:
     """Origin of the features: source, layer, sha256 of its weights."""
 
     def assign(self, features: Features) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Return the nearest centroid [N] of features [N, D], and the squared distance to it [N], in float32 arithmetic."""
+        """Return the nearest centroid [N] of features [N, D], and the squared distance to it [N], in float32."""
         products = features @ self.centroids.T
         partial = (self.centroids**2).sum(1)[None, :] - 2.0 * products
         nearest = partial.argmin(1)

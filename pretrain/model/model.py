@@ -53,7 +53,7 @@ class CodeEmbedding(nn.Module):
                 " use the codec that wrote the shards, and a model.embedding_dim of its tables' width or more"
             )
         with torch.no_grad():
-            self.weight[:-1, flat.shape[1] :] *= flat.square().mean().sqrt()  # noise with the root mean square of the tables
+            self.weight[:-1, flat.shape[1] :] *= flat.square().mean().sqrt()  # noise with the tables' RMS
             self.weight[:-1, : flat.shape[1]] = flat
 
     def forward(self, codes: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -147,7 +147,7 @@ class CodecModel(nn.Module):
         *,
         dropout: bool = True,
     ) -> tuple[Tensor, BatchLayout]:
-        """Compute the input [B, T, D] of the first layer, with the arguments of `forward`, and the layers' batch layout."""
+        """Return the input [B, T, D] of the first layer, from the arguments of `forward`, and the layers' layout."""
         layout = self._layout(codes, frames)
         x = self._front(codes, layout, mask, kept, mel)
         return self.input_dropout(x) if dropout else x, layout
