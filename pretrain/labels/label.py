@@ -105,8 +105,9 @@ class _Part:
 def label(config: LabelConfig, say: Callable[[str], None] = print) -> dict[str, Any] | None:
     """Write this task's label shards and return the contents of report.json.
 
-    Returns None while shards of other tasks are missing. The same command resumes after it was killed. Raises UserError for data of several codecs, an output folder with
-    other contents or other settings, and a source that does not fit the data.
+    Returns None while shards of other tasks are missing. The same command resumes after it was killed. Raises UserError
+    for data of several codecs, an output folder with other contents or other settings, and a source that does not fit
+    the data.
     """
     data = [Shards(path) for path in config.data]
     for other in data[1:]:

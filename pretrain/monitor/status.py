@@ -1,6 +1,6 @@
 """`codecssl-pretrain status`: progress, speed and late ranks of a run, from its files alone.
 
-Every process records its activity and the time of its start in RUN/ranks/NNNNN.json, every half a minute.
+Every half a minute, each process records its current activity and when it began in RUN/ranks/NNNNN.json.
 """
 
 import json

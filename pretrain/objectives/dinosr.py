@@ -88,7 +88,7 @@ class OnlineClusters(Objective):
 
     @torch.no_grad()
     def teacher_features(self, batch: Batch) -> list[Tensor]:
-        """Return float32 [B, T, D] per stream: the teacher's feed-forward outputs, instance-normalised over each item.
+        """Return float32 [B, T, D] per stream: the teacher's feed-forward outputs, normalised over each item's frames.
 
         Modules before the layers (tables, positions, a post-norm model's first norm) are the student's own.
         """
@@ -116,7 +116,7 @@ class OnlineClusters(Objective):
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
-        """Update the codewords that were used, equally on all ranks, then the teacher (DinoSR, sections 3.2 and 3.3)."""
+        """Update the used codewords, equally on all ranks, then the teacher (DinoSR, sections 3.2 and 3.3)."""
         seen, decay = self._seen, self.config.codebook_decay
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             for value in seen.values():

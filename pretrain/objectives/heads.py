@@ -66,7 +66,7 @@ class CodebookHeads(nn.Module):
             self.from_context = nn.Parameter(torch.zeros(len(sizes), width, width))
 
     def start(self, tables: Sequence[Tensor], log_unigram: Tensor) -> None:
-        """Initialise classes from the codec's tables, S of [V_k, W], and the bias from log-probabilities [sum of V_k]."""
+        """Initialise classes from the codec's S tables [V_k, W], and the bias from log-probabilities [sum of V_k]."""
         with torch.no_grad():
             for own, table in zip(self.classes.split(self.sizes), tables, strict=True):
                 own.copy_(table / table.square().mean().sqrt().clamp(min=1e-12))
@@ -109,5 +109,5 @@ def make_heads(config: ObjectiveConfig, dim: int, sizes: Sequence[int], width: i
 
 
 def log_unigram(counts: Sequence[Any]) -> Tensor:
-    """Return log-probabilities float32 [sum of V_s] of histograms [V_s]. Each count is increased by 0.5 (Jeffreys' prior)."""
+    """Return log-probabilities float32 [sum of V_s] of histograms [V_s], with 0.5 added to each count (Jeffreys' prior)."""
     return torch.cat([torch.log_softmax((torch.as_tensor(c).double() + 0.5).log(), 0) for c in counts]).float()
