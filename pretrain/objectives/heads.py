@@ -109,5 +109,5 @@ def make_heads(config: ObjectiveConfig, dim: int, sizes: Sequence[int], width: i
 
 
 def log_unigram(counts: Sequence[Any]) -> Tensor:
-    """Return log-probabilities float32 [sum of V_s] of histograms [V_s], with 0.5 added to each count (Jeffreys' prior)."""
+    """Return log-probabilities float32 [sum of V_s] of histograms [V_s], each count plus 0.5 (Jeffreys' prior)."""
     return torch.cat([torch.log_softmax((torch.as_tensor(c).double() + 0.5).log(), 0) for c in counts]).float()

@@ -175,7 +175,7 @@ def histogram_perplexity(counts: Sequence[Tensor]) -> list[float]:
 
 
 def frames_at(x: Tensor, where: Tensor) -> Tensor:
-    """Select frames: [B, T, D] and indices b T + t, [N] -> [N, D]. Unlike x[mask], it does not synchronise the device."""
+    """Select frames: [B, T, D] and indices b T + t, [N] -> [N, D]. Unlike x[mask], it does not wait for the device."""
     return x.flatten(0, 1).index_select(0, where)
 
 
