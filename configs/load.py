@@ -1,8 +1,7 @@
-"""The one config loader: defaults in the code < a YAML file by name or path < dotted overrides.
+"""The config loader: defaults in the code < a YAML file by name or path < dotted overrides.
 
-A config is a tree of frozen dataclasses. Keys are checked here, against the fields, so that an unknown one
-is an error on one line with a suggestion; types and ranges of values are checked by jsonargparse and by the
-dataclasses.
+A config is a tree of frozen dataclasses. Keys are checked here against the fields. An unknown key is an error on one
+line with a suggestion. Types are checked by jsonargparse and ranges by the dataclasses.
 """
 
 import dataclasses
@@ -22,12 +21,12 @@ HERE = Path(__file__).resolve().parent
 
 
 def names(stage: str) -> list[str]:
-    """Configs that ship for a stage, by the name under which `load_config` finds them."""
+    """Return the names of the shipped configs of a stage, as accepted by `load_config`."""
     return sorted(path.stem for path in (HERE / stage).glob("*.yaml"))
 
 
 def config_path(stage: str, name: str) -> Path:
-    """The YAML file meant by `name`: a path that exists, or a name among the stage's own configs."""
+    """Return the YAML file of `name`, which is an existing path or the name of one of the stage's configs."""
     for path in (HERE / stage / f"{name}.yaml", Path(name)):
         if path.is_file():
             return path
@@ -38,8 +37,7 @@ def config_path(stage: str, name: str) -> Path:
 
 
 def load_config(kind: type[C], stage: str, name: str, overrides: Sequence[str] = ()) -> C:
-    """A `kind` from the YAML file `name`, changed by `overrides` (["--section.key", "value", "--a.b=c",
-    ...])."""
+    """Load a `kind` from the YAML file `name`, with `overrides` (["--section.key", "value", "--a.b=c", ...])."""
     path = config_path(stage, name)
     values = _read_yaml(path)
     check_keys(kind, values, str(path))
@@ -49,7 +47,7 @@ def load_config(kind: type[C], stage: str, name: str, overrides: Sequence[str] =
 
 
 def from_dict(kind: type[C], values: Mapping[str, Any]) -> C:
-    """A `kind` from nested plain values, defaults for those left out; UserError on a wrong key or type."""
+    """Build a `kind` from nested plain values and defaults. Raises UserError for a wrong key or type."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     check_keys(kind, values, "config")
@@ -63,18 +61,18 @@ def from_dict(kind: type[C], values: Mapping[str, Any]) -> C:
 
 
 def to_yaml(config: Any) -> str:
-    """The whole config, every default spelled out, as YAML that `from_dict` reads back to an equal one."""
+    """Return the complete config as YAML, defaults included. `from_dict` reads it back to an equal config."""
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
 
 
 def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (old, new) for every value in which two configs of one kind differ."""
+    """Return dotted key -> (old, new) for every value in which two configs of one kind differ."""
     flat_old, flat_new = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
     return {key: (flat_old[key], flat_new[key]) for key in flat_new if flat_old[key] != flat_new[key]}
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """["--section.key", "value"] or ["--section.key=value"] as nested values; values are read as YAML."""
+    """Parse ["--section.key", "value"] or ["--section.key=value"] to nested values. Values are read as YAML."""
     nested: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
@@ -90,7 +88,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def check_keys(kind: Any, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
-    """UserError for the first key of `values` that is not a field of `kind`, with the nearest one that is."""
+    """Raise UserError for the first key of `values` that is not a field of `kind`, with the nearest field."""
     hints = typing.get_type_hints(kind)
     for key, value in values.items():
         if key not in hints:
@@ -102,7 +100,7 @@ def check_keys(kind: Any, values: Mapping[str, Any], source: str, prefix: str = 
 
 
 def _listed(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with a lone one made a list where the field is a tuple: `--data.labels DIR`."""
+    """Convert single values of tuple fields to lists: `--data.labels DIR`."""
     hints, listed = typing.get_type_hints(kind), {}
     for key, value in values.items():
         if dataclasses.is_dataclass(hints[key]):

@@ -1,6 +1,7 @@
-"""`codecssl-pretrain bench`: a training step of ours, without DeepSpeed, and of a waveform HuBERT of the same encoder.
+"""`codecssl-pretrain bench`: a training step of codecssl, without DeepSpeed, and of a waveform HuBERT.
 
-All on the same seconds of audio and the same masked frames, in turns, in one run; the fastest of some steps counts.
+The HuBERT has the same encoder. All variants process the same seconds of audio with the same masked frames. They run
+alternately in one process. The fastest of several steps is reported.
 """
 
 import time
@@ -42,16 +43,17 @@ SYNTHETIC = CodecCard(
     codes_per_frame=(1,) * 12,
     latent_dim=1024,
 )
-"""DAC's shape at 16 kHz: 12 codebooks of 1,024 entries, 50 frames a second."""
+"""Card of DAC at 16 kHz: 12 codebooks of 1,024 entries, 50 frames per second."""
 
 
 def bench(
     config: RunConfig, *, seconds: float = 30.0, clip_seconds: float = 15.0, steps: int = 3, hubert: bool = True
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row per way: seconds a step, hours of audio an hour, TFLOP/s; then, with data, the loader's own speed.
+    """Yield one row per variant: seconds per step, hours of audio per hour, TFLOP/s.
 
-    seconds: of audio in a step, in clips of `clip_seconds`. Codes are random, as an encoder's speed does not depend on
-    them. Raises UserError for clips longer than the step.
+    If the config has data, the last row is the speed of the loader. seconds: audio in one step, in clips of
+    `clip_seconds`. Codes are random because the speed of an encoder does not depend on them. Raises UserError for clips
+    longer than the step.
     """
     if not 0 < clip_seconds <= seconds:
         raise UserError(f"--clip-seconds {clip_seconds}: must be above 0 and at most --seconds ({seconds})")
@@ -79,7 +81,7 @@ def bench(
 
 
 def _card(config: RunConfig) -> CodecCard:
-    """The data's codec, or DAC's shape."""
+    """Card of the data's codec, or of DAC if the config has no data."""
     if not config.data.dirs:
         kept = config.data.num_codebooks or SYNTHETIC.num_codebooks
         return replace(SYNTHETIC, codebook_sizes=(1024,) * kept, codes_per_frame=(1,) * kept)
@@ -89,12 +91,12 @@ def _card(config: RunConfig) -> CodecCard:
 
 
 def _mel(config: RunConfig, card: CodecCard) -> MelSpec | None:
-    """The log-mel plane that the model reads, of the usual 80 bands."""
+    """Specification of the log-mel plane that the model reads, with 80 bands."""
     return None if config.model.input == "codes" else MelSpec.for_codec(80, card)
 
 
 def make_batch(config: RunConfig, card: CodecCard, seconds: float, clip_seconds: float) -> Batch:
-    """Random codes and labels, masked as the config says."""
+    """Build a batch of random codes and labels with the config's masking."""
     clips, frames = max(1, round(seconds / clip_seconds)), int(clip_seconds * card.frame_rate)
     keys = hashed(config.seed, np.arange(clips))
     mask = span_mask(config.mask, keys, np.full(clips, frames))
@@ -118,7 +120,10 @@ def make_batch(config: RunConfig, card: CodecCard, seconds: float, clip_seconds:
 
 
 def in_turns(ways: Mapping[str, Callable[[], None]], steps: int) -> dict[str, float]:
-    """The fastest of `steps` runs of each way, after a warm-up; in turns, so that a busy moment hits all alike."""
+    """Return the fastest of `steps` runs of each variant, in seconds, after a warm-up.
+
+    The variants alternate, which spreads the effect of other load on the machine evenly.
+    """
     best: dict[str, float] = {}
     for turn in range(steps + 1):
         for name, way in ways.items():
@@ -166,7 +171,7 @@ def _plain(objective: Objective, batch: Batch, config: RunConfig, device: torch.
 def _torch_step(
     module: nn.Module, loss: Callable[[], Tensor], config: RunConfig, device: torch.device
 ) -> Callable[[], None]:
-    """One step of torch's own loop: bf16 by autocast, as is usual without DeepSpeed."""
+    """Build a training step in plain torch. bf16 uses autocast, as is usual without DeepSpeed."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps, fused=True
@@ -186,7 +191,10 @@ def _torch_step(
 
 
 def _hubert(config: RunConfig, batch: Batch, clip_seconds: float, device: torch.device) -> Callable[[], None]:
-    """transformers' HuBERT from samples: convolutions, the same encoder, cross-entropy of 504 classes where masked."""
+    """Build a step of transformers' HuBERT on audio samples.
+
+    It has a convolutional front end, the same encoder, and cross-entropy over 504 classes at masked frames.
+    """
     from transformers import HubertConfig, HubertModel
 
     model = config.model
@@ -221,7 +229,7 @@ def _hubert(config: RunConfig, batch: Batch, clip_seconds: float, device: torch.
 
 
 def _loader(config: RunConfig, seconds_per_frame: float) -> dict[str, Any]:
-    """How many times faster than the model the loader delivers frames."""
+    """Measure the speed of the loader relative to that of the model."""
     train, _, _ = open_data(config, Ranks(rank=0, world_size=1, local_rank=0))
     steps = train.steps(0, 20, workers=config.data.workers, prefetch=config.data.prefetch)
     next(steps)
@@ -237,7 +245,7 @@ def _loader(config: RunConfig, seconds_per_frame: float) -> dict[str, Any]:
 
 
 def table(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
-    """The rows as lines to print."""
+    """Format the rows as lines of a table."""
     units = {
         "step_seconds": "{:.3f} s/step",
         "audio_hours_per_hour": "{:.1f} h/h",

@@ -1,4 +1,4 @@
-"""Checks of a setting's value. They raise UserError with the key, the value and the bound."""
+"""Range checks of settings. They raise UserError with the key, the value and the bound."""
 
 from codecssl.tokenize.common.errors import UserError
 

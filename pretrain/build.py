@@ -1,4 +1,4 @@
-"""Model and objective as the config names them."""
+"""Construction of the model and the objective from a config."""
 
 import torch
 from torch import Tensor
@@ -20,14 +20,17 @@ from codecssl.tokenize.registry import load_codec_for
 
 _NO_SHAPE = {"dropout", "input_dropout", "attention_dropout", "activation_dropout", "layerdrop",
              "embedding_init", "freeze_embedding", "rotary_max_frames"}  # fmt: skip
-"""Settings of a model in which two may differ that have the same weights."""
+"""Model settings that do not affect the names and shapes of the weights."""
 
 _COUNTED = 2_000
-"""Utterances from which the heads' first bias is counted."""
+"""Number of utterances from which the initial bias of the heads is estimated."""
 
 
 def build(config: RunConfig, corpus: Corpus, *, fresh: bool) -> Objective:
-    """Model and heads. fresh: fill the weights as the config says; a resumed run has them already."""
+    """Build the model and the heads.
+
+    fresh: initialise the weights from the config. A resumed run loads them from its checkpoint instead.
+    """
     tables, start_from = None, config.optim.start_from if fresh else None
     if fresh and not start_from and config.model.embedding_init != "random" and config.model.input != "mel":
         tables = first_tables(config.model, load_codec_for(corpus.card, weights=config.data.codec_weights))
@@ -54,7 +57,7 @@ def _code_counts(corpus: Corpus) -> list[Tensor]:
 
 
 def _take_weights(model: CodecModel, start_from: str) -> None:
-    """Those of an exported model of the same codec and the same shape."""
+    """Load the weights of an exported model of the same codec and the same shape."""
     other = load_pretrained(start_from)
     if other.card.fingerprint != model.card.fingerprint:
         raise UserError(
@@ -71,14 +74,17 @@ def _take_weights(model: CodecModel, start_from: str) -> None:
 
 
 def first_tables(config: ModelConfig, codec: Codec) -> list[Tensor] | None:
-    """What the code embeddings start from, R tables [V_k, width]; None is noise."""
+    """Initial code embeddings, R tables [V_k, width]; None for noise."""
     if config.embedding_init == "random":
         return None
     return stored_tables(codec) if config.embedding_init == "raw" else codec.embeddings()
 
 
 def build_objective(config: RunConfig, model: CodecModel, label_sizes: tuple[int, ...] = ()) -> Objective:
-    """Heads, and what else the config's objective puts around the model. label_sizes: of the label folders."""
+    """Wrap the model in the config's objective with its heads.
+
+    label_sizes: number of classes of each stream of the label folders.
+    """
     if config.objective.target == "online":
         return OnlineClusters(model, config.online, config.optim.steps)
     target = make_target(config.objective, model.card, label_sizes)

@@ -1,4 +1,4 @@
-"""The command line `codecssl-pretrain`: train on token shards, make labels, export models, look at runs."""
+"""The command line `codecssl-pretrain`: train on token shards, make labels, export models, inspect runs."""
 
 import argparse
 import difflib
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _no_misspelt_option(overrides: Sequence[str]) -> None:
-    """Raise UserError for `--otput`, before it is looked up among the sections of the config."""
+    """Raise UserError for a misspelt option such as `--otput`, before it is parsed as a config override."""
     options = ("--data", "--output", "--profile", "--print_config", "--seed")
     for word in overrides:
         name = word.partition("=")[0]
@@ -121,7 +121,7 @@ def _quoted(path: str) -> str:
 
 
 def command_line() -> CommandLine:
-    """The subcommands and their arguments. Nothing heavy is imported."""
+    """Build the parser of the subcommands and their arguments. No heavy imports."""
     line = CommandLine("codecssl-pretrain", "Pretrain encoders on token shards by masked prediction.")
     _add_run(line)
     _add_label(line)

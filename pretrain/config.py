@@ -1,9 +1,9 @@
-"""All that a pretraining run can be told: frozen dataclasses, defaults in the code, units in the names.
+"""Configuration of a pretraining run: frozen dataclasses, defaults in the code, units in the names.
 
-A YAML file holds differences only. Defaults are the published Codec2Vec base model where it was published and
-HuBERT's base recipe where it was not. A section checks its own ranges when it is made; `RunConfig` checks
-what spans sections. Every failed check is a UserError that names the key, its value, the bound and the
-remedy.
+A YAML file holds only the values that differ from the defaults. Defaults are those of the published Codec2Vec base
+model; values that were not published are from HuBERT's base recipe. Each section checks its own ranges on construction.
+`RunConfig` checks constraints across sections. A failed check raises UserError with the key, its value, the bound and
+the remedy.
 """
 
 from dataclasses import dataclass, field
@@ -43,31 +43,31 @@ class ModelConfig:
     """HuBERT's grouped convolution before the first layer, rotary embeddings in each attention, or fixed sinusoids
     with a learned scale (EnCodecMAE)."""
     activation: Literal["gelu", "relu"] = "gelu"
-    """Inside the feed-forward blocks."""
+    """Activation function of the feed-forward blocks."""
     input: Literal["codes", "mel", "both"] = "codes"
     """codes: the sum of the code embeddings. mel: the log-mel plane of `codecssl-tokenize run --with-mel`, as in
     EnCodecMAE's mel256-ec (arXiv 2309.07391, section 2). both: the sum of the two projections."""
     tie_ffn: bool = False
     """One feed-forward block shared by all layers, as in EnCodecMAE's released code."""
     conv_kernel: int = 128
-    """Frames that the convolutional position encoder sees."""
+    """Kernel size of the convolutional position encoder, frames."""
     conv_groups: int = 16
     rotary_max_frames: int = 30_000
     """Longest input of a rotary model, frames (10 minutes at 50 Hz)."""
     embedding_init: Literal["codec", "raw", "random"] = "codec"
-    """codec: start the code embeddings from what each code adds to the codec's latent (latent-exact). raw: from the
-    codebooks as stored, before the projections that some codecs have behind them. random: from noise."""
+    """Initial code embeddings. codec: the contribution of each code to the codec's latent (latent-exact). raw: the
+    codebooks as stored, before the output projections that some codecs have. random: noise."""
     freeze_embedding: bool = False
-    """Never change the code embeddings."""
+    """Exclude the code embeddings from training."""
     embedding_dim: int | None = None
-    """Width of the code embeddings; null is the codec's latent width. Columns beyond that start from noise."""
+    """Width of the code embeddings; null is the codec's latent width. Additional columns start from noise."""
     dropout: float = 0.1
-    """After attention and feed-forward blocks."""
+    """Dropout after attention and feed-forward blocks."""
     input_dropout: float = 0.1
-    """Before the first layer."""
+    """Dropout before the first layer."""
     attention_dropout: float = 0.1
     activation_dropout: float = 0.0
-    """Inside the feed-forward block."""
+    """Dropout inside the feed-forward block."""
     layerdrop: float = 0.05
 
     def __post_init__(self) -> None:
@@ -92,11 +92,12 @@ class MaskConfig:
     """Span masking as in HuBERT and Codec2Vec: 8 % of the frames start a span of 10; 57 % are masked."""
 
     kind: Literal["spans", "exact"] = "spans"
-    """spans: HuBERT's, overlap allowed, their number fixed. exact: EnCodecMAE's, exactly `fraction` is masked."""
+    """spans: HuBERT's masking, a fixed number of spans that may overlap. exact: EnCodecMAE's masking, exactly
+    `fraction` of the frames."""
     start_probability: float = 0.08
     """Fraction of the frames at which a span starts (spans)."""
     fraction: float = 0.5
-    """Of the frames that are masked (exact)."""
+    """Fraction of the frames that is masked (exact)."""
     span_frames: int = 10
 
     def __post_init__(self) -> None:
@@ -109,38 +110,38 @@ class MaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which shards, and how their frames become batches."""
+    """Token shards to read, and the sizes of batches and crops."""
 
     dirs: tuple[str, ...] = ()
     """Shard folders to train on; the command line's --data sets them."""
     labels: tuple[str, ...] = ()
     """Label folders (of `codecssl-pretrain label`), one for each of `dirs`, for objective.target labels."""
     weights: tuple[float, ...] = ()
-    """How often an epoch goes through each of `dirs` (2 is twice, 0.5 every other utterance); empty is once each."""
+    """Passes over each of `dirs` in one epoch (2 is twice, 0.5 every other utterance); empty is one pass each."""
     valid_dirs: tuple[str, ...] = ()
-    """Shard folders to validate on; where empty, `valid_fraction` of the training utterances is held out."""
+    """Shard folders to validate on. If empty, `valid_fraction` of the training utterances is held out."""
     valid_labels: tuple[str, ...] = ()
     """Label folders of `valid_dirs`."""
     valid_fraction: float = 0.01
-    """Fraction of the utterances held out, by a hash of their place in the folder; 0 turns validation off."""
+    """Fraction of the utterances held out, by a hash of their index in the folder; 0 disables validation."""
     valid_frames: int = 60_000
-    """Most frames that one validation looks at."""
+    """Maximum number of frames of one validation."""
     num_codebooks: int | None = None
-    """Read the first so many codebooks of the shards; null reads all."""
+    """Number of codebooks to read from the shards, starting with the first; null reads all."""
     codec_weights: str | None = None
-    """The codec's weights, where they are not any more at the place that the shards' card names."""
+    """Path of the codec's weights, if they have moved from the path in the shards' card."""
     batch_frames: int = 140_000
     """Frames of a global batch, over all ranks and accumulation steps (140 000 = 2 800 s at 50 Hz)."""
     crop_frames: int = 780
-    """Longest piece of an utterance in a batch (780 = 15.6 s at 50 Hz); a longer one gives several pieces."""
+    """Maximum length of a piece (780 = 15.6 s at 50 Hz); longer utterances are cut into several pieces."""
     min_frames: int = 20
-    """Shorter utterances are left out."""
+    """Minimum length of an utterance; shorter ones are skipped."""
     bucket_ratio: float = 1.04
-    """Utterances within a batch differ in length by about this factor at most."""
+    """Approximate maximum ratio of the lengths of two utterances in a batch."""
     workers: int = 2
     """Threads that read and mask batches."""
     prefetch: int = 4
-    """Batches made ahead of the model."""
+    """Number of batches prepared in advance."""
 
     def __post_init__(self) -> None:
         for key in ("crop_frames", "min_frames", "workers", "prefetch", "valid_frames"):
@@ -163,39 +164,41 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What the model predicts at masked frames, and how the codebooks are weighed."""
+    """Prediction targets at masked frames, heads, and loss weights."""
 
     name: Literal["codec2vec", "encodecmae"] = "codec2vec"
-    """codec2vec: masked frames are replaced by a vector. encodecmae: they are removed before the encoder, and a light
-    decoder fills them in."""
+    """codec2vec: masked frames are replaced by a learned vector. encodecmae: masked frames are removed before the
+    encoder, and a light decoder reconstructs them."""
     target: Literal["codes", "labels", "online"] = "codes"
-    """codes: the codec's own codes, one head per codebook (Codec2Vec's reconstruction target). labels: those of
-    data.labels, such as k-means clusters of a model's features (its iterative clustering). online: clusters of an
-    average of the model itself (DinoSR)."""
+    """codes: the codec's own codes, one head per codebook (Codec2Vec's reconstruction target). labels: classes
+    from data.labels, such as k-means clusters of a model's features (its iterative clustering). online: clusters of a
+    moving average of the model itself (DinoSR)."""
     gamma: Literal["uniform", "encodecmae"] = "uniform"
-    """Weights of the codebooks in the loss, made to sum to 1."""
+    """Weights of the codebooks in the loss, normalised to sum to 1."""
     head: Literal["linear", "cosine", "codebook"] = "linear"
-    """Logits of a class. linear: a matrix. cosine: HuBERT's and MERT's, the cosine of a projection with the class's
-    embedding, divided by `temperature` (arXiv 2106.07447, equation 3). codebook: the inner product of a projection
-    with the class's vector, which starts as the codec's own, and a bias that starts at the log of the unigram; only
-    for target codes. With 1,024 classes it starts to learn several times as early as linear (LOG.md, 2026-11-30)."""
+    """Logits of a class. linear: a matrix. cosine: the cosine of a projection with the class embedding, divided by
+    `temperature`, as in HuBERT (arXiv 2106.07447, equation 3) and MERT. codebook: the inner product of a projection
+    with the class vector, plus a bias; only for target codes. The class vectors are initialised from the codec's
+    codebooks, and the bias from the log unigram. With 1,024 classes, codebook heads start to learn several times as
+    early as linear ones (LOG.md, 2026-11-30)."""
     head_context: bool = False
-    """Give the head of codebook k the de-quantised sum of the true codes below k (codebook heads only). The loss is
-    then that of q_k given h and q_1 .. q_k-1, coarse to fine as in AudioLM (arXiv 2209.03143, section 3.2)."""
+    """Condition the head of codebook k on the de-quantised sum of the true codes below k (codebook heads only).
+    The loss is then that of q_k given h and q_1 .. q_k-1, coarse to fine as in AudioLM (arXiv 2209.03143, section
+    3.2)."""
     head_dim: int = 256
-    """Width of the projection and of the classes' embeddings, for each stream (cosine; HuBERT 256, MERT 64)."""
+    """Width of the projection and of the class embeddings of each stream (cosine; HuBERT 256, MERT 64)."""
     temperature: float = 0.1
-    """Of the cosines."""
+    """Divisor of the cosines (cosine heads)."""
     mel_weight: float = 0.0
-    """Weight of a second loss, the mean absolute error of the scaled log-mel values that a linear layer reads off the
-    masked frames (encodecmae with model.input mel or both), as masked spectrogram models have it (TERA, arXiv
-    2007.06028, section III)."""
+    """Weight of a second loss: the mean absolute error of scaled log-mel values that a linear layer predicts at masked
+    frames (encodecmae with model.input mel or both), as in masked spectrogram models (TERA, arXiv 2007.06028,
+    section III)."""
     visible_weight: float = 0.0
-    """Weight of the same loss over the frames that are not masked (HuBERT's pred_nomask_weight)."""
+    """Weight of the prediction loss at unmasked frames (HuBERT's pred_nomask_weight)."""
     quantizer_dropout: float = 0.5
-    """Fraction of the items whose input keeps only n ~ U{1..K} codebooks; targets keep all of them."""
+    """Fraction of the items whose input keeps only n ~ U{1..K} codebooks. Targets keep all codebooks."""
     quantizer_dropout_kind: Literal["prefix", "subset"] = "prefix"
-    """prefix keeps the first n codebooks, subset any n of them."""
+    """prefix keeps the first n codebooks, subset a random choice of n codebooks."""
 
     def __post_init__(self) -> None:
         _at_least("objective.visible_weight", self.visible_weight, 0.0)
@@ -217,20 +220,20 @@ class OnlineConfig:
     variant: Literal["dinosr", "spidr"] = "dinosr"
     """dinosr: every head predicts from the student's last layer. spidr: student layer k predicts teacher layer k."""
     top_layers: int = 8
-    """Teacher layers, from the last downwards, whose features are clustered: one codebook each."""
+    """Number of top teacher layers whose features are clustered, with one codebook per layer."""
     clusters: int = 256
     """Codewords of each codebook."""
     codebook_decay: float = 0.9
-    """Of the codewords' moving sums and counts."""
+    """Decay of the codewords' moving sums and counts."""
     ema_start: float = 0.999
-    """Decay of the teacher at step 0 (dinosr: rises linearly to `ema_end` over `ema_fraction` of the steps)."""
+    """Decay of the teacher at step 0. With dinosr it rises linearly to `ema_end` over `ema_fraction` of the steps."""
     ema_end: float = 0.9999
     ema_fraction: float = 0.075
-    """30,000 of 400,000 steps."""
+    """Fraction of the steps over which the decay rises (30,000 of 400,000 steps)."""
     freeze_fraction: float = 0.5
-    """The teacher stands still after this part of the steps (200,000 of 400,000)."""
+    """Fraction of the steps after which the teacher is frozen (200,000 of 400,000)."""
     spidr_timescale: float = 20_000.0
-    """Steps: the teacher's decay is 1 - (1 - ema_start) exp(-step / timescale) (spidr)."""
+    """Timescale of the teacher's decay 1 - (1 - ema_start) exp(-step / timescale), steps (spidr)."""
 
     def __post_init__(self) -> None:
         _at_least("online.top_layers", self.top_layers, 1)
@@ -247,9 +250,9 @@ class MaeConfig:
 
     decoder_layers: int = 2
     masked_weight: float = 0.9
-    """Of the masked frames' loss; the visible ones have the rest."""
+    """Weight of the loss at masked frames; visible frames have weight 1 - `masked_weight`."""
     mask_token: Literal["learned", "zeros"] = "learned"
-    """What the decoder sees at masked frames: a learned vector, or zeros as in the released code."""
+    """Decoder input at masked frames: a learned vector, or zeros as in the released code."""
 
     def __post_init__(self) -> None:
         _at_least("mae.decoder_layers", self.decoder_layers, 1)
@@ -262,22 +265,22 @@ class OptimConfig:
     """AdamW and its schedule: HuBERT's polynomial decay, DinoSR's tri-stage, or constant."""
 
     start_from: str | None = None
-    """An exported model, or a shipped one by its name, whose encoder this run starts from, as EnCodecMAE's
-    self-training does; heads and decoders are always new. null is a fresh model."""
+    """Folder of an exported model, or name of a shipped one, from which the encoder is initialised, as in EnCodecMAE's
+    self-training. Heads and decoders are always new. null is random initialisation."""
     steps: int = 400_000
     lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.01
     clip_norm: float = 10.0
-    """Largest norm of the gradient; 0 turns clipping off."""
+    """Maximum norm of the gradient; 0 disables clipping."""
     schedule: Literal["polynomial", "tri_stage", "constant"] = "polynomial"
     warmup_fraction: float = 0.08
-    """Part of the steps over which the learning rate rises from 1 % of `lr` to `lr`, in every schedule."""
+    """Fraction of the steps over which the learning rate rises from 1 % of `lr` to `lr`, in every schedule."""
     hold_fraction: float = 0.47
-    """Part of the steps at the full rate (tri_stage)."""
+    """Fraction of the steps at the full learning rate (tri_stage)."""
     final_scale: float = 0.01
-    """The last learning rate as a part of `lr` (polynomial, tri_stage)."""
+    """Final learning rate as a fraction of `lr` (polynomial, tri_stage)."""
 
     def __post_init__(self) -> None:
         _at_least("optim.steps", self.steps, 1)
@@ -298,7 +301,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One pretraining run."""
+    """Complete configuration of a pretraining run."""
 
     seed: int = 1
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -1,4 +1,4 @@
-"""Settings of the engine and of what a run reports."""
+"""Settings of the engine and of logging."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,19 +9,19 @@ from codecssl.tokenize.common.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How the steps are executed; the DeepSpeed dictionary is derived from it."""
+    """Execution of the training steps. The DeepSpeed config is derived from it."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: bfloat16 weights and activations, with fp32 master weights in the optimizer; the loss is fp32."""
     accumulation: int = 1
-    """Micro-batches that make up one global batch on one rank."""
+    """Number of micro-batches per global batch on each rank."""
     zero_stage: int | None = None
-    """DeepSpeed's ZeRO: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights are divided among ranks; null is
-    0 in fp32 and 1 in bf16."""
+    """DeepSpeed's ZeRO stage. 0: nothing is divided among ranks. 1: optimizer states. 2: also gradients. 3: also
+    weights. null is 0 in fp32 and 1 in bf16."""
     activation_checkpointing: bool = False
-    """Compute the layers' activations twice instead of keeping them: less memory, a third more time."""
+    """Recompute the layers' activations in the backward pass: less memory, a third more time."""
     compile: bool = False
-    """torch.compile the layers."""
+    """Compile the layers with torch.compile."""
 
     def __post_init__(self) -> None:
         at_least("engine.accumulation", self.accumulation, 1)
@@ -31,17 +31,19 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """How often the run speaks and saves, in steps."""
+    """Intervals of logging, validation and checkpoints, in steps."""
 
     log_every: int = 100
     valid_every: int = 5_000
     checkpoint_every: int = 5_000
     keep_checkpoints: int = 3
-    """Newest checkpoints kept."""
+    """Number of most recent checkpoints to keep."""
     stall_minutes: float = 30.0
-    """The run ends with an error when no step, validation batch or checkpoint was finished for so long; 0 is never."""
+    """Time without a finished step, validation batch or checkpoint after which the run ends with an error; 0 disables
+    the check."""
     retry_seconds: float = 120.0
-    """How long a read or a write is tried again while a disk is away; after that the run saves and exits with 70."""
+    """Time for which a read or a write is retried while a disk is unavailable. After that the run saves and exits
+    with 70."""
 
     def __post_init__(self) -> None:
         for key in ("stall_minutes", "retry_seconds"):

@@ -1,4 +1,4 @@
-"""Who this process is among its peers, and where they meet: from torchrun or DeepSpeed, from srun, or alone."""
+"""Rank of this process and the rendezvous address, from torchrun, DeepSpeed or srun, or of a single process."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among its peers."""
+    """Rank of this process and size of the process group."""
 
     rank: int
     world_size: int
     local_rank: int
-    """Among the processes of this node."""
+    """Rank among the processes of this node."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -33,10 +33,10 @@ class Ranks:
 
 
 def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """Read RANK, WORLD_SIZE and LOCAL_RANK (torchrun, DeepSpeed), else srun's variables, else be alone.
+    """Read RANK, WORLD_SIZE and LOCAL_RANK (torchrun, DeepSpeed), else srun's variables, else return a single rank.
 
-    Inside sbatch but outside srun a process is alone, however many tasks the job has: only a step has peers.
-    Raises UserError when launcher and srun contradict each other, or themselves.
+    A process inside sbatch but outside srun is a single rank, regardless of the number of tasks of the job. Only a job
+    step has several ranks. Raises UserError for contradictory variables of the launcher and srun.
     """
     step_tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if "WORLD_SIZE" in environment or "RANK" in environment:
@@ -54,10 +54,10 @@ def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
 
 
 def find_meeting(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """(address, port) of rank 0: MASTER_ADDR and MASTER_PORT (torchrun, DeepSpeed), else from srun's variables.
+    """Return (address, port) of rank 0: MASTER_ADDR and MASTER_PORT (torchrun, DeepSpeed), else from srun's variables.
 
-    Under srun rank 0 is on the first node of the step, and the port follows from the job and the step, so that two
-    steps on one node do not meet. Raises UserError where nothing tells.
+    Under srun rank 0 is on the first node of the step. The port is derived from the job and the step; two steps on one
+    node therefore have different ports. Raises UserError if no variable gives the address.
     """
     port = environment.get("MASTER_PORT") or str(_slurm_port(environment))
     if not port.isdigit() or not 0 < int(port) < 65_536:
@@ -70,10 +70,10 @@ def find_meeting(environment: Mapping[str, str] = os.environ) -> tuple[str, int]
 
 
 def choose_backend(gpus: int, environment: Mapping[str, str] = os.environ) -> str:
-    """nccl where this process sees GPUs, else gloo; DS_ACCELERATOR=cpu asks for gloo in spite of them.
+    """Return nccl if this process sees GPUs, else gloo. DS_ACCELERATOR=cpu selects gloo in either case.
 
-    Raises UserError when DS_ACCELERATOR asks for GPUs that are not there, or Slurm gave the job some that torch does
-    not see: a driver or a container without CUDA would else train on the CPUs for days.
+    Raises UserError if DS_ACCELERATOR requests GPUs and there are none, or if Slurm allocated GPUs that torch does not
+    see. Otherwise a driver or a container without CUDA would silently train on the CPUs for days.
     """
     asked = environment.get("DS_ACCELERATOR")
     if asked == "cuda" and not gpus:
@@ -88,12 +88,15 @@ def choose_backend(gpus: int, environment: Mapping[str, str] = os.environ) -> st
 
 
 def first_host(nodelist: str) -> str:
-    """The first name of a Slurm node list: node003 of node[003-006,009],login1."""
+    """Return the first name of a Slurm node list: node003 for node[003-006,009],login1."""
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", nodelist).split(",")[0]
 
 
 def _refuse_a_frozen_rank(ranks: Ranks, step_tasks: int, environment: Mapping[str, str]) -> None:
-    """A RANK exported before srun is the same in all its tasks. (torchrun numbers its processes as it likes.)"""
+    """Raise UserError for a RANK exported before srun, which has the same value in all tasks.
+
+    Processes of torchrun are exempt, because torchrun assigns its own ranks.
+    """
     own = environment.get("SLURM_PROCID", "")
     if "TORCHELASTIC_RUN_ID" in environment or step_tasks == 1 or ranks.world_size != step_tasks:
         return

@@ -1,4 +1,4 @@
-"""A run from its beginning: a config and an output folder in, a trained run folder out."""
+"""Entry point of a pretraining run: from a config and an output folder to a trained run folder."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,11 +30,11 @@ _STUCK = "the same command goes on from the newest checkpoint (log.stall_minutes
 
 
 def run(config: RunConfig, output: Path, *, profile: bool = False, stop: StopSignal | None = None) -> None:
-    """Train as the config says, from the newest checkpoint in `output` if there is one, to the last step.
+    """Train to the last step, starting from the newest checkpoint in `output` if there is one.
 
-    Every process of the run calls it. profile: also trace some steps into output/profile. stop: signals are noted there
-    already, before this is called. Raises UserError on rank 0 and SystemExit elsewhere for what the user can fix, and
-    SystemExit(PREEMPTED) after SIGTERM or SIGUSR2.
+    Every process of the run must call it. profile: also trace some steps into output/profile. stop: handler that has
+    recorded signals since before this call. For errors that the user can fix, rank 0 raises UserError and the other
+    ranks raise SystemExit. Raises SystemExit(PREEMPTED) after SIGTERM or SIGUSR2.
     """
     peers = join_ranks()
     train, valid, held_out = peers.together(lambda: _open(config, output, peers))
@@ -59,7 +59,7 @@ def run(config: RunConfig, output: Path, *, profile: bool = False, stop: StopSig
         telemetry.expected = curve.losses if curve else {}
         with peers.hearing():
             engine = start_engine(objective, config, step=saved.step, moments=saved.moments)
-        del saved  # two thirds of it are the engine's now, the rest is not needed
+        del saved  # the engine owns two thirds of it now; the rest is not needed
         stop = stop or stack.enter_context(StopSignal())
         beat = output / "ranks" / f"{peers.rank:05d}.json"
         watch = stack.enter_context(Watchdog(config.log.stall_minutes, rank=peers.rank, hint=_STUCK, beat=beat))
@@ -73,7 +73,7 @@ def run(config: RunConfig, output: Path, *, profile: bool = False, stop: StopSig
 
 
 class Mute(Telemetry):
-    """The telemetry of the ranks that do not speak."""
+    """Telemetry of the ranks other than 0, without output."""
 
     def __init__(self) -> None:
         self.rows, self.expected, self.unheard = [], {}, False
@@ -93,13 +93,13 @@ class Mute(Telemetry):
 
 
 def _check(config: RunConfig, train: Loader) -> list[Tensor]:
-    """Histograms of the targets, over whole global batches."""
+    """Check the targets and return their histograms over whole global batches."""
     whole = Loader(train.corpus, train.plan, config.mask, config.objective, seed=config.seed)
     return check_targets(whole, make_target(config.objective, train.corpus.card, train.corpus.label_sizes))
 
 
 def _open(config: RunConfig, output: Path, peers: Peers) -> tuple[Loader, Loader | None, Corpus]:
-    """Open the data; on a resume wait for folders that were there at the last start."""
+    """Open the data. On a resume, wait for folders that existed at the last start."""
     if run_folder.has_begun(output):
         before = run_folder.read_config(output).data
         data, known = config.data, {*before.dirs, *before.labels, *before.valid_dirs, *before.valid_labels}
@@ -112,7 +112,7 @@ def _open(config: RunConfig, output: Path, peers: Peers) -> tuple[Loader, Loader
 def _claim(
     config: RunConfig, output: Path, train: Loader, held_out: Corpus
 ) -> tuple[Path | None, list[str], list[str]]:
-    """Make the folder the run's own; returns the checkpoint to resume from, warnings, and changes of the config."""
+    """Claim the folder for this run. Return the checkpoint to resume from, warnings, and changes of the config."""
     valid = held_out.fingerprints if config.data.valid_dirs else []
     data = {"codec": train.corpus.card.to_dict(), "train": train.corpus.fingerprints, "valid": valid}
     if (mel := train.corpus.require_mel(config.model.input)) is not None:
@@ -128,7 +128,7 @@ def _claim(
 
 
 def _left_out(config: RunConfig, corpus: Corpus) -> list[str]:
-    """A warning where utterances are too short: at a codec's low frame rate that may be many of them."""
+    """Return a warning if utterances are too short. At a low frame rate of the codec there may be many of them."""
     short, least = int((corpus.frames < config.data.min_frames).sum()), config.data.min_frames
     if not short:
         return []
@@ -140,7 +140,7 @@ def _left_out(config: RunConfig, corpus: Corpus) -> list[str]:
 
 
 def _objective(config: RunConfig, corpus: Corpus, found: Path | None) -> tuple[Objective, Saved]:
-    """What is trained, as the checkpoint has it, or new."""
+    """Build the objective, and load the checkpoint's state if there is one."""
     objective = build(config, corpus, fresh=found is None)
     if found is None:
         return objective, Saved({"step": 0, "losses": []})

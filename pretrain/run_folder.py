@@ -1,6 +1,6 @@
-"""The records of a run folder: which config, which data and which library versions made it.
+"""Records of a run folder: its config, data and library versions.
 
-RUN/config.yaml     the whole config of the last start, defaults spelled out
+RUN/config.yaml     the complete config of the last start, defaults included
 RUN/data.json       codec card, fingerprints of the shards
 RUN/versions.json   versions of Python and of the libraries
 RUN/changes.jsonl   settings that changed on a resume, with the step
@@ -23,26 +23,26 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
 from codecssl.tokenize.common.hashing import file_sha256
 
-# What may change when a run is resumed: where data lies and how it is fetched (fingerprints say which data it is), how
-# often the run logs and saves, and how the same global batches are divided and computed.
+# Settings that may change on a resume: the paths of the data and how it is read (fingerprints identify the data), the
+# intervals of logging and saving, and how the same global batches are divided and computed.
 FREE = (
     *("log.", "data.dirs", "data.valid_dirs", "data.labels", "data.valid_labels"),
     *("data.workers", "data.prefetch", "data.codec_weights", "optim.start_from"),
     *("engine.accumulation", "engine.zero_stage", "engine.activation_checkpointing", "engine.compile"),
 )
 RECORDED = ("optim.lr", "optim.clip_norm", "optim.steps")
-"""Settings that may change too, and make another run of it: each change is recorded with its step."""
+"""Settings that may change on a resume but affect the result. Each change is recorded with its step."""
 _CHANGES = "changes.jsonl"
 _PACKAGES = ("codecssl", "torch", "fairseq2", "fairseq2n", "deepspeed", "numpy")
 
 
 @contextmanager
 def alone(run: Path) -> Iterator[None]:
-    """Keep other processes from training in this folder while the context is open.
+    """Hold an exclusive lock on the run folder while the context is open.
 
-    Raises UserError where one does already, and for a folder that is not a run folder.
+    Raises UserError if another process holds the lock, and for a folder that is not a run folder.
     """
-    begun = {"data.json", "versions.json"}  # of a start that was killed
+    begun = {"data.json", "versions.json"}  # left by a start that was killed
     if run.exists() and not (run / "config.yaml").exists() and names_in(run) - begun:
         raise UserError(f"{run}: has files in it but is not a run folder; give another --output")
     with alone_in(run):
@@ -50,11 +50,11 @@ def alone(run: Path) -> Iterator[None]:
 
 
 def claim(run: Path, config: RunConfig, data: dict[str, Any], *, step: int = 0) -> list[str]:
-    """Make `run` the folder of this config and this data, or check that it already is.
+    """Record config and data in the folder `run`, or check them against its records.
 
-    Both may change until a step has been logged or saved there; later only what FREE and RECORDED name.
-    data: {"codec": card as a dict, "train": fingerprints, "valid": fingerprints}. step: of the checkpoint from which
-    the run resumes. Returns the changes since the last start, for the user.
+    Both may change until a step has been logged or saved there. After that only settings in FREE and RECORDED may
+    change. data: {"codec": card as a dict, "train": fingerprints, "valid": fingerprints}. step: step of the checkpoint
+    from which the run resumes. Returns the changes since the last start, for the user.
     """
     changes: list[str] = []
     data = data | {"start_from": _weights_sha256(config.optim.start_from)}
@@ -68,7 +68,7 @@ def claim(run: Path, config: RunConfig, data: dict[str, Any], *, step: int = 0) 
 
 
 def read_changes(run: Path) -> list[dict[str, Any]]:
-    """Rows {"step", "key", "old", "new"} of the settings that changed on a resume, in order."""
+    """Return rows {"step", "key", "old", "new"} of the settings that changed on a resume, in order."""
     path = run / _CHANGES
     try:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -77,7 +77,7 @@ def read_changes(run: Path) -> list[dict[str, Any]]:
 
 
 def read_config(run: Path) -> RunConfig:
-    """The config that made a run."""
+    """Read the config of a run."""
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run}: is not a run folder (no config.yaml); give the --output of codecssl-pretrain run")
@@ -88,17 +88,17 @@ def read_config(run: Path) -> RunConfig:
 
 
 def read_data(run: Path) -> dict[str, Any]:
-    """The data of a run, as `claim` recorded it."""
+    """Read the data of a run, as recorded by `claim`."""
     return _read_json(run / "data.json")
 
 
 def read_versions(run: Path) -> dict[str, str]:
-    """The versions under which a run was last started."""
+    """Read the library versions of the last start of a run."""
     return _read_json(run / "versions.json")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries on which a number may depend."""
+    """Return the versions of Python and of the libraries that may affect results."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -109,7 +109,7 @@ def versions() -> dict[str, str]:
 
 
 def has_begun(run: Path) -> bool:
-    """Whether the folder holds anything that another config or other data would spoil."""
+    """Return True if the folder holds results that another config or other data would invalidate."""
     if not (run / "config.yaml").exists():
         return False
     rows, checkpoints = run / "metrics.jsonl", run / "checkpoints"
@@ -125,14 +125,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_config(run: Path, config: RunConfig, step: int) -> list[str]:
-    """Refuse changes that are not allowed, record those of RECORDED; returns them for the user."""
+    """Reject changes that are not allowed, and record those of RECORDED. Returns them for the user."""
     changed = {key: pair for key, pair in differences(read_config(run), config).items() if not key.startswith(FREE)}
     for key, (old, new) in changed.items():
         if key not in RECORDED:
             raise UserError(
                 f"{run}: was made with {key} {old}, this run says {new}; use that value or another --output"
             )
-    # of a start that resumed earlier than an earlier change, that change is undone or made again now
+    # A start may resume from before an earlier change: that change is then undone, or made again.
     rows = [row for row in read_changes(run) if row["step"] <= step]
     rows += [{"step": step, "key": key, "old": old, "new": new} for key, (old, new) in changed.items()]
     if rows or (run / _CHANGES).exists():
@@ -141,7 +141,7 @@ def _check_config(run: Path, config: RunConfig, step: int) -> list[str]:
 
 
 def _weights_sha256(model: str | None) -> str | None:
-    """sha256 of an exported model's weights; "gone" where there is no such file."""
+    """Return the sha256 of an exported model's weights, or "gone" if there is no such file."""
     if model is None:
         return None
     path = Path(model) / "model.safetensors"
@@ -149,9 +149,9 @@ def _weights_sha256(model: str | None) -> str | None:
 
 
 def _check_data(run: Path, data: dict[str, Any]) -> dict[str, Any]:
-    """Compare with what the run was made from, by fingerprints and sha256; returns what is to be recorded.
+    """Compare with the recorded data by fingerprint and sha256. Returns the data to record.
 
-    Where the folders lie and how their paths are spelled may change.
+    The paths of the folders may change.
     """
     old = read_data(run)
     kept = old.get("start_from", data["start_from"])

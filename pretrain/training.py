@@ -1,4 +1,4 @@
-"""The training loop: steps, rows of metrics, validations, checkpoints, and a checkpoint before every end."""
+"""The training loop: steps, rows of metrics, validations, checkpoints, and a checkpoint before every exit."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,17 +24,17 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.process import StopSignal, Watchdog
 from codecssl.tokenize.common.retry import patiently
 
-_DROPOUT = 200  # a stream of random numbers
-_ESTIMATED = 5  # steps from which the time that a run takes is estimated, before its first row
+_DROPOUT = 200  # key of a stream of random numbers
+_ESTIMATED = 5  # steps from which the duration of a run is estimated, before its first row
 
 
 class Window:
-    """What was measured since the last row; the losses are part of a checkpoint, the clocks are not."""
+    """Measurements since the last row of metrics. The losses are part of a checkpoint; the timings are not."""
 
     def __init__(self, losses: Sequence[float] = ()) -> None:
         self.losses = list(losses)
-        """Of whole global batches, one a step."""
-        self._parts: list[Tensor] = []  # this rank's, still on the device: most steps do not wait for it
+        """Losses of whole global batches, one per step."""
+        self._parts: list[Tensor] = []  # this rank's losses, still on the device: most steps do not synchronise
         self.frames, self.steps, self.waited, self.flops = 0, 0, 0.0, 0.0
         self.started = time.perf_counter()
 
@@ -46,7 +46,7 @@ class Window:
         self.flops += flops
 
     def settle(self, peers: Peers) -> list[float]:
-        """The losses, with the ranks' parts added up: step by step, so that it may be done at any time."""
+        """Return the losses, summed over the ranks. The sum is per step and may therefore be done at any time."""
         if self._parts:
             self.losses += peers.total(torch.stack(self._parts)).tolist()
             self._parts = []
@@ -54,7 +54,7 @@ class Window:
 
 
 class Training:
-    """The loop's own state: what is trained, on what, with whom, and who is told. The same on every rank."""
+    """State of the training loop: engine, data, process group and telemetry. The same on every rank."""
 
     def __init__(
         self, config: RunConfig, output: Path, engine: Any, train: Loader, valid: Loader | None,
@@ -65,7 +65,7 @@ class Training:
         self.window, self.saved = Window(), 0
 
     def to_the_end(self, state: dict[str, Any]) -> None:
-        """Every step after the saved one: update, and at its times a row, a validation, a checkpoint."""
+        """Run every step after the saved one, with rows of metrics, validations and checkpoints at their intervals."""
         log, self.saved, last = self.config.log, int(state["step"]), self.config.optim.steps
         if self.saved >= last:
             self.telemetry.say(f"{self.output}: all {last} steps are done")
@@ -73,7 +73,7 @@ class Training:
         self.window = Window(state["losses"])
         began, warm = self.saved, 0.0
         for done, (waited, parts) in enumerate(self._batches(self.saved, last), start=self.saved + 1):
-            if done == began + 2:  # the first step of a start is a slow one
+            if done == began + 2:  # the first step of a start is slow
                 warm = time.perf_counter()
             self._step(done, parts, waited, due=done % log.log_every == 0 or done == last)
             paused = time.perf_counter()
@@ -93,12 +93,12 @@ class Training:
     def update(
         self, step: int, parts: list[Batch], *, detailed: bool
     ) -> tuple[Tensor, list[Scores], list[Scores], float | None]:
-        """One optimizer step on this rank's micro-batches of step (0, 1, ...).
+        """Do one optimizer step on this rank's micro-batches of step (0, 1, ...).
 
-        Returns its part of the loss, its scores at masked frames and, where they are in the loss, at visible ones
-        (counted in detail, if asked), and the norm of the whole gradient.
+        Returns this rank's part of the loss, its scores at masked frames, its scores at visible frames if they are part
+        of the loss, and the norm of the whole gradient. detailed: also count accuracy and usage in the scores.
         """
-        # Dropout and layerdrop start afresh every step, so that a resumed run needs no generator's state.
+        # Dropout and layerdrop are seeded anew every step. A resumed run therefore needs no generator state.
         torch.manual_seed(int(hashed(self.config.seed, _DROPOUT, step, self.peers.rank)[0] >> np.uint64(1)))
         total, norm = torch.zeros((), device=self.engine.device), None
         masked: list[Scores] = []
@@ -116,7 +116,10 @@ class Training:
 
     @torch.no_grad()
     def validate(self, step: int) -> Row:
-        """A row of the held-out utterances: the same pieces and masks each time, all codebooks; ranks take turns."""
+        """Return a row of metrics on the held-out utterances.
+
+        Every validation uses the same pieces and masks, and all codebooks. The batches are divided among the ranks.
+        """
         assert self.valid is not None
         module = self.engine.module.eval()
         masked, visible = [], []
@@ -146,9 +149,9 @@ class Training:
         }
 
     def _batches(self, first: int, last: int) -> Iterator[tuple[float, list[Batch]]]:
-        """Each step's micro-batches, with the seconds that they were waited for.
+        """Yield the seconds spent waiting for the data of each step, and its micro-batches.
 
-        Between steps the ranks agree whether to continue: after an error in reading, or a signal to any of them, they
+        Between steps the ranks agree whether to continue. After a read error on any rank, or a signal to any rank, they
         save a checkpoint and stop.
         """
         data = self.config.data
@@ -169,7 +172,7 @@ class Training:
             yield waited, parts or []
 
     def _tried(self, read: Callable[[], list[Batch]]) -> tuple[list[Batch] | None, UserError | None]:
-        """(what was read, its error)."""
+        """Return (result of the read, its error)."""
         try:
             return read(), None
         except UserError as error:
@@ -228,7 +231,7 @@ class Training:
             self.telemetry.warn(warning)
 
     def _means(self, scores: list[Scores]) -> dict[str, list[float]]:
-        """Metrics of the whole global batch, from every rank's scores."""
+        """Return the metrics of the whole global batch, from the scores of all ranks."""
         return summary(unpacked(self.peers.total(packed(merged(scores))), self.engine.module.sizes))
 
     def _save(self, done: int) -> None:
@@ -242,7 +245,7 @@ class Training:
         self.saved = done
 
     def _abandon(self, done: int, error: UserError) -> NoReturn:
-        """Save, unless that was just done, and stop all ranks with the error."""
+        """Save, unless just saved, and stop all ranks with the error."""
         try:
             if done != self.saved:
                 self._save(done)
@@ -251,7 +254,7 @@ class Training:
         self.peers.fail(type(error)(f"{error}; step {done} is saved") if done else error)
 
     def _leave(self, done: int) -> NoReturn:
-        """Save, unless that was just done, and exit with PREEMPTED."""
+        """Save, unless just saved, and exit with PREEMPTED."""
         if done != self.saved:
             self._save(done)
         signal = self.stop.asked or "a signal to another rank"
@@ -285,18 +288,18 @@ class Training:
 
 
 def _of_visible(means: dict[str, list[float]]) -> dict[str, list[float]]:
-    """The part of a summary at visible frames that a row has."""
+    """Select the metrics at visible frames that are part of a row."""
     return {f"visible_{key}": means[key] for key in ("cross_entropy", "accuracy")}
 
 
 def packed(scores: Scores) -> Tensor:
-    """Detailed scores as one vector, float64 on the CPU, so that ranks can be added up."""
+    """Pack detailed scores into one vector, float64 on the CPU, for the sum over ranks."""
     assert scores.correct is not None
     parts = [scores.cross_entropy.detach(), scores.correct, *(scores.predicted or []), *(scores.target or [])]
     return torch.cat([torch.tensor([scores.frames], dtype=torch.float64), *(part.cpu().double() for part in parts)])
 
 
 def unpacked(vector: Tensor, sizes: Sequence[int]) -> Scores:
-    """The scores of a sum of `packed` vectors. sizes: classes of each stream, [S]."""
+    """Unpack scores from a sum of `packed` vectors. sizes: classes of each stream, [S]."""
     frames, entropy, correct, predicted, target = vector.split([1, len(sizes), len(sizes), sum(sizes), sum(sizes)])
     return Scores(int(frames), entropy, correct, list(predicted.split(list(sizes))), list(target.split(list(sizes))))

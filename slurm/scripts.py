@@ -10,16 +10,16 @@ from codecssl.tokenize.common.errors import UserError
 
 HERE = Path(__file__).resolve().parent
 SITE = "site.sh"
-"""The settings of the site: a copy that is there stays."""
+"""The settings of the site. An existing copy is not overwritten."""
 
 
 def scripts() -> list[Path]:
-    """The files of the batch scripts, as installed."""
+    """Return the installed batch scripts."""
     return sorted([*HERE.glob("*.sbatch"), *HERE.glob("*.sh")])
 
 
 def copy(target: Path) -> list[Path]:
-    """Copy the scripts into `target`; return what was written. Raises UserError where that cannot be."""
+    """Copy the scripts into `target` and return the written files. Raises UserError if that fails."""
     written = []
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def copy(target: Path) -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns 0 done, 1 an error on one line."""
+    """Run the command. Returns 0 on success, 1 after an error, which is printed on one line."""
     parser = argparse.ArgumentParser(prog="python -m codecssl.slurm.scripts", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help=f"copy them there; its {SITE} stays")
     arguments = parser.parse_args(argv)

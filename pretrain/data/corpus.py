@@ -1,4 +1,4 @@
-"""Shard folders as one list of utterances, of one codec, with label folders beside them."""
+"""Shard folders of one codec as one list of utterances, with optional label folders."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,10 +15,10 @@ from codecssl.tokenize.shards import Shards
 
 
 class Corpus:
-    """The utterances of several shard folders, numbered through; `codes` reads one piece of one of them.
+    """The utterances of several shard folders, numbered consecutively. `codes` reads one piece of an utterance.
 
-    labels: label folders, one for each of `dirs` (see label.py): the same utterances with the same frames.
-    retry_seconds: how long reading is tried again while a disk is away.
+    labels: label folders, one for each of `dirs` (see label.py), with the same utterances and frames.
+    retry_seconds: time for which a read is retried while a disk is unavailable.
     Raises UserError for folders of different codecs, and for labels of other data.
     """
 
@@ -37,39 +37,42 @@ class Corpus:
         self._labels = _matching(self._shards, given) if given else []
         frames = [shards.frames for shards in self._shards]
         self.frames: npt.NDArray[Any] = frames[0] if len(frames) == 1 else np.concatenate(frames)
-        """[N] frames of each utterance; of one folder mapped, so that the ranks of a node share it."""
+        """[N] frames of each utterance. With one folder it is a memory map, which the ranks of a node share."""
         self.mel_spec = _common_mel(self._shards)
-        """The log-mel plane that all folders have, or None."""
+        """Specification of the log-mel plane that all folders have, or None."""
         self.fingerprints = [shards.fingerprint for shards in (*self._shards, *self._labels)]
         self.first = np.cumsum([0, *(len(shards) for shards in self._shards)])
         """[F + 1] first utterance of each folder."""
 
     @property
     def label_sizes(self) -> tuple[int, ...]:
-        """Classes of each stream of the label folders; () without such."""
+        """Number of classes of each stream of the label folders; () without label folders."""
         return self._labels[0].card.codebook_sizes if self._labels else ()
 
     @property
     def clustering(self) -> str:
-        """sha256 of the centroids, or of the file, that the label folders are from; "" without such."""
+        """sha256 of the centroids, or of the file, from which the labels were made; "" without label folders."""
         return self._labels[0].card.weights_sha256 if self._labels else ""
 
     def __len__(self) -> int:
         return int(self.first[-1])
 
     def codes(self, index: int, start: int, frames: int) -> npt.NDArray[np.uint16]:
-        """uint16 [R, frames] of utterance `index` from frame `start`."""
+        """Return the codes uint16 [R, frames] of utterance `index` from frame `start`."""
         folder, local = self._locate(index)
         kept = self.card.num_codebooks
         return self._shards[folder].codes(local, num_codebooks=kept, start=start, stop=start + frames)
 
     def mel(self, index: int, start: int, frames: int) -> npt.NDArray[np.uint8]:
-        """uint8 [bands, frames], the stored log-mel plane of the same piece."""
+        """Return the stored log-mel plane uint8 [bands, frames] of the same piece."""
         folder, local = self._locate(index)
         return self._shards[folder].mel(local, start=start, stop=start + frames).T
 
     def require_mel(self, model_input: str) -> MelSpec | None:
-        """The plane that a model with this `model.input` reads, None for codes. UserError where a folder has none."""
+        """Return the log-mel plane that a model with this `model.input` reads; None for codes.
+
+        Raises UserError if a folder has no log-mel plane.
+        """
         if model_input == "codes":
             return None
         for shards in self._shards:
@@ -85,7 +88,7 @@ class Corpus:
         return self.mel_spec
 
     def labels(self, index: int, start: int, frames: int) -> npt.NDArray[np.uint16]:
-        """uint16 [S, frames], the labels of the same piece."""
+        """Return the labels uint16 [S, frames] of the same piece."""
         folder, local = self._locate(index)
         return self._labels[folder].codes(local, start=start, stop=start + frames)
 
@@ -104,7 +107,7 @@ def _common_mel(shards: Sequence[Shards]) -> MelSpec | None:
 
 
 def _matching(shards: Sequence[Shards], labels: Sequence[Shards]) -> list[Shards]:
-    """The label folders, once each fits its shards and all are of one clustering."""
+    """Check that each label folder fits its shards and that all are of one clustering. Return them."""
     if len(labels) != len(shards):
         raise UserError(f"data.labels: {len(labels)} folders for {len(shards)} of data.dirs; give one for each")
     for data, given in zip(shards, labels, strict=True):
@@ -118,7 +121,10 @@ def _matching(shards: Sequence[Shards], labels: Sequence[Shards]) -> list[Shards
 
 
 def _common_card(shards: Sequence[Shards], num_codebooks: int | None) -> CodecCard:
-    """The codec's card with the codebooks that are kept; folders may hold more, and more than one another."""
+    """Return the codec's card with the codebooks that are kept.
+
+    Folders may hold more codebooks, and may differ in their number.
+    """
     kept = shards[0].card.num_codebooks if num_codebooks is None else num_codebooks
     for each in shards:
         if num_codebooks is not None and kept > each.card.num_codebooks:
@@ -142,5 +148,5 @@ def _common_card(shards: Sequence[Shards], num_codebooks: int | None) -> CodecCa
 
 
 def with_codebooks(card: CodecCard, count: int) -> CodecCard:
-    """The card of the first `count` codebooks of a codec."""
+    """Return the card of the first `count` codebooks of a codec."""
     return replace(card, codebook_sizes=card.codebook_sizes[:count], codes_per_frame=card.codes_per_frame[:count])

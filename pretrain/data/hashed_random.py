@@ -1,8 +1,8 @@
-"""Random numbers without a state: each is a hash of what it is for.
+"""Stateless random numbers: each is a hash of its keys.
 
-A draw depends on its keys alone (seed, step, utterance, ...), never on what was drawn before, on which rank
-or on which thread. So a resumed run, or a run on other ranks, draws the same numbers with nothing to store.
-The hash is the finaliser of splitmix64 (Steele, Lea, Flood 2014), applied key by key.
+A draw depends only on its keys (seed, step, utterance, ...), not on earlier draws, the rank or the thread. A resumed
+run, or a run with another number of ranks, therefore draws the same numbers without stored state. The hash is the
+finaliser of splitmix64 (Steele, Lea, Flood 2014), applied key by key.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ Keys = npt.NDArray[np.uint64]
 
 
 def hashed(*keys: npt.ArrayLike) -> Keys:
-    """uint64 hashes of the broadcast integer `keys`; the order of the keys matters."""
+    """Return uint64 hashes of the broadcast integer `keys`. The order of the keys matters."""
     state: Keys = np.zeros(1, dtype=np.uint64)
     for key in keys:
         state = _mix(state ^ _mix(np.atleast_1d(np.asarray(key)).astype(np.uint64)))
@@ -26,12 +26,12 @@ def hashed(*keys: npt.ArrayLike) -> Keys:
 
 
 def uniform(*keys: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """float64 in [0, 1), one per broadcast combination of the integer `keys`."""
+    """Return float64 numbers in [0, 1), one per broadcast combination of the integer `keys`."""
     return (hashed(*keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def smallest(values: npt.NDArray[np.float64], counts: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """[N, M] values, [N] counts -> [N, M] true at the `counts[i]` smallest values of row i."""
+    """Mark the smallest values of each row: [N, M] values, [N] counts -> bool [N, M], `counts[i]` true in row i."""
     ranks = np.argsort(np.argsort(values, axis=1, kind="stable"), axis=1)
     return ranks < counts[:, None]
 
@@ -44,10 +44,10 @@ def _mix(x: Keys) -> Keys:
 
 
 def permuted(places: npt.ArrayLike, size: int, *keys: int) -> npt.NDArray[np.int64]:
-    """Where a random permutation of 0 .. size - 1, chosen by `keys`, takes each of `places`; nothing is listed.
+    """Apply a random permutation of 0 .. size - 1, chosen by `keys`, to `places` without listing it.
 
-    A Feistel network of four rounds (Luby and Rackoff 1988) on the next even number of bits; values that fall outside
-    are sent through again ("cycle walking"), less than four times on average.
+    The permutation is a Feistel network of four rounds (Luby and Rackoff 1988) on the next even number of bits. Values
+    out of range pass through it again ("cycle walking"), less than four times on average.
     """
     half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)

@@ -1,4 +1,4 @@
-"""Executes the plan: reads the pieces of a step, pads and masks them, some steps ahead of the model."""
+"""Data loader: read, pad and mask the pieces of each step of the plan, several steps in advance."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -22,19 +22,19 @@ class Batch:
     """One micro-batch of one rank."""
 
     codes: Tensor
-    """int64 [B, R, T], zero in the padding; R is K, or more where codebooks have several codes a frame."""
+    """int64 [B, R, T], zero in the padding. R is K, or more if codebooks have several codes per frame."""
     frames: list[int]
-    """Frames of each item, the rest of T is padding."""
+    """Frames of each item; the rest of T is padding."""
     mask: Tensor
-    """bool [B, T], true where the model must predict; false in the padding."""
+    """bool [B, T], true at the frames to predict, false in the padding."""
     kept: Tensor
-    """bool [B, R], the codebooks that the input keeps."""
+    """bool [B, R], true for the codebooks that the input keeps."""
     masked: Tensor
-    """int64 [M], where the mask is true: b T + t. Known beforehand, so that no step waits for the device to count."""
+    """int64 [M], indices b T + t of the masked frames. Computed in advance to avoid a device synchronisation."""
     visible: Tensor
-    """int64 [V], where it is false, without the padding."""
+    """int64 [V], indices b T + t of the unmasked frames, without the padding."""
     visible_frames: list[int]
-    """Of each item."""
+    """Number of unmasked frames of each item."""
     masked_total: int
     """Masked frames of the whole global batch: the denominator of the loss, on every rank."""
     visible_total: int
@@ -49,7 +49,7 @@ class Batch:
         cls, codes: Tensor, frames: list[int], mask: Tensor, kept: Tensor, masked_total: int, visible_total: int,
         labels: Tensor | None = None, mel: Tensor | None = None,
     ) -> "Batch":  # fmt: skip
-        """The batch with this mask."""
+        """Build a batch with this mask."""
         seen = lengths_to_mask(frames, mask.shape[1]) & ~mask
         masked, visible = (where.flatten().nonzero().flatten() for where in (mask, seen))
         counts = seen.sum(1).tolist()
@@ -63,9 +63,9 @@ class Batch:
 
 
 class Loader:
-    """step -> the micro-batches of this rank, a pure function; `steps` makes them ahead in other threads.
+    """Pure function from a step to the micro-batches of this rank. `steps` prepares them in background threads.
 
-    `fixed_masks` masks as if every step were the first, which validation needs: one utterance, one mask.
+    fixed_masks: use the masks of step 0 in every step. Validation needs the same mask for an utterance every time.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Loader:
         self._rank, self._world_size, self._accumulation = rank, world_size, accumulation
 
     def step(self, step: int) -> list[Batch]:
-        """The micro-batches of a step for this rank, in the order in which their gradients are added up."""
+        """Return the micro-batches of a step for this rank, in the order in which their gradients are accumulated."""
         shares = cut(self.plan.batch(step), self._world_size * self._accumulation)
         masks = [span_mask(self._mask, self._keys(step, share), share.frames) for share in shares]
         masked = sum(int(mask.sum()) for mask in masks)
@@ -87,7 +87,7 @@ class Loader:
         return [self._read(step, shares[i], masks[i], masked, visible) for i in mine]
 
     def steps(self, first: int, last: int, *, workers: int, prefetch: int) -> Iterator[list[Batch]]:
-        """`step(first)` .. `step(last - 1)`, read by `workers` threads, `prefetch` steps ahead."""
+        """Yield `step(first)` .. `step(last - 1)`, read by `workers` threads, `prefetch` steps in advance."""
         if not NATIVE_DATA:
             yield from map(self.step, range(first, last))
             return
@@ -115,7 +115,7 @@ class Loader:
 
 
 def _padded(read: Callable[[int, int, int], Any], rows: int, pieces: Pieces, dtype: Any = np.int64) -> Tensor:
-    """[B, rows, T] of `dtype`: the piece that `read` returns for each item, zero in the padding."""
+    """Return a tensor [B, rows, T] of `dtype` with the piece that `read` returns for each item, zero in the padding."""
     padded = np.zeros((len(pieces), rows, int(pieces.frames.max())), dtype=dtype)
     for item, (utterance, start, frames) in enumerate(
         zip(pieces.utterance.tolist(), pieces.start.tolist(), pieces.frames.tolist(), strict=True)
@@ -125,7 +125,7 @@ def _padded(read: Callable[[int, int, int], Any], rows: int, pieces: Pieces, dty
 
 
 def _reraised(open_pipeline: Callable[[], Any]) -> Iterator[list[Batch]]:
-    """The items of a fairseq2 pipeline, with a reader's own error in place of the pipeline's wrapper."""
+    """Yield the items of a fairseq2 pipeline. Raise the reader's own error instead of the pipeline's wrapper."""
     try:
         yield from open_pipeline()
     except DataPipelineError as error:

@@ -1,4 +1,4 @@
-"""Which frames and which codebooks the model does not see: pure functions of keys, for a whole batch."""
+"""Masking of frames and dropout of codebooks: pure functions of keys, for a whole batch."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ _COUNT, _STARTS, _DROP, _KEEP, _ORDER = range(5)  # one stream of random numbers
 
 
 def span_mask(config: MaskConfig, keys: Keys, frames: npt.NDArray[Any]) -> Bools:
-    """Masked frames, [B] keys and [B] lengths -> [B, T] with T = max(frames); false in the padding.
+    """Mask frames: [B] keys and [B] lengths -> bool [B, T] with T = max(frames), false in the padding.
 
-    No length may be below the span. See `_spans` and `_exact` for the two kinds.
+    Every length must be at least the span. See `_spans` and `_exact` for the two kinds.
     """
     assert int(frames.min()) >= config.span_frames, "shorter utterances are left out by data.min_frames"
     return _KINDS[config.kind](config, keys, frames)
@@ -36,8 +36,8 @@ def _spans(config: MaskConfig, keys: Keys, frames: npt.NDArray[Any]) -> Bools:
 def _exact(config: MaskConfig, keys: Keys, frames: npt.NDArray[Any]) -> Bools:
     """EnCodecMAE's procedure: random starts until `fraction` of the frames is masked, then the excess is unmasked.
 
-    A frame is masked when the first start that covers it comes early enough; of the last span only a beginning is
-    left, so that floor(fraction T_i) frames are masked, at least one.
+    A frame is masked if the first start that covers it is drawn early enough. The last span is truncated. Exactly
+    floor(fraction T_i) frames are masked, at least one.
     """
     ranks, _ = _start_ranks(config, keys, frames)
     span, width = config.span_frames, int(frames.max())
@@ -60,7 +60,10 @@ _KINDS = {"spans": _spans, "exact": _exact}
 def _start_ranks(
     config: MaskConfig, keys: Keys, frames: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
-    """[B, S] when each place is drawn as a start (0 first), and [B] how many places an item has; the rest come last."""
+    """Return the draw order [B, S] of the possible starts (0 first), and the number of possible starts [B] per item.
+
+    Positions beyond an item's own come last.
+    """
     places = frames - config.span_frames + 1
     width = int(frames.max()) - config.span_frames + 1
     values = uniform(keys[:, None], _STARTS, np.arange(width)[None, :])
@@ -69,7 +72,7 @@ def _start_ranks(
 
 
 def kept_codebooks(config: ObjectiveConfig, keys: Keys, num_codebooks: int) -> Bools:
-    """Quantizer dropout: [B] keys -> [B, K], false for the codebooks that the input of an item lacks.
+    """Quantizer dropout: [B] keys -> bool [B, K], false for the codebooks that are dropped from an item's input.
 
     A fraction `quantizer_dropout` of the items keeps n ~ U{1..K} codebooks: the first n, or any n of them.
     """
@@ -82,7 +85,7 @@ def kept_codebooks(config: ObjectiveConfig, keys: Keys, num_codebooks: int) -> B
 
 
 def _dilate(starts: Bools, span: int) -> Bools:
-    """[B, S] starts -> [B, S + span - 1], true where one of the last `span` positions is a start."""
+    """Extend starts [B, S] to spans [B, S + span - 1], true if one of the last `span` positions is a start."""
     batch, places = starts.shape
     total = np.zeros((batch, places + 2 * span - 1), dtype=np.int32)  # `span` zeros, the sums, then the last sum
     np.cumsum(starts, axis=1, out=total[:, span : span + places])

@@ -1,4 +1,4 @@
-"""The data of a run: its corpus, what is held out of it, and the loaders of training and validation."""
+"""The data of a run: its corpus, the held-out utterances, and the loaders of training and validation."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ _CHUNK = 1 << 17
 
 
 def open_data(config: RunConfig, ranks: Ranks) -> tuple[Loader, Loader | None, Corpus]:
-    """Training loader, validation loader (None where nothing is held out), and the corpus validated on."""
+    """Return the training loader, the validation loader (None if nothing is held out), and the validation corpus."""
     data = config.data
     labels = data.labels if config.objective.target == "labels" else ()
     if config.objective.target == "labels" and not labels:
@@ -56,7 +56,7 @@ def open_data(config: RunConfig, ranks: Ranks) -> tuple[Loader, Loader | None, C
 
 
 def held_out_utterances(corpus: Corpus, config: DataConfig) -> Ints:
-    """Those of `valid_fraction` that are long enough, limited to about `valid_frames` frames in all."""
+    """Return held-out utterances (`valid_fraction`) that are long enough, about `valid_frames` frames at most."""
     found = [np.zeros(0, dtype=np.int64)]
     if config.valid_fraction:
         for begin, end in zip(corpus.first[:-1].tolist(), corpus.first[1:].tolist()):
@@ -67,7 +67,10 @@ def held_out_utterances(corpus: Corpus, config: DataConfig) -> Ints:
 
 
 def limited(corpus: Corpus, utterances: Ints, config: DataConfig) -> Ints:
-    """Some of the usable `utterances`, from all over, that give `valid_frames` frames; at least one, where any is."""
+    """Select usable `utterances`, spread over the corpus, with `valid_frames` frames in total.
+
+    Selects at least one if any is usable.
+    """
     usable = utterances[corpus.frames[utterances] >= config.min_frames]
     usable = usable[np.argsort(hashed(usable), kind="stable")]
     lengths = corpus.frames[usable].astype(np.int64)
@@ -82,7 +85,7 @@ def _weights(data: DataConfig, folders: int) -> tuple[float, ...]:
 
 
 def _validation(config: RunConfig, corpus: Corpus) -> tuple[Corpus, Ints]:
-    """The corpus validated on, and which of its utterances."""
+    """Return the validation corpus and the indices of its utterances to validate on."""
     data = config.data
     if not data.valid_dirs:
         return corpus, held_out_utterances(corpus, data)
@@ -130,7 +133,7 @@ def _valid_loader(config: RunConfig, corpus: Corpus, held_out: Ints, parts: int)
 
 
 class Listed(Pool):
-    """A pool of few utterances, named one by one."""
+    """A pool of a few utterances, given as a list."""
 
     def __init__(self, frames: np.ndarray, utterances: Ints) -> None:  # type: ignore[type-arg]
         super().__init__(np.asarray(frames[utterances]))

@@ -1,9 +1,10 @@
 """The order of data: a pure function of (seed, epoch, step), the same on every rank and after every resume.
 
-An epoch is a random permutation of the utterances, never listed as a whole, walked chapter by chapter (a hundred
-thousand utterances). A chapter cuts its utterances into pieces of at most `crop_frames` (from a new random offset every
-epoch), shuffles the pieces within buckets of like length, and cuts that list into batches of equal frames, which it
-shuffles. Memory is that of two chapters and of one number per utterance, whatever the corpus.
+An epoch is a random permutation of the utterances. It is never listed as a whole, but processed in chapters, which are
+shuffle windows of a hundred thousand utterances. The utterances of a chapter are cut into pieces of at most
+`crop_frames`, from a new random offset every epoch. The pieces are shuffled within buckets of similar length. The
+resulting list is cut into batches of equal frames, which are shuffled. Memory usage is that of two chapters and one
+number per utterance, for a corpus of any size.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 CHAPTER = 1 << 17
-"""Utterances of a chapter."""
+"""Number of utterances of a chapter."""
 _CHUNK = 1 << 17
 
 _ORDER, _OFFSET, _BATCHES, _COPIES, _SHUFFLE, _HOLD = range(100, 106)  # streams of random numbers; masking has its own
@@ -44,13 +45,13 @@ class Pieces:
 
 
 class Pool:
-    """The utterances that an epoch draws from, as places 0 .. size - 1, some of which may be empty.
+    """The utterances of an epoch, as places 0 .. size - 1, some of which may be empty.
 
     frames:     [N] frames per utterance, of the whole corpus (may be a memory map).
     first:      [F + 1] first utterance of each of the F folders, and N.
-    weights:    [F] how often an epoch goes through each folder; () is once each.
-    min_frames: shorter utterances are left out.
-    held_out:   fraction of the utterances left out for validation: which, depends on their places in the folder alone.
+    weights:    [F] passes over each folder in one epoch; () is one pass each.
+    min_frames: shorter utterances are skipped.
+    held_out:   fraction of the utterances held out for validation, chosen by their index in the folder alone.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Pool:
         self.first = np.asarray([0, len(frames)] if first is None else first, dtype=np.int64)
         self.weights = np.asarray(weights or [1.0] * (len(self.first) - 1), dtype=np.float64)
         self.min_frames, self.held_out = min_frames, held_out
-        self._copies = np.ceil(self.weights).astype(np.int64)  # places that an utterance of the folder has
+        self._copies = np.ceil(self.weights).astype(np.int64)  # number of places of an utterance of the folder
         self._bounds = np.concatenate([[0], np.cumsum(np.diff(self.first) * self._copies)])
 
     @property
@@ -74,27 +75,27 @@ class Pool:
         return int(self._bounds[-1])
 
     def utterances(self, places: Ints, *keys: int) -> tuple[Ints, Ints]:
-        """(places that are not empty, the utterance at each); `keys` decide which fractional copies are there."""
+        """Return (places that are not empty, the utterance at each). `keys` select the fractional copies."""
         folder = np.searchsorted(self._bounds, places, side="right") - 1
         within, copies = places - self._bounds[folder], self._copies[folder]
         utterance = self.first[folder] + within // copies
-        part = self.weights[folder] - within % copies  # of this copy: 1 or more is a whole one
+        part = self.weights[folder] - within % copies  # weight of this copy: 1 or more is a whole copy
         there = self.usable(utterance, folder) & ((part >= 1.0) | (uniform(*keys, _COPIES, places) < part))
         return places[there], utterance[there]
 
     def name(self, utterances: Ints) -> Ints:
-        """The corpus's own numbers of utterances of this pool."""
+        """Return the corpus indices of utterances of this pool."""
         return utterances
 
     def usable(self, utterance: Ints, folder: Ints) -> Bools:
-        """Whether training may use these utterances of these folders."""
+        """Return a mask of the utterances that training may use, given their folders."""
         long_enough: Bools = self.frames[utterance] >= self.min_frames
         if not self.held_out:
             return long_enough
         return long_enough & ~is_held_out(utterance - self.first[folder], self.held_out)
 
     def totals(self, crop_frames: int) -> tuple[int, int]:
-        """(pieces, frames) of an epoch, on average where weights are no whole numbers."""
+        """Return (pieces, frames) of an epoch; averages if weights are fractional."""
         pieces = frames = 0.0
         for folder, (begin, end) in enumerate(pairwise(self.first.tolist())):
             for start in range(begin, end, _CHUNK):
@@ -108,18 +109,21 @@ class Pool:
 
 
 def is_held_out(number: npt.ArrayLike, fraction: float) -> Bools:
-    """Whether the utterances with these numbers in their folders are held out: more data after them changes nothing."""
+    """Return a mask of held-out utterances, given their indices in their folders.
+
+    Appending data to a folder does not change the result for existing utterances.
+    """
     held: Bools = uniform(_HOLD, number) < fraction
     return held
 
 
 class Plan:
-    """step -> the pieces of that step's global batch; `cut` gives one rank's share of it.
+    """Map a step to the pieces of its global batch. `cut` divides the batch among ranks.
 
     batch_frames: bound on the frames of a global batch. An epoch has ceil(its frames / batch_frames) steps, rounded up
-                  to equally many per chapter; all batches of a chapter are within one piece of each other.
-    parts:        into how many shares every batch must be divisible (ranks x accumulation).
-    chapter:      utterances of a chapter.
+                  to the same number per chapter. The batches of a chapter differ by at most one piece.
+    parts:        number of shares into which every batch must be divisible (ranks x accumulation).
+    chapter:      number of utterances of a chapter.
     """
 
     def __init__(
@@ -141,14 +145,14 @@ class Plan:
                 " engine.accumulation), a smaller data.crop_frames or a larger data.batch_frames"
             )
         self._chapters: dict[tuple[int, int], tuple[Pieces, Ints, Ints]] = {}
-        self._lock = Lock()  # readers in several threads may ask for the first batch of a chapter at once
+        self._lock = Lock()  # several threads may request the first batch of a chapter at once
 
     def epoch(self, step: int) -> int:
-        """The epoch that step (0, 1, ...) falls into."""
+        """Return the epoch of a step (0, 1, ...)."""
         return step // self.steps_per_epoch
 
     def batch(self, step: int) -> Pieces:
-        """The global batch of a step."""
+        """Return the global batch of a step."""
         epoch, index = divmod(step, self.steps_per_epoch)
         chapter, index = divmod(index, self.steps_per_chapter)
         with self._lock:
@@ -160,7 +164,7 @@ class Plan:
         return pieces[slice(int(bounds[turn]), int(bounds[turn + 1]))]
 
     def _chapter(self, epoch: int, chapter: int) -> tuple[Pieces, Ints, Ints]:
-        """A chapter's pieces, shuffled in buckets; [steps + 1] bounds of its batches; their order."""
+        """Return a chapter's pieces, shuffled in buckets, the bounds [steps + 1] of its batches, and their order."""
         begin, end = (self.pool.size * c // self.chapters for c in (chapter, chapter + 1))
         places = permuted(np.arange(begin, end), self.pool.size, self._seed, _ORDER, epoch)
         places, utterances = self.pool.utterances(places, self._seed, epoch)
@@ -173,10 +177,10 @@ class Plan:
         return pieces, equal_cuts(pieces.frames, self.steps_per_chapter), turns
 
     def _pieces(self, epoch: int, places: Ints, utterances: Ints) -> tuple[Ints, Pieces]:
-        """(which of `utterances` a piece comes from, the pieces)."""
+        """Return (index into `utterances` of each piece, the pieces)."""
         lengths = self.pool.frames[utterances].astype(np.int64)
         counts, frames = np.maximum(lengths // self._crop, 1), np.minimum(lengths, self._crop)
-        slack = lengths - counts * frames  # frames that this epoch leaves out
+        slack = lengths - counts * frames  # frames that this epoch skips
         offset = np.floor(uniform(self._seed, _OFFSET, epoch, places) * (slack + 1)).astype(np.int64)
         owner = np.repeat(np.arange(len(utterances)), counts)
         turn = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -184,13 +188,13 @@ class Plan:
 
 
 def cut(batch: Pieces, parts: int) -> list[Pieces]:
-    """A global batch as `parts` shares of equal frames (within one piece), together the batch, in order."""
+    """Divide a global batch into `parts` consecutive shares of equal frames (within one piece)."""
     bounds = equal_cuts(batch.frames, parts)
     return [batch[int(a) : int(b)] for a, b in pairwise(bounds)]
 
 
 def equal_cuts(frames: Ints, parts: int) -> Ints:
-    """[parts + 1] bounds: part p holds the items whose first frame lies in its equal share of all frames."""
+    """Return bounds [parts + 1]: part p holds the items whose first frame lies in its equal share of all frames."""
     starts = np.cumsum(frames) - frames
     total = int(frames.sum())
     shares = -(-np.arange(parts + 1, dtype=np.int64) * total // parts)

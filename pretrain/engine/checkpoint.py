@@ -1,15 +1,15 @@
-"""Checkpoints of a run: written atomically, the newest few kept, damaged ones named and passed over.
+"""Checkpoints of a run: written atomically, the newest few kept, damaged ones reported and skipped.
 
-    RUN/checkpoints/step-00005000/   model.safetensors (the encoder in fp32, what `export` gives away)
+    RUN/checkpoints/step-00005000/   model.safetensors (the encoder in fp32, as `export` publishes it)
                                      training.safetensors (heads, AdamW's moments, the objective's extra state)
                                      state.json (step, losses since the last row of the metrics)
                                      whole.json (size and CRC-32 of every file: written last)
     RUN/checkpoints/latest           a link to the newest
 
-All values are whole and fp32, however the ZeRO stage and the ranks divide them: a run resumes from them with any other
-stage and number of ranks. Rank 0 writes under another name, syncs, and renames; it removes under another name as well,
-so that a directory step-* with a file missing was damaged, not interrupted. Random numbers need no state (see
-hashed_random.py), nor does the order of data (plan.py), nor the schedule (a function of the step).
+All tensors are whole and fp32, independent of the ZeRO stage and the number of ranks. A run can resume with another
+stage and another number of ranks. Rank 0 writes under a temporary name, syncs, and renames. It also renames before it
+removes. A directory step-* with a missing file was therefore damaged, not interrupted. No state is needed for random
+numbers (see hashed_random.py), the order of data (plan.py) and the schedule (a function of the step).
 """
 
 import errno
@@ -36,12 +36,12 @@ _CHUNK = 1 << 22
 
 @dataclass
 class Saved:
-    """What a checkpoint holds: whole fp32 tensors by name of the parameter, and the loop's own state."""
+    """Contents of a checkpoint: whole fp32 tensors by parameter name, and the state of the training loop."""
 
     state: dict[str, Any]
     weights: dict[str, Tensor] = field(default_factory=dict)
     moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """AdamW's, by key and name."""
+    """AdamW's moments, by key and parameter name."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """The objective's `extra_state`."""
 
@@ -51,7 +51,7 @@ class Saved:
 
 
 def collect(engine: Any, state: dict[str, Any]) -> Saved:
-    """The engine's state, whole on rank 0 and nothing elsewhere. All ranks must call it."""
+    """Gather the engine's state on rank 0; the other ranks return empty tensors. All ranks must call it."""
     return Saved(
         {"format": FORMAT, **state},
         dict(masters(engine)),
@@ -61,10 +61,10 @@ def collect(engine: Any, state: dict[str, Any]) -> Saved:
 
 
 def save(saved: Saved, folder: Path, *, keep: int, retry_seconds: float = 0.0) -> Path:
-    """Write a checkpoint into `folder`, then drop all but the newest `keep`. For rank 0.
+    """Write a checkpoint into `folder`, then remove all but the newest `keep`. To be called by rank 0.
 
-    retry_seconds: how long writing is tried again while the disk is away. Raises UserError when the disk is full or
-    weights are not finite, TransientError when the disk stays away; the earlier checkpoints are as they were.
+    retry_seconds: time for which a write is retried while the disk is unavailable. Raises UserError if the disk is full
+    or weights are not finite, TransientError if the disk stays unavailable. Earlier checkpoints are then unchanged.
     """
     if bad := [name for name, value in saved.weights.items() if not value.isfinite().all()]:
         raise UserError(f"step {saved.step}: {bad[0]} is not finite; lower optim.lr or optim.clip_norm, and start"
@@ -85,22 +85,22 @@ def save(saved: Saved, folder: Path, *, keep: int, retry_seconds: float = 0.0) -
 def _put(saved: Saved, partial: Path, final: Path) -> None:
     for left in final.parent.glob(".step-*.partial"):
         shutil.rmtree(left, ignore_errors=True)
-    partial.parent.mkdir(exist_ok=True)  # not the run's folder, whose disk may be away
+    partial.parent.mkdir(exist_ok=True)  # without the run's folder, whose disk may be unavailable
     partial.mkdir()
     _write(saved, partial)
-    if final.exists():  # a damaged one of the same step
+    if final.exists():  # a damaged checkpoint of the same step
         shutil.rmtree(final)
     partial.rename(final)
     _point_latest(final.parent, final)
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; a kill in between leaves no directory of its name."""
+    """Remove a checkpoint. An interrupted removal leaves no directory of its name."""
     shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.partial")), ignore_errors=True)
 
 
 def load(checkpoint: Path) -> Saved:
-    """A checkpoint's contents, on the CPU. UserError where it is of another codecssl."""
+    """Load a checkpoint's contents, on the CPU. Raises UserError if another version of codecssl wrote it."""
     state = read_state(checkpoint)
     if state["format"] != FORMAT:
         raise UserError(f"{checkpoint}: has format {state['format']}, this codecssl reads {FORMAT}; go on with the"
@@ -120,9 +120,9 @@ def load(checkpoint: Path) -> Saved:
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[Path]]:
-    """(the newest checkpoint whose files are as they were written, the newer ones that are damaged).
+    """Return (the newest intact checkpoint, the newer damaged ones).
 
-    Raises UserError where all of them are damaged: a run must not start at step 0 unasked.
+    Raises UserError if all of them are damaged, because a run must not silently start at step 0.
     """
     corrupt: list[Path] = []
     if old := next(folder.glob("step-*/engine"), None):
@@ -140,14 +140,14 @@ def newest_intact(folder: Path) -> tuple[Path | None, list[Path]]:
 
 
 def set_aside(corrupt: Path) -> Path:
-    """Rename a corrupt checkpoint, so that it is not looked at again nor counted among those kept."""
+    """Rename a corrupt checkpoint, which excludes it from later searches and from the number of kept checkpoints."""
     aside = corrupt.with_name(f"corrupt-{corrupt.name}")
     shutil.rmtree(aside, ignore_errors=True)
     return corrupt.rename(aside)
 
 
 def damage(checkpoint: Path) -> str | None:
-    """The name of the first file that is missing, cut short or has another CRC-32 than when it was written."""
+    """Return the name of the first file that is missing, truncated or has a wrong CRC-32; None if intact."""
     try:
         files = _read_whole(checkpoint)
     except (OSError, ValueError):
@@ -158,24 +158,24 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The saved state of a checkpoint: its step, and the losses since the last row of the metrics."""
+    """Read the state of a checkpoint: its step, and the losses since the last row of metrics."""
     state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text())
     return state
 
 
 def whole(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first: those with all files in full size."""
+    """Return the complete checkpoints of a run, oldest first. In a complete one all files have their full size."""
     return [path for path in _all(folder) if _is_whole(path)]
 
 
 def _all(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, damaged ones too."""
+    """Return all checkpoints of a run, including damaged ones, oldest first."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint."""
+    """Return the newest complete checkpoint, or None."""
     found = whole(folder)
     return found[-1] if found else None
 
@@ -205,13 +205,13 @@ def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
 
     try:
         save_file({name: value.contiguous() for name, value in tensors.items()}, path)
-    except SafetensorError as error:  # how it wraps a full disk, with the number in the text only
+    except SafetensorError as error:  # how it reports a full disk: the errno is in the text only
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.ENOSPC, str(error)) from None
 
 
 def _described(path: Path) -> dict[str, int]:
-    """Size and CRC-32 of a file. (A gigabyte or more a second: cheap beside writing it.)"""
+    """Return size and CRC-32 of a file. At 1 GB/s or more this is cheap compared with writing the file."""
     size = checksum = 0
     try:
         with path.open("rb") as file:
@@ -235,7 +235,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _flush(path: Path) -> None:
-    """To the disk itself, files first: a rename may otherwise reach it before the data does."""
+    """Sync to disk, files first. Otherwise a rename may reach the disk before the data."""
     for entry in (*path.rglob("*"), path):
         handle = os.open(entry, os.O_RDONLY)
         try:

@@ -1,7 +1,7 @@
-"""The processes of a run: how they meet, agree, add up what they measured, and stop together.
+"""The process group of a run: rendezvous, agreement, sums of measurements, and a common exit.
 
-Their small talk goes over a gloo group of its own, on the CPU: it never waits for a GPU, and it is there before and
-after DeepSpeed. A lone process talks to nobody.
+Control messages use a separate gloo group on the CPU. It never waits for a GPU, and it exists before and after
+DeepSpeed. A single process sends no messages.
 """
 
 import importlib
@@ -27,15 +27,15 @@ __all__ = ["PREEMPTED", "Peers", "join_ranks", "quiet_deepspeed", "silent"]
 
 _MEETING, _FOREVER, _LAST_WORDS = timedelta(minutes=10), timedelta(days=7), timedelta(seconds=20)
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
-"""Texts of errors by which a process learns that another one has ended."""
+"""Texts of errors that indicate that another process has ended."""
 _FAILED = ("NCCL", "gloo")
-"""Words in other errors of the libraries by which processes exchange data."""
+"""Words in other errors of the communication libraries."""
 
 T = TypeVar("T")
 
 
 class Peers:
-    """This process and the others of the run. Every method but `fail_alone` must be called by all of them."""
+    """The process group of a run. Every rank must call its methods together."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks, self.rank, self.world_size = ranks, ranks.rank, ranks.world_size
@@ -43,7 +43,7 @@ class Peers:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that speaks and writes."""
+        """True on rank 0, which prints and writes files."""
         return self.rank == 0
 
     @property
@@ -52,21 +52,21 @@ class Peers:
         return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, element by element, in float64 on the CPU."""
+        """Return the elementwise sum over all ranks, in float64 on the CPU."""
         return self._reduced(values, torch.distributed.ReduceOp.SUM)
 
     def largest(self, *values: float) -> list[float]:
-        """The largest over all ranks of each value."""
+        """Return the maximum over all ranks of each value."""
         return self._reduced(torch.tensor(values), torch.distributed.ReduceOp.MAX).tolist()
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do the work on every rank; where it fails on any of them, all stop with its error."""
+        """Do the work on every rank. If it fails on any rank, all stop with its error."""
         result, error = _tried(work)
         self.agree(error)
         return result  # type: ignore[return-value]
 
     def once(self, work: Callable[[], T]) -> T:
-        """Do the work on rank 0 and give all ranks what it gave; where it fails, all stop with that error."""
+        """Do the work on rank 0 and return its result on all ranks. If it fails, all stop with that error."""
         result, error = _tried(work) if self.first else (None, None)
         self.agree(error)
         box = [result]
@@ -76,14 +76,14 @@ class Peers:
         return box[0]  # type: ignore[return-value]
 
     def agree(self, error: UserError | None = None, *, stop: bool = False) -> bool:
-        """Return whether any rank was asked to stop; where any has an error, all stop with it."""
+        """Return True if any rank was asked to stop. If any rank has an error, all stop with it."""
         error, stopped = self.poll(error, stop=stop)
         if error is not None:
             self.fail(error)
         return stopped
 
     def poll(self, error: UserError | None = None, *, stop: bool = False) -> tuple[UserError | None, bool]:
-        """Return the error of the first rank that has one, and whether any rank was asked to stop."""
+        """Return the error of the first rank that has one, and True if any rank was asked to stop."""
         failed, stopped = self.largest(error is not None, stop)
         if failed:
             errors: list[UserError | None] = [error] * self.world_size
@@ -96,11 +96,11 @@ class Peers:
 
     @contextmanager
     def hearing(self) -> Iterator[None]:
-        """Around an exchange of data with the other ranks: its failure is one line instead of a traceback.
+        """Context of a communication with the other ranks: a failure is reported on one line without a traceback.
 
-        A rank that only sees that another one has ended leaves the word to that one. A rank whose own exchange failed
-        (an error of NCCL or gloo while all ranks live) prints the cause itself. All exit with CRASHED: another start
-        may succeed.
+        A rank that only detects that another one has ended prints nothing; the ended rank reports the cause. A rank
+        whose own communication failed (an error of NCCL or gloo while all ranks are alive) prints the cause itself. All
+        exit with CRASHED: another start may succeed.
         """
         try:
             yield
@@ -117,19 +117,22 @@ class Peers:
                 if self.first:
                     raise TransientError(cause) from error
                 print(f"error: {cause}", file=sys.stderr, flush=True)
-                raise SystemExit(CRASHED) from error  # at once: the others may wait for this rank's data
+                raise SystemExit(CRASHED) from error  # immediately: the others may wait for this rank's data
             raise
 
     def fail(self, error: UserError) -> NoReturn:
-        """Stop all ranks with an error that each of them has: rank 0 raises it, the others exit silently."""
+        """Stop all ranks with an error that all of them have. Rank 0 raises it; the others exit silently."""
         if self.first:
             raise error
         self.leave(CRASHED if isinstance(error, TransientError) else 1)
 
     def leave(self, code: int) -> NoReturn:
-        """End with this exit code. Rank 0 goes first: a launcher that sees another one end may kill it mid-sentence."""
+        """Exit with this code, rank 0 first.
+
+        A launcher that sees another rank exit may kill rank 0 before it has printed its message.
+        """
         if not self.first:
-            with suppress(RuntimeError):  # rank 0 never comes: this ends when its connection does
+            with suppress(RuntimeError):  # rank 0 never arrives: this ends when its connection closes
                 torch.distributed.monitored_barrier(self._group, timeout=_LAST_WORDS)
         raise SystemExit(code)
 
@@ -142,7 +145,7 @@ class Peers:
 
 
 def _tried(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
-    """(the work's result, its error): bad input, or a file system that refuses."""
+    """Return (result of the work, its error). Errors are those of the input and of the file system."""
     try:
         return work(), None
     except UserError as error:
@@ -153,19 +156,19 @@ def _tried(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
 
 
 def join_ranks(environment: Mapping[str, str] | None = None) -> Peers:
-    """Join the process group that the environment describes (`find_ranks`, `find_meeting`), or be alone.
+    """Join the process group that the environment describes (`find_ranks`, `find_meeting`), or start a single process.
 
-    Must come before the first import of deepspeed, which decides then which accelerator it uses.
+    Must be called before the first import of deepspeed, which selects its accelerator on import.
     """
     environment = os.environ if environment is None else environment
     ranks = find_ranks(environment)
     if ranks.rank:
-        warnings.filterwarnings("ignore")  # rank 0 says it once
+        warnings.filterwarnings("ignore")  # rank 0 shows them once
     backend = choose_backend(torch.cuda.device_count(), environment)
     gpus = torch.cuda.device_count() if backend == "nccl" else 0
     if not gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    with silent():  # gloo says who is connected to whom
+    with silent():  # gloo prints its connections
         if not torch.distributed.is_initialized():
             _connect(ranks, environment, backend, device=_device(ranks, gpus))
         return Peers(ranks)
@@ -173,7 +176,7 @@ def join_ranks(environment: Mapping[str, str] | None = None) -> Peers:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Nothing on the standard output, neither from Python nor from libraries below it."""
+    """Suppress standard output, from Python and from native libraries."""
     sys.stdout.flush()
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -187,13 +190,13 @@ def silent() -> Iterator[None]:
 
 
 def quiet_deepspeed() -> Any:
-    """deepspeed, imported late (seconds) and told to speak of errors only."""
+    """Import deepspeed, with logging of errors only. The import takes seconds and is therefore deferred."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
     warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # A C++ all-reduce through shared memory, half a minute of compiling at the first start. Only DeepSpeed's
+    # A C++ all-reduce through shared memory that compiles for half a minute at the first start. Only DeepSpeed's
     # inference calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _import_muon()
@@ -201,8 +204,11 @@ def quiet_deepspeed() -> Any:
 
 
 def _import_muon() -> None:
-    """Import DeepSpeed's Muon, which ZeRO does only to see that ours is another optimizer, without compiling it: that
-    would wake torch's compiler, five seconds of every start."""
+    """Import DeepSpeed's Muon optimizer without compiling it.
+
+    ZeRO imports Muon only to check the type of the optimizer. Its compilation would load torch's compiler, which takes
+    five seconds of every start.
+    """
     compiler, plain = torch.compile, lambda function=None, **options: function or (lambda inner: inner)
     torch.compile = plain  # type: ignore[assignment]
     try:
@@ -212,7 +218,7 @@ def _import_muon() -> None:
 
 
 def _device(ranks: Ranks, gpus: int) -> int:
-    """The GPU of this process; the only one it sees where the launcher gave it one of its own."""
+    """Return the index of this process's GPU: the local rank, or 0 if the launcher exposes a single GPU."""
     if gpus > 1 and ranks.local_rank >= gpus:
         raise UserError(
             f"local rank {ranks.local_rank}: this node shows {gpus} GPUs; start one process per GPU, or ask for more"
@@ -224,17 +230,17 @@ def _connect(ranks: Ranks, environment: Mapping[str, str], backend: str, *, devi
     if backend == "nccl":
         torch.cuda.set_device(device)
     if ranks.world_size == 1:
-        # A store in this process's memory: a lone process needs no port, and leaves nothing in the
-        # environment for its children to stumble over.
+        # An in-memory store: a single process needs no port, and leaves no variables in the environment that would
+        # affect its children.
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
     else:
         address, port = find_meeting(environment)
         names = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": device if backend == "nccl"
                  else ranks.local_rank, "MASTER_ADDR": address, "MASTER_PORT": port}  # fmt: skip
-        os.environ.update({name: str(value) for name, value in names.items()})  # DeepSpeed asks for them too
+        os.environ.update({name: str(value) for name, value in names.items()})  # DeepSpeed reads them too
         store = _meet(ranks, address, port)
-    # How long is too long is for the watchdog to say, in words.
+    # Timeouts are left to the watchdog, which reports them with a message.
     torch.distributed.init_process_group(
         backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=_FOREVER
     )

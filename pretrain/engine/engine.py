@@ -1,4 +1,4 @@
-"""The training engine: DeepSpeed, every setting derived from our config; one process needs no launcher."""
+"""The training engine: DeepSpeed, with all settings derived from the run config. One process needs no launcher."""
 
 import ctypes
 import platform
@@ -18,7 +18,8 @@ from codecssl.pretrain.model.fairseq2_parts import PolynomialDecayLR, RotaryEnco
 from codecssl.pretrain.objectives.objective import Objective
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-"""Of mallopt(3): how much free memory the heap's end may have (-1: any), and how many blocks may be mapped alone."""
+"""Parameters of mallopt(3): free memory allowed at the end of the heap (-1: any), and number of blocks that may be
+mapped separately."""
 
 
 def start_engine(
@@ -28,16 +29,16 @@ def start_engine(
     step: int = 0,
     moments: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Any:
-    """A DeepSpeed engine around model, heads, torch's AdamW and a fairseq2 schedule, after `step` updates.
+    """Build a DeepSpeed engine with model, heads, torch's AdamW and a fairseq2 schedule, after `step` updates.
 
-    The objective has the weights of that step already; `moments` are AdamW's, by key and name of the parameter.
+    The objective must already have the weights of that step. moments: AdamW's moments, by key and parameter name.
     """
     deepspeed = quiet_deepspeed()
     optim = config.optim
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     exact = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
     _prepare_layers(objective, config)
-    with silent():  # it prints how much memory is in use, step by step
+    with silent():  # it prints memory usage at each stage
         engine, *_ = deepspeed.initialize(
             model=objective,
             optimizer=torch.optim.AdamW(
@@ -49,7 +50,7 @@ def start_engine(
         )
     engine.frozen = {name: exact[name] for name, p in objective.named_parameters() if not p.requires_grad}
     if torch.distributed.get_world_size() == 1 and zero_stage(config) == 0:
-        engine.enable_backward_allreduce = False  # it copies all gradients into one buffer and back, to add nothing
+        engine.enable_backward_allreduce = False  # it copies all gradients into a buffer and back, needlessly
     restore(engine, exact, moments or {}, step)
     if step:
         # A schedule is a function of the number of updates alone.
@@ -63,11 +64,11 @@ def start_engine(
 
 
 def keep_freed_memory() -> None:
-    """From here on this process keeps what its tensors free, as CUDA's allocator does.
+    """Make the process keep freed memory for later tensors, as CUDA's allocator does.
 
-    glibc maps every block above 32 MiB alone and unmaps it when it is freed, so that the kernel hands each step its
-    activations as new pages, zeroed one by one: 7 % of a small model's step on a CPU (LOG.md, 2026-11-21).
-    With another C library nothing happens.
+    glibc maps every block above 32 MiB separately and unmaps it when it is freed. The kernel then zeroes new pages for
+    the activations of each step, which takes 7 % of a small model's step on a CPU (LOG.md, 2026-11-21). With another C
+    library this function has no effect.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -76,16 +77,16 @@ def keep_freed_memory() -> None:
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
-    """DeepSpeed's dictionary. Learning rate, schedule and batch have their one home in our config."""
+    """Build DeepSpeed's config. Learning rate, schedule and batch size are set only in the run config."""
     bf16, stage = config.engine.precision == "bf16", zero_stage(config)
     return {
-        # The plan makes the batches, in frames; DeepSpeed only insists on some number of items.
+        # The plan makes the batches, in frames. DeepSpeed requires a number of items, but does not use it.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": config.engine.accumulation,
         "gradient_clipping": config.optim.clip_norm,
         "bf16": {"enabled": bf16},
         "zero_optimization": {"stage": stage},
-        # Sums of gradients, over micro-batches and over ranks, in fp32. bf16 without ZeRO cannot do the former.
+        # Gradients are summed in fp32 over micro-batches and ranks. bf16 without ZeRO does not support the former.
         "data_types": {"grad_accum_dtype": "bf16" if bf16 and stage == 0 else "fp32"},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own compiles C++ first
@@ -94,7 +95,10 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
 
 
 def zero_stage(config: RunConfig) -> int:
-    """The ZeRO stage: the config's, or 0 in fp32 and 1 in bf16 (whose fp32 weights it divides among the ranks)."""
+    """Return the ZeRO stage: the config's, else 0 in fp32 and 1 in bf16.
+
+    Stage 1 divides the fp32 weights of bf16 training among the ranks.
+    """
     chosen = config.engine.zero_stage
     if chosen is not None:
         return chosen
@@ -102,7 +106,7 @@ def zero_stage(config: RunConfig) -> int:
 
 
 def schedule(config: OptimConfig, optimizer: torch.optim.Optimizer) -> Any:
-    """The fairseq2 schedule that the config names; it is stepped once per update."""
+    """Build the config's fairseq2 schedule, which is stepped once per update."""
     warmup, hold = config.warmup_fraction, config.hold_fraction
     if config.schedule == "polynomial":
         return PolynomialDecayLR(
@@ -119,18 +123,18 @@ def schedule(config: OptimConfig, optimizer: torch.optim.Optimizer) -> Any:
 
 
 def backward(engine: Any, loss: Tensor) -> None:
-    """Gradients of this rank's part of the loss.
+    """Compute the gradients of this rank's part of the loss.
 
-    The parts of all micro-batches and ranks add up already: no division by the number of micro-batches, and the
-    division by the number of ranks, which DeepSpeed does not leave out, is undone beforehand.
+    The parts of all micro-batches and ranks add up to the global loss. Gradients are therefore not divided by the
+    number of micro-batches. DeepSpeed always divides by the number of ranks; the loss is multiplied by it beforehand.
     """
     engine.backward(loss * torch.distributed.get_world_size(), scale_wrt_gas=False)
 
 
 def take_step(engine: Any, *, want_norm: bool) -> float | None:
-    """Let the engine step; an update happens after the last micro-batch. Returns the norm of the gradient.
+    """Step the engine, which updates the weights after the last micro-batch. Returns the norm of the gradient.
 
-    A gradient that is not finite gives a norm that is not: DeepSpeed would skip that update in silence.
+    The norm of a non-finite gradient is non-finite. DeepSpeed would skip that update silently.
     """
     norm, skipped = None, engine.skipped_steps
     if not engine.enable_backward_allreduce:
@@ -147,7 +151,7 @@ def take_step(engine: Any, *, want_norm: bool) -> float | None:
 
 
 def after_update(engine: Any, step: int) -> None:
-    """The objective's own work after an update; it sees whole weights where ZeRO 3 divides them."""
+    """Run the objective's `after_update`. Under ZeRO 3 the weights are gathered for it."""
     whole: AbstractContextManager[None] = nullcontext()
     if engine.zero_optimization_partition_weights() and type(engine.module).after_update is not Objective.after_update:
         whole = quiet_deepspeed().zero.GatheredParameters(list(engine.module.parameters()))
@@ -156,7 +160,7 @@ def after_update(engine: Any, step: int) -> None:
 
 
 def _prepare_layers(objective: Objective, config: RunConfig) -> None:
-    """Recompute the layers' activations, compile the layers, where the config says so."""
+    """Enable activation checkpointing and compilation of the layers, as configured."""
     for layer in _layers(objective):
         if config.engine.activation_checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -165,14 +169,14 @@ def _prepare_layers(objective: Objective, config: RunConfig) -> None:
 
 
 def _layers(module: nn.Module) -> Iterator[Any]:
-    """The layers of every encoder and decoder in it."""
+    """Yield the layers of every encoder and decoder in the module."""
     for child in module.modules():
         if isinstance(layers := getattr(child, "layers", None), nn.ModuleList):
             yield from layers
 
 
 def _restore_buffers(module: nn.Module) -> None:
-    """Undo what a cast to bf16 breaks: rotary tables are read as complex numbers, which bf16 has not."""
+    """Restore the rotary tables after a cast to bf16. They are read as complex numbers, which bf16 does not support."""
     for child in module.modules():
         if isinstance(child, RotaryEncoder) and child.freqs.dtype != torch.float32:
             child.freqs = child.freqs.float()

@@ -1,8 +1,8 @@
-"""The whole fp32 weights and AdamW moments of a DeepSpeed engine, however it divides them: out of it, and into it.
+"""Read and restore the whole fp32 weights and AdamW moments of a DeepSpeed engine, at any ZeRO stage.
 
-Every ZeRO stage keeps flat fp32 tensors, of which a rank may have a part. A `Part` says where a parameter's numbers are
-in them; the rest is the same for all stages, and for any number of ranks. DeepSpeed's own `safe_get_full_*` know
-neither plain engines nor a state that no step has made yet.
+Every ZeRO stage keeps flat fp32 tensors, of which a rank may have a part. A `Part` locates a parameter's values in
+them. The remaining code is the same for all stages and any number of ranks. DeepSpeed's `safe_get_full_*` functions
+support neither engines without ZeRO nor an optimizer state before the first step.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from codecssl.tokenize.common.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state of each weight."""
+"""Keys of AdamW's state of each weight."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Numbers start .. start + length of a parameter (flattened) are numbers at .. at + length of `flat`."""
+    """Elements start .. start + length of a flattened parameter are elements at .. at + length of `flat`."""
 
     flat: Tensor
     at: int
@@ -28,16 +28,16 @@ class Part:
     length: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """The part in a tensor laid out as `flat`, as a view."""
+        """Return a view of the part in a tensor with the layout of `flat`."""
         return flat.detach().view(-1).narrow(0, self.at, self.length)
 
     def cut(self, whole: Tensor) -> Tensor:
-        """The part of a whole parameter."""
+        """Return the part of a whole parameter."""
         return whole.reshape(-1).narrow(0, self.start, self.length)
 
 
 def masters(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter in fp32 on the CPU of rank 0, an empty tensor elsewhere. All ranks must go through it."""
+    """Yield each parameter in fp32 on the CPU of rank 0, an empty tensor on other ranks. All ranks must exhaust it."""
     for name, parameter in engine.module.named_parameters():
         if name in engine.frozen:
             yield name, engine.frozen[name]
@@ -47,7 +47,7 @@ def masters(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def moments(engine: Any, key: str) -> Iterator[tuple[str, Tensor]]:
-    """AdamW's `key` (of MOMENTS) of each trained parameter, as `masters` gives them."""
+    """Yield AdamW's `key` (one of MOMENTS) of each trained parameter, in the form of `masters`."""
     state = engine.basic_optimizer.state
     for name, parameter in _trained(engine):
         part = _part(engine, parameter)
@@ -56,10 +56,10 @@ def moments(engine: Any, key: str) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def restore(engine: Any, exact: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
-    """Give the engine its exact fp32 weights, and the moments of `step` updates (none, for a new run).
+    """Restore the engine's exact fp32 weights, and the moments of `step` updates (empty for a new run).
 
-    The module has the same weights already, rounded as the engine rounds them. Also forgets the update with zero
-    gradients that some of DeepSpeed's optimizers begin with.
+    The module must already have the same weights, rounded to the engine's precision. Also discards the update with zero
+    gradients that some of DeepSpeed's optimizers do on construction.
     """
     state = engine.basic_optimizer.state
     state.clear()
@@ -69,7 +69,7 @@ def restore(engine: Any, exact: Mapping[str, Tensor], moments: Mapping[str, Mapp
             continue
         part.of(part.flat).copy_(part.cut(exact[name]))
         if step and part.flat not in state:
-            # AdamW's fused kernel wants the count where the weights are
+            # AdamW's fused kernel requires the step count on the device of the weights
             state[part.flat] = {"step": torch.tensor(float(step), device=part.flat.device)}
             state[part.flat] |= {key: torch.zeros_like(part.flat, requires_grad=False) for key in MOMENTS}
         for key in MOMENTS if step else ():
@@ -77,7 +77,7 @@ def restore(engine: Any, exact: Mapping[str, Tensor], moments: Mapping[str, Mapp
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], where: object) -> None:
-    """Fill a module from the weights of `masters`; a tied one is there once. UserError where names do not match."""
+    """Load weights from `masters` into a module. Tied weights occur once. Raises UserError if names do not match."""
     parameters = dict(module.named_parameters())
     if wrong := parameters.keys() ^ weights.keys():
         raise UserError(
@@ -97,7 +97,7 @@ def _trained(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _part(engine: Any, parameter: Any) -> Part | None:
-    """Where this rank has (a part of) the parameter's fp32 weights; None where it has nothing of it."""
+    """Locate this rank's part of the parameter's fp32 weights; None if it has no part."""
     optimizer = engine.optimizer
     if hasattr(parameter, "ds_id"):  # ZeRO 3
         group, at, length = optimizer.grad_position[parameter.ds_id]
@@ -111,7 +111,7 @@ def _part(engine: Any, parameter: Any) -> Part | None:
         flat = optimizer.optimizer.param_groups[mapping.param_group_index]["params"][0]
         part, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
         return Part(flat, part.start, whole.start, part.numel)
-    if parameter.dtype == torch.float32:  # no wrapper
+    if parameter.dtype == torch.float32:  # fp32 without ZeRO
         return Part(parameter, 0, 0, parameter.numel())
     for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups):  # bf16 without ZeRO; DeepSpeed's names
         for rounded, exact in zip(low, high):
@@ -121,7 +121,7 @@ def _part(engine: Any, parameter: Any) -> Part | None:
 
 
 def _gathered(parameter: Any, part: Part | None, flat: Tensor | None) -> Tensor:
-    """The whole of what ranks have parts of, on rank 0."""
+    """Gather a tensor whose parts are on several ranks, whole on rank 0."""
     shape = getattr(parameter, "ds_shape", parameter.shape)
     whole = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
     if part is not None and flat is not None:

@@ -1,6 +1,6 @@
-"""The model that others use: a folder of model.safetensors and config.json, loaded without DeepSpeed.
+"""Export of a model: a folder with model.safetensors and config.json, loaded without DeepSpeed.
 
-Beside them README.md, a card written from the run, and curves.png.
+The folder also has README.md, a model card written from the run's records, and curves.png.
 """
 
 import dataclasses
@@ -34,10 +34,10 @@ _FILES = {WEIGHTS, "config.json", "README.md", _CURVES, sources.FILE}
 
 
 def export(run_dir: str | Path, output_dir: str | Path, *, half: bool = False) -> None:
-    """The newest checkpoint of a run as a model folder: fp32 weights, model config, codec card, history.
+    """Export the newest checkpoint of a run as a model folder: fp32 weights, model config, codec card, history.
 
-    half: store the weights as float16; a loaded model computes in fp32 all the same. An earlier export
-    there is replaced; UserError where `output_dir` holds anything else.
+    half: store the weights as float16. A loaded model still computes in fp32. An earlier export in `output_dir` is
+    replaced. Raises UserError if `output_dir` holds anything else.
     """
     run, output = Path(run_dir), Path(output_dir)
     config = run_folder.read_config(run)
@@ -61,7 +61,7 @@ def export(run_dir: str | Path, output_dir: str | Path, *, half: bool = False) -
                      "changes": [row for row in run_folder.read_changes(run) if row["step"] <= step],
                      "metrics": _last_rows(run, step), "versions": run_folder.read_versions(run)},
     }  # fmt: skip
-    # Removed first and written last: a folder without it is not taken for a model.
+    # Removed first and written last: a folder without it is not a valid model.
     (output / "config.json").unlink(missing_ok=True)
     if half:
         _write_half(newest / checkpoint.WEIGHTS, output / WEIGHTS)
@@ -86,7 +86,7 @@ def _write_half(source: Path, target: Path) -> None:
 
 
 def is_export_of(run: Path, folder: Path) -> bool:
-    """Whether the folder holds the run's newest checkpoint, whole."""
+    """Return True if the folder is a complete export of the run's newest checkpoint."""
     newest, _ = checkpoint.newest_intact(run / "checkpoints")
     if newest is None or not (folder / "config.json").is_file():
         return False
@@ -94,9 +94,9 @@ def is_export_of(run: Path, folder: Path) -> bool:
 
 
 def load_pretrained(path: str | Path) -> CodecModel:
-    """The exported model, fp32 on the CPU, in evaluation mode; its codec's card is `model.card`.
+    """Load an exported model, fp32 on the CPU, in evaluation mode. Its codec's card is `model.card`.
 
-    Raises UserError where the weights are not those that were exported (by sha256; old exports have none).
+    Raises UserError if the sha256 of the weights differs from that of the export. Old exports have no sha256.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -138,7 +138,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _open_shards(config: RunConfig, fingerprints: list[str]) -> list[Shards]:
-    """The training folders, where all of them are still there and still the same; else none."""
+    """Open the training folders. Returns an empty list if any is missing or has changed."""
     found = []
     for path in config.data.dirs:
         try:
@@ -152,11 +152,11 @@ def _open_shards(config: RunConfig, fingerprints: list[str]) -> list[Shards]:
 
 
 def _contents(shards: Shards) -> dict[str, Any]:
-    """A row of the model card's table of data."""
+    """Return a row of the model card's table of data."""
     hours = float(int(shards.frames.sum(dtype="int64")) / shards.card.frame_rate) / 3600
     return {"name": shards.path.resolve().name, "utterances": len(shards), "hours": hours}
 
 
 def _last_rows(run: Path, step: int) -> dict[str, Any]:
-    """The last training and validation row up to the step."""
+    """Return the last training row and the last validation row up to the step."""
     return {row["split"]: row for row in read_rows(run / "metrics.jsonl") if row["step"] <= step}

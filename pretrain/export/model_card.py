@@ -1,4 +1,4 @@
-"""The model card: what an exported model is and how it was made, in Markdown, of nothing but the run's own papers."""
+"""The model card: a Markdown description of an exported model, written from the records of its run."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,10 +17,10 @@ _TITLES = {
 
 
 def model_card(name: str, description: Mapping[str, Any], data: Iterable[Mapping[str, Any]]) -> str:
-    """The text of README.md beside a model.
+    """Return the text of a model's README.md.
 
-    description: of config.json. data: per training folder {"name", "utterances", "hours"}, or nothing where the folders
-    are gone; then their fingerprints, which config.json holds, must do.
+    description: contents of config.json. data: one {"name", "utterances", "hours"} per training folder. It is empty if
+    the folders no longer exist; the card then lists their fingerprints from config.json.
     """
     training = description["training"]
     config = from_dict(RunConfig, training["config"])
@@ -85,7 +85,7 @@ def _trained_on(card: CodecCard, data: Iterable[Mapping[str, Any]], fingerprints
 
 
 def _figures(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """Of the last training step and the last validation up to the exported step."""
+    """Format the metrics of the last training step and the last validation up to the exported step."""
     if not metrics:
         return ""
     lines = [

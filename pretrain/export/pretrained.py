@@ -1,4 +1,4 @@
-"""An exported model behind the interface that users of transformers know."""
+"""An exported model with an interface like that of transformers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from codecssl.tokenize.mel import MelSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """Hidden states of a batch; values beyond an item's own frames mean nothing."""
+    """Hidden states of a batch. Values beyond an item's own frames are undefined."""
 
     last_hidden_state: Tensor
     """[B, T, D]"""
@@ -25,7 +25,7 @@ class Output:
 
 
 class PretrainedModel(nn.Module):
-    """A pretrained encoder, frozen, in evaluation mode; `card` is the card of the codec whose codes it reads."""
+    """A pretrained encoder, frozen, in evaluation mode. `card` is the card of the codec whose codes it reads."""
 
     def __init__(self, model: CodecModel) -> None:
         super().__init__()
@@ -49,12 +49,12 @@ class PretrainedModel(nn.Module):
         mel: Tensor | None = None,
         output_hidden_states: bool = False,
     ) -> Output:
-        """Integer codes [B, K, T] and, for a padded batch, each item's number of frames (T where not given).
+        """Compute the hidden states of integer codes [B, K, T].
 
-        mel: uint8 [B, bands, T], for models that read a log-mel plane. With model.input mel the codes' values are not
-        looked at.
+        frames: number of frames of each item of a padded batch; by default T. mel: uint8 [B, bands, T], for models that
+        read a log-mel plane. With model.input mel the values of the codes are ignored.
 
-        Raises UserError for codes of another shape, or beyond the codebooks.
+        Raises UserError for codes of another shape, or outside the codebooks.
         """
         self._check(codes)
         lengths = [codes.shape[2]] * codes.shape[0] if frames is None else list(frames)
@@ -74,8 +74,8 @@ class PretrainedModel(nn.Module):
 
 
 def from_pretrained(path: str | Path) -> PretrainedModel:
-    """The model of `codecssl-pretrain export`, or a shipped one by its name (`laptop_16khz`), fp32, on the CPU.
+    """Load a model of `codecssl-pretrain export`, or a shipped one by name (`laptop_16khz`), fp32, on the CPU.
 
-    DeepSpeed and fairseq2n need not be there. Raises UserError where there is no such model.
+    DeepSpeed and fairseq2n are not required. Raises UserError if there is no such model.
     """
     return PretrainedModel(load_pretrained(path))

@@ -1,4 +1,4 @@
-"""The sources of a model's training data, as short hashes: later evaluations can tell what the model has seen.
+"""The sources of a model's training data, as short hashes. Evaluations use them to detect files seen in training.
 
 MODEL/sources.bin holds, in order and without repeats, the first 8 bytes of the sha256 of every audio file that the
 training shards were made of. The held-out part of the shards is included. At most LIMIT hashes are kept, the smallest
@@ -40,7 +40,10 @@ class SeenSources:
         self._hashes: NDArray[np.uint64] = np.frombuffer(content, dtype=">u8").astype(np.uint64)
 
     def count(self, sha256: Sequence[str]) -> tuple[int, int]:
-        """Of hex sha256 of files: those that are in the training data, and those that can be told at all."""
+        """Return the number of files that are in the training data, and the number of files whose status is known.
+
+        sha256: hex digests of the files.
+        """
         asked = np.array([int(digest[:16], 16) for digest in sha256], dtype=np.uint64)
         if len(self._hashes) == LIMIT:
             asked = asked[asked <= self._hashes[-1]]
@@ -48,5 +51,5 @@ class SeenSources:
 
 
 def seen_sources(model: Path) -> SeenSources | None:
-    """None for a model that was exported without its sources."""
+    """Read the sources of a model; None if it was exported without them."""
     return SeenSources(model) if (model / FILE).is_file() else None

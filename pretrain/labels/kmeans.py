@@ -1,6 +1,6 @@
-"""K-means over frames of features, and how good its clusters are.
+"""K-means over frames of features, and quality measures of its clusters.
 
-One clustering labels all data, training and validation alike: two would make the validation loss rise.
+One clustering labels both training and validation data. With two different ones the validation loss would rise.
 """
 
 import io
@@ -18,7 +18,7 @@ from codecssl.tokenize.common.files import write_atomic
 Features = npt.NDArray[np.float32]
 
 BATCH = 10_000
-"""Frames of a k-means minibatch, as HuBERT's."""
+"""Frames of a k-means minibatch, as in HuBERT."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Clustering:
     centroids: Features
     """[C, D]"""
     made_of: dict[str, str]
-    """Which features: source, layer, its weights' sha256."""
+    """Origin of the features: source, layer, sha256 of its weights."""
 
     def assign(self, features: Features) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """[N, D] -> nearest centroid [N] and the squared distance to it [N], both in float32 arithmetic."""
+        """Return the nearest centroid [N] of features [N, D], and the squared distance to it [N], in float32."""
         products = features @ self.centroids.T
         partial = (self.centroids**2).sum(1)[None, :] - 2.0 * products
         nearest = partial.argmin(1)
@@ -45,18 +45,18 @@ class Clustering:
 
     @classmethod
     def load(cls, path: Path) -> "Clustering":
-        """Raises UserError when `path` holds no clustering."""
+        """Load a clustering. Raises UserError if `path` is not a clustering."""
         from safetensors import safe_open
 
         try:
             with safe_open(path, "np") as file:
                 return cls(file.get_tensor("centroids"), dict(file.metadata() or {}))
-        except Exception as error:  # safetensors raises its own for each kind of damage
+        except Exception as error:  # safetensors raises different exceptions for each kind of damage
             raise UserError(f"{path}: no clustering of codecssl-pretrain label ({error})") from error
 
 
 def fit(batches: Iterable[Features], clusters: int, *, frames: int, seed: int) -> Features:
-    """Centroids [clusters, D] of at most `frames` frames out of `batches`, by scikit-learn's MiniBatchKMeans.
+    """Fit centroids [clusters, D] to at most `frames` frames of `batches`, with scikit-learn's MiniBatchKMeans.
 
     Settings are HuBERT's: k-means++ with 20 starts, minibatches of 10,000. Raises UserError for too few frames.
     """
@@ -81,13 +81,13 @@ def fit(batches: Iterable[Features], clusters: int, *, frames: int, seed: int) -
 
 
 class Quality:
-    """Sums over labelled frames: how tight the clusters are, how evenly used, and what they know of phones."""
+    """Quality measures of labels, accumulated over frames: inertia, cluster usage, and agreement with phones."""
 
     def __init__(self, clusters: int) -> None:
         self.counts = np.zeros(clusters, dtype=np.int64)
         self.inertia = 0.0
         self.joint: dict[str, npt.NDArray[np.int64]] = {}
-        """Per phone, frames by cluster."""
+        """For each phone, the number of frames in each cluster."""
 
     def add(self, labels: npt.NDArray[np.int64], distance: npt.NDArray[np.float32]) -> None:
         self.counts += np.bincount(labels, minlength=len(self.counts))
@@ -100,7 +100,7 @@ class Quality:
             row += np.bincount(labels[begin:end], minlength=len(self.counts))
 
     def save(self, path: Path) -> None:
-        """The sums so far, for `add_saved`."""
+        """Save the sums so far, for `add_saved`."""
         file = io.BytesIO()
         rows = np.array(list(self.joint.values()), dtype=np.int64).reshape(-1, len(self.counts))
         np.savez(file, counts=self.counts, inertia=self.inertia, phones=np.array(list(self.joint), str), joint=rows)
@@ -108,7 +108,7 @@ class Quality:
         write_atomic(path, file.getvalue())
 
     def add_saved(self, path: Path) -> None:
-        """Add what was saved there."""
+        """Add sums that were written by `save`."""
         with np.load(path) as saved:
             self.counts += saved["counts"]
             self.inertia += float(saved["inertia"])
@@ -116,7 +116,7 @@ class Quality:
                 self.joint.setdefault(phone, np.zeros_like(self.counts))[:] += row
 
     def report(self) -> dict[str, Any]:
-        """Numbers of what was added; phone measures only where there were phones with times."""
+        """Compute the measures. Phone measures are included only if phones with times were added."""
         frames, used = int(self.counts.sum()), self.counts[self.counts > 0]
         shares = used / max(frames, 1)
         found: dict[str, Any] = {
@@ -133,10 +133,10 @@ class Quality:
 
 
 def phone_measures(joint: npt.NDArray[np.int64]) -> dict[str, float]:
-    """Frames [phones, clusters] -> HuBERT's measures (Hsu et al. 2021, section 5.2).
+    """Compute HuBERT's measures (Hsu et al. 2021, section 5.2) from frame counts [phones, clusters].
 
-    phone_purity: share of frames whose cluster's commonest phone is theirs; cluster_purity: the same with the roles
-    exchanged; pnmi: I(phone; cluster) / H(phone), what a cluster tells of the phone.
+    phone_purity: fraction of frames whose phone is the most common one of their cluster. cluster_purity: the same with
+    the roles exchanged. pnmi: I(phone; cluster) / H(phone), the phone-normalised mutual information.
     """
     p = joint / joint.sum()
     phone, cluster = p.sum(1, keepdims=True), p.sum(0, keepdims=True)

@@ -3,10 +3,11 @@
     LABELS/               a folder of token shards, one stream of labels for each frame of the data
     LABELS/clustering.safetensors   the centroids; --clustering FILE labels other data with them
     LABELS/report.json    inertia, cluster usage, and phone purity and PNMI where the data has phones with times
-    LABELS/label.json     what was asked for: the same command again goes on, another is refused
+    LABELS/label.json     the settings: the same command resumes, a different one is refused
 
 With several data folders there are LABELS/0-NAME, LABELS/1-NAME, ...: one label folder for each, in order. Several
-tasks (--tasks, --task) share the shards; whoever sees the last one finished writes dataset.json and report.json.
+tasks (--tasks, --task) share the shards. The task that finds the last shard finished writes dataset.json and
+report.json.
 """
 
 import itertools
@@ -37,12 +38,12 @@ _SAMPLE, _FRAMES = 210, 211  # streams of random numbers
 _SHARD_UTTERANCES = 8192
 CENTROIDS, PLAN, REPORT = "clustering.safetensors", "label.json", "report.json"
 _COUNTS = "counts"
-"""A folder of what each shard adds to the report, until that is written."""
+"""Folder of each shard's contribution to the report, until the report is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConfig:
-    """What `codecssl-pretrain label` was asked for."""
+    """Settings of `codecssl-pretrain label`."""
 
     source: str
     """A run or model folder, `latents`, or a .jsonl of labels."""
@@ -52,17 +53,18 @@ class LabelConfig:
     """0 is the input of the first layer, L the output of the last; negative counts from the end."""
     clusters: int = 500
     sample_frames: int = 300_000
-    """Frames that the clustering is fitted to."""
+    """Number of frames to which the clustering is fitted."""
     utterance_frames: int | None = None
-    """Most of them from one utterance, at random places (EnCodecMAE's self-training: one from each of 10,000)."""
+    """Maximum number of sampled frames per utterance, at random positions (EnCodecMAE's self-training: one from each of
+    10,000 utterances)."""
     clustering: Path | None = None
-    """Use these centroids instead of fitting any."""
+    """File of centroids to use instead of fitting new ones."""
     codec_weights: str | None = None
     device: str = "cpu"
     seed: int = 0
     tasks: int = 1
     task: int = 0
-    """This process labels every tasks-th shard, from the task-th on."""
+    """Index of this process's task. It labels every tasks-th shard, starting with number `task`."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.clusters <= 1 << 16:
@@ -80,15 +82,15 @@ class LabelConfig:
 
 @dataclass(frozen=True)
 class _Part:
-    """A label shard, to be made of one folder of data."""
+    """A label shard to be made from one data folder."""
 
     shards: Shards
-    """The data."""
+    """Shards of the data."""
     folder: Path
-    """Of the labels."""
+    """Folder of the labels."""
     shard: int
     counts: Path
-    """What it adds to the report."""
+    """File of the shard's contribution to the report."""
 
     @property
     def utterances(self) -> range:
@@ -101,10 +103,11 @@ class _Part:
 
 
 def label(config: LabelConfig, say: Callable[[str], None] = print) -> dict[str, Any] | None:
-    """Write this task's label shards; return what report.json says, or None while other tasks' shards are missing.
+    """Write this task's label shards and return the contents of report.json.
 
-    The same command again goes on where it was killed. Raises UserError for data of several codecs, an output that
-    holds anything else or was begun with other settings, and a source that does not fit.
+    Returns None while shards of other tasks are missing. The same command resumes after it was killed. Raises UserError
+    for data of several codecs, an output folder with other contents or other settings, and a source that does not fit
+    the data.
     """
     data = [Shards(path) for path in config.data]
     for other in data[1:]:
@@ -135,7 +138,7 @@ def label(config: LabelConfig, say: Callable[[str], None] = print) -> dict[str, 
 def _label_all(
     config: LabelConfig, data: Sequence[Shards], source: Extractor | FromFile, say: Callable[[str], None]
 ) -> bool:
-    """Label this task's shards; whether those of all tasks are there, and with them the report."""
+    """Label this task's shards. Return True if the shards of all tasks, and the report, are complete."""
     labeller: Labeller = source if isinstance(source, FromFile) else ByCentroids(
         source, _clustering(config, data, source, say))  # fmt: skip
     parts = _parts(config, data)
@@ -149,14 +152,14 @@ def _label_all(
 
 
 def _open_plan(config: LabelConfig, data: Sequence[Shards], made_of: dict[str, str]) -> None:
-    """Read or write label.json: all that every task, and every start, must agree on."""
+    """Check or write label.json, the settings that must be the same for every task and every start."""
     plan: dict[str, Any] = {key: value for key, value in made_of.items() if key != "source"}
     plan["data"] = [shards.fingerprint for shards in data]
     if not config.source.endswith(".jsonl"):
         plan |= {key: getattr(config, key) for key in ("clusters", "sample_frames", "utterance_frames", "seed")}
         plan["clustering"] = config.clustering and file_sha256(config.clustering)
     path = config.output / PLAN
-    if not path.exists() or (config.tasks == 1 and not _has_begun(config)):  # one that failed may be mended
+    if not path.exists() or (config.tasks == 1 and not _has_begun(config)):  # a failed start may be corrected
         write_atomic(path, json.dumps(plan, indent=1).encode())
         return
     begun = json.loads(path.read_text())
@@ -174,12 +177,15 @@ def _has_begun(config: LabelConfig) -> bool:
 
 
 def _one_task(config: LabelConfig, name: str) -> AbstractContextManager[None]:
-    """One task at a time does this, the others wait."""
+    """Hold a lock that serialises this work among tasks."""
     return alone_in(config.output, f".{name}.lock", wait=True) if config.tasks > 1 else nullcontext()
 
 
 def _source(config: LabelConfig, card: CodecCard) -> Extractor | FromFile:
-    """A run is exported beside the labels first, once: later checkpoints would give other labels."""
+    """Open the source of the labels.
+
+    A run is exported once into the label folder first, because later checkpoints would give other labels.
+    """
     path, made = Path(config.source), config.source
     if config.source.endswith(".jsonl"):
         return FromFile(path)
@@ -196,7 +202,7 @@ def _source(config: LabelConfig, card: CodecCard) -> Extractor | FromFile:
 
 
 def _parts(config: LabelConfig, data: Sequence[Shards]) -> list[_Part]:
-    """All label shards, in order."""
+    """Return all label shards, in order."""
     return [
         _Part(shards, folder, shard, config.output / _COUNTS / f"{number}-{shard:05d}.npz")
         for number, (folder, shards) in enumerate(zip(_folders(config), data, strict=True))
@@ -247,7 +253,7 @@ def _given(path: Path, extract: Extractor) -> Clustering:
 
 
 def _sampled(config: LabelConfig, data: Sequence[Shards], extract: Extractor) -> Iterator[Features]:
-    """Features of utterances in random order, each once."""
+    """Yield features of utterances in random order, each once."""
     first = np.cumsum([0, *(len(shards) for shards in data)])
     total = int(first[-1])
     for begin in range(0, total, 1 << 16):
@@ -273,7 +279,10 @@ def _label(parts: Sequence[_Part], labeller: Labeller) -> None:
 
 
 def _label_shard(part: _Part, labeller: Labeller, report: Callable[[], object]) -> None:
-    """What it adds to the report is written first: a finished shard has that."""
+    """Label one shard.
+
+    Its contribution to the report is written first. Every finished shard therefore has one.
+    """
     quality, items = Quality(labeller.classes), list[Item]()
     rate = float(part.shards.card.frame_rate)
     for index, labels, distance in labeller(part.shards, part.utterances):
@@ -287,7 +296,7 @@ def _label_shard(part: _Part, labeller: Labeller, report: Callable[[], object]) 
 
 
 def _phones(labels: dict[str, Any], frame_rate: float, frames: int) -> list[tuple[str, int, int]]:
-    """(phone, first frame, frame after the last) where the data's `phones` are [phone, start, end in seconds] rows."""
+    """Convert the `phones` rows [phone, start, end in seconds] to (phone, first frame, frame after the last)."""
     rows = labels.get("phones")
     if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == 3 for row in rows):
         return []
@@ -296,7 +305,7 @@ def _phones(labels: dict[str, Any], frame_rate: float, frames: int) -> list[tupl
 
 
 def _card(shards: Shards, labeller: Labeller) -> CodecCard:
-    """Of the labels of these shards."""
+    """Build the card of the labels of these shards."""
     return CodecCard(
         name="labels",
         weights=labeller.made_of["source"],
@@ -311,7 +320,7 @@ def _card(shards: Shards, labeller: Labeller) -> CodecCard:
 
 
 def _finish(config: LabelConfig, data: Sequence[Shards], parts: Sequence[_Part], labeller: Labeller) -> None:
-    """dataset.json of every folder, then report.json, which says that all is there."""
+    """Write dataset.json of every folder, then report.json, which marks completion."""
     quality = Quality(labeller.classes)
     for part in parts:
         quality.add_saved(part.counts)

@@ -1,4 +1,4 @@
-"""What gives each frame its label: the nearest centroid of a model's features or of the codec's latents, or a file."""
+"""Sources of frame labels: nearest centroids of a model's features or of the codec's latents, or a file."""
 
 import hashlib
 import json
@@ -22,10 +22,10 @@ from codecssl.tokenize.shards import Shards
 
 _BATCH_FRAMES = 8_000
 WINDOW_SECONDS = 60.0
-"""Longer utterances are read by a model in windows."""
+"""Maximum length that a model reads at once, seconds. Longer utterances are read in windows."""
 
 Labelled = tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float32]]
-"""An utterance's index, its labels [T], and of each frame the squared distance to its centroid [T]."""
+"""An utterance's index, its labels [T], and the squared distance of each frame to its centroid [T]."""
 
 
 class Labeller(Protocol):
@@ -34,22 +34,22 @@ class Labeller(Protocol):
     made_of: dict[str, str]
     classes: int
     digest: str
-    """sha256 of what decides the labels."""
+    """sha256 of the centroids or the file that determines the labels."""
 
     def __call__(self, shards: Shards, indices: range) -> Iterator[Labelled]:
-        """The labels of these utterances, in order."""
+        """Yield the labels of these utterances, in order."""
 
 
 class Extractor:
-    """Codes of some utterances in, the features of each out."""
+    """Feature extractor: codes of utterances to features of each."""
 
     def __init__(
         self, source: str, layer: int, card: CodecCard, *, device: str, codec_weights: str | None = None
     ) -> None:
-        """source: a model folder, or latents. layer: see `LabelConfig`. card: the data's codec."""
+        """source: a model folder, or latents. layer: see `LabelConfig`. card: card of the data's codec."""
         self.device = torch.device(device)
         self.num_codebooks = card.num_codebooks
-        """How many of the data's codebooks it reads: a model may have been trained on the first few."""
+        """Number of the data's codebooks that it reads. A model may have been trained on the first few only."""
         self.tables: list[torch.Tensor] = []
         self.made_of = {"source": source, "layer": str(layer), "codec": card.name}
         if source == "latents":
@@ -71,7 +71,7 @@ class Extractor:
         self.num_codebooks = card.num_codebooks
         self.layer = layer % states
         self.window = max(2, round(WINDOW_SECONDS * float(card.frame_rate)))
-        """Frames of the longest input of the model."""
+        """Maximum input length of the model, frames."""
         if self.model.config.positions == "rotary":
             self.window = min(self.window, self.model.config.rotary_max_frames)
         self.made_of |= {"layer": str(self.layer), "weights_sha256": state_sha256(self.model)}
@@ -82,7 +82,7 @@ class Extractor:
         return not self.tables and self.model.mel_spec is not None
 
     def features(self, shards: Shards, indices: Sequence[int]) -> list[Features]:
-        """Features [T_i, D] of some utterances of a dataset."""
+        """Return features [T_i, D] of the given utterances."""
         codes = [shards.codes(index, num_codebooks=self.num_codebooks) for index in indices]
         if not self.reads_mel:
             return self(codes)
@@ -96,9 +96,9 @@ class Extractor:
     ) -> list[Features]:
         """Codes [R, T_i] each, log-mel planes [T_i, bands] each where `reads_mel` -> features [T_i, D] each.
 
-        A model reads utterances longer than `window` frames in windows that overlap by half: attention over an hour
-        does not end, and a rotary model has a longest input. Each frame's features are from the window whose middle is
-        nearest.
+        A model reads utterances longer than `window` frames in windows that overlap by half, because attention over an
+        hour is too slow and a rotary model has a maximum input length. Each frame's features are from the window with
+        the nearest middle.
         """
         if self.tables:
             return [self._latents(torch.from_numpy(c.astype(np.int64)).to(self.device)) for c in codes]
@@ -118,7 +118,7 @@ class Extractor:
     def _hidden(
         self, codes: Sequence[npt.NDArray[np.uint16]], mel: Sequence[npt.NDArray[np.uint8]] | None
     ) -> list[Features]:
-        """The layer's output for one padded batch."""
+        """Return the layer's output for one padded batch."""
         frames = [c.shape[1] for c in codes]
         padded = torch.zeros(len(codes), codes[0].shape[0], max(frames), dtype=torch.int64)
         for row, item in zip(padded, codes):
@@ -131,17 +131,17 @@ class Extractor:
         return [hidden[i, :n] for i, n in enumerate(frames)]
 
     def _latents(self, codes: torch.Tensor) -> Features:
-        """[R, T] -> [T, D], the codec's dequantised latent."""
+        """Return the codec's dequantised latent: codes [R, T] -> [T, D]."""
         summed = torch.stack([table[row] for table, row in zip(self.tables, codes)]).sum(0)
         found: Features = summed.float().cpu().numpy()
         return found
 
 
 def windows(frames: int, size: int) -> Iterator[tuple[int, int, int, int]]:
-    """(begin, end, first, last) of windows of at most `size` frames: of frames begin .. end, first .. last are kept.
+    """Yield (begin, end, first, last) of windows of at most `size` frames. Of begin .. end, first .. last are kept.
 
-    Together the kept parts are all frames, in order. Each but the outer ones has a quarter of a window before and after
-    it.
+    The kept parts cover all frames, in order. Each has a quarter of a window of context before and after it, except at
+    the ends of the utterance.
     """
     stride = max(1, size // 2)
     starts = [0] if frames <= size else [*range(0, frames - size, stride), frames - size]
@@ -151,7 +151,7 @@ def windows(frames: int, size: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 class ByCentroids:
-    """The nearest centroid of each frame's features."""
+    """Label each frame with the nearest centroid of its features."""
 
     def __init__(self, extract: Extractor, clustering: Clustering) -> None:
         self.extract, self.clustering = extract, clustering
@@ -165,7 +165,7 @@ class ByCentroids:
 
 
 def _batches(shards: Shards, indices: range) -> Iterator[list[int]]:
-    """Consecutive utterances of about `_BATCH_FRAMES` frames, padding included."""
+    """Yield batches of consecutive utterances of about `_BATCH_FRAMES` frames, padding included."""
     batch: list[int] = []
     longest = 0
     for index in indices:
@@ -180,7 +180,7 @@ def _batches(shards: Shards, indices: range) -> Iterator[list[int]]:
 
 
 class FromFile:
-    """Rows {"id": ..., "labels": [one per frame]}, in any order; two bytes a frame are held."""
+    """Labels from rows {"id": ..., "labels": [one per frame]}, in any order. Memory usage is two bytes per frame."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.rows = path, _read_rows(path)

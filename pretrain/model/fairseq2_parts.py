@@ -1,8 +1,7 @@
-"""The one door to fairseq2, and what this project takes from it.
+"""All imports from fairseq2.
 
-fairseq2's native half (fairseq2n) links libsndfile.so.1. The soundfile wheel carries that library under
-another name, so it is loaded here, with its symbols shared, before fairseq2 looks for it: no system package
-is needed.
+fairseq2's native part (fairseq2n) links libsndfile.so.1. The soundfile wheel contains that library under another name.
+It is loaded here, with global symbols, before fairseq2 looks for it. No system package is needed.
 """
 
 import ctypes
@@ -14,7 +13,7 @@ import torch
 
 
 def _preload_libsndfile() -> None:
-    """Load soundfile's own libsndfile, if its wheel has one; else fairseq2n finds the system's."""
+    """Load soundfile's own libsndfile, if its wheel has one. Otherwise fairseq2n uses the system's."""
     spec = importlib.util.find_spec("_soundfile_data")
     if spec is None or not spec.submodule_search_locations:
         return
@@ -45,7 +44,7 @@ from fairseq2.nn.projection import init_bert_projection  # noqa: E402
 from fairseq2.optim.lr_schedulers import PolynomialDecayLR, TriStageLR  # noqa: E402
 
 NATIVE_DATA = not getattr(fairseq2n, "IS_STUB", False)
-"""Whether fairseq2's native data pipeline works here; a stand-in fairseq2n has the layers only."""
+"""True if fairseq2's native data pipeline works. A stub of fairseq2n supports the layers only."""
 
 __all__ = [
     "NATIVE_DATA",
@@ -74,9 +73,9 @@ __all__ = [
 
 
 def unsharded() -> dict[str, Any]:
-    """What tells a module of fairseq2 that this process has all of it.
+    """Return the arguments that declare a fairseq2 module unsharded.
 
-    A module that is not told asks fairseq2's registry, which imports every model that fairseq2 has, with transformers,
-    pandas and s3fs: half of the time that a run needs to start.
+    Without them a module queries fairseq2's registry, which imports all models of fairseq2, with transformers, pandas
+    and s3fs. These imports take half of the startup time of a run.
     """
     return {"gangs": create_fake_gangs(torch.device("cpu")), "device": torch.get_default_device()}

@@ -1,4 +1,4 @@
-"""Transformer encoders out of fairseq2's parts: its own (post- and pre-norm), and ResiDual's, which it lacks."""
+"""Transformer encoders built from fairseq2's modules: its own (post- and pre-norm), and ResiDual, which it lacks."""
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from codecssl.pretrain.model.fairseq2_parts import (
 
 
 def make_encoder(config: ModelConfig) -> TransformerEncoder:
-    """The Transformer layers of a model, with hidden states [B, T, D] in and out."""
+    """Build the Transformer layers of a model: hidden states [B, T, D] -> [B, T, D]."""
     if config.norm == "residual":
         return ResidualEncoder(config)
     rotary = _rotary(config)
@@ -44,10 +44,10 @@ def make_encoder(config: ModelConfig) -> TransformerEncoder:
 
 
 class ResidualEncoder(TransformerEncoder):
-    """ResiDual (Xie et al. 2023, arXiv 2304.14802, section 3.1), as EnCodecMAE has it.
+    """ResiDual (Xie et al. 2023, arXiv 2304.14802, section 3.1), as in EnCodecMAE.
 
-    Two streams start as the input: x0 = LN(x0 + f(x0)) after every block f, and x1 = x1 + f(x0), never normed. The
-    output is x0 + LN(x1). Layer hooks see x0.
+    Two streams are initialised to the input: x0 = LN(x0 + f(x0)) after every block f, and x1 = x1 + f(x0), without
+    norm. The output is x0 + LN(x1). Layer hooks receive x0.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -72,7 +72,7 @@ class ResidualEncoder(TransformerEncoder):
 
 
 class ResidualLayer(nn.Module):
-    """Attention and feed-forward over the two streams. A shared feed-forward block belongs to one layer, its owner."""
+    """Attention and feed-forward over the two streams. A shared feed-forward block is owned by one layer."""
 
     def __init__(
         self, config: ModelConfig, rotary: RotaryEncoder | None, shared: nn.Module | None, *, owner: bool
@@ -86,7 +86,7 @@ class ResidualLayer(nn.Module):
         if shared is None or owner:
             self.own_ffn = _feed_forward(config) if shared is None else shared
         else:
-            self._borrowed = (shared,)  # a tuple: its weights are saved, and trained, once
+            self._borrowed = (shared,)  # in a tuple: its weights are saved and trained once
 
     @property
     def ffn(self) -> nn.Module:
@@ -108,7 +108,7 @@ class SinusoidalPositions(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
-        self.scale = nn.Parameter(torch.ones(1))  # DeepSpeed wants a dimension
+        self.scale = nn.Parameter(torch.ones(1))  # DeepSpeed requires a dimension
 
     def forward(self, x: Tensor, layout: BatchLayout | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
@@ -116,14 +116,14 @@ class SinusoidalPositions(nn.Module):
 
 
 def sinusoids(frames: int, dim: int, device: torch.device) -> Tensor:
-    """float32 [frames, dim]: sin(t / 10000^(2i/dim)) in column 2i, cos in column 2i + 1."""
+    """Return float32 [frames, dim]: sin(t / 10000^(2i/dim)) in column 2i, cos in column 2i + 1."""
     rate = torch.exp(torch.arange(0, dim, 2, device=device) * (-torch.log(torch.tensor(10_000.0)).item() / dim))
     angle = torch.arange(frames, device=device)[:, None] * rate
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)[:, :dim]
 
 
 def _rotary(config: ModelConfig) -> RotaryEncoder | None:
-    """One table for all layers."""
+    """Build the rotary encoder, whose table all layers share."""
     if config.positions != "rotary":
         return None
     return RotaryEncoder(config.dim // config.heads, config.rotary_max_frames)

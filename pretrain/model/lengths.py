@@ -1,4 +1,4 @@
-"""Masks of the frames that each item of a padded batch has."""
+"""Masks of the valid frames of each item of a padded batch."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def lengths_to_mask(lengths: Sequence[int] | Tensor, width: int, device: torch.device | str | None = None) -> Tensor:
     """Return bool [B, width], true at the first `lengths[b]` frames of each item.
 
-    device: of the result; by default that of `lengths`, or the CPU for a list.
+    device: device of the result; by default that of `lengths`, or the CPU for a list.
     """
     if not isinstance(lengths, Tensor):
         lengths = torch.tensor(list(lengths), dtype=torch.int64)

@@ -3,11 +3,11 @@
     codes [B, K, T] -> one embedding table per codebook, summed -> LayerNorm -> Linear -> (masked frames
     replaced by one learned vector) -> positions -> Transformer layers [B, T, D]
 
-`model.input` adds a log-mel plane, or takes it in place of the codes (EnCodecMAE's mel256-ec):
+`model.input` adds a log-mel plane, or replaces the codes by it (EnCodecMAE's mel256-ec):
 
-    mel [B, bands, T] -> Linear, added to what the codes give before the masked frames are replaced
+    mel [B, bands, T] -> Linear, added to the projected codes before the masked frames are replaced
 
-Architecture: Codec2Vec (arXiv 2511.16639), which is HuBERT's encoder behind code embeddings. Layers are
+Architecture: Codec2Vec (arXiv 2511.16639), which is HuBERT's encoder on top of code embeddings. The layers are
 fairseq2's.
 """
 
@@ -32,20 +32,20 @@ from codecssl.tokenize.mel import MelSpec
 
 
 class CodeEmbedding(nn.Module):
-    """Sum over codebooks of one embedding each: one flat table, codebook k's rows from `offset[k]`."""
+    """Sum of one embedding per codebook. The rows of codebook k start at `offset[k]` of one flat table."""
 
     offset: Tensor
 
     def __init__(self, codebook_sizes: Sequence[int], latent_dim: int) -> None:
         super().__init__()
         self.rows = sum(codebook_sizes)
-        # One row more, always zero and without gradient, stands for a codebook that is dropped.
+        # An additional row, always zero and without gradient, represents dropped codebooks.
         self.weight = nn.Parameter(torch.zeros(self.rows + 1, latent_dim))
         starts = torch.tensor([0, *codebook_sizes[:-1]]).cumsum(0)
         self.register_buffer("offset", starts[:, None], persistent=False)  # [K, 1]
 
     def load_tables(self, tables: Sequence[Tensor]) -> None:
-        """Start the first columns from R tables [V_k, width] of a codec."""
+        """Initialise the first columns from R tables [V_k, width] of a codec."""
         flat = torch.cat([table.detach().float().cpu() for table in tables])
         if len(flat) != self.rows or flat.shape[1] > self.weight.shape[1]:
             raise UserError(
@@ -53,7 +53,7 @@ class CodeEmbedding(nn.Module):
                 " use the codec that wrote the shards, and a model.embedding_dim of its tables' width or more"
             )
         with torch.no_grad():
-            self.weight[:-1, flat.shape[1] :] *= flat.square().mean().sqrt()  # noise of the tables' own size
+            self.weight[:-1, flat.shape[1] :] *= flat.square().mean().sqrt()  # noise with the tables' RMS
             self.weight[:-1, : flat.shape[1]] = flat
 
     def forward(self, codes: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -68,13 +68,13 @@ class CodeEmbedding(nn.Module):
 
 
 class MelProjection(nn.Module):
-    """Stored log-mel values to the width of the layers: a fixed scale, then a linear layer.
+    """Projection of stored log-mel values to the width of the layers: a fixed scale, then a linear layer.
 
-    No utterance is normalised by itself, so that its level and its channel stay in the features.
+    There is no normalisation per utterance. The features therefore retain its level and channel.
     """
 
     CENTER, SPREAD = 80.0, 48.0
-    """About the mean and the deviation of stored values of speech; 48 steps are 2.3 decades of power."""
+    """Approximate mean and standard deviation of stored values of speech. 48 steps are 2.3 decades of power."""
 
     def __init__(self, bands: int, dim: int) -> None:
         super().__init__()
@@ -92,9 +92,9 @@ class MelProjection(nn.Module):
 
 
 class CodecModel(nn.Module):
-    """The pretrained model, without the heads that pretraining puts on top.
+    """The pretrained model, without the heads of pretraining.
 
-    mel: the log-mel plane that it reads; needed where `config.input` is mel or both.
+    mel: specification of the log-mel plane that it reads; required if `config.input` is mel or both.
     """
 
     def __init__(self, config: ModelConfig, card: CodecCard, mel: MelSpec | None = None) -> None:
@@ -107,8 +107,8 @@ class CodecModel(nn.Module):
             self.embedding = CodeEmbedding(card.row_sizes, width)
             self.embedding.weight.requires_grad_(not config.freeze_embedding)
             self.input_norm = StandardLayerNorm(width, bias=True)
-            # Not BERT's small weights: as HuBERT's post_extract_proj, it starts with torch's own. What enters the
-            # residual stream small is drowned by the layers, and with it the speaker (LOG.md, 2026-11-21).
+            # torch's default initialisation, as in HuBERT's post_extract_proj, not BERT's small weights. A small input
+            # to the residual stream, and with it the speaker, is masked by the layers (LOG.md, 2026-11-21).
             self.projection = Linear(width, config.dim, bias=True)
         if mel is not None:
             self.mel_projection = MelProjection(mel.bands, config.dim)
@@ -130,8 +130,10 @@ class CodecModel(nn.Module):
         kept: Tensor | None = None,
         mel: Tensor | None = None,
     ) -> Tensor:
-        """codes int64 [B, K, T], lengths, masked frames [B, T], kept codebooks [B, K], mel uint8 [B, bands, T]
-        -> [B, T, D]."""
+        """Compute hidden states [B, T, D] from codes int64 [B, K, T] and the frames of each item.
+
+        mask: masked frames [B, T]. kept: kept codebooks [B, K]. mel: uint8 [B, bands, T].
+        """
         x, layout = self.front(codes, frames, mask, kept, mel)
         return self.encoder(x, layout)
 
@@ -145,18 +147,18 @@ class CodecModel(nn.Module):
         *,
         dropout: bool = True,
     ) -> tuple[Tensor, BatchLayout]:
-        """Everything before the first layer: as `forward` -> [B, T, D], and the layout that the layers want."""
+        """Return the input [B, T, D] of the first layer, from the arguments of `forward`, and the layers' layout."""
         layout = self._layout(codes, frames)
         x = self._front(codes, layout, mask, kept, mel)
         return self.input_dropout(x) if dropout else x, layout
 
     @torch.no_grad()
     def extract(self, codes: Tensor, frames: Sequence[int], mel: Tensor | None = None) -> list[Tensor]:
-        """codes int64 [B, K, T], mel uint8 [B, bands, T] where the model reads it -> L + 1 tensors [B, T, D]: the
-        input of the first layer, then each layer's output.
+        """Return the input of the first layer, then each layer's output: L + 1 tensors [B, T, D].
 
-        The last one is after the final norm of a pre-norm model. No mask, no dropout; values in the padding
-        mean nothing. The model is in evaluation mode afterwards.
+        codes: int64 [B, K, T]. mel: uint8 [B, bands, T], for models that read it. In a pre-norm model the last output
+        is after the final norm. There is no mask and no dropout. Values in the padding are undefined. The model is in
+        evaluation mode afterwards.
         """
         self.eval()
         first, layout = self.front(codes, frames, mel=mel)
@@ -164,12 +166,12 @@ class CodecModel(nn.Module):
         return [first, *outputs, last]
 
     def front_parameters(self) -> int:
-        """Weights of the projections before the layers, whose cost is one product a frame."""
+        """Return the number of weights of the projections before the layers, which cost one product per frame."""
         parts = [getattr(self, name, None) for name in ("projection", "mel_projection")]
         return sum(p.numel() for part in parts if part is not None for p in part.parameters())
 
     def _embedded(self, codes: Tensor, kept: Tensor | None, mel: Tensor | None) -> Tensor:
-        """Codes, mel, or the sum of both, projected to [B, T, D]."""
+        """Project codes, mel, or both to [B, T, D]. Both are summed."""
         if self.config.input == "codes":
             x: Tensor = self.projection(self.input_norm(self.embedding(codes, kept)))
             return x
@@ -194,7 +196,7 @@ class CodecModel(nn.Module):
     def _front(
         self, codes: Tensor, layout: BatchLayout, mask: Tensor | None, kept: Tensor | None, mel: Tensor | None
     ) -> Tensor:
-        """Everything before the first layer, [B, T, D]."""
+        """Compute the input of the first layer, [B, T, D]."""
         x = self._embedded(codes, kept, mel)
         if mask is not None:
             x = torch.where(mask[:, :, None], self.mask_vector.to(x.dtype), x)
@@ -212,7 +214,7 @@ def untrained(
     seed: int,
     mel: MelSpec | None = None,
 ) -> CodecModel:
-    """A fresh model: weights from `seed`; code embeddings from the codec's `tables`, or noise."""
+    """Build an untrained model with weights from `seed`, and code embeddings from the codec's `tables`, or noise."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CodecModel(config, card, mel)

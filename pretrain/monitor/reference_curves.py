@@ -25,7 +25,7 @@ _PLACES = ("data.labels", "data.valid_labels")
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One run's losses, nats, by split: [[step, loss], ...]."""
+    """Losses of one run by split: [[step, loss in nats], ...]."""
 
     key: str
     what: str
@@ -33,19 +33,19 @@ class Curve:
 
 
 def curve_key(config: RunConfig, codec: str, frames: int) -> str:
-    """What decides about a curve: the config, the codec's weights (sha256) and how many frames an epoch has."""
+    """Return the key of a curve, from the config, the sha256 of the codec's weights and the frames per epoch."""
     changed = {key: new for key, (_, new) in differences(RunConfig(), config).items() if not key.startswith(FREE)}
     parts = [sorted((key, str(new)) for key, new in changed.items() if key not in _PLACES), codec, frames]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def find(key: str, store: Path = STORE) -> Curve | None:
-    """The stored curve of a run like this one."""
+    """Return the stored curve with this key, or None."""
     return next((curve for curve in _read(store) if curve.key == key), None)
 
 
 def verdict(curve: Curve, losses: Sequence[tuple[float, float]], split: str = "valid") -> str | None:
-    """A line on how far a run's last loss is from the stored one of that step; None where no step is common."""
+    """Return a line that compares a run's last loss with the stored one of that step; None if no step is common."""
     stored = {point[0]: point[1] for point in curve.losses.get(split, [])}
     common = [(step, loss) for step, loss in losses if step in stored]
     if not common:

@@ -1,4 +1,4 @@
-"""Said and checked about a run: the model, the data, whether the targets can teach anything, whether it learns."""
+"""Reports and sanity checks of a run: model, data, diversity of the targets, and collapse of the predictions."""
 
 import math
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 
 _SAMPLED_STEPS = 4
-_LEARNING = 200  # steps in which every model gives one answer to everything: the commonest codes come first
-_DEGENERATE = 1.5  # perplexity of the targets or guesses below which nearly every frame has the same one
+_LEARNING = 200  # steps in which every model predicts only the most common codes
+_DEGENERATE = 1.5  # perplexity of targets or predictions below which nearly all frames have one class
 
 
 def check_targets(train: Loader, target: Target | None) -> list[Tensor]:
-    """Histogram of each stream's targets over the first batches, int64 [V_s]; UserError when one is (nearly) constant;
-    none where targets are made while training.
+    """Return the histogram int64 [V_s] of each stream's targets over the first batches.
 
-    Labels that all fell on one id have cost people a month: the loss goes to zero and looks like success.
+    Returns an empty list if targets are made while training. Raises UserError if a stream is (nearly) constant. With
+    constant labels the loss goes to zero, which looks like success.
     """
     if target is None:
         return []
@@ -49,8 +49,10 @@ def check_targets(train: Loader, target: Target | None) -> list[Tensor]:
 def collapse(
     step: int, steps: int, predicted_perplexity: Sequence[float], target_perplexity: Sequence[float]
 ) -> str | None:
-    """A warning when a model that should have learnt by now predicts one class for (nearly) every frame, or when a
-    stream of targets that are made while training has become one class.
+    """Return a warning about collapse, or None.
+
+    The predictions have collapsed if a model, after the first steps, predicts one class for (nearly) every frame.
+    Targets that are made while training have collapsed if a stream has become one class.
     """
     if step <= max(_LEARNING, steps // 4):
         return None
@@ -69,7 +71,7 @@ def collapse(
 
 
 def model_report(objective: Objective, card: CodecCard, device: Any) -> str:
-    """One line on what is trained."""
+    """Return one line about the model and the objective."""
     model, config = parameters(objective.model), objective.model.config
     return (
         f"model: {model / 1e6:.2f} M parameters ({config.layers} layers of {config.dim}, {config.norm}-norm,"
@@ -79,7 +81,7 @@ def model_report(objective: Objective, card: CodecCard, device: Any) -> str:
 
 
 def data_report(train: Loader, valid: Loader | None, config: RunConfig, targets: list[Tensor]) -> str:
-    """Lines on what it is trained on, and for how long. targets: histograms of `check_targets`."""
+    """Return lines about the data and the length of training. targets: histograms of `check_targets`."""
     plan, card, steps = train.plan, train.corpus.card, config.optim.steps
     hours = plan.frames_per_epoch / float(card.frame_rate) / 3600
     lines = [
@@ -94,7 +96,7 @@ def data_report(train: Loader, valid: Loader | None, config: RunConfig, targets:
 
 
 def targets_report(targets: list[Tensor]) -> str:
-    """One line on the histograms of the targets."""
+    """Return one line about the histograms of the targets."""
     if not targets:
         return "targets: made while training"
     perplexities = histogram_perplexity(targets)
@@ -107,5 +109,5 @@ def targets_report(targets: list[Tensor]) -> str:
 
 
 def training_flops(objective: Objective, batches: list[Batch]) -> float:
-    """Floating-point operations of one update on these batches, forward and backward."""
+    """Return the floating-point operations of one update on these batches, forward and backward."""
     return sum(objective.flops(batch) for batch in batches)

@@ -1,6 +1,6 @@
-"""`codecssl-pretrain status`: how far a run is, how fast, and who keeps it waiting, from its files alone.
+"""`codecssl-pretrain status`: progress, speed and late ranks of a run, from its files alone.
 
-Every process notes in RUN/ranks/NNNNN.json, every half a minute, what it is doing and since when (see slurm/watch.py).
+Every half a minute, each process records its current activity and when it began in RUN/ranks/NNNNN.json.
 """
 
 import json
@@ -16,23 +16,23 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.process import BEAT_SECONDS
 
 SILENT_SECONDS = 4 * BEAT_SECONDS
-"""A process that has noted nothing for so long is gone: killed, or its node is dead."""
+"""Time without a record after which a process counts as gone: killed, or on a dead node."""
 LATE_SECONDS = 30.0
-"""A rank is late when others have waited so long for it, and LATE_STEPS usual steps."""
+"""A rank is late if others have waited for it this long, and at least LATE_STEPS usual steps."""
 LATE_STEPS = 5
 RECENT = 20
-"""Rows over which the speed is measured: the latest ones."""
+"""Number of latest rows over which the speed is measured."""
 WAITS = "waiting for the other ranks"
 
 Beat = dict[str, Any]
 
 
 def status(run: Path) -> dict[str, Any]:
-    """How far `run` is. Raises UserError for another folder.
+    """Return the progress of `run`. Raises UserError if the folder is not a run.
 
-    state: finished, running, stopped (by a signal, to be resumed), failed, stuck, gone (it ended without a word) or
-    not started. late: ranks that others wait for; gone: ranks that ended without a word. Rates are None before the
-    first row of the metrics.
+    state: finished, running, stopped (by a signal, to be resumed), failed, stuck, gone (ended without a record) or
+    not started. late: ranks for which others wait. gone: ranks that ended without a record. Rates are None before the
+    first row of metrics.
     """
     config = run_folder.read_config(run)
     saved = checkpoint.whole(run / "checkpoints")
@@ -68,7 +68,7 @@ def status(run: Path) -> dict[str, Any]:
 
 
 def lines(run: Path, state: dict[str, Any]) -> list[str]:
-    """What `status` found, for a reader."""
+    """Format the result of `status` as lines of text."""
     found = [
         f"{run}: {state['state']} at step {state['step']}; step {state['step_saved']} of {state['steps']} saved,"
         f" {state['checkpoints']} checkpoint(s); last sign of life {state['age_seconds']:.0f} s ago"
@@ -89,14 +89,14 @@ def lines(run: Path, state: dict[str, Any]) -> list[str]:
 
 
 def _beats(run: Path) -> dict[int, Beat]:
-    """The last note of each rank of the latest start."""
+    """Read the last record of each rank of the latest start."""
     found = {}
     for path in sorted((run / "ranks").glob("[0-9]*.json")):
         try:
             found[int(path.stem)] = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: damaged ({error}); remove it") from error
-    began = found[0]["started"] - 60.0 if 0 in found else 0.0  # earlier ones are of a start with more ranks
+    began = found[0]["started"] - 60.0 if 0 in found else 0.0  # older records are of a start with more ranks
     return {rank: beat for rank, beat in found.items() if beat["time"] >= began}
 
 
@@ -108,7 +108,7 @@ def _state(finished: bool, beats: dict[int, Beat], gone: list[int]) -> str:
     states = {beat["state"] for beat in beats.values()}
     if bad := states & {"stuck", "failed"}:
         return max(bad)
-    first = str(beats[min(beats)]["state"])  # the others may be ended by the launcher before they say so
+    first = str(beats[min(beats)]["state"])  # the launcher may kill the others before they record it
     return "gone" if gone and first == "running" else first
 
 

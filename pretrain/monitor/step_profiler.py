@@ -1,4 +1,4 @@
-"""What a few steps spend their time on: a torch profile of one rank, as a trace and a table."""
+"""Torch profile of a few steps of one rank, as a trace and a table."""
 
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,13 @@ _SKIPPED, _WARMED, _TRACED = 3, 2, 4
 
 
 class Tracer:
-    """Traces _TRACED steps after the first few; writes FOLDER/trace.json (for ui.perfetto.dev or chrome://tracing) and
-    FOLDER/table.txt. Used around the steps, with `step` after each."""
+    """Context manager that traces _TRACED steps after the first few. Call `step` after each step.
+
+    Writes FOLDER/trace.json (for ui.perfetto.dev or chrome://tracing) and FOLDER/table.txt.
+    """
 
     STEPS = _SKIPPED + _WARMED + _TRACED
-    """Steps after which the trace is written."""
+    """Number of steps after which the trace is written."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""What a run says: a console line, metrics.jsonl, TensorBoard and curves.png, of the same rows."""
+"""Output of a run: console lines, metrics.jsonl, TensorBoard and curves.png, from the same rows."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from codecssl.tokenize.common.retry import patiently
 
 Row = dict[str, Any]
 
-# Dense bf16 peak of the datasheets, FLOP/s. Elsewhere the utilisation is not known and not reported.
+# Dense bf16 peak from the datasheets, FLOP/s. On other devices the utilisation is not reported.
 _PEAK_BF16 = {
     "H100": 989e12,
     "H200": 989e12,
@@ -30,10 +30,10 @@ _PEAK_BF16 = {
 
 
 class Telemetry:
-    """Takes rows ({"split", "step", metrics}); a list in a row holds one number per codebook.
+    """Logger of rows ({"split", "step", metrics}). A list in a row has one number per codebook.
 
-    On resume, rows of steps after `step` are removed first, so that no step is recorded twice. retry_seconds: how long
-    writing a row is tried again while the disk is away.
+    On a resume, rows of steps after `step` are removed first. No step is therefore recorded twice. retry_seconds: time
+    for which the write of a row is retried while the disk is unavailable.
     """
 
     def __init__(self, run: Path, *, step: int, retry_seconds: float = 0.0) -> None:
@@ -42,14 +42,14 @@ class Telemetry:
         self._path, self._curves, self._retry_seconds = run / "metrics.jsonl", run / "curves.png", retry_seconds
         self._console = _console()
         self.unheard = False
-        """Whether the reader of the standard output is gone (`| head`); the run then saves and stops."""
+        """True if the reader of the standard output has exited (`| head`). The run then saves and stops."""
         damaged: list[int] = []
         self.rows = [row for row in read_rows(self._path, damaged) if row["step"] <= step]
         if damaged:
             self.warn(f"{self._path}: line(s) {', '.join(map(str, damaged))} damaged and left out; the rest is kept")
         _rewrite(self._path, self.rows)
         self.expected: Mapping[str, Sequence[Sequence[float]]] = {}
-        """Stored losses of a run like this one, by split: [[step, loss], ...]; drawn beside its own."""
+        """Reference losses of an equal run, by split: [[step, loss], ...]. Drawn next to its own."""
         self._board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def say(self, text: str) -> None:
@@ -68,7 +68,7 @@ class Telemetry:
             drop_stdout()
 
     def log(self, row: Row) -> None:
-        """Record a row everywhere but in the curves."""
+        """Write a row to all outputs except curves.png."""
         self.rows.append(row)
         patiently(lambda: self._append(row), self._path, seconds=self._retry_seconds)
         self._chart(row)
@@ -78,11 +78,11 @@ class Telemetry:
         with self._path.open("ab+") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))
-            begun = file.read(1) not in (b"", b"\n")  # a line that an error cut short
+            begun = file.read(1) not in (b"", b"\n")  # a line truncated by an error
             file.write((("\n" if begun else "") + json.dumps(row) + "\n").encode())
 
     def draw(self) -> None:
-        """Bring curves.png up to date."""
+        """Update curves.png."""
         draw_curves(self.rows, self._curves, self.expected)
         with suppress(OSError):
             self._board.flush()
@@ -92,7 +92,7 @@ class Telemetry:
             self._board.close()
 
     def _chart(self, row: Row) -> None:
-        """Pass a row to TensorBoard. Its writer never recovers from an error, so that another one follows it."""
+        """Pass a row to TensorBoard. Its writer does not recover from an error and is then replaced by a new one."""
         from torch.utils.tensorboard import SummaryWriter
 
         try:
@@ -109,16 +109,16 @@ def _console() -> Any:
 
     class Plain(Console):
         def on_broken_pipe(self) -> None:
-            """rich's own exits with 1 here, in the middle of a step."""
+            """Override rich's handler, which exits with 1 in the middle of a step."""
             raise BrokenPipeError
 
     return Plain(highlight=False, soft_wrap=True)
 
 
 def read_rows(path: Path, damaged: list[int] | None = None) -> list[Row]:
-    """The rows of a metrics.jsonl; lines that are no rows are left out, and the later ones are kept.
+    """Read the rows of a metrics.jsonl. Invalid lines are skipped; later rows are kept.
 
-    damaged: takes the numbers of those lines (from 1), but for a last line that a crash cut short.
+    damaged: receives the numbers of the invalid lines (from 1), except a last line truncated by a crash.
     """
     rows, bad = list[Row](), list[int]()
     content = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -140,7 +140,7 @@ def read_rows(path: Path, damaged: list[int] | None = None) -> list[Row]:
 def draw_curves(
     rows: Sequence[Row], path: Path, expected: Mapping[str, Sequence[Sequence[float]]] | None = None
 ) -> None:
-    """Loss, accuracy and variety of the guesses over the steps, as a picture; codebooks from dark to light."""
+    """Plot loss, accuracy and perplexity of the predictions over the steps. Codebooks go from dark to light."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -172,7 +172,7 @@ def draw_curves(
 
 
 def machine_row(flops_per_second: float, precision: str) -> Row:
-    """Memory, and how much of the machine is used, where its peak is known."""
+    """Return memory usage, and utilisation of the device if its peak is known."""
     row: Row = {"memory_gib": _memory_gib(), "tflops": flops_per_second / 1e12}
     if torch.cuda.is_available() and precision == "bf16":
         name = torch.cuda.get_device_name()
@@ -183,7 +183,7 @@ def machine_row(flops_per_second: float, precision: str) -> Row:
 
 
 def _memory_gib() -> float:
-    """Most memory used so far: the device's, or this process's on a CPU."""
+    """Return peak memory usage in GiB: of the device, or of this process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
@@ -197,7 +197,7 @@ def _scalars(name: str, value: Any) -> list[tuple[str, float]]:
 
 
 def console_line(row: Mapping[str, Any]) -> str:
-    """step 100/400 | train | loss 5.123 | accuracy 12.3 % (first 20.1) | ..."""
+    """Format a row: step 100/400 | train | loss 5.123 | accuracy 12.3 % (first 20.1) | ..."""
     parts = [f"step {row['step']:>6}", f"{row['split']:<5}", f"loss {row['loss']:.4f}"]
     mean = math.fsum(row["accuracy"]) / len(row["accuracy"])
     parts.append(f"accuracy {100 * mean:.2f} % (codebook 0: {100 * row['accuracy'][0]:.2f} %)")

@@ -1,4 +1,4 @@
-"""Codec2Vec's objective: cross-entropy per stream of targets at the masked frames, weighed by gamma."""
+"""Codec2Vec's objective: cross-entropy per stream of targets at masked frames, weighted by gamma."""
 
 from torch import Tensor
 
@@ -19,11 +19,11 @@ from codecssl.pretrain.objectives.targets import Target
 
 
 class MaskedPrediction(Objective):
-    """Model and heads; forward gives the loss.
+    """Model and heads. `forward` returns the loss.
 
     loss = mean over masked frames of sum_s gamma_s CE_s + visible_weight * the same over visible frames
 
-    The means are over the global batch. Padding is in neither. Heads are applied only where needed.
+    The means are over the global batch, without padding. Heads are applied only to the frames that need them.
     """
 
     def __init__(self, model: CodecModel, target: Target, config: ObjectiveConfig) -> None:

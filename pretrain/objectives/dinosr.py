@@ -1,8 +1,8 @@
 """Online clustering: DinoSR (Liu et al. 2023, arXiv 2305.10005), and SpidR's variant of it.
 
 A teacher, the moving average of the student's Transformer, sees the unmasked input. The outputs of its top layers'
-feed-forward blocks, before the residual, are normed over time and clustered while training goes on; the student, at
-masked frames, predicts the cluster of each of these layers.
+feed-forward blocks, before the residual, are normalised over time and clustered during training. At masked frames the
+student predicts the cluster of each of these layers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,9 +33,9 @@ _EPSILON = 1e-5
 
 
 class OnlineClusters(Objective):
-    """Codec2Vec's online target; streams are the clustered layers, from the lowest to the last.
+    """Codec2Vec's online target. The streams are the clustered layers, from the lowest to the last.
 
-    steps: of the whole run, for the teacher's schedule.
+    steps: number of steps of the whole run, for the teacher's schedule.
     """
 
     def __init__(self, model: CodecModel, config: OnlineConfig, steps: int) -> None:
@@ -72,7 +72,7 @@ class OnlineClusters(Objective):
         return Loss(total, masked, visible)
 
     def _student(self, batch: Batch) -> list[Tensor]:
-        """For each stream the hidden states [B, T, D] that its head sees."""
+        """Return the hidden states [B, T, D] for the head of each stream."""
         if self.config.variant == "dinosr":
             return [self.model(batch.codes, batch.frames, batch.mask, batch.kept, batch.mel)] * len(self.sizes)
         first, layout = self.model.front(batch.codes, batch.frames, batch.mask, batch.kept, batch.mel)
@@ -88,9 +88,9 @@ class OnlineClusters(Objective):
 
     @torch.no_grad()
     def teacher_features(self, batch: Batch) -> list[Tensor]:
-        """Per stream float32 [B, T, D]: the teacher's feed-forward outputs, instance-normed over each item's frames.
+        """Return float32 [B, T, D] per stream: the teacher's feed-forward outputs, normalised over each item's frames.
 
-        What comes before the layers (tables, positions, a post-norm model's first norm) is the student's own.
+        Modules before the layers (tables, positions, a post-norm model's first norm) are the student's own.
         """
         teacher = self._made_teacher()
         x, layout = self.model.front(batch.codes, batch.frames, mel=batch.mel, dropout=False)
@@ -100,13 +100,13 @@ class OnlineClusters(Objective):
         return [_normed(output.float(), dim=1, where=valid) for output in outputs]
 
     def assign(self, stream: int, features: Tensor) -> Tensor:
-        """[N, D] -> the nearest codeword's index [N], by Euclidean distance."""
+        """Return the index [N] of the nearest codeword of features [N, D], by Euclidean distance."""
         codewords = self._extra["sums"][stream] / self._extra["counts"][stream][:, None]
         distance = codewords.pow(2).sum(1) - 2.0 * features @ codewords.t()
         return distance.argmin(1)
 
     def _gather(self, features: Sequence[Tensor]) -> None:
-        """Add this micro-batch's features to what the codewords will be moved by."""
+        """Accumulate this micro-batch's features for the update of the codewords."""
         for stream, own in enumerate(features):
             labels = self.assign(stream, own)
             self._seen["sums"][stream].index_add_(0, labels, own)
@@ -116,7 +116,7 @@ class OnlineClusters(Objective):
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
-        """Move codewords that were used, on all ranks alike, then the teacher (DinoSR, sections 3.2 and 3.3)."""
+        """Update the used codewords, equally on all ranks, then the teacher (DinoSR, sections 3.2 and 3.3)."""
         seen, decay = self._seen, self.config.codebook_decay
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             for value in seen.values():
@@ -132,7 +132,7 @@ class OnlineClusters(Objective):
             self._refresh()
 
     def teacher_decay(self, step: int) -> float:
-        """The teacher's decay at update `step`; 1 leaves it as it is."""
+        """Return the teacher's decay at update `step`; 1 leaves the teacher unchanged."""
         config, steps = self.config, self.steps
         if config.variant == "spidr":
             from math import exp
@@ -152,7 +152,7 @@ class OnlineClusters(Objective):
         return self._teacher[0]
 
     def _refresh(self) -> None:
-        """The teacher computes in the student's precision; its average is kept in fp32."""
+        """Copy the fp32 average into the teacher, which computes in the student's precision."""
         student = dict(self.model.encoder.named_parameters())
         for name, parameter in self._made_teacher().named_parameters():
             parameter.data = self._average[name].to(student[name].dtype)
@@ -179,7 +179,7 @@ class OnlineClusters(Objective):
 
 @contextmanager
 def _outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """What the modules return while the context is open, in their order."""
+    """Collect the outputs of the modules while the context is open, in their order."""
     outputs: list[Tensor] = []
     hooks = [module.register_forward_hook(lambda *call: outputs.append(call[2])) for module in modules]
     try:
@@ -190,7 +190,7 @@ def _outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def _normed(x: Tensor, *, dim: int, where: Tensor | None = None) -> Tensor:
-    """Zero mean and unit variance along `dim`, over the places that are true in `where` (the others come out 0)."""
+    """Normalise to zero mean and unit variance along `dim`, over the positions true in `where`; others become 0."""
     weight = torch.ones_like(x[..., :1]) if where is None else where.to(x.dtype)
     count = weight.sum(dim, keepdim=True).clamp(min=1.0)
     centred = (x - (x * weight).sum(dim, keepdim=True) / count) * weight

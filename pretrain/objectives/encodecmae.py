@@ -1,7 +1,7 @@
 """EnCodecMAE (Pepino, Riera, Ferrer 2023, arXiv 2309.07391): a masked autoencoder that predicts codes.
 
-Masked frames are removed before the encoder, which so computes on the visible ones only; a light decoder sees the
-encoder's output at its places and a mask token at the others, and predicts every frame's codes.
+Masked frames are removed before the encoder, which processes visible frames only. The input of a light decoder is the
+encoder's output at visible frames and a mask token at masked frames. It predicts the codes of every frame.
 """
 
 from collections.abc import Mapping, Sequence
@@ -67,13 +67,13 @@ class EncodecMae(Objective):
         return Loss(total, masked, visible)
 
     def _mel_error(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Sum over masked frames of the mean absolute error of their log-mel values."""
+        """Return the sum over masked frames of the mean absolute error of their log-mel values."""
         assert batch.mel is not None, "the loader reads it for model.input mel and both"
         predicted = self.mel_head(frames_at(hidden, batch.masked)).float()
         return (predicted - frames_at(MelProjection.scaled(batch.mel), batch.masked)).abs().mean(1).sum()
 
     def encode(self, batch: Batch) -> Tensor:
-        """Hidden states [V, D] of the visible frames of all items, in order."""
+        """Return hidden states [V, D] of the visible frames of all items, in order."""
         x, _ = self.model.front(batch.codes, batch.frames, None, batch.kept, batch.mel)
         shape = len(batch.frames), max(batch.visible_frames)
         slots = _packed(batch.visible_frames).to(x.device)
@@ -83,7 +83,7 @@ class EncodecMae(Objective):
         return frames_at(output, slots)
 
     def decode(self, encoded: Tensor, batch: Batch) -> Tensor:
-        """[V, D] at the visible frames, the mask token at the others -> [B, T, D]."""
+        """Decode [V, D] at visible frames and the mask token at masked frames -> [B, T, D]."""
         shape = tuple(batch.mask.shape)
         full = self.mask_token.to(encoded.dtype).expand(batch.mask.numel(), -1)
         full = full.index_copy(0, batch.visible, encoded).unflatten(0, shape)
@@ -111,5 +111,5 @@ class EncodecMae(Objective):
 
 
 def _packed(counts: Sequence[int]) -> Tensor:
-    """int64 [sum of counts], where frames stand when each item's are moved to its beginning: b max(counts) + t."""
+    """Return int64 [sum of counts], indices b max(counts) + t of frames packed at the beginning of each item."""
     return lengths_to_mask(counts, max(counts)).flatten().nonzero().flatten()

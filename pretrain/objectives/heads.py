@@ -1,4 +1,4 @@
-"""Prediction heads: hidden states in, one set of logits per stream of targets out."""
+"""Prediction heads: hidden states to one set of logits per stream of targets."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +20,11 @@ class LinearHeads(Linear):  # type: ignore[misc]  # final; a wrapper would renam
 
 
 class CosineHeads(nn.Module):
-    """Hidden states [N, D] -> logits [N, sum of sizes]: for each stream s the cosines of a projection A_s h with the
-    embeddings of the stream's classes, divided by the temperature (HuBERT, arXiv 2106.07447, equation 3)."""
+    """Cosine heads (HuBERT, arXiv 2106.07447, equation 3): hidden states [N, D] -> logits [N, sum of sizes].
+
+    Logits of stream s are the cosines of a projection A_s h with the stream's class embeddings, divided by the
+    temperature.
+    """
 
     def __init__(self, dim: int, sizes: Sequence[int], width: int, temperature: float) -> None:
         super().__init__()
@@ -63,7 +66,7 @@ class CodebookHeads(nn.Module):
             self.from_context = nn.Parameter(torch.zeros(len(sizes), width, width))
 
     def start(self, tables: Sequence[Tensor], log_unigram: Tensor) -> None:
-        """Start classes at the codec's tables, S of [V_k, W], and the bias at log-probabilities [sum of V_k]."""
+        """Initialise classes from the codec's S tables [V_k, W], and the bias from log-probabilities [sum of V_k]."""
         with torch.no_grad():
             for own, table in zip(self.classes.split(self.sizes), tables, strict=True):
                 own.copy_(table / table.square().mean().sqrt().clamp(min=1e-12))
@@ -85,16 +88,16 @@ class CodebookHeads(nn.Module):
         return torch.cat(logits, dim=1)
 
     def _context(self, labels: Tensor) -> Tensor:
-        """[N, S] -> [S, N, W]: the de-quantised sum of the streams before each."""
+        """Return the de-quantised sum of the streams before each: labels [N, S] -> [S, N, W]."""
         known = self.known.split(self.sizes)
         vectors = torch.stack([table[labels[:, k]] for k, table in enumerate(known)]).float()
         return vectors.cumsum(0) - vectors
 
 
 def make_heads(config: ObjectiveConfig, dim: int, sizes: Sequence[int], width: int | None = None) -> nn.Module:
-    """Heads as the config names them; forward(hidden [N, D], labels [N, S]) -> logits [N, sum of sizes].
+    """Build the config's heads, with forward(hidden [N, D], labels [N, S]) -> logits [N, sum of sizes].
 
-    width: of the codec's tables, for codebook heads.
+    width: width of the codec's tables, for codebook heads.
     """
     if config.head == "cosine":
         return CosineHeads(dim, sizes, config.head_dim, config.temperature)
@@ -106,5 +109,5 @@ def make_heads(config: ObjectiveConfig, dim: int, sizes: Sequence[int], width: i
 
 
 def log_unigram(counts: Sequence[Any]) -> Tensor:
-    """Log-probabilities float32 [sum of V_s] of histograms [V_s], each count raised by a half (Jeffreys' prior)."""
+    """Return log-probabilities float32 [sum of V_s] of histograms [V_s], each count plus 0.5 (Jeffreys' prior)."""
     return torch.cat([torch.log_softmax((torch.as_tensor(c).double() + 0.5).log(), 0) for c in counts]).float()

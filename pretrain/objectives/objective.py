@@ -1,4 +1,4 @@
-"""What every objective shares: its contract, cross-entropy per stream of targets, and what is counted beside."""
+"""Base of all objectives: the interface, cross-entropy per stream of targets, and further metrics."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,39 +17,39 @@ from codecssl.tokenize.common.errors import UserError
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over some frames of one micro-batch, per stream [S]; divide by `frames` for means."""
+    """Sums over frames of one micro-batch, per stream [S]. Divide by `frames` for means."""
 
     frames: int
     cross_entropy: Tensor
-    """Nats; the only one with a gradient."""
+    """Cross-entropy in nats; the only field with a gradient."""
     correct: Tensor | None = None
-    """Frames whose most likely class is the target."""
+    """Number of frames whose most likely class is the target."""
     predicted: list[Tensor] | None = None
-    """Per stream [V_s]: how often each class was the most likely."""
+    """Per stream [V_s]: number of frames at which each class was the most likely."""
     target: list[Tensor] | None = None
-    """Per stream [V_s]: how often each class was the target."""
+    """Per stream [V_s]: number of frames at which each class was the target."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of one micro-batch and what it is made of."""
+    """The loss of one micro-batch and its components."""
 
     total: Tensor
-    """Its part of the global batch's loss: the parts of all micro-batches and ranks add up to that."""
+    """Contribution to the global batch's loss, which is the sum over all micro-batches and ranks."""
     masked: Scores
     visible: Scores | None
 
 
 class Objective(nn.Module):
-    """What is trained: the model, what it is to predict, and the loss. The base of all objectives.
+    """Base class of all objectives: the model, its prediction targets, and the loss.
 
-    A subclass sets `model` and `sizes`. State that must not be cast by a bf16 engine, or that is no weight of the
-    optimizer (a teacher, moving averages), is kept outside of the module's parameters and buffers, in `extra_state`.
+    A subclass sets `model` and `sizes`. State that a bf16 engine must not cast, or that the optimizer does not update
+    (a teacher, moving averages), is kept in `extra_state`, outside of the module's parameters and buffers.
     """
 
     model: CodecModel
     sizes: tuple[int, ...]
-    """Classes of each stream that is predicted, [S]."""
+    """Number of classes of each predicted stream, [S]."""
     gamma: Tensor
     """Weight of each stream in the loss, float32 [S]."""
     visible_weight: float = 0.0
@@ -59,7 +59,7 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def weighted(self, masked: Mapping[str, list[float]], visible: Mapping[str, list[float]]) -> float:
-        """The loss of a whole evaluation, from the means in two summaries."""
+        """Return the loss of a whole evaluation, from the means in two summaries."""
         means = [
             float(self.gamma.double() @ torch.tensor(part["cross_entropy"]).double()) for part in (masked, visible)
         ]
@@ -69,21 +69,21 @@ class Objective(nn.Module):
         """Called on every rank after the optimizer's update number `step` (1, 2, ...), for averages and the like."""
 
     def place(self, device: torch.device) -> None:
-        """Bring the extra state to the device, once, before training."""
+        """Move the extra state to the device, once, before training."""
 
     def extra_state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold beside the engine's own state; the same on every rank."""
+        """Return the state that a checkpoint must hold in addition to the engine's; the same on every rank."""
         return {}
 
     def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `extra_state` gave."""
+        """Restore the result of `extra_state`."""
 
     def head_parameters(self) -> int:
-        """Weights on top of the model."""
+        """Return the number of weights on top of the model."""
         return 0
 
     def flops(self, batch: Batch) -> float:
-        """Floating-point operations of one update on a micro-batch, forward and backward; padding not counted.
+        """Return the floating-point operations of one update on a micro-batch, forward and backward, without padding.
 
         6 per weight and frame for matrices (Kaplan et al. 2020, section 2.1), 12 D T per layer and frame for
         attention, 6 per head weight at each masked frame.
@@ -96,12 +96,12 @@ class Objective(nn.Module):
 
 
 def parameters(module: nn.Module) -> int:
-    """How many weights a module has."""
+    """Return the number of weights of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def encoder_flops(encoder: nn.Module, frames: Sequence[int]) -> float:
-    """Operations of Transformer layers, forward and backward, on items of so many frames."""
+    """Return the operations of Transformer layers, forward and backward, on items with these numbers of frames."""
     layers: Any = encoder.layers
     width = layers[0].self_attn.q_proj.input_dim
     matrices = sum(parameters(layer.self_attn) + parameters(layer.ffn) for layer in layers)
@@ -109,7 +109,7 @@ def encoder_flops(encoder: nn.Module, frames: Sequence[int]) -> float:
 
 
 def score(logits: Tensor, labels: Tensor, sizes: Sequence[int], detailed: bool) -> Scores:
-    """Scores of logits [N, sum of V_s], streams side by side, and labels [N, S] of N frames."""
+    """Compute the scores of logits [N, sum of V_s], streams concatenated, and labels [N, S] of N frames."""
     entropy = summed_cross_entropy(logits, labels, sizes)
     if not detailed:
         return Scores(len(labels), entropy)
@@ -125,7 +125,7 @@ def score(logits: Tensor, labels: Tensor, sizes: Sequence[int], detailed: bool) 
 
 
 def codebook_weights(gamma: str, streams: int) -> Tensor:
-    """float32 [S], sum 1: equal, or EnCodecMAE's first S."""
+    """Return the loss weights float32 [S], sum 1: equal, or EnCodecMAE's first S."""
     if gamma == "uniform":
         return torch.full((streams,), 1.0 / streams)
     if streams > len(ENCODECMAE_GAMMA):
@@ -138,7 +138,7 @@ def codebook_weights(gamma: str, streams: int) -> Tensor:
 
 
 def merged(parts: Sequence[Scores]) -> Scores:
-    """The detailed scores of several micro-batches as one."""
+    """Merge the detailed scores of several micro-batches."""
     return Scores(
         sum(part.frames for part in parts),
         torch.stack([part.cross_entropy.detach() for part in parts]).sum(0),
@@ -149,7 +149,7 @@ def merged(parts: Sequence[Scores]) -> Scores:
 
 
 def summary(scores: Scores) -> dict[str, list[float]]:
-    """Detailed scores as metrics, one number per stream.
+    """Convert detailed scores to metrics, one number per stream.
 
     cross_entropy in nats; accuracy in 0..1; perplexity = exp(cross_entropy); predicted_perplexity and
     target_perplexity = exp(entropy) of the histograms of guesses and of targets: 1 is collapse, V full use.
@@ -169,13 +169,13 @@ def summary(scores: Scores) -> dict[str, list[float]]:
 
 
 def histogram_perplexity(counts: Sequence[Tensor]) -> list[float]:
-    """exp(entropy) of each histogram: 1 when one class takes all, V when all V are equally often."""
+    """Return exp(entropy) of each histogram: 1 if there is a single class, V if all V are equally frequent."""
     shares = [count.double() / count.sum().clamp(min=1) for count in counts]
     return [float(torch.exp(-torch.special.xlogy(share, share).sum())) for share in shares]
 
 
 def frames_at(x: Tensor, where: Tensor) -> Tensor:
-    """[B, T, D] and places b T + t, [N] -> [N, D]; unlike x[mask], it does not wait for the device."""
+    """Select frames: [B, T, D] and indices b T + t, [N] -> [N, D]. Unlike x[mask], it does not wait for the device."""
     return x.flatten(0, 1).index_select(0, where)
 
 

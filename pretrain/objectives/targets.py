@@ -1,4 +1,4 @@
-"""What is to be predicted. A new target is one class here, and its name in `ObjectiveConfig.target`."""
+"""Prediction targets. A new target is one class here, and its name in `ObjectiveConfig.target`."""
 
 from typing import Protocol
 
@@ -18,11 +18,11 @@ class Target(Protocol):
     """Width of the codec's tables of these classes; None where the classes have no tables."""
 
     def labels(self, batch: Batch) -> Tensor:
-        """int64 [B, S, T]; values in the padding are not looked at."""
+        """Return the labels int64 [B, S, T]. Values in the padding are ignored."""
 
 
 class Codes:
-    """The codec's own codes, all of them, also where quantizer dropout hides some from the input."""
+    """The codec's own codes. All codebooks are targets, including those that quantizer dropout hides from the input."""
 
     def __init__(self, card: CodecCard) -> None:
         self.sizes = card.row_sizes
@@ -33,7 +33,7 @@ class Codes:
 
 
 class Labels:
-    """Labels from outside, one stream or more, read beside the codes: clusters of a model's features, or any other."""
+    """Labels from label folders, one stream or more: clusters of a model's features, or any other labels."""
 
     def __init__(self, sizes: tuple[int, ...]) -> None:
         self.sizes = sizes
