@@ -1,7 +1,7 @@
 """The `Codec` protocol, the card that identifies a codec, and `Backend`, the description of a registered codec.
 
-`registry.load_codec` finds a codec by name or path. To add a built-in codec, write a module in `backends/` with a `load`
-function and list it in `backends/table.py`. Other packages register theirs through the entry-point group
+`registry.load_codec` finds a codec by name or path. To add a built-in codec, write a module in `backends/` with a
+`load` function and list it in `backends/table.py`. Other packages register theirs through the entry-point group
 `codecssl.codecs` (see `registry`).
 """
 

@@ -197,6 +197,6 @@ class MelStream:
 
 
 def mel_plane(spec: MelSpec, wave: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return the plane uint8 [T, bands] of a whole wave [n] or [C, n] at the codec's rate, T as `CodecCard.frames_of`."""
+    """Return the plane uint8 [T, bands] of a wave [n] or [C, n] at the codec's rate, T as in `CodecCard.frames_of`."""
     stream = MelStream(spec)
     return np.concatenate([stream.push(wave), stream.finish()])

@@ -69,7 +69,7 @@ def load_codec(name_or_path: str, *, num_codebooks: int | None = None, device: s
     """Load a codec by NAME, by the PATH or URL of its weights, or by NAME@PATH if a path alone is ambiguous.
 
     num_codebooks keeps the first (coarsest) codebooks; the default is the backend's own.
-    Use it only for names given by the user, since it records a path in `trusted_weights`. For cards use `load_codec_for`.
+    Use it only for names given by the user: a path is recorded in `trusted_weights`. For cards, use `load_codec_for`.
     Raises UserError for an unknown name, missing weights, a count out of range, or a device that is not available.
     """
     from codecssl.tokenize.backends.parts.weights import download, is_url, local

@@ -95,7 +95,7 @@ def refuse_foreign(output: Path) -> None:
     if output.is_file():
         raise UserError(f"{output}: a file; give a folder as --output")
     foreign = names_in(output) if output.is_dir() else set()
-    if foreign and not any((output / name).exists() for name in (STDIN, "plan.json")):  # checked last: a concurrent task may create them
+    if foreign and not any((output / name).exists() for name in (STDIN, "plan.json")):  # may appear concurrently
         raise UserError(f"{output}: not empty and not a dataset of ours; give a new folder as --output")
 
 
