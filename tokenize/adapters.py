@@ -138,7 +138,7 @@ def _labels(text: dict[str, Any], within: int) -> dict[str, Any]:
 def as_hf_dataset(
     path: str | Path, streaming: bool = False, num_proc: int | None = None
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Open shards as a dataset with the columns id, path, codes ([R, T]), samples, source_sha256, scales and the labels.
+    """Open shards as a dataset with the columns id, path, codes ([R, T]), samples, source_sha256, scales and labels.
 
     The column scales exists only if the codec has scales. With `streaming`, blocks are read during iteration.
     Otherwise `num_proc` processes copy the dataset to Arrow files in the cache. The blocks are the dataset's shards,

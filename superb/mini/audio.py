@@ -15,7 +15,7 @@ FRAME = RATE // 100
 """Samples per level: 10 ms."""
 PEAK = 0.99
 UNDER_SPEECH, OVER_NOISE, FLOOR = 30.0, 6.0, -70.0
-"""Thresholds in dB. A frame is active less than 30 below the clip's loud frames and more than 6 above its quiet ones."""
+"""Thresholds in dB. Active frames are less than 30 below the clip's loud frames and more than 6 above quiet ones."""
 MARGIN = 5  # frames kept before and after activity
 
 

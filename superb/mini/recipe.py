@@ -40,8 +40,8 @@ class Recipe:
     """Documents that contain a term, per term in each of valid and test."""
     qbe_distractors: int = 16
     slot_order: list[list[str]] = field(default_factory=list)
-    """Slots in spoken order, for intents without a transcript. Slots of one inner list may come in any order. A row with
-    two of them is left out of sf."""
+    """Slots in spoken order, for intents without a transcript. Slots of one inner list may come in any order. A row
+    with two of them is left out of sf."""
 
     def __post_init__(self) -> None:
         if min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6:

@@ -33,7 +33,7 @@ class Decoder(Protocol):
     """Number of frames from a reliable header; None if only decoding determines it."""
 
     def decode(self, frames: int) -> NDArray[np.float32]:
-        """Return the next frames [n, C], n <= `frames`; [0, C] at the end. Raises UserError for damage or truncation."""
+        """Return the next frames [n, C], n <= frames; [0, C] at the end. Raises UserError for damage or truncation."""
 
     def go_to(self, frame: int, block: int) -> None:
         """Move from the start to `frame`. Call it before decoding."""

@@ -148,7 +148,7 @@ class FfmpegFile:
     # ---------------------------------------------------------------- reading
 
     def decode(self, frames: int) -> NDArray[np.float32]:
-        """Return the next frames [n, C], n <= `frames`; [0, C] at the end. Raises UserError for damage or truncation."""
+        """Return the next frames [n, C], n <= frames; [0, C] at the end. Raises UserError for damage or truncation."""
         have = sum(map(len, self.kept))
         while have < frames and (frame := next(self.frames, None)) is not None:
             self.kept.append(self._samples(frame))

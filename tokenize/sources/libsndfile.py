@@ -72,7 +72,7 @@ class PcmFile(soundfile.SoundFile):
         return block
 
     def go_to(self, frame: int, block: int) -> None:
-        """Move from the start to `frame`, by seeking if the format allows it, else by reading `block` frames at a time."""
+        """Move from the start to `frame` by seeking if possible, else by reading `block` frames at a time."""
         if not super().seekable():
             while frame > 0 and (passed := len(self.decode(min(block, frame)))):
                 frame -= passed
