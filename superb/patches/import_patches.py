@@ -1,7 +1,7 @@
 """Patches that s3prl 0.4.18, unmodified, needs to import and run on today's torch and torchaudio.
 
-s3prl is used as published. Each patch below restores a function removed by a newer library and states its reason.
-It does nothing if the function exists. `install` must run before the first `import s3prl`.
+s3prl is used as published. Each patch below adds an interface that newer libraries lack and states its reason.
+It does nothing if the interface exists. `install` must run before the first `import s3prl`.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def _load(path: Any, frame_offset: int = 0, num_frames: int = -1, channels_first
 
 
 class _Absent(ModuleType):
-    """Placeholder of a package that is not installed. Using any attribute raises an error that names the package."""
+    """Placeholder of a package that is not installed. It imports, and its use raises an error that says what to install."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)

@@ -47,7 +47,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def dump(value: Any, file: IO[bytes]) -> None:
-    """Write an object as `pickle.dump` does. A pandas table is written as lists, since its pickle needs many functions."""
+    """Write an object as `pickle.dump` does. Pandas tables become lists, since their pickles need a dozen functions."""
     import pandas
 
     pickle.dump({TABLE: value.to_dict("list")} if isinstance(value, pandas.DataFrame) else value, file)

@@ -91,8 +91,8 @@ def drop_silence(samples: Samples, sample_rate: int, duration: int, percent: flo
 
     A sample is loud if its RMS over the last 20 ms (zeros before the beginning) is above T percent of full scale.
     Samples up to the first `duration` consecutive loud samples are dropped. Samples up to the first `duration`
-    consecutive quiet samples are then copied, and the quiet ones dropped. The algorithm repeats from there with an empty
-    RMS window. A shorter quiet end is kept.
+    consecutive quiet samples are then copied, and the quiet ones dropped. The algorithm repeats from there with an
+    empty RMS window. A shorter quiet end is kept.
     """
     kept, at = [samples[:0]], 0
     while at < len(samples):

@@ -14,7 +14,7 @@ ACCURACY_TASKS, TOKEN_TASKS = ("ks", "sid", "ic", "er"), ("pr", "asr")
 def clip_errors(folder: Path, task: str, tested: Sequence[Example], values: dict[str, float]) -> list[int] | None:
     """Return per test utterance 0, or 1 for a wrong class, or the edit distance in phones or words.
 
-    `values` are s3prl's figures of the run. Returns None for other tasks, or if the errors disagree with s3prl's figure.
+    `values` are s3prl's figures of the run. None for other tasks, or if the errors do not add up to s3prl's figure.
     """
     answers = results.read_json(folder / "evaluate" / "valid_best" / "test" / ANSWERS)
     if task not in (*ACCURACY_TASKS, *TOKEN_TASKS) or not answers:

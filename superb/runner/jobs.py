@@ -68,7 +68,7 @@ def _outcomes(
 def end_with_parent() -> None:
     """End this process when its parent ends, and leave Ctrl-C to the parent.
 
-    Otherwise, after a kill of the parent, it would continue runs that the next command starts again in the same folders.
+    Otherwise, after a kill of the parent, it would continue runs that the next command restarts in the same folders.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
