@@ -96,7 +96,7 @@ def _load(path: Any, frame_offset: int = 0, num_frames: int = -1, channels_first
 
 
 class _Absent(ModuleType):
-    """Placeholder of a package that is not installed. It imports, and its use raises an error that says what to install."""
+    """Placeholder of a package that is not installed. It imports; its use raises an error naming what to install."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)

@@ -31,7 +31,7 @@ def _table(task: Task, examples: list[Example]) -> Table:
 
 
 def _segment_table(examples: list[Example]) -> Table:
-    """Build a table with a line per turn. Recordings are renamed: their names become file names and words of Kaldi lists."""
+    """Build a table of turns. Recordings are renamed, since their names become file names and words of Kaldi lists."""
     rows = []
     for number, example in enumerate(examples):
         record, seconds = f"rec{number:06d}", _seconds_at_16k(example.path)

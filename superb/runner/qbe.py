@@ -1,8 +1,9 @@
 """Query by example: search every query in every document by dynamic time warping, per layer.
 
-Follows s3prl's quesst14_dtw, with a separate implementation of the matching. Waves are attenuated by 3 dB, and
-features are normalised per dimension over the queries and documents of a set. The matching uses the cosine distance,
-rows of distances scaled to [0, 1], asymmetric steps, and open begin and end. Scores are normalised per query. The layer is chosen on the development queries (valid).
+Follows s3prl's quesst14_dtw, with a separate implementation of the matching. Waves are attenuated by 3 dB, and features
+are normalised per dimension over the queries and documents of a set. The matching uses the cosine distance, rows of
+distances scaled to [0, 1], asymmetric steps, and open begin and end. Scores are normalised per query. The layer is
+chosen on the development queries (valid).
 """
 
 import contextlib
@@ -44,8 +45,8 @@ class Search:
 def searches(splits: dict[str, list[Example]], pairs: int | None = None, seed: int = 0) -> dict[str, Search]:
     """Build a search per split.
 
-    `pairs` limits the pairs by sampling queries, and documents if fewer than ten queries would remain. The sample leaves
-    out queries that no document contains, since they can't be scored.
+    `pairs` limits the pairs by sampling queries, and documents if fewer than ten queries would remain. The sample
+    leaves out queries that no document contains, since they can't be scored.
     """
     return {split: _search(split, examples, pairs, seed) for split, examples in splits.items()}
 

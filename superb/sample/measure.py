@@ -51,7 +51,7 @@ class Corpus:
 
 
 def accuracy(corpus: Corpus, task: str, column: str) -> tuple[float, float]:
-    """Return (chance, accuracy) of a logistic regression on mean log-mel. All values of a dict label must be correct."""
+    """Return (chance, accuracy) of a logistic regression on mean log-mel. A dict label must be entirely correct."""
     train, test = corpus.of(task, "train"), corpus.of(task, "test")
     first = train[0][column]
     slots = list(first) if isinstance(first, dict) else [None]
@@ -98,7 +98,7 @@ def equal_error_rate(corpus: Corpus) -> float:
 
 
 def voices_at_once(corpus: Corpus) -> tuple[float, float]:
-    """Return (chance, accuracy) of the number of speakers (0 to 2) per frame of sd, with ten frames context per side."""
+    """Return (chance, accuracy) of the number of speakers (0 to 2) per frame of sd. Context: ten frames per side."""
     features: dict[str, list[Array]] = defaultdict(list)
     counts: dict[str, list[Array]] = defaultdict(list)
     for split in ("train", "test"):
