@@ -1,4 +1,4 @@
-"""Token shards through the readers that others already use: WebDataset, Hugging Face datasets, torch.
+"""Adapters of token shards for WebDataset, Hugging Face datasets and torch.
 
     import webdataset
     dataset = webdataset.WebDataset("DIR/shards/{00000..00099}.tar", shardshuffle=100).compose(utterances)
@@ -7,10 +7,10 @@
 
     dataset = as_hf_dataset("DIR", streaming=True).with_format("numpy")
 
-`datasets.load_dataset("webdataset", data_files=...)` opens packed shards too; it gives blocks, which `utterances` takes
-apart. It refuses compressed ones, whose tars begin with another kind of member.
+`datasets.load_dataset("webdataset", data_files=...)` also opens packed shards. It yields blocks, which `utterances`
+splits. It refuses compressed shards, whose tars begin with another kind of member.
 
-A torch Dataset is `Shards` as it is: it has a length, pickles to worker processes, and reads what is asked for.
+`Shards` is a map-style torch Dataset: it has a length, pickles to worker processes, and reads only the requested codes.
 
     shards = Shards("DIR")
     loader = DataLoader(range(len(shards)), 8, shuffle=True, collate_fn=lambda i: [shards.codes(j) for j in i])
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 
 
 def utterances(blocks: Iterable[dict[str, Any]], card: CodecCard | None = None) -> Iterator[dict[str, Any]]:
-    """A WebDataset stage: blocks, as the tars hold them, to utterances. Put it before a shuffle.
+    """WebDataset stage that splits the blocks of the tars into utterances. Put it before a shuffle.
 
-    A sample has __key__ (the id), __url__, codes (uint16 [R, T]), json (the labels) and, where there are such, scales
-    and mel (the log-mel plane, uint8 [T, bands]). `card` is needed where the tars do not lie beside their dataset.json:
-    on a server, or in a pipe.
+    A sample has __key__ (the id), __url__, codes (uint16 [R, T]) and json (the labels). Datasets with scales or a
+    log-mel plane add scales and mel (uint8 [T, bands]). `card` is required if the tars are not next to their
+    dataset.json, for example on a server or in a pipe.
     """
     cards: dict[str, CodecCard] = {}
     tables: tuple[str, Coder] | None = None
@@ -58,7 +58,7 @@ def utterances(blocks: Iterable[dict[str, Any]], card: CodecCard | None = None) 
             continue
         text, numbers = _text(block["json.gz"]), _numbers(block["npz"])
         if "stream_words" in numbers and (tables is None or tables[0] != url):
-            tables = url, read_coder(Path(url), card_here)  # somebody shuffled the blocks
+            tables = url, read_coder(Path(url), card_here)  # the blocks were shuffled
         coder = tables[1] if tables and "stream_words" in numbers else None
         planes = _mel_planes(block["mel"], numbers, card_here) if "mel" in block else []
         for within, codes in enumerate(block_codes(block["codes"], numbers, card_here, coder)):
@@ -71,7 +71,7 @@ def utterances(blocks: Iterable[dict[str, Any]], card: CodecCard | None = None) 
 
 
 def _mel_planes(mel: bytes, numbers: Mapping[str, NDArray[Any]], card: CodecCard) -> list[NDArray[np.uint8]]:
-    """KEY.mel of a block to the plane [T, bands] of each utterance."""
+    """Split KEY.mel of a block into the plane [T, bands] of each utterance."""
     ends = np.cumsum(card.frames_of(numbers["samples"].astype(np.int64)))
     return np.split(np.frombuffer(mel, np.uint8).reshape(int(ends[-1]), -1), ends[:-1])
 
@@ -79,7 +79,7 @@ def _mel_planes(mel: bytes, numbers: Mapping[str, NDArray[Any]], card: CodecCard
 def block_codes(
     codes: bytes, numbers: Mapping[str, NDArray[Any]], card: CodecCard, coder: Coder | None = None
 ) -> Iterator[NDArray[np.uint16]]:
-    """Codes [R, T] of each utterance of a block, given KEY.codes and KEY.npz; `coder`: of a compressed shard."""
+    """Yield codes [R, T] of each utterance of a block from KEY.codes and KEY.npz. Compressed shards need `coder`."""
     packed, words = np.frombuffer(codes, np.uint8), iter(numbers.get("stream_words", np.zeros(0, int)).tolist())
     offset = 0
     for frames in card.frames_of(numbers["samples"].astype(np.int64)).tolist():
@@ -107,7 +107,7 @@ def _card_beside(url: str) -> CodecCard:
 
 
 def _text(value: Any) -> dict[str, Any]:
-    """KEY.json.gz, as WebDataset gives it with or without decode(), or the loader of `datasets`."""
+    """Parse KEY.json.gz as given by WebDataset, with or without decode(), or by the loader of `datasets`."""
     if isinstance(value, bytes):
         import gzip
 
@@ -138,11 +138,12 @@ def _labels(text: dict[str, Any], within: int) -> dict[str, Any]:
 def as_hf_dataset(
     path: str | Path, streaming: bool = False, num_proc: int | None = None
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """A dataset with the columns id, path, codes ([R, T]), samples, source_sha256, scales if any, and the labels.
+    """Open shards as a dataset with the columns id, path, codes ([R, T]), samples, source_sha256, scales and labels.
 
-    streaming: read as it is iterated, else copied to Arrow files in the cache, by `num_proc` processes. Its shards
-    are the blocks: so it is split over workers and nodes. Labels that are not numbers, texts or lists of these, or of
-    several kinds, come as JSON text; a label named as another column has `label_` before its name.
+    The column scales exists only if the codec has scales. With `streaming`, blocks are read during iteration.
+    Otherwise `num_proc` processes copy the dataset to Arrow files in the cache. The blocks are the dataset's shards,
+    which workers and nodes divide. Labels are JSON text if they mix types or are not numbers, texts or lists of
+    these. A label named like another column gets the prefix `label_`.
     """
     import datasets
 
@@ -161,7 +162,7 @@ def as_hf_dataset(
 
 
 def _rows(path: str, blocks: list[int], as_json: dict[str, bool], fingerprint: str) -> Iterator[dict[str, Any]]:
-    """The fingerprint is for the cache of `datasets`: other codes at the same path are another dataset."""
+    """Yield the rows of `blocks`. `fingerprint` separates different codes at one path in the cache of `datasets`."""
     shards = Shards(path)
     for block in blocks:
         first, count = (int(shards.blocks[name][block]) for name in ("first", "count"))
@@ -193,7 +194,7 @@ def _features(card: CodecCard, kinds: dict[str, Any]) -> datasets.Features:
 
 
 OWN = {"id": "string", "path": "string", "samples": "int64", "source_sha256": "string", "codes": "", "scales": ""}
-"""Columns of ours and, of the plain ones, their kinds."""
+"""The project's own columns, with the Arrow types of the plain ones."""
 
 
 def _column(label: str) -> str:
@@ -201,7 +202,7 @@ def _column(label: str) -> str:
 
 
 def _label_kinds(shards: Shards) -> dict[str, Any]:
-    """The Arrow type of each label over all blocks; None where it must be JSON text. Reads the text of all blocks."""
+    """Return the Arrow type of each label over all blocks, None for JSON text. Reads the text of all blocks."""
     import pyarrow as pa
 
     kinds: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The command line `codecssl-tokenize`. `commands` does the work."""
+"""The command line `codecssl-tokenize`. Its actions are in `commands`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command_line() -> CommandLine:
-    """The subcommands and their arguments. Nothing heavy is imported."""
+    """Build the subcommands and their arguments without heavy imports."""
     line = CommandLine("codecssl-tokenize", "Encode audio once into token shards, check them, decode them.")
     _add_run(line)
     _add_dataset_commands(line)

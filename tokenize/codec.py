@@ -1,7 +1,7 @@
 """The `Codec` protocol, the card that identifies a codec, and `Backend`, the description of a registered codec.
 
-`registry.load_codec` finds a codec by name or path. To add one of our own, write a module in `backends/` with a `load`
-function and list it in `backends/table.py`. Other packages register theirs through the entry-point group
+`registry.load_codec` finds a codec by name or path. To add a built-in codec, write a module in `backends/` with a
+`load` function and list it in `backends/table.py`. Other packages register theirs through the entry-point group
 `codecssl.codecs` (see `registry`).
 """
 
@@ -143,7 +143,7 @@ CARD_BOUNDS = {
     "segment_samples": (0, 1 << 31),
     "segment_stride": (0, 1 << 31),
 }
-"""Least and largest value of each number of a card: a card in a file may come from a stranger."""
+"""Minimum and maximum of each number of a card, since a card in a file may be untrusted."""
 
 
 def check_card_fields(values: dict[str, Any]) -> None:
@@ -221,7 +221,7 @@ class Codec(Protocol):
     def encode(self, waves: Sequence[Tensor]) -> list[Encoded]:
         """Encode float32 waves at `card.sample_rate`, of any lengths >= 1, to codes [R, card.frames_of(n)] each.
 
-        The codes of a wave depend on that wave alone: encoding it in a batch, by itself or in a stream is the same.
+        The codes of a wave depend on that wave alone. They are the same in a batch, alone or in a stream.
         """
 
     def stream(self) -> StreamEncoder:
@@ -247,12 +247,12 @@ class FactorizedCodebooks(Protocol):
 
 
 def stored_tables(codec: Codec) -> list[Tensor]:
-    """Return the codebook entries as the codec stores them: without projections these are `embeddings`."""
+    """Return the codebook entries as the codec stores them. Without projections these are `embeddings`."""
     return codec.entries() if isinstance(codec, FactorizedCodebooks) else codec.embeddings()
 
 
 def encode_each(codec: Codec, waves: Sequence[Tensor]) -> list[Encoded]:
-    """Implement `Codec.encode` by streaming one wave after another, so that no wave's bits depend on its batch."""
+    """Implement `Codec.encode` by streaming each wave separately. The codes of a wave do not depend on its batch."""
     import torch
 
     found = []
@@ -265,7 +265,7 @@ def encode_each(codec: Codec, waves: Sequence[Tensor]) -> list[Encoded]:
 
 @runtime_checkable
 class Reference(Protocol):
-    """Optional protocol for codecs that can also run the reference package as its users do; `check-codec` compares."""
+    """Optional protocol for codecs that can run their reference package, to which `check-codec` compares them."""
 
     def encode_reference(self, wave: Tensor) -> Tensor:
         """Encode one whole wave with the reference implementation, to codes [R, T]."""

@@ -74,7 +74,7 @@ def run(args: Namespace) -> int:
 
 
 def _listed(args: Namespace) -> str:
-    """Copy the list on standard input to a manifest in the dataset's folder: a run reads it more than once."""
+    """Copy the list on standard input to a manifest in the dataset's folder, since a run reads it more than once."""
     from codecssl.tokenize.run import STDIN, refuse_foreign
     from codecssl.tokenize.sources.manifest import spool_stdin
 
@@ -161,7 +161,7 @@ def status(args: Namespace) -> int:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """0-3,7: as `sbatch --array` takes them."""
+    """Format numbers as ranges for `sbatch --array`, e.g. 0-3,7."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and parts[-1][1] == number - 1:

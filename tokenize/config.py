@@ -21,17 +21,17 @@ class TokenizeConfig:
     tasks: int = 1
     task: int = 0
     workers: int | None = None
-    """Processes that read and, on a CPU, encode; None is one per core, 0 works in this process."""
+    """Number of processes that read and, on a CPU, encode. None is one per core, 0 uses this process."""
     compress: bool = False
     """Entropy-code the shards, losslessly."""
     mel_bands: int | None = None
-    """Store a log-mel plane of so many bands (1 to 256) next to the codes."""
+    """Number of bands (1 to 256) of the log-mel plane stored next to the codes. None stores no plane."""
     shard_inputs: int = 8192
     """Inputs per shard."""
     block_inputs: int = 2048
-    """Inputs per block, at most: a kill loses a block at most."""
+    """Maximum number of inputs per block. A kill loses at most one block."""
     block_seconds: float = 7200.0
-    """A block is closed early when it holds this much audio."""
+    """Seconds of audio after which a block is closed early."""
 
     def __post_init__(self) -> None:
         if self.tasks < 1 or not 0 <= self.task < self.tasks:

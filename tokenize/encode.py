@@ -1,6 +1,6 @@
-"""Inputs to codes: read by worker processes, encoded in them (CPU) or in batches of like length (CUDA).
+"""Encode inputs. Worker processes read them and, on a CPU, encode them; a GPU encodes batches of similar length.
 
-A wave's codes depend on that wave alone, so that it does not matter who is encoded together with whom.
+The codes of a wave depend on that wave alone and not on its batch.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from codecssl.tokenize.sources.changes import sha256_of_input
 from codecssl.tokenize.sources.sources import Input
 
 LONG_SECONDS = 30.0
-"""Longer inputs are encoded piece by piece, each alone; shorter ones are held in memory and encoded together."""
+"""Maximum length of inputs held in memory and encoded together. Longer inputs are encoded alone, piece by piece."""
 GROUP_INPUTS = 32
-"""Inputs that a worker on a CPU takes at a time."""
+"""Number of inputs that a worker on a CPU takes at a time."""
 WINDOW_INPUTS = 512
-"""Inputs that are sorted by length for a GPU."""
+"""Number of inputs that are sorted by length for a GPU."""
 BATCH_SECONDS = 240.0
-"""Audio in a GPU's batch, padding included."""
+"""Seconds of audio in a GPU batch, including padding."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """Which codec, and where it runs; each worker process loads its own."""
+    """Codec and device of a run. Each worker process loads its own codec."""
 
     codec: str
     num_codebooks: int | None
@@ -53,25 +53,25 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Heard:
-    """One input, read: what its codes are made of."""
+    """One input after reading, with all that its codes depend on."""
 
     item: Input
     wave: NDArray[np.float32] | None
-    """[n] or [C, n] at the codec's rate; None where it is too long to be held."""
+    """[n] or [C, n] at the codec's rate; None if it is too long to hold in memory."""
     source_sha256: str = ""
     source_rate: int = 0
     source_samples: int = 0
     notes: tuple[str, ...] = ()
     """See `AudioReader.notes`."""
     mel: NDArray[np.uint8] | None = None
-    """[T, bands], where the process that read it computed the log-mel plane."""
+    """Log-mel plane [T, bands], if computed by the process that read the input."""
 
 
 # ---------------------------------------------------------------- one input
 
 
 def read(item: Input, card: CodecCard) -> Heard | Failure:
-    """Read one input, up to LONG_SECONDS of it. What cannot be read becomes a Failure, never an exception."""
+    """Read at most LONG_SECONDS of one input. An unreadable input returns a Failure instead of raising."""
     try:
         return _read(item, card)
     except Exception as error:
@@ -79,14 +79,14 @@ def read(item: Input, card: CodecCard) -> Heard | Failure:
 
 
 def failure(item: Input, error: Exception) -> Failure:
-    """The row for failed.jsonl. Raises `error` again when it is not the file's fault: a full disk, no memory."""
+    """Build the row for failed.jsonl. Re-raises errors that the file did not cause, e.g. a full disk or no memory."""
     if isinstance(error, UserError):
         return Failure(id=item.id, path=item.path, reason=str(error))
     if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, (OSError, RuntimeError, ValueError)):
         raise error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
         raise error
-    # a decoder's surprise costs its file, not the run
+    # an unexpected decoder error fails its file, not the run
     return Failure(id=item.id, path=item.path, reason=one_line(error))
 
 
@@ -123,7 +123,7 @@ def _some(samples: int, reader: AudioReader, card: CodecCard) -> None:
 
 
 def encode_long(codec: Codec, item: Input, mel: MelSpec | None = None) -> EncodedUtterance | Failure:
-    """Read and encode one input in bounded memory, whatever its length."""
+    """Read and encode one input of any length in bounded memory."""
     try:
         return _encode_long(codec, item, mel)
     except Exception as error:
@@ -178,9 +178,9 @@ def _encoded(
 def encode_heard(
     codec: Codec, heard: Sequence[Heard | Failure], mel: MelSpec | None = None
 ) -> list[EncodedUtterance | Failure]:
-    """Encode inputs that were read, in their order: the short ones together, each long one from its file.
+    """Encode inputs after reading, in order. Short ones are encoded together, each long one from its file.
 
-    mel: compute this log-mel plane too.
+    With `mel`, also compute this log-mel plane.
     """
     short = [h for h in heard if isinstance(h, Heard) and h.wave is not None]
     found = {id(h): result for h, result in zip(short, _encode_short(codec, short, mel))}
@@ -201,7 +201,7 @@ def _encode_short(codec: Codec, short: Sequence[Heard], mel: MelSpec | None) -> 
     except (RuntimeError, ValueError) as error:
         if len(short) == 1:
             return [failure(short[0].item, error)]
-        return [result for h in short for result in _encode_short(codec, [h], mel)]  # one of them is at fault
+        return [result for h in short for result in _encode_short(codec, [h], mel)]  # one of the inputs is the cause
 
 
 def _encode_waves(codec: Codec, short: Sequence[Heard], mel: MelSpec | None) -> list[EncodedUtterance | Failure]:
@@ -220,7 +220,7 @@ def _encode_waves(codec: Codec, short: Sequence[Heard], mel: MelSpec | None) -> 
 def encode_inputs(
     device: Device, codec: Codec, items: Iterable[Input], workers: int, mel: MelSpec | None = None
 ) -> Iterator[EncodedUtterance | Failure]:
-    """Results of all `items`, in order; `workers` processes read and, on a CPU, encode (0: this process does)."""
+    """Yield results of all `items` in order. `workers` processes read and, on a CPU, encode; 0 uses this process."""
     if device.device == "cpu":
         groups = _groups(items, GROUP_INPUTS)
         for results in _loader(_CpuWorker(device, codec if not workers else None, mel), groups, workers, 2):
@@ -250,13 +250,13 @@ class _Reader(Dataset[Any]):
         heard = read(item, self.card)
         if self.mel is None or isinstance(heard, Failure) or heard.wave is None:
             return heard
-        return replace(heard, mel=mel_plane(self.mel, heard.wave))  # here: the GPU's process has no time for it
+        return replace(heard, mel=mel_plane(self.mel, heard.wave))  # computed here to keep the GPU's process free
 
 
 def _by_length(
     codec: Codec, window: Sequence[Heard | Failure], mel: MelSpec | None
 ) -> list[EncodedUtterance | Failure]:
-    """Encode a window in batches of like length; the results come back in the window's order."""
+    """Encode a window in batches of similar length. Results are in the window's order."""
     results: list[Any] = [h if isinstance(h, Failure) else None for h in window]
     order = sorted((i for i, r in enumerate(results) if r is None), key=lambda i: _samples(window[i]))
     batch: list[int] = []
@@ -275,7 +275,7 @@ def _samples(heard: Any) -> int:
 
 
 def _loader(dataset: Dataset[Any], sampler: Iterable[Any], workers: int, prefetch: int) -> Iterator[Any]:
-    """Ordered, prefetched, and gone when the main process is."""
+    """Iterate a DataLoader with prefetching, in order. Its workers end with the main process."""
     return iter(
         DataLoader(
             dataset,
@@ -300,5 +300,5 @@ def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def default_workers() -> int:
-    """One per core: on a CPU they encode, for a GPU they read."""
+    """Return one worker per core. Workers encode on a CPU, and only read for a GPU."""
     return available_cores()

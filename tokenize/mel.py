@@ -1,4 +1,4 @@
-"""The log-mel plane that `run --with-mel` stores next to the codes: one column of uint8 values a frame.
+"""The log-mel plane that `run --with-mel` stores next to the codes, with one column of uint8 values per frame.
 
 EnCodecMAE's stronger variant reads log-mel spectra and predicts codes (arXiv 2309.07391, section 2, `mel256-ec`). The
 plane gives a model that input from the shards alone. Column t belongs to frame t of the codes: its window is centred on
@@ -8,9 +8,9 @@ frame before and 1 % in the frame after: the columns next to a masked span hardl
     power  P[b] = sum over bins of filter b of |rfft(hann * x)|^2 / (sum(hann) / 2)^2     a full-scale sine has power 1
     value  q[b] = round((log10 P[b] - LOW) / (HIGH - LOW) * 255), clipped to 0..255       a step is 0.47 dB
 
-The scale is fixed, so that a value means the same in every file; powers in its range are off by at most 0.24 dB. The
-transform is as long as the window, or zero-padded until every filter holds a bin. All is float64 and
-frame by frame: a column does not depend on how the wave was cut, batched, or divided among threads.
+The scale is fixed: a value means the same in every file. The quantization error of powers in its range is at most
+0.24 dB. The transform is as long as the window, or zero-padded until every filter holds a bin. All computation is
+float64 and per frame. A column does not depend on how the wave was cut, batched, or divided among threads.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ LOW, HIGH = -11.0, 1.0
 """log10 of the powers that are stored as 0 and as 255. 16-bit silence with dither lies at -12."""
 MAX_BANDS = 256
 GROUP = 256
-"""Frames that are transformed at a time, at most: bounds the memory."""
+"""Maximum number of frames transformed at a time, which bounds the memory."""
 WINDOW_RATIO = 1.6
 """Window length over hop: 32 ms for a hop of 20 ms."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MelSpec:
-    """All that determines a plane. It is part of plan.json, dataset.json and an exported model's config.json."""
+    """Parameters that determine a plane. Part of plan.json, dataset.json and an exported model's config.json."""
 
     bands: int
     sample_rate: int
-    """Hz, the codec's."""
+    """Sample rate of the codec in Hz."""
     hop_length: int
-    """Samples, the codec's."""
+    """Hop length of the codec in samples."""
     window: int
-    """Samples of the periodic Hann window."""
+    """Length of the periodic Hann window in samples."""
     fft: int
-    """Samples of the transform: the window, zero-padded."""
+    """Length of the transform in samples. The window is zero-padded to it."""
     low_hz: float = 0.0
     high_hz: float = 8000.0
     low: float = LOW
     high: float = HIGH
     segment_samples: int = 0
     segment_stride: int = 0
-    """As in the codec's card: the frames of such a codec are those of overlapping segments."""
+    """As in the codec's card. Nonzero for codecs whose frames belong to overlapping segments."""
 
     @classmethod
     def for_codec(cls, bands: int, card: CodecCard) -> MelSpec:
-        """The plane of a codec. Raises UserError for fewer than 1 and more than 256 bands."""
+        """Return the spec for a codec. Raises UserError for fewer than 1 or more than 256 bands."""
         if not 1 <= bands <= MAX_BANDS:
             raise UserError(f"--with-mel {bands}: must be from 1 to {MAX_BANDS} bands")
         window = 2 * round(WINDOW_RATIO * card.hop_length / 2)
@@ -80,7 +80,7 @@ class MelSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MelSpec:
-        """Raises UserError for unknown, missing or impossible fields."""
+        """Build a spec from a dict. Raises UserError for unknown, missing or invalid fields."""
         values = {"fft": values.get("window"), "segment_samples": 0, "segment_stride": 0} | values
         known = {f.name for f in fields(cls)}
         if set(values) != known:
@@ -92,12 +92,12 @@ class MelSpec:
         return cls(**values)
 
     def log_power(self, plane: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Stored values of any shape to log10 power, float32; exact to half a step, (high - low) / 510."""
+        """Convert stored values of any shape to log10 power, float32, exact to half a step, (high - low) / 510."""
         return np.float32(self.low) + plane.astype(np.float32) * np.float32((self.high - self.low) / 255)
 
 
 def filters(spec: MelSpec) -> NDArray[np.float64]:
-    """float64 [fft // 2 + 1, bands]: triangles of height 1, evenly spaced on the HTK mel scale."""
+    """Return float64 [fft // 2 + 1, bands]: triangular filters of height 1, evenly spaced on the HTK mel scale."""
 
     def mel(hz: float) -> float:
         return 2595.0 * float(np.log10(1.0 + hz / 700.0))
@@ -112,14 +112,14 @@ def filters(spec: MelSpec) -> NDArray[np.float64]:
 
 @lru_cache(maxsize=8)
 def _sparse_filters(spec: MelSpec) -> tuple[NDArray[np.intp], NDArray[np.float64], NDArray[np.intp]]:
-    """The filters' weights that are not zero, band after band: their bins, themselves, and where each band begins."""
+    """Return bins and values of the filters' nonzero weights, ordered by band, and the offset of each band."""
     bank = filters(spec).T
     band, bins = np.nonzero(bank)
     return bins, bank[band, bins], np.searchsorted(band, np.arange(spec.bands))
 
 
 class MelStream:
-    """Computes a plane piece by piece, in bounded memory.
+    """Compute a plane piece by piece in bounded memory.
 
     >>> stream = MelStream(spec)
     >>> plane = np.concatenate([*(stream.push(piece) for piece in pieces), stream.finish()])
@@ -130,10 +130,10 @@ class MelStream:
         self._margin = (spec.window - spec.hop_length) // 2
         self._wave = np.zeros(self._margin, np.float32)
         self._first = -self._margin
-        """The sample of the wave at which `_wave` begins."""
+        """Index in the wave of the first sample of `_wave`."""
         self._samples = 0
         self._segment = self._frame = 0
-        """The next column: its segment (0 where the codec has none), and the frame in it."""
+        """Segment of the next column (0 for a codec without segments) and frame within it."""
 
     def push(self, wave: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Take samples [n] or [C, n], averaged over the channels; return the columns [t, bands] that they complete."""
@@ -152,7 +152,7 @@ class MelStream:
         self._wave = np.concatenate([self._wave, wave])
 
     def _starts(self, stop: int, *, ended: bool) -> NDArray[np.int64]:
-        """The first samples of the next frames, of those that begin before `stop`; ended: the wave ends there."""
+        """Return the first samples of the next frames that begin before `stop`. With `ended`, the wave ends there."""
         spec, found = self.spec, []
         per_segment = -(-spec.segment_samples // spec.hop_length)
         while True:
@@ -178,7 +178,7 @@ class MelStream:
         spectrum = np.fft.rfft(windows * hann, spec.fft, axis=1)
         bins, weights, bands = _sparse_filters(spec)
         weighted = (spectrum.real**2 + spectrum.imag**2)[:, bins] * (weights / (hann.sum() / 2.0) ** 2)
-        # Summed band by band: the bits of a matrix product may depend on the number of rows and of threads.
+        # Summed per band: the bits of a matrix product may depend on the number of rows and threads.
         return self._quantised(np.add.reduceat(weighted, bands, axis=1))
 
     def _forget(self) -> None:
@@ -197,6 +197,6 @@ class MelStream:
 
 
 def mel_plane(spec: MelSpec, wave: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The plane uint8 [T, bands] of a whole wave [n] or [C, n] at the codec's rate; T as in `CodecCard.frames_of`."""
+    """Return the plane uint8 [T, bands] of a wave [n] or [C, n] at the codec's rate, T as in `CodecCard.frames_of`."""
     stream = MelStream(spec)
     return np.concatenate([stream.push(wave), stream.finish()])

@@ -15,10 +15,10 @@ class Progress:
 
     inputs: int
     seconds: float
-    """Seconds of audio that this task encoded in this run."""
+    """Seconds of audio encoded by this task in this run."""
     failed: int
     total: int | None
-    """Inputs that this task has to encode; None if the sources cannot be counted."""
+    """Number of inputs that this task has to encode; None if the sources cannot be counted."""
 
 
 def reported(

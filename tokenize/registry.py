@@ -1,6 +1,6 @@
 """Find codecs by name, by the path of their weights, or by the card of a dataset.
 
-Our own codecs are listed in `backends/table.py`. Another package registers a codec through an entry point of the group
+Built-in codecs are listed in `backends/table.py`. Another package registers a codec through an entry point of the group
 `codecssl.codecs`: its name is the codec's name, and it points to a `Backend`. In the package's pyproject.toml:
 
     [project.entry-points."codecssl.codecs"]
@@ -29,7 +29,7 @@ GROUP = "codecssl.codecs"
 
 
 def names() -> list[str]:
-    """Names of all codecs, our own first. Modules of other packages are not imported."""
+    """Return the names of all codecs, built-in ones first. Modules of other packages are not imported."""
     return [*BACKENDS, *(name for name in _entry_points() if name not in BACKENDS)]
 
 
@@ -50,7 +50,7 @@ def backend(name: str) -> Backend:
 
 
 def backends() -> dict[str, Backend]:
-    """Descriptions of all codecs by name. Warns of plug-ins that cannot be imported and leaves them out."""
+    """Return descriptions of all codecs by name. Plug-ins that cannot be imported are skipped with a warning."""
     found = {}
     for name in names():
         try:
@@ -69,7 +69,7 @@ def load_codec(name_or_path: str, *, num_codebooks: int | None = None, device: s
     """Load a codec by NAME, by the PATH or URL of its weights, or by NAME@PATH if a path alone is ambiguous.
 
     num_codebooks keeps the first (coarsest) codebooks; the default is the backend's own.
-    Only for names that the user gave: a path is recorded in `trusted_weights`; for names in a card, `load_codec_for`.
+    Use it only for names given by the user: a path is recorded in `trusted_weights`. For cards, use `load_codec_for`.
     Raises UserError for an unknown name, missing weights, a count out of range, or a device that is not available.
     """
     from codecssl.tokenize.backends.parts.weights import download, is_url, local
@@ -93,8 +93,8 @@ def load_codec(name_or_path: str, *, num_codebooks: int | None = None, device: s
 def load_codec_for(card: CodecCard, *, device: str = "cpu", weights: str | None = None) -> Codec:
     """Load the codec that wrote `card`, from `weights` if the card's own source has moved.
 
-    Without `weights`, the card alone names them, and it may come from a stranger. So nothing is downloaded but the
-    codec's own weights by its name; a path must be one that the user named before (`trusted_weights`).
+    Without `weights`, only the card names them, and it may be untrusted. Only the codec's own weights are downloaded,
+    by its name. A path must be one that the user named before (`trusted_weights`).
     Raises UserError for another source, and if the weights differ from the card's (by sha256).
     """
     from codecssl.tokenize.backends.parts.weights import cache_only
@@ -176,7 +176,7 @@ def identify(path: Path) -> str:
 
 
 def _load_given(name: str, path: str, num_codebooks: int | None, device: str) -> Codec:
-    """Load from a path that the user named, "" for the codec's own weights, and record the path."""
+    """Load from a path given by the user ("" for the codec's own weights) and record it in `trusted_weights`."""
     codec = _load(name, path or None, num_codebooks, device)
     if path:
         remember(path)

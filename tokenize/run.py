@@ -1,4 +1,6 @@
-"""`codecssl-tokenize run`: audio in, shards out, in any number of tasks and after any number of kills the same bytes.
+"""Encode audio to token shards (`codecssl-tokenize run`).
+
+The bytes of the shards do not depend on the number of tasks or of interruptions.
 
 Input i of the stream of sources belongs to shard i // shard_inputs, and shard s to task s % tasks. A task encodes its
 shards block by block; a finished block is never encoded again. The task that sees the last shard finished writes
@@ -35,16 +37,16 @@ from codecssl.tokenize.worklist import Todo
 
 
 STDIN = "stdin.jsonl"
-"""A list that came on standard input, in the dataset's folder."""
+"""Copy in the dataset's folder of a list read from standard input."""
 SIZES = ("shard_inputs", "block_inputs", "block_seconds")
 
 
 def open_plan(
     config: TokenizeConfig, card: CodecCard, inputs: int | None, mel: MelSpec | None = None
 ) -> dict[str, Any]:
-    """Read or write plan.json: all that every task of a dataset must agree on.
+    """Read or write plan.json, the settings that all tasks of a dataset must share.
 
-    Raises UserError when the folder was begun with another codec, other sources or other sizes.
+    Raises UserError if the folder was started with another codec, other sources or other sizes.
     """
     plan = {
         "codec": card.to_dict(),
@@ -83,24 +85,24 @@ def open_plan(
 
 
 def _stated(plan: dict[str, Any], key: str) -> Any:
-    """A value of a plan, as plans are compared."""
+    """Return a value of a plan in the form used to compare plans."""
     value = plan.get(key)
     return MelSpec.from_dict(value) if key == "mel" and value else value
 
 
 def refuse_foreign(output: Path) -> None:
-    """Raises UserError for a file, and for a folder with files in it that no run of ours began."""
+    """Raise UserError for a file, or for a folder with files not created by codecssl."""
     if output.is_file():
         raise UserError(f"{output}: a file; give a folder as --output")
     foreign = names_in(output) if output.is_dir() else set()
-    if foreign and not any((output / name).exists() for name in (STDIN, "plan.json")):  # now: a sibling may be faster
+    if foreign and not any((output / name).exists() for name in (STDIN, "plan.json")):  # may appear concurrently
         raise UserError(f"{output}: not empty and not a dataset of ours; give a new folder as --output")
 
 
 def count_inputs(config: TokenizeConfig) -> int | None:
-    """Inputs of all sources; None where counting would mean to fetch them."""
+    """Return the number of inputs of all sources; None if counting would download them."""
     if any(is_stream(source) for source in config.sources):
-        next(read_sources(list(config.sources)))  # a source that isn't there is told before anything is made
+        next(read_sources(list(config.sources)))  # report a missing source before creating anything
         return None
     left_out.clear()
     count = sum(1 for _ in read_sources(list(config.sources)))
@@ -113,8 +115,8 @@ def count_inputs(config: TokenizeConfig) -> int | None:
 # ---------------------------------------------------------------- the run
 
 
-class Stopped(Exception):  # noqa: N818  (it is no error)
-    """The run was asked to stop, and did between two blocks: all that it encoded is on the disk."""
+class Stopped(Exception):  # noqa: N818  (not an error)
+    """The run stopped on request between two blocks. All encoded inputs are on disk."""
 
 
 def run(
@@ -126,9 +128,9 @@ def run(
 ) -> dict[str, Any] | None:
     """Encode this task's shards. Return the dataset's totals, or None while other tasks' shards are missing.
 
-    stop: asked after each block. compare: whether audio that this task encoded before must be what it was; that the
-    names, labels and places are the same is always asked. Raises Stopped where `stop` says so, and UserError for
-    sources that changed since they were encoded, and for a folder of another dataset.
+    `stop` is called after each block; if it returns true, Stopped is raised. With `compare`, audio that this task
+    encoded before must be unchanged. Names, labels and places are always compared. Raises UserError for sources that
+    changed after they were encoded, and for the folder of another dataset.
     """
     try:
         return _run(config, on_progress, stop, compare)
@@ -177,7 +179,7 @@ def _consume(
     results: Iterator[EncodedUtterance | Failure],
     stop: Callable[[], bool],
 ) -> None:
-    """Put the results, which come in the order of `todo`, into blocks and shards; stop between two blocks only."""
+    """Write results, in the order of `todo`, to blocks and shards. Stops only between two blocks."""
     writer: _BlockWriter | None = None
     for result in results:
         shard, so_far = todo.places.popleft()
@@ -201,7 +203,7 @@ NOTES = {
 
 
 def _noted(results: Iterator[EncodedUtterance | Failure]) -> Iterator[EncodedUtterance | Failure]:
-    """Pass results on, and print how many had each of the notes."""
+    """Yield `results` unchanged and print the count of each note."""
     counts: Counter[str] = Counter()
     for result in results:
         if isinstance(result, EncodedUtterance):
@@ -212,7 +214,7 @@ def _noted(results: Iterator[EncodedUtterance | Failure]) -> Iterator[EncodedUtt
 
 
 class _BlockWriter:
-    """Cuts a shard's results into blocks."""
+    """Group a shard's results into blocks."""
 
     def __init__(self, config: TokenizeConfig, card: CodecCard, shard: int) -> None:
         self.config, self.card, self.shard = config, card, shard
@@ -226,11 +228,11 @@ class _BlockWriter:
 
     @property
     def idle(self) -> bool:
-        """Whether all that was added is on the disk."""
+        """True if all added results are on disk."""
         return not self.utterances and not self.failures
 
     def add(self, result: EncodedUtterance | Failure, so_far: str) -> None:
-        """so_far: the sha256 over the shard's inputs up to this one."""
+        """Add a result. `so_far` is the sha256 over the shard's inputs up to this one."""
         self.so_far = so_far
         if isinstance(result, Failure):
             self.failures.append(result)

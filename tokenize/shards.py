@@ -1,4 +1,4 @@
-"""Reading token shards, at random and in order; the layout on disk is described in `layout`."""
+"""Random and sequential access to token shards. `layout` describes the format on disk."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from codecssl.tokenize.mel import MelSpec
 __all__ = ["Shards", "Utterance"]
 
 WHOLE_BYTES = 1 << 16
-"""Packed codes up to this size are read whole; of longer utterances only the bytes of the frames that are asked for."""
+"""Maximum size of packed codes read whole. Of longer utterances, only the bytes of the requested frames are read."""
 OFFSETS_CACHED = 4096
-"""Blocks whose offsets are kept: the reader's working set, about 4 bytes an utterance."""
+"""Number of blocks whose offsets are cached, about 4 bytes per utterance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Utterance:
-    """What a dataset knows of one utterance beside its codes."""
+    """Metadata of one utterance."""
 
     index: int
     id: str
@@ -55,25 +55,25 @@ class Utterance:
     """Relative to its source."""
     source_sha256: str
     samples: int
-    """At the codec's sample rate, before padding to whole frames."""
+    """Length at the codec's sample rate, before padding to whole frames."""
     frames: int
     source_rate: int
-    """Hz, of the audio file."""
+    """Sample rate of the audio file in Hz."""
     source_samples: int
-    """Per channel, at `source_rate`."""
+    """Length per channel at `source_rate`."""
     labels: dict[str, Any]
     scales: NDArray[np.float32] | None = field(default=None, compare=False)
-    """[segments], for a codec that has such."""
+    """[segments], for codecs with scales."""
 
 
 class Shards:
     """A finished dataset of token shards: `len`, `frames`, `codes(i)`, `utterance(i)`.
 
-    Opening costs a few small files whatever the corpus. Safe to pickle and to fork.
+    Opening reads a few small files, whatever the size of the corpus. Instances can be pickled and forked.
 
-    check: compare a block of utterances with its CRC-32, and the index with the block's own columns, the first time
-    that codes of it are read. retry_seconds: how long a shard is tried again while its disk is away.
-    Raises UserError when the folder holds no finished dataset, and for what is damaged when it is read.
+    With `check`, the first read of a block compares it with its CRC-32, and the index with the block's own columns.
+    `retry_seconds` limits how long a shard is retried while its disk is unavailable.
+    Raises UserError if the folder holds no finished dataset, and on reading damaged data.
     """
 
     def __init__(self, path: str | Path, *, check: bool = True, retry_seconds: float = 0.0) -> None:
@@ -83,9 +83,9 @@ class Shards:
         self.card = CodecCard.from_dict(self.header["codec"])
         self.compressed = bool(self.header.get("compression"))
         self.mel_spec = MelSpec.from_dict(self.header["mel"]) if "mel" in self.header else None
-        """The log-mel plane next to the codes, or None."""
+        """Spec of the stored log-mel plane, or None."""
         self.frames: NDArray[np.integer] = read_array(self.path / "index.npy", ("<u2", "<u4"))
-        """[N], of each utterance."""
+        """Number of frames of each utterance, [N]."""
         self.blocks = read_array(self.path / "blocks.npy", (BLOCK,))
         if len(self.frames) != self.header["totals"]["utterances"]:
             raise UserError(
@@ -106,7 +106,7 @@ class Shards:
         self._streams = lru_cache(maxsize=OFFSETS_CACHED)(self._block_streams)
         self._mel = lru_cache(maxsize=OFFSETS_CACHED)(self._block_mel)
         self._columns = lru_cache(maxsize=4)(self._read_columns)
-        self._coder = lru_cache(maxsize=256)(self._read_coder)  # 3 MB each: 20 ms to make, too much for each utterance
+        self._coder = lru_cache(maxsize=256)(self._read_coder)  # 3 MB and 20 ms each, too slow to build per utterance
         self._segment = lru_cache(maxsize=64)(self._decode_segment)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Shards:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when any code does: the sha256 over the shards' own."""
+        """sha256 over the sha256 of all shards. Changes with any code."""
         return str(self.header["sha256"])
 
     @property
@@ -130,9 +130,9 @@ class Shards:
     def codes(
         self, index: int, *, num_codebooks: int | None = None, start: int = 0, stop: int | None = None
     ) -> NDArray[np.uint16]:
-        """Codes [R, stop - start] of one utterance, rows as `Codec` has them; only what is asked for is read.
+        """Return codes [R, stop - start] of one utterance, with rows as in `Codec`. Only the requested frames are read.
 
-        num_codebooks: keep the rows of the first codebooks. Raises IndexError for what is not there.
+        `num_codebooks` keeps the rows of the first codebooks. Raises IndexError for indices out of range.
         """
         kept, stop = self._checked(index, num_codebooks, start, stop)
         if self.compressed:
@@ -145,17 +145,17 @@ class Shards:
     def planes(
         self, index: int, *, num_codebooks: int | None = None, start: int = 0, stop: int | None = None
     ) -> list[NDArray[np.uint16]]:
-        """Per codebook, the codes of frames start..stop: (stop - start) * codes_per_frame[k] of them."""
+        """Return, per codebook k, the (stop - start) * codes_per_frame[k] codes of frames start..stop."""
         kept, stop = self._checked(index, num_codebooks, start, stop)
         if self.compressed:
             return self._decoded(index, kept, start, stop)
         return [plane for stack in self._unpacked(index, kept, start, stop) for plane in stack]
 
     def mel(self, index: int, *, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
-        """The stored log-mel plane uint8 [stop - start, bands] of one utterance; `mel_spec.log_power` dequantises it.
+        """Return the log-mel plane uint8 [stop - start, bands] of one utterance; `mel_spec.log_power` dequantizes it.
 
-        The utterance's crc32 is checked when it is read for the first time. Raises UserError for a dataset without a
-        plane, and where the crc32 differs.
+        The first read of an utterance checks its crc32. Raises UserError for a dataset without a plane, or if the crc32
+        differs.
         """
         if self.mel_spec is None:
             raise UserError(f"{self.path}: has no log-mel plane; tokenize the audio with --with-mel 80")
@@ -176,7 +176,7 @@ class Shards:
         return np.frombuffer(content, np.uint8).reshape(stop - start, bands)
 
     def utterance(self, index: int) -> Utterance:
-        """Id, source and labels of one utterance."""
+        """Return id, source and labels of one utterance."""
         block, within = self._find(index)
         text, numbers = self._columns(block)
         labels = {k: v[within] for k, v in text["labels"].items()}
@@ -195,22 +195,22 @@ class Shards:
         )
 
     def utterances(self) -> Iterator[Utterance]:
-        """All utterances, in order."""
+        """Iterate over all utterances, in order."""
         return (self.utterance(i) for i in range(len(self)))
 
     def ids(self) -> Iterator[str]:
-        """The ids of all utterances, in order, a block at a time: much faster than `utterances`."""
+        """Iterate over the ids of all utterances, in order. Reads whole blocks and is much faster than `utterances`."""
         for block in range(len(self.blocks)):
             yield from self._read_ids(block, self._read_text(block))
 
     def source_hashes(self) -> Iterator[NDArray[np.uint8]]:
-        """sha256 [n, 32] of the utterances' audio files, in order, a block at a time."""
+        """Yield per block the sha256 [n, 32] of the utterances' audio files, in order."""
         return (self._columns(block)[1]["sha256"] for block in range(len(self.blocks)))
 
     def find(self, id: str) -> int:
-        """The index of an utterance by its id: a scan of the text, not of the codes.
+        """Return the index of an utterance by its id. Scans the text, not the codes.
 
-        Raises UserError when it is not there.
+        Raises UserError for an unknown id.
         """
         needle = json.dumps(id, ensure_ascii=False).encode()
         for block, first in enumerate(self._firsts):
@@ -235,7 +235,7 @@ class Shards:
         return kept, stop
 
     def _unpacked(self, index: int, kept: int, start: int, stop: int) -> list[NDArray[np.uint16]]:
-        """The planes, those of one width and rate stacked: they are unpacked at once."""
+        """Unpack the planes. Those of the same width and rate are stacked and unpacked together."""
         frames = int(self.frames[index])
         block, within = self._find(index)
         self._check_block(block)
@@ -259,7 +259,7 @@ class Shards:
     def _unpacked_long(
         self, shard: int, offset: int, frames: int, kept: int, start: int, stop: int
     ) -> list[NDArray[np.uint16]]:
-        """The same of a long utterance, of which only the bytes of the frames asked for are read."""
+        """Unpack planes of a long utterance, reading only the bytes of the requested frames."""
         stacks: list[NDArray[np.uint16]] = []
         for run in self._runs:
             first, last = start * run.rate // 8 * 8, stop * run.rate  # eight codes of any width end on a byte
@@ -274,7 +274,7 @@ class Shards:
         return stacks
 
     def _decoded(self, index: int, kept: int, start: int, stop: int) -> list[NDArray[np.uint16]]:
-        """The planes of a compressed utterance, from the segments that hold them."""
+        """Decode the planes of a compressed utterance from the segments that hold them."""
         first, rates = start // SEGMENT_FRAMES, self.card.codes_per_frame
         segments = [self._segment(index, s, kept) for s in range(first, -(-stop // SEGMENT_FRAMES))]
         if start == stop:
@@ -297,7 +297,7 @@ class Shards:
         coder = self._coder(shard)
         try:
             return coder.decode(np.frombuffer(words, "<u4"), frames, kept)
-        except (AssertionError, IndexError) as error:  # no such stream was ever written
+        except (AssertionError, IndexError) as error:  # not a valid stream
             raise UserError(
                 f"{shard_path(self.path, shard)}: utterance {index} cannot be decompressed; "
                 f"run `codecssl-tokenize verify {self.path}`"
@@ -306,9 +306,9 @@ class Shards:
     # ------------------------------------------------------------ inside
 
     def _check_block(self, block: int) -> None:
-        """Compare a block with its CRC-32 and its part of the index with its columns, once.
+        """Compare a block with its CRC-32, and its part of the index with its columns. Runs once per block.
 
-        Another thread may do the same at the same time.
+        Several threads may do this concurrently.
         """
         if not self._check or self._sound[block]:
             return
@@ -340,7 +340,7 @@ class Shards:
         return self.frames[first : first + int(self.blocks["count"][block])]
 
     def _block_offsets(self, block: int) -> NDArray[np.unsignedinteger]:
-        """[count] where each utterance's codes begin in the block."""
+        """Return the offset of each utterance's codes in the block, [count]."""
         begins = starts(utterance_bytes(self._frames_of(block), self.card))
         if int(begins[-1]) != int(self.blocks["codes_bytes"][block]):
             raise UserError(
@@ -349,14 +349,14 @@ class Shards:
         return begins
 
     def _block_streams(self, block: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.unsignedinteger]]:
-        """[segments + 1] where each segment's stream begins in the block, and [count] each utterance's first one."""
+        """Return the stream offsets in the block [segments + 1] and the first segment of each utterance [count]."""
         shard, offset = self._members(block)
         firsts, size = starts(segments_of(self._frames_of(block))), int(self.blocks["codes_bytes"][block])
         words = self._files.parse(shard, lambda file: read_streams(file, offset, int(firsts[-1]), size))
         return starts(words.astype(np.int64) * 4), firsts
 
     def _block_mel(self, block: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.uint32]]:
-        """[count + 1] first frame of each utterance in the block's plane, and [count] the crc32 of each."""
+        """Return the first frame of each utterance in the block's plane [count + 1] and the crc32 of each [count]."""
         shard, offset = self._members(block)
         sums = self._files.parse(shard, lambda file: read_numbers(file, offset)[MEL_CRC32])
         return starts(self._frames_of(block).astype(np.int64)), sums
@@ -378,6 +378,6 @@ class Shards:
         return self._files.parse(self._members(block)[0], lambda _: ids_of(text, count))
 
     def _members(self, block: int) -> tuple[int, int]:
-        """(shard, offset of the block's first member in its tar)."""
+        """Return the shard and the offset of the block's first member in its tar."""
         row = self.blocks[block]
         return int(row["shard"]), int(row["offset"])

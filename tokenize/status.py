@@ -1,4 +1,4 @@
-"""`codecssl-tokenize status`: how far a run is and how long it will take, from its files, while it runs or after."""
+"""Progress and remaining time of a run, read from its files during or after the run (`codecssl-tokenize status`)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from codecssl.tokenize.format.layout import load_json, read_header
 from codecssl.tokenize.format.validate import check_plan
 
 RECENT = 256
-"""Writes over which the speed is measured: the latest ones."""
+"""Number of latest writes over which the speed is measured."""
 LONG_SECONDS = 600.0
-"""Pauses are never called long below this."""
+"""Minimum length of a long pause."""
 LONG_TIMES = 10
-"""A pause is long when it is so many times the usual one."""
+"""Ratio of a long pause to the usual one."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -40,12 +40,12 @@ class _Write:
 
 
 def status(root: Path, tasks: int | None = None) -> dict[str, Any]:
-    """How far the run that writes `root` is. Raises UserError for another folder.
+    """Return the progress of the run that writes `root`. Raises UserError for another folder.
 
-    `tasks_unfinished` are those of 0 .. tasks - 1 with work left, None where that cannot be told.
-    `inputs_total`, `fraction` and `seconds_left` are None where the sources could not be counted, the rates and
-    `seconds_left` also while too little is written. `stalled` lists unfinished shards without a write for long; with
-    the run's number of `tasks`, which task to look at.
+    `tasks_unfinished` lists the tasks among 0 .. tasks - 1 with work left, None if unknown. `inputs_total`, `fraction`
+    and `seconds_left` are None if the sources could not be counted. The rates and `seconds_left` are also None while
+    too little is written. `stalled` lists unfinished shards without a recent write. If the run's number of `tasks` is
+    given, it also names the task of each.
     """
     plan = _plan(root)
     card, now = CodecCard.from_dict(plan["codec"]), time.time()
@@ -111,19 +111,19 @@ def _writes(root: Path) -> Iterator[_Write]:
         if path.stem.isdecimal() and (write := _read(path, int(path.stem), -1)):
             done.add(write.shard)
             yield write
-    # glob.glob passes over a shard's folder that is finished and tidied away in this moment; Path.glob raises.
+    # glob.glob skips the folder of a shard that is removed at this moment; Path.glob raises.
     for path in map(Path, glob.glob(f"{glob.escape(str(root))}/work/*/*.json")):  # noqa: PTH207
         if not (path.stem.isdecimal() and path.parent.name.isdecimal()):
             continue
         shard = int(path.parent.name)
-        if shard not in done and (write := _read(path, shard, int(path.stem))):  # its blocks may not be tidied away yet
+        if shard not in done and (write := _read(path, shard, int(path.stem))):  # its blocks may not be removed yet
             yield write
 
 
 def _read(path: Path, shard: int, block: int) -> _Write | None:
     try:
         row, when = load_json(path), path.stat().st_mtime
-    except FileNotFoundError:  # its shard was finished in this moment
+    except FileNotFoundError:  # its shard was just finished
         return None
     failed = row.get("failed")
     if not isinstance(failed, list) or not all(type(row.get(key)) is int for key in ("inputs", "samples")):
@@ -140,7 +140,7 @@ def _modified(path: Path) -> float:
 
 
 def _speed(writes: list[_Write], began: float, sample_rate: int) -> dict[str, float | None]:
-    """Over the latest writes, less the pauses in which nothing ran: a run may be killed today and go on tomorrow."""
+    """Measure the speed over the latest writes, excluding pauses between a kill and a restart."""
     recent = writes[-RECENT:]
     begin = began if len(recent) == len(writes) and began else recent[0].when if recent else 0.0
     counted = [w for w in recent if w.when > begin]
@@ -162,7 +162,7 @@ def _long(pauses: list[float]) -> float:
 def _stalled(writes: list[_Write], now: float, tasks: int | None) -> Iterator[dict[str, Any]]:
     latest: dict[int, float] = {}
     pauses = []
-    for write in writes:  # in the order of time
+    for write in writes:  # in order of time
         if write.block < 0:
             continue
         if write.shard in latest:

@@ -1,4 +1,4 @@
-"""What a task has still to encode: one walk over the sources, in which what it encoded before is compared."""
+"""Remaining inputs of a task. One pass over the sources also checks the inputs that were encoded before."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from codecssl.tokenize.sources.sources import Input, is_stream, read_sources
 
 
 class Todo:
-    """The inputs that this task has still to encode, in one walk over the sources, and where each one goes."""
+    """Iterate over the inputs that this task has still to encode, in one pass over the sources, with their shards."""
 
     def __init__(self, config: TokenizeConfig, compare: bool) -> None:
         self.config, self.compare = config, compare
         self.shards = 0
-        """Of the whole dataset; known after the walk."""
+        """Number of shards of the whole dataset; known after the pass."""
         self.places: deque[tuple[int, str]] = deque()
-        """The shard of each input handed out whose result has not come back, and the sha256 over its inputs so far."""
+        """Shard of each pending input, and the sha256 over the shard's inputs up to it."""
         self.digests: dict[int, str] = {}
-        """sha256 over the inputs of each unfinished shard of ours, known once all of them are handed out."""
+        """sha256 over the inputs of each unfinished shard of this task; known once all of them are yielded."""
 
     def __iter__(self) -> Iterator[Input]:
         first = self._first_unfinished() if any(map(is_stream, self.config.sources)) else 0
-        self.shards = first  # of a stream, what is finished is not fetched again, nor its inputs compared
+        self.shards = first  # finished shards of a stream are neither fetched again nor compared
         skip = first * self.config.shard_inputs
         numbered = enumerate(read_sources(list(self.config.sources), skip), skip)
         for shard, group in groupby(numbered, key=lambda pair: pair[0] // self.config.shard_inputs):
@@ -70,9 +70,10 @@ class Todo:
         self._compare(encoded, mark)
 
     def _compare(self, items: list[Input], written: Path) -> None:
-        """Refuse audio that changed since it was encoded into `written`: a shard's mark, or an unfinished one's folder.
+        """Refuse audio that changed after it was encoded into `written`.
 
-        plan.json is older than all that was encoded, but where a repair wrote it anew.
+        `written` is a shard's mark, or the folder of an unfinished shard. plan.json is older than all encoded inputs,
+        unless a repair rewrote it.
         """
         if not self.compare:
             return
@@ -86,7 +87,7 @@ class Todo:
             )
 
     def left(self, inputs: int | None) -> int | None:
-        """How many inputs the walk will hand out, of `inputs` in the whole dataset."""
+        """Return how many of the dataset's `inputs` the pass will yield."""
         if inputs is None:
             return None
         size, left = self.config.shard_inputs, 0
@@ -97,7 +98,7 @@ class Todo:
 
 
 def _work(root: Path, shard: int) -> Path:
-    """The folder of an unfinished shard's blocks."""
+    """Return the folder of an unfinished shard's blocks."""
     return root / "work" / f"{shard:05d}"
 
 
@@ -106,14 +107,14 @@ def _oldest(written: Path) -> Path:
 
 
 def _blocks(written: Path) -> list[tuple[Path, int]]:
-    """(file, offset) of each block."""
+    """Return the file and offset of each block."""
     if written.is_dir():
         return [(path, 0) for path in sorted(written.glob("*.block"))]
     return [(written.with_suffix(".tar"), place["offset"]) for place in load_json(written)["blocks"]]
 
 
 def _done(root: Path, shard: int) -> tuple[int, str | None]:
-    """Inputs of a shard in blocks that are whole, and the sha256 over them."""
+    """Return the number of a shard's inputs in complete blocks, and the sha256 over them."""
     folder, done, so_far, block = _work(root, shard), 0, None, 0
     while (path := folder / f"{block:05d}.json").exists():
         part = load_json(path)

@@ -1,4 +1,4 @@
-"""Write codes that exist already as a dataset, without audio."""
+"""Write existing codes as a dataset, without audio."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ Item = tuple[str, NDArray[np.integer], dict[str, Any]] | tuple[str, NDArray[np.i
 def write_shards(
     path: str | Path, card: CodecCard, items: Iterable[Item], per_shard: int = 8192, *, compress: bool = False
 ) -> Shards:
-    """Write codes that are at hand as a dataset: items are (id, codes [R, T], labels) or (..., scales [segments]).
+    """Write existing codes as a dataset. Items are (id, codes [R, T], labels) or (..., scales [segments]).
 
-    For codes made elsewhere and for tests; their sources are unknown, so the hashes are those of the codes.
+    Use it for tests and for codes from other programs. Their sources are unknown: the source hashes are those of the
+    codes.
     """
     root = Path(path)
     if (root / "dataset.json").exists():
@@ -41,7 +42,7 @@ def write_shards(
 
 
 def write_shard(root: Path, shard: int, card: CodecCard, items: Sequence[Item], *, compress: bool = False) -> None:
-    """One shard of `write_shards`; what a killed process left of it is written anew."""
+    """Write one shard of `write_shards`. Remains of a killed process are overwritten."""
     shutil.rmtree(root / "work" / f"{shard:05d}", ignore_errors=True)
     writer = ShardWriter(root, shard, card, compress=compress)
     writer.add_block(len(items), [_encoded(card, *item) for item in items], [])
@@ -49,7 +50,7 @@ def write_shard(root: Path, shard: int, card: CodecCard, items: Sequence[Item], 
 
 
 def finish_written(root: Path, card: CodecCard, shards: int, *, compress: bool = False) -> None:
-    """Make a dataset of the shards 0 .. shards - 1 of `write_shard`."""
+    """Finish a dataset of the shards 0 .. shards - 1 of `write_shard`."""
     header: dict[str, Any] = {"codec": card.to_dict(), "sources": []}
     finish_dataset(root, header | ({"compression": COMPRESSION} if compress else {}), shards)
     tidy(root)
@@ -81,7 +82,7 @@ def _encoded(
 
 
 def _samples_of(frames: int, card: CodecCard) -> int:
-    """The length of a wave that has so many frames: the longest one."""
+    """Return the maximum length of a wave with `frames` frames."""
     samples = bisect_right(range(frames * card.hop_length + 1), frames, key=card.frames_of) - 1
     if card.frames_of(samples) != frames:
         raise UserError(f"{frames} frames: no wave has so many with {card.name}, whose segments overlap")

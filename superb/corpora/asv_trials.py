@@ -1,4 +1,4 @@
-"""Verification's trials: pairs of test utterances, of one speaker or of two."""
+"""Trials of speaker verification: pairs of test utterances of the same or of different speakers."""
 
 import random
 from collections import defaultdict
@@ -12,12 +12,12 @@ from codecssl.tokenize.common.errors import UserError
 LISTED = "trials.txt"
 """File next to the manifest with lines `label path path`; label 1: the same speaker."""
 MOST_PAIRS = 20_000
-"""Trials of the same speaker, at most; VoxCeleb1's own list has 18,860."""
+"""Maximum number of trials of the same speaker. VoxCeleb1's own list has 18,860."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """Two files, and whether one speaker speaks in both."""
+    """Two files, with a label for the same speaker."""
 
     same: bool
     enrol: str
@@ -25,7 +25,7 @@ class Trial:
 
 
 def trials_of(corpus: Corpus, tested: list[Example]) -> list[Trial]:
-    """The official list for an official corpus, ROOT/trials.txt where there is one, else `paired`."""
+    """Return the official list for an official corpus, ROOT/trials.txt if it exists, else `paired`."""
     if corpus.official:
         from codecssl.superb.corpora.official import official_trials
 
@@ -50,9 +50,9 @@ def read_trials(path: Path, tested: list[Example]) -> list[Trial]:
 
 
 def paired(tested: list[Example], seed: int = 0) -> list[Trial]:
-    """All pairs of one speaker (a sample of 20,000 where there are more) and as many of two speakers.
+    """Return all pairs of the same speaker (a sample if above 20,000) and as many pairs of different speakers.
 
-    Both are drawn from the sorted files with `seed`: the same utterances give the same trials.
+    Both are drawn from the sorted files with `seed`. The same utterances give the same trials.
     """
     by_speaker: dict[str, list[str]] = defaultdict(list)
     for example in sorted(tested, key=lambda example: str(example.path)):
@@ -67,7 +67,7 @@ def paired(tested: list[Example], seed: int = 0) -> list[Trial]:
 
 
 def _crossed(by_speaker: dict[str, list[str]], count: int, draw: random.Random) -> list[tuple[str, str]]:
-    """`count` distinct pairs of two speakers, or all there are."""
+    """Draw `count` distinct pairs of different speakers, or all if there are fewer."""
     files = [(speaker, file) for speaker in sorted(by_speaker) for file in by_speaker[speaker]]
     total = (len(files) ** 2 - sum(len(own) ** 2 for own in by_speaker.values())) // 2
     if total <= 2 * count:

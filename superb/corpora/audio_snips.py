@@ -32,7 +32,7 @@ def sf_rows(place: Place) -> list[Row]:
 
 
 def _snips_labels(line: str, listed: Path) -> dict[str, str]:
-    """text, iob and intent of `ID BOS word ... EOS<tab>O tag ... intent`."""
+    """Parse text, iob and intent of `ID BOS word ... EOS<tab>O tag ... intent`."""
     name, _, rest = line.strip().partition(" ")
     sentence, tab, labels = rest.partition("\t")
     tags = labels.strip().split(" ")
@@ -45,7 +45,7 @@ def _snips_labels(line: str, listed: Path) -> dict[str, str]:
 
 
 def _plain(text: str) -> str:
-    """The text in the letters that SUPERB's vocabulary for sf has; the table of accents is s3prl's own."""
+    """Reduce the text to the letters of SUPERB's vocabulary for sf. The table of accents is s3prl's own."""
     from codecssl.superb.patches import import_patches
 
     import_patches.install()

@@ -14,10 +14,11 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.hashing import file_sha256
 
 LONGEST_SECONDS = 300.0
-"""Longer clips are skipped and counted: a recurrent head would need gigabytes for one. None of SUPERB's is."""
+"""Maximum length of a clip. Longer ones, for which a recurrent head needs gigabytes, are skipped and counted.
+SUPERB's corpora have none."""
 FOLDS = (1, 2, 3, 4, 5)
 VALID_SHARE = 0.2
-"""Share of the four training folds that validates, as in SUPERB's emotion recognition."""
+"""Share of the four training folds used for validation, as in SUPERB's emotion recognition."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """A task's utterances by split, and how many were left out for which reason."""
+    """A task's utterances by split, and the number of skipped ones by reason."""
 
     splits: dict[str, list[Example]]
     skipped: dict[str, int] = field(default_factory=dict)
@@ -67,7 +68,7 @@ class Corpus:
 
     @functools.cache  # noqa: B019 - corpora are few and live as long as the process
     def rows_of(self, task: str) -> list[Row]:
-        """One task's rows. UserError where the root has neither a manifest nor the official layout."""
+        """Return the rows of a task. Raises UserError if the root has neither a manifest nor the official layout."""
         if not self.official:
             return [row for row in self.rows if task in str(row.get("task", "")).split(",")]
         from codecssl.superb.corpora.official import official_rows
@@ -78,8 +79,9 @@ class Corpus:
             raise UserError(f"data {self.root}: no manifest.jsonl in it; as SUPERB's own {task}: {error}") from error
 
     def identity(self, task: str) -> dict[str, Any]:
-        """What decides a task's utterances, by sha256: the manifest (and the list of trials), or the rows read from
-        the official layout.
+        """Return the sha256 of the inputs that determine a task's utterances.
+
+        These are the manifest (and the list of trials), or the rows read from the official layout.
         """
         if not self.official:
             trials = self.root / "trials.txt"
@@ -102,10 +104,10 @@ class Corpus:
         return self.select(task, fold).splits
 
     def select(self, task: Task, fold: int | None = None) -> Selection:
-        """The task's utterances by split.
+        """Return the task's utterances by split.
 
-        With `fold`, that fold is tested and a fifth of the others validates. UserError where a row lacks what the
-        task needs, a split is empty, or a label to be tested never occurs in training.
+        With `fold`, that fold is the test set and a fifth of the others validates. Raises UserError if a row lacks a
+        required column, a split is empty, or a test label never occurs in training.
         """
         splits: dict[str, list[Example]] = {split: [] for split in task.splits}
         skipped: Counter[str] = Counter()
@@ -165,7 +167,7 @@ class Corpus:
                 )
 
     def _offer(self) -> str:
-        """The tasks that the manifest does have, for the error."""
+        """List the tasks of the manifest, for the error message."""
         there = {task for row in ([] if self.official else self.rows) for task in str(row.get("task", "")).split(",")}
         known = [name for name in TASKS if name in there]
         return f"; it has --tasks {','.join(known)}" if known else ""
@@ -188,7 +190,7 @@ def _seconds(row: Row) -> float:
 
 
 def _labels(example: Example) -> list[str]:
-    """Intents have a label for each slot, by position."""
+    """Return the labels of an example. Intents have one per slot, by position."""
     if "labels" in example.columns:
         return [f"{i}:{part}" for i, part in enumerate(example.columns["labels"].split(" ; "))]
     return [str(example.columns["label"])]
@@ -202,7 +204,7 @@ def _never_trained(splits: dict[str, list[Example]]) -> Iterator[tuple[str, str,
 
 
 def _fold_splits(rows: list[Row], fold: int) -> dict[str, str | None]:
-    """Path -> split where `fold` is tested: the row's own `fold_splits`, or SUPERB's way of drawing them."""
+    """Map paths to splits with `fold` as the test set, from the row's `fold_splits` or drawn as in SUPERB."""
     import torch
 
     if all("fold_splits" in row for row in rows):
@@ -218,7 +220,7 @@ def _fold_splits(rows: list[Row], fold: int) -> dict[str, str | None]:
 
 
 def open_corpus(root: Path, side: Path | None = None) -> Corpus:
-    """The corpus of a root, read once per process and state of its manifest."""
+    """Open the corpus of a root. It is read once per process and state of its manifest."""
     manifest = Path(root) / "manifest.jsonl"
     return _opened(root, side, manifest.stat().st_mtime_ns if manifest.is_file() else None)
 

@@ -13,8 +13,8 @@ VALID_SHARE = 0.2
 def er_rows(place: Place) -> list[Row]:
     """IEMOCAP's four classes: `label` (neu, hap with exc, ang, sad), `speaker`, `fold` 1 to 5, the session.
 
-    `fold_splits` is the split of the row in each of the five folds, keyed by the tested fold as a string; in
-    `splits` stands fold 1's. A fifth of the four other sessions is valid, drawn with SUPERB's generator and seed.
+    `fold_splits` maps the tested fold, as a string, to the split of the row. `splits` holds that of fold 1. A fifth
+    of the four other sessions is valid, drawn with SUPERB's generator and seed.
     """
     corpus = place.corpus("IEMOCAP", ("IEMOCAP", "IEMOCAP_full_release"), ("Session1", f"Session{SESSIONS}"))
     rows: dict[str, Row] = {}

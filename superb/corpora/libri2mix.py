@@ -47,7 +47,7 @@ def _table(path: Path) -> dict[str, str]:
 
 
 def _moved(place: Place, wave: Path) -> Path:
-    """The file of wav.scp; where it is gone, the one under root whose path ends the same from wav16k on."""
+    """Return the file of wav.scp. If it is missing, return the one under root with the same path from wav16k on."""
     if not wave.is_file() and "wav16k" in wave.parts:
         tail = Path(*wave.parts[wave.parts.index("wav16k") :])
         for folder in (place.root, place.root / "Libri2Mix"):

@@ -7,7 +7,7 @@ from codecssl.tokenize.common.errors import UserError
 
 LIBRISPEECH = {"train": "train-clean-100", "valid": "dev-clean", "test": "test-clean"}
 LEXICONS = ("librispeech-lexicon-200k-g2p.txt", "librispeech-lexicon-allothers-g2p.txt")
-"""Both are read, in this order; a word's first pronunciation counts."""
+"""Lexicons, read in this order. The first pronunciation of a word is used."""
 
 
 def asr_rows(place: Place) -> list[Row]:

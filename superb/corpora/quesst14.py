@@ -11,10 +11,10 @@ ENGLISH = "nnenglish"  # the part of QUESST14 that SUPERB uses
 
 
 def qbe_rows(place: Place) -> list[Row]:
-    """QUESST14's English part: `role` query has `query`, its own id; `role` document has `queries`, those it holds.
+    """QUESST14's English part: `role` query has its id in `query`, `role` document its query ids in `queries`.
 
-    Development queries are valid, evaluation queries test. Both search the same documents, so a document has
-    two rows, of which each knows the queries of its split.
+    Development queries are valid, evaluation queries test. Both search the same documents. A document has two rows,
+    each with the queries of its split.
     """
     corpus = place.corpus("QUESST14", ("quesst14Database",), ("scoring", "Audio"))
     documents = _listed(corpus, "language_key_utterances.lst")
@@ -41,7 +41,7 @@ def _listed(corpus: Path, name: str) -> list[Path]:
 
 
 def _ground_truth(corpus: Path, part: str) -> dict[str, set[str]]:
-    """Document id -> ids of the queries in it, of lines `LEXEME document ... query ...` (NIST's RTTM)."""
+    """Map document ids to their query ids, from lines `LEXEME document ... query ...` (NIST's RTTM)."""
     path = corpus / "scoring" / f"groundtruth_quesst14_{part}" / f"quesst14_{part}.rttm"
     if not path.is_file():
         raise UserError(f"{path}: not there; the eval part is its own archive at speech.fit.vutbr.cz")

@@ -59,7 +59,7 @@ def _labelled(split: str, folder: Path, keyword: str) -> Iterator[Row]:
 
 
 def _seconds(path: Path) -> Iterator[tuple[int, int, int]]:
-    """(first sample, last, rate) of each second of a file."""
+    """Yield (first sample, last, rate) of each second of a file."""
     import soundfile
 
     info = soundfile.info(path)
@@ -68,7 +68,7 @@ def _seconds(path: Path) -> Iterator[tuple[int, int, int]]:
 
 
 def _hashed_split(name: str) -> str:
-    """Every take of one speaker falls into one split: 10 % valid, 10 % test."""
+    """Return the split of a speaker by its hash: 10 % valid, 10 % test. All takes of a speaker share a split."""
     digest = hashlib.sha1(re.sub("_nohash_.*$", "", name).encode()).hexdigest()
     percent = int(digest, 16) % (HASH_BUCKETS + 1) * (100.0 / HASH_BUCKETS)
     return "valid" if percent < 10 else "test" if percent < 20 else "train"

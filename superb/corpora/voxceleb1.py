@@ -32,7 +32,7 @@ def asv_rows(place: Place) -> list[Row]:
 
 
 def asv_trials(place: Place) -> list[Trial]:
-    """(1 for the same speaker or 0, path, path), paths absolute; Vox1-O, cleaned."""
+    """Return the cleaned Vox1-O trials (1 for the same speaker or 0, path, path), with absolute paths."""
     corpus = _voxceleb_folder(place)
     source = "openslr.org/49 or VoxCeleb's site (veri_test.txt is the uncleaned list, not SUPERB's)"
     listed = place.file(TRIAL_LISTS, source, corpus)
@@ -50,7 +50,7 @@ def _voxceleb_folder(place: Place) -> Path:
 
 
 def _voxceleb(place: Place) -> list[tuple[str, str, Path]]:
-    """(code, name as id10001/video/00001.wav, path) of the official list."""
+    """Read (code, name as id10001/video/00001.wav, path) from the official list."""
     corpus = _voxceleb_folder(place)
     listed = place.file((SPLIT_LIST,), SPLIT_SOURCE, corpus)
     entries = [line.split() for line in read_lines(listed)]

@@ -1,4 +1,4 @@
-"""Audio of mini-SUPERB: clips are used where they lie, and written (16 kHz FLAC) only where they must be made."""
+"""Audio of mini-SUPERB. Clips are used in place; only new ones are written, as 16 kHz FLAC."""
 
 import hashlib
 from pathlib import Path
@@ -12,11 +12,11 @@ from codecssl.tokenize.sources.audio import read_wave
 Wave = NDArray[np.float32]
 RATE = 16_000
 FRAME = RATE // 100
-"""Samples of a level: 10 ms."""
+"""Samples per level: 10 ms."""
 PEAK = 0.99
 UNDER_SPEECH, OVER_NOISE, FLOOR = 30.0, 6.0, -70.0
-"""dB: a frame is active less than 30 under the clip's loud frames and more than 6 over its quiet ones."""
-MARGIN = 5  # frames kept before and after what is active
+"""Thresholds in dB. Active frames are less than 30 below the clip's loud frames and more than 6 above quiet ones."""
+MARGIN = 5  # frames kept before and after activity
 
 
 class Studio:
@@ -26,7 +26,7 @@ class Studio:
         self.folder = folder
 
     def place(self, row: Row) -> str:
-        """Path columns of a clip: its own path, or that of a 16 kHz copy where it has another rate."""
+        """Return the path of a clip, or of its 16 kHz copy if it has another rate."""
         if row["rate"] == RATE and row["channels"] == 1:
             return str(row["path"])
         digest = hashlib.sha256(row["path"].encode()).hexdigest()[:8]
@@ -36,14 +36,14 @@ class Studio:
         return name
 
     def read(self, row: Row, band: int = RATE) -> Wave:
-        """The clip at 16 kHz, by the project's resampler, with nothing above `band` / 2 Hz."""
+        """Read a clip at 16 kHz with the project's resampler, band-limited to `band` / 2 Hz."""
         import soxr
 
         wave = read_wave(Path(row["path"]), min(RATE, band))
         return wave if band >= RATE else soxr.resample(wave, band, RATE, quality="HQ")
 
     def write(self, name: str, wave: Wave) -> str:
-        """Write a wave under the corpus's folder; one that would clip is turned down. Returns `name`."""
+        """Write a wave to the corpus folder, attenuated if it would clip. Returns `name`."""
         import soundfile
 
         path = self.folder / name
@@ -54,13 +54,13 @@ class Studio:
 
 
 def levels(wave: Wave) -> NDArray[np.float64]:
-    """dBFS of each whole 10 ms."""
+    """Return the level in dBFS of each complete 10 ms."""
     frames = wave[: len(wave) // FRAME * FRAME].reshape(-1, FRAME).astype(np.float64)
     return np.asarray(10 * np.log10((frames**2).mean(axis=1) + 1e-12))
 
 
 def active(wave: Wave) -> NDArray[np.bool_]:
-    """Voice activity in frames of 10 ms, bool, relative to the clip's own loud and quiet frames."""
+    """Detect voice activity, bool per 10 ms frame, relative to the clip's own loud and quiet frames."""
     level = levels(wave)
     if not len(level):
         return np.zeros(0, bool)
@@ -69,7 +69,7 @@ def active(wave: Wave) -> NDArray[np.bool_]:
 
 
 def spans(marks: NDArray[np.bool_], gap: int = 30, least: int = 10) -> list[tuple[int, int]]:
-    """(first, end) in frames of what is active; pauses up to `gap` frames are bridged, blips dropped."""
+    """Return active spans (first, end) in frames. Pauses up to `gap` frames are bridged, short blips dropped."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], marks.astype(np.int8), [0]])))
     joined: list[tuple[int, int]] = []
     for first, end in edges.reshape(-1, 2).tolist():
@@ -81,7 +81,7 @@ def spans(marks: NDArray[np.bool_], gap: int = 30, least: int = 10) -> list[tupl
 
 
 def trimmed(wave: Wave) -> Wave:
-    """The clip from its first active frame to its last, with 50 ms around; as it is if nothing stands out."""
+    """Trim a clip to its active frames with 50 ms on both sides. Without activity it is unchanged."""
     found = spans(active(wave))
     if not found:
         return wave
@@ -89,7 +89,7 @@ def trimmed(wave: Wave) -> Wave:
 
 
 def loudest_part(wave: Wave, seconds: float) -> Wave:
-    """The stretch of that length with most energy, or the whole of a shorter clip."""
+    """Return the segment of `seconds` with the most energy, or the whole of a shorter clip."""
     length = round(seconds * RATE)
     if len(wave) <= length:
         return wave
@@ -99,7 +99,7 @@ def loudest_part(wave: Wave, seconds: float) -> Wave:
 
 
 def quiet_part(wave: Wave, seconds: float) -> Wave | None:
-    """A stretch of that length in which nothing is active and which is no digital silence; None without one."""
+    """Return an inactive segment of `seconds` that is not digital silence; None if there is none."""
     need, marks = round(seconds * 100), active(wave)
     for first, end in spans(~marks, gap=0, least=need + 2 * MARGIN):
         part = wave[(first + MARGIN) * FRAME :][: need * FRAME]
@@ -109,7 +109,7 @@ def quiet_part(wave: Wave, seconds: float) -> Wave | None:
 
 
 def at_level(wave: Wave, dbfs: float) -> Wave:
-    """Scaled so that its active part has this RMS level."""
+    """Scale a wave to an RMS level of `dbfs` in its active part."""
     marks = np.repeat(active(wave), FRAME)
     sounding = wave[: len(marks)][marks] if marks.any() else wave
     power = float(np.mean(sounding.astype(np.float64) ** 2)) if len(sounding) else 0.0

@@ -1,7 +1,7 @@
-"""mini-SUPERB: all ten tasks from one labelled manifest of real audio, as a corpus folder that the tasks read.
+"""Build mini-SUPERB, a corpus folder for all ten tasks, from one labelled manifest of real audio.
 
-The folder holds manifest.jsonl (a row per task and utterance, with its split), trials.txt for asv, the audio that
-had to be made, and a corpus card. It appears by one rename.
+The folder holds manifest.jsonl (a row per task and utterance, with its split), trials.txt for asv, newly made audio,
+and a corpus card. It is published by an atomic rename.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import alone_in
 
 MARKER = "mini.json"
-"""Written last: what the corpus was built from."""
+"""Record of the corpus's inputs, written last."""
 VERSION = 2
 
 BUILDERS: dict[str, Callable[[Bench], list[Row]]] = {
@@ -39,18 +39,18 @@ BUILDERS: dict[str, Callable[[Bench], list[Row]]] = {
     "sf": spliced_tasks.sf,
     "er": recorded_tasks.er,
 }
-"""asv, which makes trials too, is built by itself."""
+"""Builders by task, without asv, which also makes trials."""
 TASKS = ("pr", "asr", "ks", "qbe", "sid", "asv", "sd", "ic", "sf", "er")
 
 
 def build(
     manifest: Path, output: Path, *, seed: int = 0, recipe: str = "mini", report: Callable[[str], None] = print
 ) -> Path:
-    """Build the corpus into the folder `output` and return it; one built from the same is left as it is.
+    """Build the corpus in the folder `output` and return it. A corpus built from the same inputs is kept.
 
-    The content depends on the manifest, its audio, the seed and the recipe (a name in configs/superb or a YAML
-    file) only. A task whose data the manifest lacks is left out and named, on `report` and in the card. UserError
-    if `output` holds anything else, or no task can be built.
+    The content depends only on the manifest, its audio, the seed and the recipe (a name in configs/superb or a YAML
+    file). Tasks without data in the manifest are left out, and listed by `report` and in the card. Raises UserError
+    if `output` holds anything else, or if no task can be built.
     """
     if not (manifest / "manifest.jsonl" if manifest.is_dir() else manifest).is_file():
         raise UserError(f"manifest {manifest}: no such file; give a .jsonl with path, task and label columns")
@@ -62,7 +62,7 @@ def build(
     with _scratch(output) as folder:
         _fill(folder, manifest, seed, recipe, identity, report)
         if output.is_dir():
-            output.rmdir()  # an empty one: _check_free said so
+            output.rmdir()  # empty, as checked by _check_free
         folder.rename(output)
     return output
 
@@ -92,7 +92,7 @@ def _check_free(output: Path) -> None:
 
 @contextlib.contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
-    """An empty folder next to `output`, locked by this process. Remains of a killed process are removed."""
+    """Create an empty folder next to `output`, locked by this process. Remains of a killed process are removed."""
     folder = output.parent / f".{output.name}.partial"
     with contextlib.ExitStack() as stack:
         try:

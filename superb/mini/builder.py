@@ -14,16 +14,16 @@ from codecssl.superb.mini.recipe import Recipe
 
 TRIPLE = ("train", "valid", "test")
 KEPT = ("speaker", "gender", "origin", "licence")
-"""Columns of the source that every made row keeps."""
+"""Source columns that every new row keeps."""
 
 
 class LackingError(Exception):
-    """The manifest has not what a task needs; the text says what."""
+    """The manifest lacks data for a task. The message names it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Passed to every builder. `notes` are sentences for the corpus card."""
+    """Context of the task builders. `notes` are sentences for the corpus card."""
 
     data: Labelled
     recipe: Recipe
@@ -32,7 +32,7 @@ class Bench:
     notes: dict[str, list[str]] = field(default_factory=dict)
 
     def rng(self, name: str) -> np.random.Generator:
-        """A generator of its own for each task, so that none depends on the others' draws."""
+        """Return a separate generator per task, independent of the draws of other tasks."""
         return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
 
     @property
@@ -41,18 +41,18 @@ class Bench:
 
     @functools.cached_property
     def voices(self) -> dict[str, str]:
-        """Speaker of sentences -> split: one and the same for pr, asr, sd and the unknown words of ks."""
+        """Split of each speaker of sentences, shared by pr, asr, sd and the unknown words of ks."""
         return by_speaker(self.data.speech(), self.shares, self.rng("voices"))
 
     def note(self, task: str, text: str) -> None:
         self.notes.setdefault(task, []).append(text)
 
     def referenced(self, task: str, split: str, row: Row, **columns: Any) -> Row:
-        """A manifest row of a clip that is used as it is."""
+        """Build the manifest row of an unmodified clip."""
         return self.row(task, split, self.studio.place(row), row["seconds"], row, **columns)
 
     def written(self, task: str, split: str, name: str, wave: Any, source: Row, **columns: Any) -> Row:
-        """A manifest row of a clip made here, `task`/`name`.flac."""
+        """Write a new clip to `task`/`name`.flac and build its manifest row."""
         path = self.studio.write(f"{task}/{name}.flac", wave)
         return self.row(task, split, path, round(len(wave) / 16_000, 4), source, **columns)
 
@@ -66,6 +66,6 @@ class Bench:
 
 
 def require(rows: Any, what: str) -> None:
-    """LackingError unless there is something."""
+    """Raise LackingError if `rows` is empty."""
     if not rows:
         raise LackingError(what)

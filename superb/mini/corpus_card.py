@@ -1,4 +1,4 @@
-"""The corpus card of a mini-SUPERB: what is in it, how it was split, what is missing."""
+"""Corpus card of mini-SUPERB: contents, splits and missing tasks."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ here (16 kHz FLAC). The licences of the sources hold, row by row, in the column 
 def card(
     rows: list[Row], notes: Mapping[str, list[str]], missing: Mapping[str, str], data: Labelled, seed: int, recipe: str
 ) -> str:
-    """Markdown."""
+    """Return the card as Markdown."""
     parts = [HEAD.format(manifest=data.path, seed=seed, recipe=recipe), "## Contents\n", _contents(rows), ""]
     parts += ["## Splits\n", *(f"- {task}: {RULES[task]}." for task in _tasks(rows)), ""]
     parts += ["## What to know\n", *(f"- {task}: {note}" for task in _tasks(rows) for note in notes.get(task, [])), ""]
@@ -73,7 +73,7 @@ def _contents(rows: list[Row]) -> str:
 
 
 def _classes(rows: list[Row]) -> list[str]:
-    """Utterances a class, train + valid + test."""
+    """List utterances per class, train + valid + test."""
     lines = []
     for task, column in (("ks", "keyword"), ("er", "label")):
         own = [row for row in rows if row["task"] == task]

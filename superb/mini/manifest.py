@@ -1,4 +1,4 @@
-"""The labelled manifest that mini-SUPERB is built from: its rows, and splits of them by speaker or utterance."""
+"""Labelled manifest from which mini-SUPERB is built, and splits of its rows by speaker or utterance."""
 
 import json
 import re
@@ -19,9 +19,9 @@ Shares = Mapping[str, float]
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NAMES = {"ks": "kws", "keywords": "kws", "digit": "digits"}
-"""Other names of a task in manifests."""
+"""Aliases of tasks in manifests."""
 USED = {"asr", "pr", "sid", "asv", "kws", "digits", "env", "er", "ic", "sf"}
-"""Tasks of a manifest that anything is built from; the audio of other rows is not opened."""
+"""Manifest tasks that are used. The audio of other rows is not opened."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +33,20 @@ class Labelled:
     dropped: Counter[str] = field(default_factory=Counter)
 
     def of(self, *tasks: str, needs: Iterable[str] = ()) -> list[Row]:
-        """Rows of any of the tasks that have a value in every column of `needs`."""
+        """Return the rows of any of `tasks` with a value in every column of `needs`."""
         return [r for r in self.rows if r["tasks"] & set(tasks) and all(r.get(n) not in (None, "") for n in needs)]
 
     def speech(self) -> list[Row]:
-        """English sentences with their text in `plain`, 1 to 20 s. Rows of task lid are other languages."""
+        """Return English sentences of 1 to 20 s with their text in `plain`. Rows of task lid are other languages."""
         rows = [r for r in self.of("asr", "pr", needs=("text", "speaker")) if "lid" not in r["tasks"]]
         return [r for r in rows if r["plain"] and 1 <= r["seconds"] <= 20]
 
 
 def read_manifest(path: Path) -> Labelled:
-    """The rows of used tasks whose audio opens. A row has path, task (comma-separated) and its tasks' columns.
+    """Read the rows of used tasks whose audio can be opened.
 
-    UserError if there is no such file, a line is no JSON object with path and task, or no audio is there.
+    A row has path, task (comma-separated) and the columns of its tasks. Raises UserError if the file is missing, a
+    line is not a JSON object with path and task, or no audio exists.
     """
     path = path / "manifest.jsonl" if path.is_dir() else path
     if not path.is_file():
@@ -74,7 +75,7 @@ def _row(path: Path, number: int, line: str) -> Row:
 
 
 def _unfit(row: Row) -> str | None:
-    """Why the row can't be used; fills in seconds, rate, speaker and plain text where it can."""
+    """Return the reason why a row is unusable. Fills in seconds, rate, speaker and plain text if possible."""
     import soundfile
 
     try:
@@ -88,7 +89,7 @@ def _unfit(row: Row) -> str | None:
 
 
 def plain_text(text: str) -> str:
-    """Upper case, A to Z and apostrophes, as LibriSpeech; "" where digits or other letters stay over."""
+    """Convert text to upper-case A to Z and apostrophes, as in LibriSpeech; "" if digits or other letters remain."""
     text = text.replace("\u2019", "'").replace("-", " ")
     folded = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)).upper()
     kept = "".join(c for c in folded if c.isalnum() or c in "' ")
@@ -98,16 +99,16 @@ def plain_text(text: str) -> str:
 
 
 def keyword_of(row: Row) -> str:
-    """The word a row's label stands for; a digit is spelled."""
+    """Return the word of a row's label. Digits are spelled out."""
     label = str(row.get("keyword") or row.get("label"))
     return DIGITS[int(label)] if re.fullmatch("[0-9]", label) else label
 
 
 def by_speaker(rows: Sequence[Row], shares: Shares, rng: np.random.Generator) -> dict[str, str]:
-    """Speaker -> split; no speaker is in two.
+    """Assign each speaker to one split.
 
-    Speakers come in an order drawn by `rng`; each goes where it overfills its share least, and the last ones where
-    nobody is yet. Those with phones are dealt out first, so that pr is balanced too.
+    Speakers are taken in an order drawn by `rng`. Each is assigned to the split whose share it exceeds least, and the
+    last ones to empty splits. Speakers with phones are assigned first to balance pr too.
     """
     sizes = Counter(row["speaker"] for row in rows)
     speakers = [str(speaker) for speaker in rng.permutation(sorted(sizes))]
@@ -135,7 +136,7 @@ def _least_filled(splits: list[str], filled: Mapping[str, float], shares: Shares
 def by_utterance(
     rows: Sequence[Row], shares: Shares, rng: np.random.Generator, labels: Callable[[Row], Iterable[Any]] | None = None
 ) -> Splits:
-    """Rows dealt out in an order drawn by `rng`; with `labels`, none is in valid or test that train lacks."""
+    """Split rows in an order drawn by `rng`. With `labels`, valid and test have no labels that train lacks."""
     order = [rows[i] for i in rng.permutation(len(rows))]
     first, *others = shares
     if labels is not None:
@@ -154,7 +155,7 @@ def by_utterance(
 
 
 def grouped(rows: Iterable[Row], column: str) -> dict[str, list[Row]]:
-    """Rows by a column's value, in the rows' order."""
+    """Group rows by a column's value, keeping their order."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         groups[str(row[column])].append(row)
@@ -162,7 +163,7 @@ def grouped(rows: Iterable[Row], column: str) -> dict[str, list[Row]]:
 
 
 def pick(rows: Sequence[Any], count: int, rng: np.random.Generator) -> list[Any]:
-    """At most `count` of the rows, drawn, in their own order."""
+    """Sample at most `count` rows, keeping their order."""
     if len(rows) <= count:
         return list(rows)
     return [rows[i] for i in sorted(rng.permutation(len(rows))[:count])]

@@ -1,4 +1,4 @@
-"""mini-SUPERB's sd: two real speakers taking turns, with pauses and overlaps; who speaks when is known."""
+"""Task sd of mini-SUPERB: two real speakers take turns, with pauses and overlaps at known times."""
 
 import numpy as np
 
@@ -13,13 +13,13 @@ OVERLAPS, PAUSES = (0.5, 2.5), (0.1, 0.6)  # seconds at a change of speaker
 NOISE_LEVEL = -65.0  # dBFS of white noise under all, so that no pause is digital silence
 
 Placed = tuple[int, str, Wave]
-"""First sample, speaker, wave."""
+"""First sample, speaker and wave of a turn."""
 
 
 def sd(bench: Bench) -> list[Row]:
-    """Mixtures of two speakers of one source; a speaker is in one split only.
+    """Build mixtures of two speakers of one source. Each speaker is in one split only.
 
-    `segments` follow the energy of each clip before mixing: pauses of 0.3 s and more end a segment.
+    `segments` follow the energy of each clip before mixing. Pauses of at least 0.3 s end a segment.
     """
     rows = [row for row in bench.data.speech() if CLIP_SECONDS[0] <= row["seconds"] <= CLIP_SECONDS[1]]
     made = []
@@ -40,7 +40,7 @@ def sd(bench: Bench) -> list[Row]:
 
 
 def _worlds(rows: list[Row]) -> list[dict[str, list[Row]]]:
-    """Source -> speaker -> clips, for speakers with two clips or more and sources with two such speakers."""
+    """Group clips by source and speaker, for speakers with at least two clips and sources with two such speakers."""
     sources = grouped([{**row, "source": row.get("origin", "")} for row in rows], "source")
     found = []
     for name in sorted(sources):
@@ -68,7 +68,7 @@ def _turns(bench: Bench, names: list[str], world: dict[str, list[Row]], rng: np.
 
 
 def _gap(chance: float, shorter: int, rng: np.random.Generator) -> int:
-    """Samples from the end of one turn to the start of the next; negative where they overlap."""
+    """Draw the samples between the end of a turn and the start of the next; negative for an overlap."""
     if rng.random() < chance:
         return -min(round(float(rng.uniform(*OVERLAPS)) * RATE), shorter // 2)
     return round(float(rng.uniform(*PAUSES)) * RATE)
@@ -91,7 +91,7 @@ def _mixture(bench: Bench, split: str, number: int, placed: list[Placed], source
 
 
 def overlapped(segments: list[Row]) -> float:
-    """Seconds in which segments of both speakers run."""
+    """Return the seconds in which segments of both speakers overlap."""
     total = 0.0
     for i, one in enumerate(segments):
         for other in segments[i + 1 :]:

@@ -1,4 +1,4 @@
-"""mini-SUPERB's qbe: spoken words as queries, real sentences that hold them, or not, as documents."""
+"""Task qbe of mini-SUPERB: spoken words are queries; real sentences with or without them are documents."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ from codecssl.superb.mini.spliced_tasks import band_of, by_word, cut, in_a_row, 
 
 HALVES = {"valid": 0.5, "test": 0.5}
 FILLERS = 2
-"""Other words that stand in a document around a word that no sentence holds."""
+"""Number of other words in a document around a word that no sentence contains."""
 SHORTEST = 1.0
-"""Seconds of a clip of a keyword that is a document by itself."""
+"""Minimum length in seconds of a keyword clip that is a document by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +27,18 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """Clips in a row, and the terms that they hold."""
+    """Consecutive clips and the terms that they contain."""
 
     rows: list[Row]
     terms: set[str]
 
 
 def qbe(bench: Bench) -> list[Row]:
-    """Queries are single words. Documents are sentences whose text holds a word, sentences without any, and, for a
-    word that no sentence holds, clips of it: as they are where they have silence around them, else among other words.
+    """Build queries and documents.
 
-    Valid and test share no clip, no named speaker of words and no speaker of sentences. All lie in the words' band.
+    Queries are single words. Documents are sentences with and without these words. For a word that no sentence
+    contains, its own clips are documents: unmodified if surrounded by silence, else among other words. Valid and test
+    share no clip, no named speaker of words and no speaker of sentences. All audio is limited to the words' band.
     """
     band, parts = band_of(bench), _parts(bench)
     terms = sorted(set(parts["valid"].clips) & set(parts["test"].clips))
@@ -66,7 +67,7 @@ def _parts(bench: Bench) -> dict[str, Part]:
 
 
 def _searched(bench: Bench, split: str, terms: list[str], part: Part, band: int) -> list[Row]:
-    """Queries and documents of a split."""
+    """Build the queries and documents of a split."""
     rng = bench.rng(f"qbe {split}")
     queries = {term: pick(part.clips[term], bench.recipe.qbe_queries, rng) for term in terms}
     documents = _documents(bench, terms, part, queries, rng)
@@ -109,7 +110,7 @@ def _documents(
 
 
 def _spoken(term: str, free: dict[str, list[Row]], rng: np.random.Generator) -> list[Document]:
-    """Documents of the word's own clips; a short one stands among clips of other words."""
+    """Build documents from the word's own clips. Short ones are placed among clips of other words."""
     others = [name for name in sorted(free) if name != term and free[name]]
     documents = []
     for row in free[term]:

@@ -1,4 +1,4 @@
-"""mini-SUPERB's tasks whose clips are used as they lie: pr, asr, sid, asv, er, ic."""
+"""Tasks of mini-SUPERB with unmodified clips: pr, asr, sid, asv, er, ic."""
 
 import re
 from collections import Counter
@@ -13,12 +13,12 @@ from codecssl.superb.mini.manifest import Row, Splits, by_speaker, by_utterance,
 Trial = tuple[int, str, str]
 FOLDS = 5
 INTENT = ("action", "object", "location")
-"""SUPERB's names of an intent's three slots, under which s3prl's task reads them."""
+"""SUPERB's names of an intent's three slots, as s3prl's task reads them."""
 NONE = "none"
 
 
 def pr(bench: Bench) -> list[Row]:
-    """Phones without stress and place in the word, as SUPERB's lexicon has them; no speaker in two splits."""
+    """Build pr: phones without stress and word position, as in SUPERB's lexicon. No speaker is in two splits."""
     rows = [row for row in bench.data.speech() if row.get("phones")]
     require(rows, "rows of task pr with phones, text and speaker")
     splits = bench.capped(_dealt(rows, bench.voices), bench.recipe.pr_utterances, bench.rng("pr"))
@@ -30,12 +30,12 @@ def pr(bench: Bench) -> list[Row]:
 
 
 def plain_phones(phones: list[str] | str) -> list[str]:
-    """AY0_I -> AY."""
+    """Remove stress and word position, e.g. AY0_I -> AY."""
     return [re.sub(r"\d?(_[BIES])?$", "", phone) for phone in (phones.split() if isinstance(phones, str) else phones)]
 
 
 def asr(bench: Bench) -> list[Row]:
-    """Sentences in capitals; no speaker in two splits, no test or validation text in training."""
+    """Build asr: sentences in capitals. No speaker is in two splits; no test or validation text is in training."""
     rows = bench.data.speech()
     require(rows, "rows of task asr with text and speaker")
     splits = _dealt(rows, bench.voices)
@@ -58,7 +58,7 @@ def _dealt(rows: list[Row], voices: dict[str, str]) -> Splits:
 
 
 def _voiced(bench: Bench, least: int, most: int, task: str, seconds: float) -> list[Row]:
-    """Clips of speakers with at least `least` of them, at most `most` each."""
+    """Return at most `most` clips of each speaker with at least `least` clips."""
     rows = [row for row in bench.data.of("sid", "asv", needs=("speaker",)) if row["seconds"] >= seconds]
     speakers = {name: clips for name, clips in grouped(rows, "speaker").items() if len(clips) >= least}
     if len(speakers) < 4:
@@ -69,7 +69,7 @@ def _voiced(bench: Bench, least: int, most: int, task: str, seconds: float) -> l
 
 
 def sid(bench: Bench) -> list[Row]:
-    """Every speaker in every split, by utterance, as in SUPERB."""
+    """Build sid. As in SUPERB, utterances are split and every speaker is in every split."""
     rows = _voiced(bench, bench.recipe.sid_least, bench.recipe.sid_most, "sid", 1.0)
     made = []
     for name, clips in grouped(rows, "speaker").items():
@@ -87,10 +87,10 @@ def _note_channels(bench: Bench, task: str, rows: list[Row]) -> None:
 
 
 def asv(bench: Bench) -> tuple[list[Row], list[Trial]]:
-    """Rows and trials. Tested speakers never train.
+    """Build rows and trials of asv. Tested speakers are not in training.
 
-    Different speakers of a trial are of one source and, where it is known for both, of one gender, so that
-    neither channel nor pitch alone answers it.
+    Different speakers of a trial have the same source and, if known for both, the same gender. Neither channel nor
+    pitch alone decides a trial.
     """
     rows = _voiced(bench, bench.recipe.asv_least, bench.recipe.asv_most, "asv", 1.5)
     rows = [row for row in rows if not re.search(r"\s", row["path"])]
@@ -121,7 +121,7 @@ def _alike(one: Row, other: Row) -> bool:
 
 
 def er(bench: Bench) -> list[Row]:
-    """Five folds of speakers, each with much the same number of clips; fold 1 is tested, fold 2 validates."""
+    """Build er: five folds of speakers with similar numbers of clips. Fold 1 is the test set, fold 2 validates."""
     rows = bench.data.of("er", needs=("label", "speaker"))
     sizes = Counter(row["speaker"] for row in rows)
     if len(sizes) < FOLDS:
@@ -139,7 +139,7 @@ def er(bench: Bench) -> list[Row]:
 
 
 def ic(bench: Bench) -> list[Row]:
-    """Three slots an utterance; all must be right. Split by utterance: nobody knows the speakers."""
+    """Build ic: three slots per utterance, all of which must be correct. Split by utterance: speakers are unknown."""
     rows = [row for row in bench.data.of("ic") if isinstance(row.get("slots"), dict) and row["slots"]]
     if len(rows) < 10:
         raise LackingError("ten rows of task ic with slots")
@@ -164,7 +164,7 @@ def ic(bench: Bench) -> list[Row]:
 
 
 def _seen(bench: Bench, splits: Splits, slots: Callable[[Row], dict[str, str]]) -> Splits:
-    """Without rows of valid and test that have a value unknown to train."""
+    """Remove rows of valid and test with a slot value that train lacks."""
     known = {item for row in splits["train"] for item in slots(row).items()}
     for split in ("valid", "test"):
         kept = [row for row in splits[split] if set(slots(row).items()) <= known]

@@ -1,4 +1,4 @@
-"""mini-SUPERB's tasks whose clips are made here from real ones: ks, sf, and ic where there are few sentences."""
+"""Tasks of mini-SUPERB with clips spliced from real ones: ks, sf, and ic if there are few sentences."""
 
 from collections.abc import Iterator
 
@@ -11,15 +11,15 @@ from codecssl.superb.mini.manifest import Row, Splits, by_speaker, by_utterance,
 
 SILENCE, UNKNOWN = "_silence_", "_unknown_"
 LONGEST = 1.0
-"""Seconds of a clip of ks, as in Speech Commands."""
+"""Maximum seconds of a clip of ks, as in Speech Commands."""
 NOISE_LEVELS = (-50.0, -30.0)  # dBFS
 FEWEST_SPEAKERS = 3
 PAUSES = (0.1, 0.3)
-"""Seconds between the words of a made command."""
+"""Range of the pauses in seconds between the words of a spliced command."""
 
 
 def band_of(bench: Bench) -> int:
-    """The lowest sample rate among the clips of words: all that is compared with them is limited to its band."""
+    """Return the lowest sample rate of the word clips. All clips compared with them are limited to its band."""
     words = words_of(bench)
     require(words, "rows of task kws or digits with labels")
     return min(RATE, *(row["rate"] for row in words))
@@ -30,7 +30,7 @@ def words_of(bench: Bench) -> list[Row]:
 
 
 def word_splits(bench: Bench) -> Splits:
-    """Clips of words: by speaker where three or more of a task's are known; clips of nobody known by utterance."""
+    """Split word clips by speaker if a task has at least three known ones. Clips without speaker split by utterance."""
     splits: Splits = {split: [] for split in TRIPLE}
     for task in ("kws", "digits"):
         rows = [row for row in words_of(bench) if task in row["tasks"]]
@@ -53,10 +53,10 @@ def by_word(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def ks(bench: Bench) -> list[Row]:
-    """Words of a second or less, `_unknown_` out of running speech, `_silence_` out of noises and quiet stretches.
+    """Build ks: words of at most a second, `_unknown_` from running speech, `_silence_` from noises and quiet segments.
 
-    All lie in one band, and `_unknown_` and `_silence_` have the words' own lengths: neither bandwidth nor length
-    tells them apart.
+    All clips have the same band, and `_unknown_` and `_silence_` have the lengths of the words. Neither bandwidth nor
+    length distinguishes the classes.
     """
     band, splits = band_of(bench), word_splits(bench)
     noises = by_utterance(bench.data.of("env"), bench.shares, bench.rng("noises")) if bench.data.of("env") else {}
@@ -76,7 +76,7 @@ def ks(bench: Bench) -> list[Row]:
 def _spotted(
     bench: Bench, split: str, most: int, rows: list[Row], noises: list[Row], band: int
 ) -> list[tuple[str, Wave, Row]]:
-    """(word, wave, source) of a split's clips."""
+    """Return (word, wave, source) of a split's clips."""
     rng, clips = bench.rng(f"ks {split}"), by_word(rows)
     chosen = [row for word in sorted(clips) for row in pick(clips[word], most, rng)]
     words = [(row["word"], cut(bench.studio.read(row, band)), row) for row in chosen]
@@ -89,7 +89,7 @@ def _spotted(
 
 
 def _complete(bench: Bench, words: dict[str, set[str]]) -> set[str]:
-    """The words that every split has; the others are noted."""
+    """Return the words that occur in every split, and note the others."""
     complete, known = set.intersection(*words.values()), set.union(*words.values())
     if len(complete - {SILENCE, UNKNOWN}) < 2:
         raise LackingError("two words or more with clips for every split (three speakers or clips of each)")
@@ -105,7 +105,7 @@ def cut(wave: Wave) -> Wave:
 def _unknown(
     bench: Bench, split: str, count: int, lengths: list[float], band: int, rng: np.random.Generator
 ) -> Iterator[tuple[Wave, Row]]:
-    """The loudest stretches of sentences, without any of the keywords, by this split's speakers."""
+    """Yield the loudest segments of this split's sentences without keywords."""
     keywords = {keyword_of(row).upper() for row in words_of(bench)}
     rows = [row for row in bench.data.speech() if bench.voices[row["speaker"]] == split]
     rows = [row for row in rows if not keywords & set(row["plain"].split())]
@@ -122,7 +122,7 @@ def _silences(
     band: int,
     rng: np.random.Generator,
 ) -> Iterator[tuple[Wave, Row]]:
-    """Silence: half quiet environmental noise, half the pauses next to the words, as far as available."""
+    """Yield silence: half quiet environmental noise, half pauses next to the words, as far as available."""
     beside = [(row, bench.studio.read(row, band)) for row in words if row["seconds"] > LONGEST]
     order = rng.permutation(len(beside))
     quiet = [(quiet_part(beside[i][1], float(rng.choice(lengths))), beside[i][0]) for i in order]
@@ -135,7 +135,7 @@ def _silences(
 
 
 def ic(bench: Bench) -> list[Row]:
-    """The manifest's own sentences, or commands made of words where those are fewer than the recipe's `ic_least`."""
+    """Build ic from the manifest's sentences, or from words if there are fewer than the recipe's `ic_least`."""
     sentences = [row for row in bench.data.of("ic") if isinstance(row.get("slots"), dict) and row["slots"]]
     made = [] if len(sentences) >= bench.recipe.ic_least else list(_intents(bench))
     if not made:
@@ -149,7 +149,7 @@ def ic(bench: Bench) -> list[Row]:
 
 
 def _intents(bench: Bench) -> Iterator[Row]:
-    """KEYWORD DIGIT, every pair as often, of the words that all splits have; nothing without two of each."""
+    """Yield commands KEYWORD DIGIT of words in all splits, each pair equally often. Requires two of each."""
     splits = {split: by_word(rows) for split, rows in word_splits(bench).items()}
     common = set.intersection(*(set(clips) for clips in splits.values())) - {SILENCE, UNKNOWN}
     keywords, digits = (
@@ -172,10 +172,11 @@ def _intents(bench: Bench) -> Iterator[Row]:
 
 
 def sf(bench: Bench) -> list[Row]:
-    """Text with one IOB tag a word.
+    """Build sf: text with one IOB tag per word.
 
-    Rows with text and iob serve as they are. Without any: orders whose slots' sequence the recipe knows (real
-    sentences; only the slots' words are in the text), and commands made of one keyword and one to three digits.
+    Rows with text and iob are used unmodified. Without such rows, two sources are used. Orders whose slot sequence is
+    in the recipe are real sentences; their text holds only the slots' words. Commands are spliced from one keyword
+    and one to three digits.
     """
     ready = [row for row in bench.data.of("sf") if row.get("text") and row.get("iob") and row["speaker"]]
     if ready:
@@ -242,7 +243,7 @@ def _commands(bench: Bench) -> Iterator[Row]:
 
 
 def in_a_row(waves: list[Wave], rng: np.random.Generator) -> Wave:
-    """Waves with short pauses around them, over faint white noise (-65 dBFS)."""
+    """Concatenate waves with short pauses around them, over faint white noise (-65 dBFS)."""
     parts: list[Wave] = []
     for wave in waves:
         parts += [np.zeros(round(float(rng.uniform(*PAUSES)) * RATE), np.float32), wave]

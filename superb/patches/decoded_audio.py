@@ -1,4 +1,4 @@
-"""Decoded audio, once per process where memory allows: s3prl decodes and resamples a file at every step."""
+"""In-memory cache of decoded audio. s3prl decodes and resamples a file at every step."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ from codecssl.tokenize.common.errors import UserError
 
 
 class DecodedOnce:
-    """Stands for librosa in s3prl's loader: `load` remembers what it gave, as much as fits `limit_bytes`.
+    """Replacement of librosa in s3prl's loader, whose `load` caches up to `limit_bytes`.
 
-    What is cut at random or goes through effects is still cut and changed each time: that comes after loading.
+    Random crops and effects are applied after loading and still differ each time.
     """
 
     def __init__(self, librosa: Any, limit_bytes: int) -> None:
@@ -20,8 +20,9 @@ class DecodedOnce:
         self._room = limit_bytes
 
     def load(self, path: str, *, sr: float, offset: float = 0.0, duration: float | None = None) -> Any:
-        """librosa.load: (samples, Hz), the samples a copy: s3prl's tensors share their memory. UserError names a file
-        that is no audio, or has samples that are no numbers.
+        """Load as librosa.load does: (samples, Hz). The samples are a copy, since s3prl's tensors share their memory.
+
+        Raises UserError for a file that is not audio or has non-finite samples.
         """
         try:
             state = Path(path).stat()  # a file that was overwritten is read again
@@ -32,7 +33,7 @@ class DecodedOnce:
             wave, rate = self.librosa.load(path, sr=sr, offset=offset, duration=duration)
         except MemoryError:
             raise
-        except Exception as error:  # of librosa, soundfile or audioread, each with classes of its own
+        except Exception as error:  # of librosa, soundfile or audioread, each with its own classes
             said = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{path}: cannot be used ({said}); replace it or take its row out") from error
         if wave.nbytes <= self._room:

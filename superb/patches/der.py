@@ -10,10 +10,10 @@ Turn = tuple[str, float, float]  # speaker, start and end in seconds
 
 
 def error_rate(reference: Mapping[str, Sequence[Turn]], hypothesis: Mapping[str, Sequence[Turn]]) -> float:
-    """Missed, false and confused speaker time over the reference's speaker time, as a fraction.
+    """Compute missed, false and confused speaker time over the reference's speaker time, as a fraction.
 
-    Speakers are matched one to one per recording so that confusion is least; a recording is scored from its first
-    turn to its last, of either side (as NIST's md-eval does without a list of regions).
+    Speakers are matched one to one per recording with minimal confusion. A recording is scored from the first turn to
+    the last of either side, as NIST's md-eval does without a list of regions.
     """
     try:
         from pyannote.metrics.diarization import DiarizationErrorRate
@@ -23,14 +23,14 @@ def error_rate(reference: Mapping[str, Sequence[Turn]], hypothesis: Mapping[str,
 
     metric = DiarizationErrorRate(collar=0.0, skip_overlap=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it takes the recording's extent for its region, which is meant
+        warnings.simplefilter("ignore")  # about using the recording's extent as its region, which is intended
         for name, turns in reference.items():
             metric(_annotation(turns), _annotation(hypothesis.get(name, ())))
     return float(abs(metric))
 
 
 def _annotation(turns: Sequence[Turn]) -> Any:
-    """Overlapping turns of one speaker are one turn."""
+    """Convert turns to an annotation. Overlapping turns of one speaker are merged."""
     from pyannote.core import Annotation, Segment
 
     annotation = Annotation()
@@ -41,7 +41,7 @@ def _annotation(turns: Sequence[Turn]) -> Any:
 
 
 def read_rttm(path: Path) -> dict[str, list[Turn]]:
-    """Recording -> turns, of the SPEAKER lines of an RTTM file."""
+    """Read the turns of each recording from the SPEAKER lines of an RTTM file."""
     turns: dict[str, list[Turn]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         fields = line.split()
@@ -52,7 +52,7 @@ def read_rttm(path: Path) -> dict[str, list[Turn]]:
 
 
 def score_files(dscore: Any, hypothesis: str, reference: str, result: str) -> float:
-    """In the place of s3prl's call of dscore: DER in percent of two RTTM files; `result` gets the figure too."""
+    """Replace s3prl's call of dscore. Returns the DER of two RTTM files in percent and writes it to `result`."""
     percent = 100 * error_rate(read_rttm(Path(reference)), read_rttm(Path(hypothesis)))
     Path(result).parent.mkdir(parents=True, exist_ok=True)
     Path(result).write_text(f"*** OVERALL *** {percent:.4f}\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""s3prl's models in half the time on a CPU, to the same numbers but for rounding: recurrent heads, weighted sums."""
+"""Faster recurrent heads and weighted sums for s3prl: half the time on a CPU, equal results up to rounding."""
 
 import functools
 from collections.abc import Sequence
@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 MOST_PADDED = 1.6
-"""Frames with padding over frames without; above, packed sequences are faster (2.0 to 2.3 times slower per frame)."""
+"""Ratio of padded to unpadded frames above which packed sequences (2.0 to 2.3 times slower per frame) are faster."""
 
 
 class PaddedLSTM(nn.LSTM):
-    """nn.LSTM, but packed sequences are computed as a padded batch: torch's fused kernel (oneDNN) takes no others.
+    """nn.LSTM that computes packed sequences as a padded batch, as torch's fused kernel (oneDNN) requires.
 
-    Padding lies behind a sequence, where it can't reach the frames of the forward direction; the backward direction
-    reads each sequence from its own last frame.
+    Padding follows a sequence and can't affect the frames of the forward direction. The backward direction reads each
+    sequence from its own last frame.
     """
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        """As nn.LSTM, without the last states of a packed sequence, which s3prl's heads do not use."""
+        """Compute as nn.LSTM, without the last states of a packed sequence, which s3prl's heads do not use."""
         plain = isinstance(input, PackedSequence) and hx is None and not input.data.is_cuda
         if not plain or self.num_layers > 1 or self.proj_size:
             return nn.LSTM.forward(self, input, hx)
@@ -36,21 +36,22 @@ class PaddedLSTM(nn.LSTM):
         return pack_padded_sequence(torch.cat(found, -1), lengths, batch_first=True, enforce_sorted=False), None
 
     def _one_way(self, frames: Tensor, direction: int) -> Tensor:
-        """[B, T, D] -> [B, T, H]."""
+        """Compute one direction, [B, T, D] -> [B, T, H]."""
         first = frames.new_zeros(1, len(frames), self.hidden_size)
         weights = tuple(self.all_weights[direction])
         return torch.lstm(frames, (first, first), weights, self.bias, 1, 0.0, self.training, False, True)[0]
 
 
 def weighted_sum(states: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Hidden states, each [B, T, D], and softmax logits [L] -> [B, T, D]: a product of vector and matrix, where s3prl
-    makes a weighted copy of every state and adds those up.
+    """Sum hidden states, each [B, T, D], with softmax logits [L] to [B, T, D].
+
+    This is one vector-matrix product, where s3prl sums a weighted copy of every state.
     """
     return torch.tensordot(weights.softmax(-1), torch.stack(list(states)), 1)
 
 
 def quicken(model: nn.Module) -> nn.Module:
-    """Every nn.LSTM of a model becomes a PaddedLSTM, s3prl's Featurizer sums by `weighted_sum`; in place."""
+    """Replace every nn.LSTM of a model by PaddedLSTM and the sum of s3prl's Featurizer by `weighted_sum`, in place."""
     from s3prl.nn import Featurizer
 
     for module in model.modules():

@@ -1,7 +1,7 @@
 """Patches that s3prl 0.4.18, unmodified, needs to import and run on today's torch and torchaudio.
 
-s3prl is used as published; each patch below fills a hole that a newer library left, states its reason, and
-touches nothing when the hole is not there. `install` must run before the first `import s3prl`.
+s3prl is used as published. Each patch below adds an interface that newer libraries lack and states its reason.
+It does nothing if the interface exists. `install` must run before the first `import s3prl`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from codecssl.superb.patches import sox_effects
 
 @dataclass(frozen=True, kw_only=True)
 class Patch:
-    """One repair: `apply` makes it and is safe to call twice."""
+    """A patch with an idempotent `apply`."""
 
     name: str
     reason: str
@@ -53,7 +53,7 @@ def _torchaudio_info() -> None:
 
 
 def _info(path: Any, *arguments: Any, **options: Any) -> Any:
-    """Replacement of torchaudio.info, by soundfile."""
+    """Replace torchaudio.info with soundfile."""
     import soundfile
 
     found = soundfile.info(str(path))
@@ -87,7 +87,7 @@ def _torchaudio_load() -> None:
 
 
 def _load(path: Any, frame_offset: int = 0, num_frames: int = -1, channels_first: bool = True) -> tuple[Any, int]:
-    """torchaudio.load by soundfile: float32 [C, samples], Hz."""
+    """Replace torchaudio.load with soundfile. Returns float32 [C, samples] and Hz."""
     import soundfile
     import torch
 
@@ -96,7 +96,7 @@ def _load(path: Any, frame_offset: int = 0, num_frames: int = -1, channels_first
 
 
 class _Absent(ModuleType):
-    """A package that is not installed: it imports, and using anything of it says what to install."""
+    """Placeholder of a package that is not installed. It imports; its use raises an error naming what to install."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)

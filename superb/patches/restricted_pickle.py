@@ -1,4 +1,4 @@
-"""A pickle module for s3prl that creates its encoders and plain data only, so that a run folder cannot run code.
+"""Pickle module for s3prl that creates only its encoders and plain data. A run folder cannot execute code.
 
 s3prl keeps the labels' encoder and the arguments of its task in a run folder as pickles, and reads them when a run
 resumes. `pickle.load` calls whatever a pickle names. Here, anything but the classes in `ALLOWED` is an error.
@@ -31,7 +31,7 @@ TABLE = "codecssl.dataframe"
 """Key under which `dump` writes the columns of a pandas table."""
 PROBLEMS = ("asv.superb_asv", "asr.superb_asr", "asr.superb_sf", "common.superb_sid", "common.superb_ks",
             "common.superb_ic", "base")  # fmt: skip
-"""Modules of s3prl.problem that unpickle."""
+"""Modules of s3prl.problem that load pickles."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -47,7 +47,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def dump(value: Any, file: IO[bytes]) -> None:
-    """Write one object, as `pickle.dump`; a pandas table as lists, since its own pickle needs a dozen functions."""
+    """Write an object as `pickle.dump` does. Pandas tables become lists, since their pickles need a dozen functions."""
     import pandas
 
     pickle.dump({TABLE: value.to_dict("list")} if isinstance(value, pandas.DataFrame) else value, file)

@@ -1,7 +1,7 @@
 """The sox effects that SUPERB's tasks ask for, without sox: channels 1, rate, gain and silence.
 
 They follow sox 14.4.2 step by step, on samples as sox holds them: 32-bit integers, rounded after every effect.
-Where no resampling is asked for, the result is sox's own bit for bit (tests/superb/test_effects.py).
+Without resampling, the result is bit-exact with sox (tests/superb/test_effects.py).
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ Samples = NDArray[np.float64]
 
 
 def apply_effects(wav: Any, sample_rate: int, effects: Sequence[Sequence[str]]) -> tuple[Any, int]:
-    """sox effects on a float tensor [C, samples] -> (float32 tensor [C', samples'], Hz).
+    """Apply sox effects to a float tensor [C, samples]. Returns a float32 tensor [C', samples'] and Hz.
 
-    Raises UserError for an effect that is not among `KNOWN`: one that is silently skipped would change the benchmark.
+    Raises UserError for an effect not in `KNOWN`, since skipping it silently would change the benchmark.
     """
     import torch
 
@@ -34,7 +34,7 @@ def apply_effects(wav: Any, sample_rate: int, effects: Sequence[Sequence[str]]) 
 
 
 def apply_effects_file(path: str | Path, effects: Sequence[Sequence[str]]) -> tuple[Any, int]:
-    """The same on an audio file, at its own rate and channels to begin with."""
+    """Apply sox effects to an audio file, starting with its own rate and channels."""
     import soundfile
     import torch
 
@@ -66,7 +66,7 @@ def _rounded(samples: Samples) -> Samples:
 
 
 def resample(samples: Samples, source_rate: int, rate: int) -> Samples:
-    """sox's `rate` at its default quality is soxr's HQ: the same design by the same author."""
+    """Resample with soxr's HQ, which has the same design and author as sox's `rate` at its default quality."""
     import soxr
 
     if source_rate == rate or not samples.size:
@@ -78,7 +78,7 @@ def resample(samples: Samples, source_rate: int, rate: int) -> Samples:
 
 
 def _silence_duration(arguments: Sequence[str], sample_rate: int) -> int | None:
-    """Samples of `1 D T% -1 D T%`, both halves alike; None for any other form of the effect."""
+    """Return the samples of D in `1 D T% -1 D T%` with equal halves; None for other forms of the effect."""
     if len(arguments) != 6 or arguments[0] != "1" or arguments[3] != "-1":
         return None
     if list(arguments[1:3]) != list(arguments[4:6]) or not arguments[2].endswith("%"):
@@ -89,10 +89,10 @@ def _silence_duration(arguments: Sequence[str], sample_rate: int) -> int | None:
 def drop_silence(samples: Samples, sample_rate: int, duration: int, percent: float) -> Samples:
     """sox's `silence 1 D T% -1 D T%` on one channel, after its documented algorithm.
 
-    Loud is a sample whose RMS over the last 20 ms (zeros before the beginning) is above T percent of full scale. All
-    up to the first `duration` loud samples in a row is dropped; then all is copied up to the first `duration` quiet
-    samples in a row, which are dropped, and from there on it starts again with an empty RMS window. A shorter quiet
-    end is kept.
+    A sample is loud if its RMS over the last 20 ms (zeros before the beginning) is above T percent of full scale.
+    Samples up to the first `duration` consecutive loud samples are dropped. Samples up to the first `duration`
+    consecutive quiet samples are then copied, and the quiet ones dropped. The algorithm repeats from there with an
+    empty RMS window. A shorter quiet end is kept.
     """
     kept, at = [samples[:0]], 0
     while at < len(samples):
@@ -103,7 +103,7 @@ def drop_silence(samples: Samples, sample_rate: int, duration: int, percent: flo
 
 
 def _next_stretch(samples: Samples, sample_rate: int, duration: int, percent: float) -> tuple[int, int, int]:
-    """(begin, end) of the first stretch to keep and where to go on; more is looked at only as it is needed."""
+    """Return begin and end of the first segment to keep, and the position to continue from. Reads only as needed."""
     span = 8 * sample_rate
     while True:
         loud = _loud(samples[:span], sample_rate // 50, percent)
@@ -117,9 +117,9 @@ def _next_stretch(samples: Samples, sample_rate: int, duration: int, percent: fl
 
 
 def _loud(samples: Samples, window: int, percent: float) -> NDArray[np.bool_]:
-    """Whether the RMS of the `window` samples up to each one is above `percent` of full scale.
+    """Mark samples whose RMS over the last `window` samples is above `percent` of full scale.
 
-    The sum runs as sox's does, one square out and one in, so that it rounds alike; the RMS is cut to an integer.
+    The running sum removes and adds one square at a time to round as sox does. The RMS is truncated to an integer.
     """
     squares = samples**2
     changes = np.zeros(2 * len(squares))
@@ -130,7 +130,7 @@ def _loud(samples: Samples, window: int, percent: float) -> NDArray[np.bool_]:
 
 
 def _first_run(flags: NDArray[np.bool_], length: int, start: int) -> int | None:
-    """Index of the first run of `length` true flags at `start` or later; None if there is none."""
+    """Return the index of the first run of `length` true flags at `start` or later; None if there is none."""
     false = np.concatenate([[0], np.cumsum(~flags[start:])])
     whole = false[length:] == false[:-length] if length < len(false) else np.zeros(0, bool)
     return start + int(np.argmax(whole)) if whole.any() else None

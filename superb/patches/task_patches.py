@@ -1,13 +1,13 @@
-"""Patches of s3prl's tasks, in addition to import_patches: they fail on small corpora or without some tools.
+"""Patches of s3prl's tasks, which fail on small corpora or without some tools. They complement import_patches.
 
-Each is one patch with its reason; s3prl itself is not edited. `install` is called when a problem is built.
+Each patch states its reason. s3prl itself is not edited. `install` is called when a problem is built.
 """
 
 from codecssl.superb.patches.import_patches import Patch
 
 
 def _token_errors() -> None:
-    """An error rate over references without any token: 0 where nothing was said, else 1."""
+    """Define the error rate over references without tokens: 0 for empty hypotheses, else 1."""
     import s3prl.metric.common as common
 
     genuine = common.ter
@@ -24,7 +24,7 @@ def _token_errors() -> None:
 
 
 def _slot_edits() -> None:
-    """F1 where neither references nor hypotheses have a slot: 1, as s3prl's own slot_type_f1 has it."""
+    """Define F1 without slots in references and hypotheses as 1, as s3prl's own slot_type_f1 does."""
     import s3prl.metric.slot_filling as slots
 
     genuine = slots.slot_edit_f1

@@ -1,4 +1,4 @@
-"""Errors of each test utterance, so that upstreams can be compared utterance by utterance."""
+"""Errors of each test utterance, for paired comparisons of upstreams."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +12,9 @@ ACCURACY_TASKS, TOKEN_TASKS = ("ks", "sid", "ic", "er"), ("pr", "asr")
 
 
 def clip_errors(folder: Path, task: str, tested: Sequence[Example], values: dict[str, float]) -> list[int] | None:
-    """Per test utterance 0 or 1 for a wrong class, or the edit distance in phones or words.
+    """Return per test utterance 0, or 1 for a wrong class, or the edit distance in phones or words.
 
-    values: s3prl's figures of the run. None for other tasks, and where the errors do not add up to s3prl's figure.
+    `values` are s3prl's figures of the run. None for other tasks, or if the errors do not add up to s3prl's figure.
     """
     answers = results.read_json(folder / "evaluate" / "valid_best" / "test" / ANSWERS)
     if task not in (*ACCURACY_TASKS, *TOKEN_TASKS) or not answers:
@@ -37,6 +37,6 @@ def clip_errors(folder: Path, task: str, tested: Sequence[Example], values: dict
 
 
 def _class(label: Any) -> str:
-    """An intent is a list of three slots as s3prl answers it, and "a ; b ; c" in its CSV."""
+    """Normalize a class label. An intent is a list of three slots in s3prl's answers and "a ; b ; c" in its CSV."""
     parts = label if isinstance(label, (list, tuple)) else str(label).split(";")
     return ";".join(str(part).strip() for part in parts)

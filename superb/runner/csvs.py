@@ -14,7 +14,7 @@ Table = dict[str, list[Any]]
 
 
 def write_csvs(task: Task, splits: dict[str, list[Example]], folder: Path, corpus: Corpus) -> dict[str, Path]:
-    """Split -> CSV. Verification's test CSV is its list of trials."""
+    """Write a CSV per split and return their paths. The test CSV of verification is the list of trials."""
     tables = {split: _table(task, examples) for split, examples in splits.items()}
     if task.name == "asv":
         tables["test"] = _trial_table(trials_of(corpus, splits["test"]))
@@ -31,7 +31,7 @@ def _table(task: Task, examples: list[Example]) -> Table:
 
 
 def _segment_table(examples: list[Example]) -> Table:
-    """A line per turn. Recordings are renamed, since their names become names of files and words of Kaldi lists."""
+    """Build a table of turns. Recordings are renamed, since their names become file names and words of Kaldi lists."""
     rows = []
     for number, example in enumerate(examples):
         record, seconds = f"rec{number:06d}", _seconds_at_16k(example.path)
@@ -43,7 +43,7 @@ def _segment_table(examples: list[Example]) -> Table:
 
 
 def _seconds_at_16k(path: Path) -> float:
-    """The recording's length; s3prl reads diarisation's files as they are, so their rate must be the tasks'."""
+    """Return the length of a recording. Its rate must be 16 kHz, since s3prl does not resample diarisation files."""
     import soundfile
 
     info = soundfile.info(str(path))
@@ -63,8 +63,9 @@ def _trial_table(trials: list[Trial]) -> Table:
 
 
 def _write(task: Task, table: Table, path: Path) -> Path:
-    """Labels and texts are read back as s3prl will read them: one that pandas would turn into a missing value or
-    a number, or two that it would make equal ("7" and "007"), is refused.
+    """Write a table and read its labels and texts back as s3prl does.
+
+    Refuses values that pandas would turn into a missing value or a number, or make equal ("7" and "007").
     """
     import pandas
 

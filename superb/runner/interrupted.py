@@ -1,7 +1,8 @@
-"""Runs of s3prl that were killed in training: damaged checkpoints are removed, and the training restarts or resumes.
+"""Restart or resume s3prl runs that were killed in training, after removing damaged checkpoints.
 
-s3prl's resume begins the epoch again, with other batches: its figure is not that of an uninterrupted run. So a training
-restarts whole, unless it is as long as the official ones, which are longer than many a job may last. result.json tells.
+s3prl resumes at the start of the epoch with other batches: its figure differs from that of an uninterrupted run.
+Training therefore restarts from the beginning, unless it is as long as the official ones, which may exceed the time
+limit of a job. result.json records interruptions.
 """
 
 import json
@@ -13,9 +14,9 @@ from codecssl.superb.runner.outcome import drop_truncated
 
 
 def prepare_training(folder: Path, steps: int, *, restart: bool) -> list[dict[str, Any]]:
-    """Make a run's folder ready for s3prl; returns all interruptions so far, {"at": step, "then": what was done}.
+    """Prepare a run's folder for s3prl. Returns all interruptions so far, {"at": step, "then": action}.
 
-    steps: of the whole training; one that is complete is kept. restart: train from the beginning again.
+    `steps` is the length of the training; a complete one is kept. With `restart`, training starts from the beginning.
     """
     train, notes = folder / "train", folder / "interrupted.jsonl"
     begun = train.exists()

@@ -1,4 +1,4 @@
-"""Many runs: finished ones are skipped, several go at a time, one that fails doesn't stop the others."""
+"""Execute many runs in parallel. Finished runs are skipped, and a failure does not stop the others."""
 
 import os
 import signal
@@ -25,10 +25,10 @@ def run_all(
     report: Callable[[Run, Any], None],
     begin: Callable[[Run], None] = lambda run: None,
 ) -> dict[str, Exception]:
-    """Run what is not finished, `jobs` at a time; results.jsonl is written after each.
+    """Execute the unfinished runs, `jobs` at a time, and write results.jsonl after each.
 
-    `report(run, outcome)` is called once per run with its row or with the exception that ended it, `begin(run)` before
-    it starts where they go one by one. Returns the failures by folder.
+    `report(run, outcome)` is called once per run with its row or its exception. With one job, `begin(run)` is called
+    before each run starts. Returns the failures by folder.
     """
     failures: dict[str, Exception] = {}
     for run, outcome in _outcomes([run for run in runs if not run.finished], machine, jobs, begin):
@@ -42,7 +42,7 @@ def run_all(
 def _outcomes(
     runs: Sequence[Run], machine: Machine, jobs: int, begin: Callable[[Run], None]
 ) -> Iterator[tuple[Run, Any]]:
-    """Runs of one upstream and task stay in one process: the second one finds the features of the first."""
+    """Yield the outcome of each run. Runs of one upstream and task share a process and its cached features."""
     if jobs == 1:
         for run in runs:
             begin(run)
@@ -66,9 +66,9 @@ def _outcomes(
 
 
 def end_with_parent() -> None:
-    """End this process as soon as its parent has ended, and leave Ctrl-C to the parent.
+    """End this process when its parent ends, and leave Ctrl-C to the parent.
 
-    After a kill of the parent it would otherwise continue runs that the next command starts again, in the same folders.
+    Otherwise, after a kill of the parent, it would continue runs that the next command restarts in the same folders.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
@@ -86,7 +86,7 @@ def _attempt_all(runs: Sequence[Run], machine: Machine) -> list[Any]:
 
 
 def _attempt(run: Run, machine: Machine) -> Any:
-    """The row, or the error, whose traceback goes to run.log."""
+    """Return the row or the error of a run. Tracebacks are written to run.log."""
     try:
         return one.run_one(run, machine)
     except UserError as error:
@@ -95,7 +95,7 @@ def _attempt(run: Run, machine: Machine) -> Any:
         run.folder.mkdir(parents=True, exist_ok=True)
         with (run.folder / "run.log").open("a") as log:
             traceback.print_exc(file=log)
-        return _plain(error, machine)  # others may not survive the way between processes
+        return _plain(error, machine)  # other exceptions may not pickle
 
 
 def _plain(error: Exception, machine: Machine) -> Exception:

@@ -18,7 +18,7 @@ BLANK, SPACE = "#", "|"  # in s3prl's decoder
 
 
 def check_decoder() -> None:
-    """UserError where the decoder's packages are missing."""
+    """Raise UserError if the decoder's packages are missing."""
     try:
         import flashlight.lib.text.decoder  # noqa: F401
         import kenlm  # noqa: F401
@@ -28,9 +28,10 @@ def check_decoder() -> None:
 
 
 def word_errors(problem: Any, folder: Path, language_model: Path, device: str, most: int | None = None) -> float:
-    """Word error rate of the run in `folder` on its test set (the first `most` utterances), with the language model.
+    """Compute the word error rate of the run in `folder` on its test set, with the language model.
 
-    What was heard goes to evaluate/valid_best/test: hyp_lm, a line an utterance, and answers_lm.json.
+    `most` limits the number of utterances. Hypotheses are written to evaluate/valid_best/test: hyp_lm with a line per
+    utterance, and answers_lm.json.
     """
     from s3prl.metric import wer
 
@@ -53,7 +54,7 @@ def word_errors(problem: Any, folder: Path, language_model: Path, device: str, m
 
 
 def decode(decoder: Any, model: Any, wav: Any) -> str:
-    """A wave at 16 kHz, float [samples] or [samples, 1] -> words."""
+    """Decode a 16 kHz wave, float [samples] or [samples, 1], to words."""
     import torch
 
     with torch.no_grad():
@@ -63,7 +64,7 @@ def decode(decoder: Any, model: Any, wav: Any) -> str:
 
 
 def make_decoder(vocabulary: list[str], language_model: Path, folder: Path) -> Any:
-    """s3prl's decoder for a character tokenizer's vocabulary (0 is the blank), its files written to `folder`."""
+    """Build s3prl's decoder for a character vocabulary (0 is the blank). Its files are written to `folder`."""
     from s3prl.nn.beam_decoder import BeamDecoder
 
     names = [BLANK if i == 0 else SPACE if token == " " else token for i, token in enumerate(vocabulary)]
@@ -82,7 +83,7 @@ def make_decoder(vocabulary: list[str], language_model: Path, folder: Path) -> A
 
 
 def unigrams(path: Path) -> Iterator[str]:
-    """The words of an ARPA language model, without its markers."""
+    """Yield the words of an ARPA language model without its markers."""
     opener: Any = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8") as lines:

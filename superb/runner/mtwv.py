@@ -8,11 +8,11 @@ BETA = (1 / 100) * (1 / 0.0008 - 1)
 
 
 def mtwv(scores: np.ndarray, truth: np.ndarray, beta: float = BETA) -> tuple[float, float]:
-    """Scores [queries, documents] and which documents hold the query -> (MTWV, its threshold).
+    """Compute the MTWV and its threshold from scores and truth, both [queries, documents].
 
     TWV(t) = 1 - mean over queries of (P_miss + beta * P_fa), where a pair counts as found if its score is at least
-    t, P_miss is a share of the query's true documents, P_fa of the others; MTWV is the greatest over t, and 0 where
-    finding nothing is best. Queries that no document holds don't count.
+    t. P_miss is a share of the query's true documents, P_fa of the others. MTWV is the maximum over t, and 0 if finding
+    nothing is best. Queries without true documents are ignored.
     """
     held = truth.any(axis=1)
     scores, truth = scores[held].astype(np.float64), truth[held]
@@ -22,6 +22,6 @@ def mtwv(scores: np.ndarray, truth: np.ndarray, beta: float = BETA) -> tuple[flo
     gain = np.where(truth, 1 / true, -beta / np.maximum(truth.shape[1] - true, 1)) / len(scores)
     order = np.argsort(-scores, axis=None, kind="stable")
     ranked, value = scores.ravel()[order], np.cumsum(gain.ravel()[order])
-    ends = np.append(ranked[1:] != ranked[:-1], True)  # pairs of one score are found together
+    ends = np.append(ranked[1:] != ranked[:-1], True)  # pairs with equal scores are found together
     best = int(np.argmax(np.where(ends, value, -np.inf)))
     return (float(value[best]), float(ranked[best])) if value[best] > 0 else (0.0, float("inf"))

@@ -10,7 +10,7 @@ from codecssl.superb.tasks import Task
 
 
 def outcome(folder: Path, task: Task) -> Row:
-    """The result row of a finished run: value, values (all metrics), valid, best_step, layer_weights, curves."""
+    """Return the result row of a finished run: value, values (all metrics), valid, best_step, layer_weights, curves."""
     read = {"asv": _verification, "sd": _diarisation}.get(task.name, _tested)
     found = read(folder, task)
     known = [metric.key for metric in task.metrics]
@@ -22,7 +22,7 @@ def outcome(folder: Path, task: Task) -> Row:
 
 
 def _tested(folder: Path, task: Task) -> Row:
-    """The checkpoint with the best validation metric, tested once."""
+    """Read the test metrics of the checkpoint with the best validation metric."""
     best = folder / "train" / "valid_best"
     stats = _yaml(best / "training_stats.yaml")
     return {
@@ -34,14 +34,14 @@ def _tested(folder: Path, task: Task) -> Row:
 
 
 def _diarisation(folder: Path, task: Task) -> Row:
-    """The best of SUPERB's thresholds and median filters on the test set, as s3prl chooses it."""
+    """Select the best of SUPERB's thresholds and median filters on the test set, as s3prl does."""
     score = _yaml(folder / "evaluate" / "valid_best" / "test" / "dscore.yaml")
     chosen = {"threshold": score["threshold"], "median_filter": score["median_filter"]}
     return {**_tested(folder, task), "values": {"der": score["der"] / 100}, "chosen": chosen}
 
 
 def _verification(folder: Path, task: Task) -> Row:
-    """Every kept checkpoint is tested and the best one counts: SUPERB has no validation set here."""
+    """Select the best of all kept checkpoints on the test set, since SUPERB has no validation set for verification."""
     tested = {
         int(path.parent.name.removeprefix("step_")): _yaml(path)["EER"]
         for path in (folder / "evaluate" / "test_trial").glob("step_*/result.yaml")
@@ -65,7 +65,7 @@ def _layer_weights(checkpoint: Path) -> list[float] | None:
 
 
 def _curves(folder: Path) -> dict[str, list[list[float]]]:
-    """s3prl's TensorBoard scalars: "train-loss", "valid-accuracy", ... -> [[step, value], ...]."""
+    """Read s3prl's TensorBoard scalars: "train-loss", "valid-accuracy", ... -> [[step, value], ...]."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder)).Reload()
@@ -82,7 +82,7 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def drop_truncated(train: Path) -> None:
-    """Remove checkpoints that a kill left half-written. Without a whole valid_best the run starts over."""
+    """Remove truncated checkpoints left by a kill. Without a complete valid_best the run starts over."""
     best = train / "valid_best"
     if best.exists() and not _is_whole(best):
         shutil.rmtree(train)
@@ -92,7 +92,7 @@ def drop_truncated(train: Path) -> None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """True if s3prl finished writing: config.yaml comes last, and a truncated torch file is no zip archive."""
+    """True if s3prl finished writing. config.yaml is written last, and a truncated torch file is not a zip archive."""
     files = [
         checkpoint / "model" / "state_dict.pt",
         checkpoint / "task" / "state.pt",

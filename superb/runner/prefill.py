@@ -1,4 +1,4 @@
-"""Fill the token cache for a comparison: the waves of each task, encoded by each codec of its upstreams."""
+"""Fill the token cache for a comparison with the waves of each task, encoded by each codec of its upstreams."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from codecssl.tokenize.codec import Codec
 from codecssl.tokenize.common.cores import available_cores
 
 FEW_WAVES = 512
-"""Fewer are encoded in this process: starting another costs seconds."""
+"""Minimum number of waves for worker processes, which take seconds to start."""
 
 
 def jobs(
@@ -26,7 +26,7 @@ def jobs(
     device: str = "cpu",
     workers: int | None = None,
 ) -> Iterator[Job]:
-    """One job per codec and task that has waves. `workers` None is one per core, or none where the waves are few."""
+    """Yield a job per codec and task with waves. `workers` None is one per core, or none for few waves."""
     shelf, seen = Shelf(device=device), set()
     for upstream in upstreams:
         if not upstream.runs_codec:
@@ -38,7 +38,7 @@ def jobs(
         for task in tasks:
             waves = task_waves(task, corpus, frame_shift(codec.card))
             count = _workers(len(waves)) if workers is None else workers
-            made = load if count else functools.partial(_itself, codec)  # a codec in hand can't be pickled
+            made = load if count else functools.partial(_itself, codec)  # a loaded codec can't be pickled
             options: dict[str, Any] = {"load": made, "workers": count, "device": device}
             if waves:
                 yield Job(root=root, name=task.name, waves=waves, card=codec.card, **options)
@@ -49,7 +49,7 @@ def _itself(codec: Codec) -> Codec:
 
 
 def task_waves(task: Task, corpus: Corpus, frame_shift: int) -> list[Wave]:
-    """The waves of all splits, and of all folds where the task tests them in turn."""
+    """Return the waves of all splits, and of all folds if the task is cross-validated."""
     if task.name == "er" and corpus.has_folds(task.name):
         rows = corpus.rows_of(task.name)
         return waves_of(task, {"test": [Example(id="", path=Path(row["path"]), columns={}) for row in rows]})
@@ -62,7 +62,7 @@ def _workers(waves: int) -> int:
 
 
 def fill_all(todo: Sequence[Job], console: Any) -> None:
-    """Every job, with a progress bar on a terminal."""
+    """Execute all jobs, with a progress bar on a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     waiting = [job for job in todo if not (job.folder / "dataset.json").exists()]

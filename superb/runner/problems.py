@@ -1,4 +1,4 @@
-"""s3prl's own problems on our CSVs."""
+"""s3prl's problems on the CSVs of a corpus."""
 
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ from codecssl.tokenize.common.errors import UserError
 
 
 def make_problem(task: Task, csvs: dict[str, Path]) -> Any:
-    """s3prl's own problem, reading our CSVs.
+    """Build s3prl's problem on the given CSVs.
 
-    Four more things differ. s3prl seeds the generators, then builds the upstream, which seeds them again with 0, so
-    that its `train.seed` never reaches the head's weights; here building the upstream leaves the generators as
-    they were. Where s3prl drops every training utterance as too short, it would look for a batch for ever; here
-    that is an error. What is answered in the test is kept (predictions.py). And models compute faster (faster.py).
+    Four more things differ. s3prl seeds the generators and then builds the upstream, which seeds them again with 0:
+    `train.seed` never reaches the head's weights. Here, building the upstream restores the state of the generators. If
+    s3prl drops every training utterance as too short, it searches for a batch forever; here that is an error.
+    Test answers are stored (predictions.py). Models compute faster (faster.py).
     """
     import random
 

@@ -1,8 +1,9 @@
-"""Query by example: every query is looked for in every document by dynamic time warping, layer by layer.
+"""Query by example: search every query in every document by dynamic time warping, per layer.
 
-As s3prl's quesst14_dtw does it, with its own matching: waves attenuated by 3 dB, features normalised per dimension
-over the queries and documents of a set, cosine distance, rows of distances scaled to [0, 1], asymmetric steps, open
-begin and end, scores normalised per query. The layer is chosen on the development queries (valid).
+Follows s3prl's quesst14_dtw, with a separate implementation of the matching. Waves are attenuated by 3 dB, and features
+are normalised per dimension over the queries and documents of a set. The matching uses the cosine distance, rows of
+distances scaled to [0, 1], asymmetric steps, and open begin and end. Scores are normalised per query. The layer is
+chosen on the development queries (valid).
 """
 
 import contextlib
@@ -36,14 +37,16 @@ class Search:
 
     @property
     def truth(self) -> np.ndarray:
-        """Which document holds which query, bool [queries, documents]."""
+        """True where a document contains a query, bool [queries, documents]."""
         held = [set(document.columns["queries"]) for document in self.documents]
         return np.array([[query.columns["query"] in names for names in held] for query in self.queries])
 
 
 def searches(splits: dict[str, list[Example]], pairs: int | None = None, seed: int = 0) -> dict[str, Search]:
-    """A search per split; with `pairs`, a sample of queries (and of documents, at least ten queries' worth) so that
-    there are no more pairs. Such a sample leaves out queries that no document holds: they can't be scored.
+    """Build a search per split.
+
+    `pairs` limits the pairs by sampling queries, and documents if fewer than ten queries would remain. The sample
+    leaves out queries that no document contains, since they can't be scored.
     """
     return {split: _search(split, examples, pairs, seed) for split, examples in splits.items()}
 
@@ -71,9 +74,9 @@ def _some(examples: list[Example], count: int, draw: random.Random) -> list[Exam
 
 def evaluate(splits: dict[str, list[Example]], upstream: Any, folder: Path, *, pairs: int | None, workers: int = 0,
              device: str = "cpu") -> results.Row:  # fmt: skip
-    """value, values, valid, best_step None, the layer chosen: MTWV of the test queries, best layer on the valid ones.
+    """Return the result row: MTWV of the test queries for the layer that is best on the validation queries.
 
-    A layer that was searched before is read from `folder`.
+    `best_step` is None. Layers that were searched before are read from `folder`.
     """
     both = searches(splits, pairs)
     valid: list[float] = []
@@ -91,7 +94,7 @@ def evaluate(splits: dict[str, list[Example]], upstream: Any, folder: Path, *, p
 
 
 def _value(search: Search, upstream: Any, layer: int, path: Path, workers: int, device: str) -> tuple[float, int]:
-    """(MTWV, number of layers), from the file if it is there."""
+    """Return MTWV and the number of layers, from the file if it exists."""
     known = results.read_json(path)
     if known is None:
         features, layers = _features([*search.queries, *search.documents], upstream, layer, device)
@@ -104,7 +107,7 @@ def _value(search: Search, upstream: Any, layer: int, path: Path, workers: int, 
 
 
 def _features(examples: Sequence[Example], upstream: Any, layer: int, device: str) -> tuple[list[np.ndarray], int]:
-    """One layer of each clip, float32 [T, D], normalised over all of them; and how many layers there are."""
+    """Return a layer of each clip, float32 [T, D], normalised over all clips, and the number of layers."""
     clips = []
     for example in examples:
         states = upstream([load_qbe(str(example.path)).to(device)])["hidden_states"]
@@ -115,8 +118,9 @@ def _features(examples: Sequence[Example], upstream: Any, layer: int, device: st
 
 
 def scores(queries: Sequence[np.ndarray], documents: Sequence[np.ndarray], workers: int = 0) -> np.ndarray:
-    """Features [T, D] -> scores [queries, documents], each query's with mean 0 and deviation 1 (s3prl's
-    normalisation). With `workers`, so many processes share the queries.
+    """Compute scores [queries, documents] from features [T, D].
+
+    Scores of each query have mean 0 and deviation 1 (s3prl's normalisation). `workers` processes share the queries.
     """
     with _shared(documents) as folder, _mapper(workers) as apply:
         found = np.array(list(apply(_row, queries, [folder] * len(queries))))
@@ -125,7 +129,7 @@ def scores(queries: Sequence[np.ndarray], documents: Sequence[np.ndarray], worke
 
 @contextlib.contextmanager
 def _shared(documents: Sequence[np.ndarray]) -> Iterator[Path]:
-    """The documents in files that processes map into memory: copies for each would be gigabytes."""
+    """Write the documents to memory-mapped files shared by processes. Copies would take gigabytes."""
     with tempfile.TemporaryDirectory() as name:
         np.save(Path(name) / "frames.npy", np.concatenate(documents))
         np.save(Path(name) / "ends.npy", np.cumsum([len(document) for document in documents]))
@@ -142,7 +146,7 @@ def _mapper(workers: int) -> Iterator[Any]:
 
 
 def _row(query: np.ndarray, folder: Path) -> np.ndarray:
-    """One query against every document: minus the normalised cost of the best path."""
+    """Score a query against every document: the negative normalised cost of the best path."""
     frames, ends = np.load(folder / "frames.npy", mmap_mode="r"), np.load(folder / "ends.npy")
     if len(query) < LEAST_FRAMES:
         return np.zeros(len(ends))
@@ -162,7 +166,7 @@ def _match(query: np.ndarray, document: np.ndarray) -> float:
 
 
 def _cosine(query: np.ndarray, document: np.ndarray) -> np.ndarray:
-    """scipy's cosine distance; 1 where a frame is all zeros, which scipy leaves undefined."""
+    """Compute scipy's cosine distance, with 1 for frames of zeros, which scipy leaves undefined."""
     from scipy.spatial import distance
 
     return np.nan_to_num(distance.cdist(query, document, "cosine"), nan=1.0)

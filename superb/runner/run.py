@@ -1,4 +1,4 @@
-"""One run: an upstream, a task, a learning rate, a seed and possibly a fold. Each run has its own folder."""
+"""A run of an upstream on a task with a learning rate, a seed and optionally a fold. Each run has its own folder."""
 
 import contextlib
 import functools
@@ -29,12 +29,12 @@ from codecssl.superb.upstreams.expert import Shelf, Upstream
 from codecssl.tokenize.common.files import alone_in
 from codecssl.tokenize.common.hashing import file_sha256
 
-HUB_NAME = "codecssl_frozen"  # under which a run's upstream stands in s3prl's hub
+HUB_NAME = "codecssl_frozen"  # name of a run's upstream in s3prl's hub
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Device, processes and memory of a run. They change results by rounding only."""
+    """Device, processes and memory of a run. They affect results only by rounding."""
 
     device: str = "cpu"
     num_workers: int = 0  # of s3prl's data loaders, and of qbe's search
@@ -72,7 +72,7 @@ class Run:
 
     @functools.cached_property
     def folder(self) -> Path:
-        """Where this run is: a run of the same upstream under another spelling of its path is the same run."""
+        """Folder of this run. It does not depend on the spelling of the upstream's path."""
         identity = self.identity()
         rate = f"lr{self.learning_rate:g}" if self.learning_rate is not None else "lr"
         fold = f"-fold{self.fold}" if self.fold is not None else ""
@@ -97,7 +97,7 @@ def _digest(identity: dict[str, Any]) -> str:
 
 @functools.cache
 def _sha256(path: Path) -> str:
-    """The sha256 of a file. Many runs name the same file of gigabytes: a process reads it once."""
+    """Return the sha256 of a file. It is cached per process, since many runs use the same large file."""
     return file_sha256(path)
 
 
@@ -109,7 +109,7 @@ def run_one(run: Run, machine: Machine) -> results.Row:
     """
     with alone_in(run.folder):
         row = results.read_json(run.folder / "result.json") or _run(run, machine)
-        _tidy(run.folder)  # after the result is there: a kill in between costs no training
+        _tidy(run.folder)  # after writing the result: a kill in between costs no training
         return row
 
 
@@ -145,7 +145,7 @@ def _run(run: Run, machine: Machine) -> results.Row:
 
 
 def _tidy(folder: Path) -> None:
-    """Drop what only an unfinished run needs: a recurrent head's optimiser holds 300 MB."""
+    """Remove data that only an unfinished run needs, e.g. 300 MB of optimiser state of a recurrent head."""
     for checkpoint in (folder / "train").glob("step_*"):
         shutil.rmtree(checkpoint)
     (folder / "train" / "valid_best" / "optimizer.pt").unlink(missing_ok=True)
@@ -177,7 +177,7 @@ def _trained(run: Run, machine: Machine, task: Task, selection: Selection) -> re
 
 
 def _searched(run: Run, machine: Machine, selection: Selection) -> results.Row:
-    """Query by example: nothing is trained."""
+    """Evaluate query by example, which has no training."""
     import s3prl.hub
 
     from codecssl.superb.runner.qbe import evaluate, searches
@@ -193,7 +193,7 @@ def _searched(run: Run, machine: Machine, selection: Selection) -> results.Row:
 
 
 def configure(run: Run, machine: Machine) -> dict[str, Any]:
-    """s3prl's official configuration with this run's paths, upstream, seed, rate and scaled steps."""
+    """Build s3prl's official configuration with this run's paths, upstream, seed, rate and scaled steps."""
     task, budget = TASKS[run.task], run.budget
     config = official_config(task)
     config["target_dir"], config["cache_dir"] = str(run.folder), str(run.folder / "cache")
@@ -216,14 +216,15 @@ def configure(run: Run, machine: Machine) -> dict[str, Any]:
 
 
 def _stand_in_hub(run: Run, machine: Machine) -> Any:
-    """Put the run's upstream into s3prl's hub, with a new count of broken waves; it is built once, however often
-    s3prl asks for it.
+    """Register the run's upstream in s3prl's hub, with a new count of broken waves.
+
+    The upstream is built only once, for any number of requests by s3prl.
     """
     import s3prl.hub
 
     from codecssl.superb.upstreams.finite_guard import Guarded
 
-    seed = run.seed if run.upstream.kind == "random" else 0  # nothing else in an upstream is drawn
+    seed = run.seed if run.upstream.kind == "random" else 0  # no other upstream has random weights
     upstream = Guarded(_build(run.upstream, seed, machine, Path(machine.cache or run.output / "cache"), run.task))
     setattr(s3prl.hub, HUB_NAME, lambda **options: upstream)
     return upstream
@@ -231,7 +232,7 @@ def _stand_in_hub(run: Run, machine: Machine) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _build(upstream: Upstream, seed: int, machine: Machine, codes: Path, task: str) -> Any:
-    """The upstream with a feature cache. Each task gets a new one: its features replace those of the task before."""
+    """Build the upstream with a feature cache. Each task gets a new one, which replaces that of the previous task."""
     from codecssl.superb.upstreams.feature_cache import CachedUpstream
 
     built = _shelf(machine.device, codes, seed).build(upstream)
@@ -267,7 +268,7 @@ def _into_log(path: Path) -> Iterator[None]:
 
 
 def _codec_card(upstream: Any) -> dict[str, Any] | None:
-    """The codec card of an upstream that reads codes, below the wrappers around it."""
+    """Return the codec card of an upstream that reads codes, unwrapping its wrappers."""
     while upstream is not None and not hasattr(upstream, "card"):
         upstream = getattr(upstream, "frozen", None)
     return None if upstream is None else dict(upstream.card.to_dict())

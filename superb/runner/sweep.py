@@ -13,7 +13,7 @@ from codecssl.tokenize.common.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """A comparison. The same one always lists the same runs, so that several processes can each take a part."""
+    """A comparison. Its list of runs is deterministic, and several processes can each take a part."""
 
     upstreams: Sequence[Upstream]
     tasks: Sequence[Task]
@@ -22,7 +22,7 @@ class Sweep:
     root: Path
     output: Path
     rates: tuple[float, ...] | None = None
-    """None: the learning rates of the budget."""
+    """Learning rates; None for those of the budget."""
     seeds: tuple[int, ...] = (0,)
     folds: bool = False
     """Test each of five folds of emotion recognition in turn. With all official steps this is always done."""
@@ -34,19 +34,19 @@ class Sweep:
             raise UserError(f"--lm {self.language_model}: no such file; give a 4-gram model in ARPA format")
 
     def runs(self) -> list[Run]:
-        """UserError where the corpus lacks what a task needs: nothing has run by then."""
+        """List the runs. Raises UserError before any run if the corpus lacks data for a task."""
         corpus = open_corpus(self.root, self.side)
         for task in self.tasks:
             corpus.select(task)
         runs = [
             self._run(upstream, task, rate, seed, fold)
-            for task in self.tasks  # outermost: what a stopped sweep leaves compares all upstreams on some tasks
+            for task in self.tasks  # outermost: a stopped sweep compares all upstreams on some tasks
             for upstream in self.upstreams
             for fold in self._folds(task)
             for seed in self._seeds(upstream, task)
             for rate in (rates_of(task, self.budget) if self.rates is None or task.problem is None else self.rates)
         ]
-        return list(dict.fromkeys(runs))  # what was named twice runs once
+        return list(dict.fromkeys(runs))  # duplicates run once
 
     def _run(self, upstream: Upstream, task: Task, rate: float | None, seed: int, fold: int | None) -> Run:
         return Run(
@@ -74,12 +74,12 @@ class Sweep:
         return FOLDS
 
     def _seeds(self, upstream: Upstream, task: Task) -> tuple[int, ...]:
-        """The seeds to run. Without training, the seed only matters for a random encoder."""
+        """Return the seeds to run. Without training, the seed only matters for a random encoder."""
         return self.seeds if task.problem is not None or upstream.kind == "random" else self.seeds[:1]
 
 
 def part(runs: Sequence[Run], parts: int, index: int) -> list[Run]:
-    """runs[index::parts]: all parts together are all runs, none twice."""
+    """Return runs[index::parts]. The parts are disjoint and together contain all runs."""
     if not 0 <= index < parts:
         raise UserError(f"--part {index}: of {parts} parts the numbers are 0 to {parts - 1}")
     return list(runs[index::parts])

@@ -1,8 +1,8 @@
 """Make the spoken sample corpus with espeak-ng: `python -m codecssl.superb.sample.make --output OUTPUT.tar`.
 
-First a plan of all utterances (text, speaker, labels, splits), which needs no espeak-ng; then each is spoken
-with a random generator of its own (seed, index), so the same versions of espeak-ng, numpy and soxr give the
-same samples.
+A plan of all utterances (text, speaker, labels, splits) is made first, without espeak-ng. Each utterance is then
+spoken with its own random generator (seed, index). The same versions of espeak-ng, numpy and soxr give the same
+samples.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from codecssl.tokenize.common.files import atomic_file
 
 SEED = 20
 SPLITS = {"train": SPEAKERS[:12], "valid": SPEAKERS[12:16], "test": SPEAKERS[16:]}
-"""Where a task splits by speaker, this is the split."""
+"""Splits of tasks that split by speaker."""
 FOLDS = 5
 GAP = SAMPLE_RATE // 20
-"""Samples of silence between two utterances of one Opus file, so that the codec smears nothing across."""
+"""Samples of silence between two utterances of one Opus file, which keep the codec from smearing across them."""
 
 Pcm = npt.NDArray[np.int16]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One utterance to be made. `kind` names its folder; `row` is its manifest row, less path and length."""
+    """A planned utterance. `kind` names its folder; `row` is its manifest row without path and length."""
 
     kind: str
     split: str
@@ -69,7 +69,7 @@ class Item:
 
 
 def plan(seed: int = SEED) -> list[Item]:
-    """All utterances of the corpus, in the order of the manifest."""
+    """Return all utterances of the corpus, in the order of the manifest."""
     rng = np.random.default_rng(seed)
     texts: set[str] = set()
     items: list[Item] = []
@@ -106,7 +106,7 @@ def _item(
 
 
 def _words(speaker: Speaker, split: str, rng: np.random.Generator) -> Iterator[Item]:
-    """Keywords (3 times a training speaker, else 2), digits once, and words that are neither."""
+    """Plan keywords (3 times per training speaker, else 2), digits once, and other words."""
     train = split == "train"
     for word in said.KEYWORDS:
         for _ in range(3 if train else 2):
@@ -130,7 +130,7 @@ def _styles(speaker: Speaker, split: str, fold: int, rng: np.random.Generator) -
 
 
 def _sentences(speaker: Speaker, split: str, texts: set[str], rng: np.random.Generator) -> Iterator[Item]:
-    """Eight sentences and eight requests with slots; no text occurs twice among them."""
+    """Plan eight sentences and eight requests with slots, all with different texts."""
     tasks = ["asr", "pr", "sid", "asv"] + (["qbe"] if split != "train" else [])
     for count in range(16):
         while True:
@@ -149,7 +149,7 @@ def _sentences(speaker: Speaker, split: str, texts: set[str], rng: np.random.Gen
 
 
 def _intents(speaker: Speaker, split: str, rng: np.random.Generator) -> Iterator[Item]:
-    """Twelve of the sixteen intents, each in one of its wordings."""
+    """Plan twelve of the sixteen intents, each in one of its wordings."""
     for index in rng.permutation(len(said.INTENTS))[:12]:
         intent = said.INTENTS[index]
         text = said.pick(rng, intent.phrases)
@@ -158,14 +158,14 @@ def _intents(speaker: Speaker, split: str, rng: np.random.Generator) -> Iterator
 
 
 def _with_sid_splits(items: list[Item], rng: np.random.Generator) -> list[Item]:
-    """Every speaker is in all three splits of SID: five utterances in valid, five in test."""
+    """Assign SID splits. Every speaker is in all three: five utterances in valid, five in test."""
     for rank, index in enumerate(rng.permutation(len(items))):
         items[index].row["splits"]["sid"] = "valid" if rank < 5 else "test" if rank < 10 else "train"
     return items
 
 
 def _queries(split: str, items: list[Item], rng: np.random.Generator) -> Iterator[Item]:
-    """Each term that a document of the split contains, twice, by training speakers, who speak no document."""
+    """Plan each term in the split's documents twice, by training speakers, who speak no document."""
     documents = [item.row["queries"] for item in items if item.split == split and "queries" in item.row]
     for term in said.QUERY_TERMS:
         if not any(term in terms for terms in documents):
@@ -182,7 +182,7 @@ def _mixture(split: str, rng: np.random.Generator) -> Item:
 
 
 def render(index: int, item: Item, seed: int = SEED) -> tuple[Pcm, dict[str, Any]]:
-    """The samples of one item and the labels that only its making can tell."""
+    """Return the samples of an item and the labels that are known only after synthesis."""
     rng = np.random.default_rng([seed, index])
     labels: dict[str, Any] = {}
     if item.kind == "silence":
@@ -201,7 +201,7 @@ def render(index: int, item: Item, seed: int = SEED) -> tuple[Pcm, dict[str, Any
 
 
 def _conversation(item: Item, rng: np.random.Generator) -> tuple[Wave, list[dict[str, Any]]]:
-    """Two speakers in turn, four turns; the next starts 1.8 s before to 0.4 s after the end of the last."""
+    """Synthesize four turns of two speakers. Each starts 1.8 s before to 0.4 s after the end of the previous one."""
     turns: list[tuple[str, float, float, Wave]] = []  # who, from, to, what
     cursor = rng.uniform(0.1, 0.5)
     louder = rng.uniform(-4, 4)
@@ -221,7 +221,7 @@ def _conversation(item: Item, rng: np.random.Generator) -> tuple[Wave, list[dict
 
 
 def make(output: Path, *, bitrate: int) -> dict[str, Any]:
-    """Speak the plan and write the archive; returns what its `corpus.json` says."""
+    """Speak the plan and write the archive. Returns the content of its `corpus.json`."""
     bundles: dict[str, list[Pcm]] = defaultdict(list)
     ends: dict[str, int] = defaultdict(int)
     rows = []
@@ -263,7 +263,7 @@ def _card(rows: list[dict[str, Any]], waves: dict[str, Pcm], bitrate: int) -> di
 
 
 def _opus(wave: Pcm, bitrate: int) -> bytes:
-    """Ogg Opus. libsndfile takes the bit rate as a "compression level": 1 is 6, 0 is 256 kbit/s."""
+    """Encode as Ogg Opus. libsndfile takes the bit rate as a "compression level": 1 is 6, 0 is 256 kbit/s."""
     import soundfile
 
     blob = io.BytesIO()

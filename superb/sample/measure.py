@@ -22,7 +22,7 @@ from codecssl.tokenize.common.errors import UserError
 
 Array = npt.NDArray[Any]
 HOP = 160
-"""Samples a frame: 10 ms, as fbank in SUPERB."""
+"""Samples per frame: 10 ms, as fbank in SUPERB."""
 
 
 class Corpus:
@@ -36,7 +36,7 @@ class Corpus:
         return [row for row in self.rows if row["splits"].get(task) == split]
 
     def frames(self, row: Row) -> Array:
-        """Log-mel frames [T, 40] of one utterance."""
+        """Return the log-mel frames [T, 40] of one utterance."""
         if row["path"] not in self._frames:
             import librosa
             import soundfile
@@ -51,7 +51,7 @@ class Corpus:
 
 
 def accuracy(corpus: Corpus, task: str, column: str) -> tuple[float, float]:
-    """(chance, accuracy) of a logistic regression on mean log-mel; of a dict label all must be right."""
+    """Return (chance, accuracy) of a logistic regression on mean log-mel. A dict label must be entirely correct."""
     train, test = corpus.of(task, "train"), corpus.of(task, "test")
     first = train[0][column]
     slots = list(first) if isinstance(first, dict) else [None]
@@ -64,7 +64,7 @@ def accuracy(corpus: Corpus, task: str, column: str) -> tuple[float, float]:
 
 
 def _chance(train: list[Row], test: list[Row], column: str) -> float:
-    """Accuracy of always saying the commonest label of the training split."""
+    """Return the accuracy of always answering the most frequent training label."""
     common = Counter(str(row[column]) for row in train).most_common(1)[0][0]
     return float(np.mean([str(row[column]) == common for row in test]))
 
@@ -79,7 +79,7 @@ def _classify(train: Array, labels: list[str], test: Array) -> Array:
 
 
 def equal_error_rate(corpus: Corpus) -> float:
-    """EER of asv over all pairs of test utterances: cosine after LDA on the training speakers. Chance 0.5."""
+    """Return the EER of asv over all test pairs, by cosine after LDA on the training speakers. Chance is 0.5."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     train, test = corpus.of("asv", "train"), corpus.of("asv", "test")
@@ -98,7 +98,7 @@ def equal_error_rate(corpus: Corpus) -> float:
 
 
 def voices_at_once(corpus: Corpus) -> tuple[float, float]:
-    """(chance, accuracy) of sd by the frame: does none, one or do both speak? Context: ten frames a side."""
+    """Return (chance, accuracy) of the number of speakers (0 to 2) per frame of sd. Context: ten frames per side."""
     features: dict[str, list[Array]] = defaultdict(list)
     counts: dict[str, list[Array]] = defaultdict(list)
     for split in ("train", "test"):
@@ -116,7 +116,7 @@ def voices_at_once(corpus: Corpus) -> tuple[float, float]:
 
 
 def query_precision(corpus: Corpus) -> tuple[float, float]:
-    """(chance, mean average precision) of qbe on test: documents ranked by the cost of subsequence DTW."""
+    """Return (chance, mean average precision) of qbe on test. Documents are ranked by the cost of subsequence DTW."""
     import librosa
 
     rows = corpus.of("qbe", "test")
@@ -139,7 +139,7 @@ def _standardised(frames: Array) -> Array:
 
 
 def ctc_error_rate(corpus: Corpus, task: str, *, epochs: int) -> float:
-    """Error rate on test (phones for pr, else characters) of a small BLSTM with CTC, decoded greedily."""
+    """Return the test error rate (phones for pr, else characters) of a small BLSTM with CTC, decoded greedily."""
     import torch
     from torch import nn
 
@@ -173,7 +173,7 @@ def ctc_error_rate(corpus: Corpus, task: str, *, epochs: int) -> float:
 
 
 def _stacked(frames: Array) -> Array:
-    """Standardised frames [T, 40], three in one: [T // 3, 120]."""
+    """Standardise frames [T, 40] and stack three each to [T // 3, 120]."""
     frames = _standardised(frames)[: len(frames) // 3 * 3]
     return frames.reshape(-1, 120)
 
@@ -183,7 +183,7 @@ def _symbols(row: Row, task: str) -> list[str]:
 
 
 def edit_distance(one: list[str], other: list[str]) -> int:
-    """Levenshtein's distance: the fewest insertions, deletions and substitutions."""
+    """Return the Levenshtein distance: the minimum number of insertions, deletions and substitutions."""
     costs = list(range(len(other) + 1))
     for row, left in enumerate(one, 1):
         diagonal, costs[0] = costs[0], row

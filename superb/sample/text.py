@@ -1,7 +1,7 @@
 """Texts of the sample corpus: word lists and small grammars, all written for this project.
 
-Text is lower case, letters and spaces only. Every function draws from the generator it is given, so that one
-seed fixes the whole corpus.
+Text is lower case, letters and spaces only. Every function draws from the given generator. One
+seed determines the whole corpus.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STYLE_SENTENCES = (
     "somebody put the bags under the stairs",
     "tonight i could tell him about it",
 )
-"""Said in all four styles: the words tell nothing about the style."""
+"""Texts spoken in all four styles, which therefore do not reveal the style."""
 
 QUERY_TERMS = (
     "library", "mountain", "harbour", "museum", "bakery", "village", "doctor", "teacher",
@@ -160,12 +160,12 @@ SLOT_TEMPLATES = (
 
 
 def pick(rng: np.random.Generator, values: tuple[str, ...]) -> str:
-    """One of `values`, uniformly."""
+    """Draw one of `values` uniformly."""
     return values[int(rng.integers(len(values)))]
 
 
 def sentence(rng: np.random.Generator) -> str:
-    """A sentence of 8 to 13 words from the grammar of people, places, things and times."""
+    """Draw a sentence of 8 to 13 words from the grammar of people, places, things and times."""
     person, place, thing = pick(rng, PEOPLE), pick(rng, PLACES), pick(rng, THINGS)
     verb, time = pick(rng, VERBS), pick(rng, TIMES)
     one, two = pick(rng, ADJECTIVES), pick(rng, ADJECTIVES)
@@ -180,7 +180,7 @@ def sentence(rng: np.random.Generator) -> str:
 
 
 def slot_sentence(rng: np.random.Generator) -> tuple[str, str]:
-    """A request and its IOB tags, one tag a word: ("play paper moon", "O B-track I-track")."""
+    """Draw a request and its IOB tags, one per word: ("play paper moon", "O B-track I-track")."""
     words: list[str] = []
     tags: list[str] = []
     for token in pick(rng, SLOT_TEMPLATES).split():
@@ -196,6 +196,6 @@ def slot_sentence(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def query_terms_in(text: str) -> list[str]:
-    """The query terms that `text` contains as whole words, in the order of `QUERY_TERMS`."""
+    """Return the query terms that `text` contains as whole words, in the order of `QUERY_TERMS`."""
     words = set(text.split())
     return [term for term in QUERY_TERMS if term in words]

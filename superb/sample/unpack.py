@@ -1,9 +1,9 @@
-"""The spoken sample corpus that ships with the package: unpack it, read its manifest. Needs no espeak-ng.
+"""Unpack the spoken sample corpus of the package and read its manifest, without espeak-ng.
 
 `sample_corpus.tar` holds the manifest and one Opus file per speaker, in which the utterances follow one
 another; one file per utterance would spend a third of its bytes on headers. `unpack` cuts them into one FLAC
 per utterance, 16 kHz mono, which every reader of audio opens at the rate that the manifest says.
-`sample_corpus.md` says what is inside.
+`sample_corpus.md` describes its contents.
 """
 
 from __future__ import annotations
@@ -25,19 +25,18 @@ ARCHIVE = Path(__file__).with_name("sample_corpus.tar")
 SAMPLE_RATE = 16_000
 MANIFEST = "manifest.jsonl"
 PRETRAIN = "pretrain.jsonl"
-"""The rows that are in no task's valid or test split: what may be pretrained on, without its labels."""
+"""Rows for pretraining without labels, which are in no task's valid or test split."""
 MARKER = "unpacked.json"
-"""Written last: the sha256 of the archive and the size of every file that came out of it."""
+"""File with the sha256 of the archive and the size of every unpacked file. Written last."""
 
 Row = dict[str, Any]
 
 
 def unpack(output: str | Path) -> Path:
-    """Unpack the corpus into the folder `output` and return it; a whole one is left as it is.
+    """Unpack the corpus into the folder `output` and return it. A complete copy is kept.
 
-    The folder appears by one rename, so a killed run leaves nothing that looks whole, and of two processes
-    that unpack at once one wins and the other takes its result. A damaged or older copy is replaced.
-    UserError if `output` holds anything else.
+    The folder is published by an atomic rename. A killed run leaves no incomplete copy, and concurrent processes share
+    the result of the first. A damaged or older copy is replaced. Raises UserError if `output` holds anything else.
     """
     output = Path(output)
     if is_whole(output):
@@ -57,7 +56,7 @@ def unpack(output: str | Path) -> Path:
 
 
 def manifest_rows(path: str | Path) -> list[Row]:
-    """The rows of an unpacked corpus, given its folder or its manifest; each `path` is made absolute."""
+    """Read the rows of an unpacked corpus from its folder or manifest, with absolute paths."""
     manifest = Path(path)
     if manifest.is_dir():
         manifest = manifest / MANIFEST
@@ -69,7 +68,7 @@ def manifest_rows(path: str | Path) -> list[Row]:
 
 
 def is_whole(output: str | Path) -> bool:
-    """True if `output` was unpacked from this very archive and no file is missing or of another size."""
+    """True if `output` was unpacked from this archive and all files have their sizes."""
     output = Path(output)
     marker = _read_marker(output)
     if marker.get("archive_sha256") != _archive_sha256():
@@ -96,7 +95,7 @@ def _read_marker(output: Path) -> dict[str, Any]:
 
 
 def _check_free(output: Path) -> None:
-    """UserError unless `output` is absent, empty, or an earlier unpacking that may be replaced."""
+    """Raise UserError unless `output` is absent, empty, or an earlier copy that may be replaced."""
     if not output.exists() or (output.is_dir() and (output / MARKER).exists()):
         return
     if not output.is_dir() or any(output.iterdir()):
@@ -114,7 +113,7 @@ def _extract(folder: Path) -> None:
     lines, pretrain = [], []
     for line in gzip.decompress(blobs[MANIFEST + ".gz"]).decode().splitlines():
         row: Row = json.loads(line)
-        # Where the utterance lies in its Opus file matters to nobody after the cut.
+        # The position in the Opus file is not needed after the cut.
         cut = {"path": row["path"], "start": row.pop("start"), "stop": row.pop("stop")}
         bundles[row.pop("bundle")].append(cut)
         lines.append(json.dumps(row))
@@ -136,7 +135,7 @@ def _extract(folder: Path) -> None:
 
 
 def _publish(scratch: Path, output: Path) -> None:
-    """Rename `scratch` to `output`; if another process was faster, its whole copy stays."""
+    """Rename `scratch` to `output`. A complete copy of a faster process is kept."""
     scratch.chmod(0o755)  # mkdtemp makes it private
     while True:
         try:

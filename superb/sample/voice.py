@@ -1,4 +1,4 @@
-"""Who speaks in the sample corpus and how: speakers, styles, espeak-ng, rooms and noise.
+"""Voices of the sample corpus: speakers, styles, espeak-ng, rooms and noise.
 
 Only `make_sample` needs this file. espeak-ng is a formant synthesiser: a variant sets the formants, and here
 a speaker is an accent, a variant, a pitch, a rate and the length of a vocal tract (all formants scaled by
@@ -61,12 +61,12 @@ class Manner:
     """A speaking style, as departures from the speaker's means."""
 
     pitch: float = 0.0
-    """Added to the pitch, in espeak-ng's units."""
+    """Offset of the pitch in espeak-ng's units."""
     range: float = 1.0
-    """Times the span of the intonation."""
+    """Factor of the intonation range."""
     rate: float = 1.0
     tilt_db: float = 0.0
-    """dB an octave, around 1 kHz."""
+    """Spectral slope in dB per octave, around 1 kHz."""
     level_db: float = 0.0
 
 
@@ -93,12 +93,12 @@ PHONES: dict[str, str] = {
 
 
 def espeak_version() -> str:
-    """The version line of espeak-ng without the place of its data, e.g. "eSpeak NG text-to-speech: 1.51"."""
+    """Return espeak-ng's version line without its data path, e.g. "eSpeak NG text-to-speech: 1.51"."""
     return _espeak("--version").decode().split("  ")[0].strip()
 
 
 def phones(text: str, accent: str) -> list[str]:
-    """The phones that espeak-ng says for `text` in `accent`, without stress and word boundaries."""
+    """Return espeak-ng's phones of `text` in `accent`, without stress and word boundaries."""
     ipa = _espeak("-q", "-v", accent, "--ipa", "--sep=_", text).decode()
     symbols: list[str] = []
     for token in ipa.replace("_", " ").split():
@@ -115,7 +115,7 @@ def phones(text: str, accent: str) -> list[str]:
 
 
 def speak(speaker: Speaker, text: str, rng: np.random.Generator, style: str = "neutral") -> Wave:
-    """`text` in the speaker's voice, dry, without silence at its ends: float wave at 16 kHz."""
+    """Synthesize `text` in the speaker's voice, dry and trimmed, as a float wave at 16 kHz."""
     import soundfile
     import soxr
 
@@ -141,32 +141,32 @@ def speak(speaker: Speaker, text: str, rng: np.random.Generator, style: str = "n
 
 
 def trimmed(wave: Wave, below_db: float = -45.0) -> Wave:
-    """`wave` without the ends that stay `below_db` under its peak; 10 ms are kept on both sides."""
+    """Trim the ends of `wave` that stay `below_db` under its peak, keeping 10 ms on both sides."""
     loud = np.flatnonzero(np.abs(wave) > np.abs(wave).max() * 10 ** (below_db / 20))
     margin = SAMPLE_RATE // 100
     return wave[max(0, loud[0] - margin) : loud[-1] + 1 + margin]
 
 
 def tilted(wave: Wave, db_per_octave: float) -> Wave:
-    """`wave` through a straight spectral slope that leaves 1 kHz as it is."""
+    """Apply a linear spectral slope to `wave` that keeps 1 kHz unchanged."""
     octaves = np.log2(np.maximum(np.fft.rfftfreq(len(wave), 1 / SAMPLE_RATE), 60) / 1000)
     return np.fft.irfft(np.fft.rfft(wave) * 10 ** (db_per_octave * octaves / 20), len(wave))
 
 
 def padded(wave: Wave, rng: np.random.Generator, most_seconds: float = 0.15) -> Wave:
-    """`wave` with 0.05 to `most_seconds` of nothing before and after."""
+    """Pad `wave` with 0.05 to `most_seconds` of zeros on both sides."""
     before, after = (int(rng.uniform(0.05, most_seconds) * SAMPLE_RATE) for _ in range(2))
     return np.pad(wave, (before, after))
 
 
 def coloured_noise(length: int, rng: np.random.Generator) -> Wave:
-    """Noise of unit power whose spectrum falls by 0 to 6 dB an octave."""
+    """Generate noise of unit power whose spectrum falls by 0 to 6 dB per octave."""
     noise = tilted(rng.standard_normal(length), -rng.uniform(0, 6))
     return np.asarray(noise / np.sqrt(np.mean(noise**2)))
 
 
 def recorded(wave: Wave, rng: np.random.Generator, level_db: float = 0.0) -> Wave:
-    """`wave` as if recorded: a small room, a microphone's slope, noise at 14 to 40 dB, -30 to -18 dBFS.
+    """Simulate a recording of `wave`: a small room, a microphone's slope, noise at 14 to 40 dB, -30 to -18 dBFS.
 
     Digital silence in `wave` does not count towards its level. The peak is at most 0.9.
     """

@@ -1,4 +1,4 @@
-"""Rows of Arrow tables with audio in them: encoded or decoded, read when they are asked for."""
+"""Lazy access to encoded or decoded audio in rows of Arrow tables."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from codecssl.tokenize.sources.open_audio import Held, open_file
 
 @lru_cache(maxsize=16)
 def mapped(file: str) -> pa.Table:
-    """An Arrow file, mapped: nothing of it is read before it is asked for."""
+    """Memory-map an Arrow file."""
     return pa.ipc.open_stream(pa.memory_map(file)).read_all()
 
 
 def open_row(file: str, column: str, row: int, name: str) -> BinaryIO:
-    """The audio of one row of an Arrow file. Raises UserError when there is none."""
+    """Open the audio of one row of an Arrow file. Raises UserError if there is none."""
     try:
         value = mapped(file).column(column)[row]
     except (OSError, KeyError, IndexError, pa.ArrowException) as error:
@@ -35,18 +35,18 @@ def open_row(file: str, column: str, row: int, name: str) -> BinaryIO:
 
 
 def open_url(url: str, name: str) -> BinaryIO:
-    """A file of a remote dataset, or inside an archive (`zip://a.wav::x.zip`), fetched. Raises UserError."""
+    """Download a file of a remote dataset or inside an archive (`zip://a.wav::x.zip`). Raises UserError on failure."""
     from datasets.utils.file_utils import xopen
 
     try:
         with xopen(url, "rb") as file:
             return Held(file.read(), name)
-    except Exception as error:  # every file system has its own
+    except Exception as error:  # each file system has its own exceptions
         raise UserError(f"cannot read {url}: {one_line(error)}") from error
 
 
 def content_of(value: pa.Scalar) -> bytes | str:
-    """Encoded audio, or the path of a file with it. Raises UserError for what is neither."""
+    """Return encoded audio or the path of an audio file. Raises UserError for other values."""
     if not value.is_valid:
         raise UserError("this row has no audio")
     if not pa.types.is_struct(value.type):
@@ -65,7 +65,7 @@ def content_of(value: pa.Scalar) -> bytes | str:
 
 
 def _samples(array: pa.Scalar) -> NDArray[Any]:
-    """[n] or, of nested lists, [n, C]: datasets keeps channels first."""
+    """Convert a list to samples [n], or nested lists to [n, C]; `datasets` stores channels first."""
     if not is_list(array.values.type):
         return array.values.to_numpy(zero_copy_only=False)
     rows = [row.values.to_numpy(zero_copy_only=False) for row in array.values]
@@ -76,9 +76,10 @@ def _samples(array: pa.Scalar) -> NDArray[Any]:
 
 
 def wav_bytes(samples: NDArray[Any], sample_rate: int) -> bytes:
-    """A .wav of [n] or [n, C] floats or 16- or 32-bit integers. libsndfile's own has the time of day in it.
+    """Encode samples [n] or [n, C], floats or 16- or 32-bit integers, as WAV.
 
-    Raises UserError for other integers, whose full scale nobody knows.
+    libsndfile is not used because its files contain the time of day. Raises UserError for other integers, whose
+    full scale is unknown.
     """
     if samples.dtype.kind == "f":
         samples, code = samples.astype("<f4"), 3  # WAVE_FORMAT_IEEE_FLOAT
@@ -100,12 +101,12 @@ def wav_bytes(samples: NDArray[Any], sample_rate: int) -> bytes:
 
 
 def is_list(type: pa.DataType) -> bool:
-    """Of any length or of a fixed one."""
+    """True for list types of variable or fixed length."""
     return pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
 
 
 def sizes_of(audio: Any) -> list[int | None]:
-    """Bytes of each row's encoded audio, or samples of its array, from the offsets alone."""
+    """Return the size of each row from the offsets alone: bytes of encoded audio, or samples of an array."""
     found = next((p for p in (_part(audio, "bytes"), _part(audio, "array")) if p is not None), audio)
     if pa.types.is_binary(found.type) or pa.types.is_large_binary(found.type):
         return pc.binary_length(found).to_pylist()
@@ -113,7 +114,7 @@ def sizes_of(audio: Any) -> list[int | None]:
 
 
 def paths_of(audio: Any, root: Path) -> list[str]:
-    """The names of the audio files that rows came from: relative to the dataset's folder where they are inside it."""
+    """Return the names of the rows' audio files, relative to the dataset's folder if inside it."""
     found = _part(audio, "path")
     if found is None:
         is_text = pa.types.is_string(audio.type) or pa.types.is_large_string(audio.type)
@@ -131,7 +132,7 @@ def _relative(path: str, root: Path) -> str:
 
 
 def _part(audio: Any, name: str) -> Any:
-    """A field of a column of structs, as an array; None where there is no such field."""
+    """Return a field of a struct column as an array; None if there is no such field."""
     if not pa.types.is_struct(audio.type) or audio.type.get_field_index(name) < 0:
         return None
     return pc.struct_field(audio, name)

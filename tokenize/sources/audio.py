@@ -1,7 +1,7 @@
-"""Encoded audio in, float32 blocks at the codec's rate out, in bounded memory.
+"""Read encoded audio as float32 blocks at the codec's rate, in bounded memory.
 
-`decoder` chooses the decoder. soxr (HQ) resamples as one stream over the whole file: its output is bit for bit that
-of resampling the file at once, wherever the blocks are cut.
+`decoder` chooses the decoder. soxr (HQ) resamples the whole file as one stream. Its output is bit-exact with
+resampling the file at once, whatever the block boundaries.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from codecssl.tokenize.sources.decoder import Decoder, opened
 BLOCK_FRAMES = 1 << 17
 
 END_TOLERANCE = 0.5
-"""Seconds by which a segment may end after its file; it is cut there and counted. Lhotse allows the same."""
+"""Seconds by which a segment may exceed its file. Such a segment is cut and counted. Lhotse allows the same."""
 
 SILENCED = 1e-3
-"""A downmix whose power is below this share of the channels' mean power is counted: the channels cancel."""
+"""Power ratio of the downmix to the mean of the channels, below which the channels count as cancelling."""
 
 # fmt: off
 EXTENSIONS = (
@@ -33,25 +33,25 @@ EXTENSIONS = (
     ".nist", ".wv1", ".wv2", ".mp3", ".mp2", ".mp1", ".mpga", ".ogg", ".oga", ".opus", ".spx", ".m4a", ".m4b", ".aac",
     ".webm", ".weba", ".mka", ".wma", ".wv", ".ape", ".tta", ".mpc", ".amr", ".ac3", ".eac3", ".dts", ".dsf", ".3gp",
 )
-"""Names of audio files: these are taken from a folder."""
+"""Suffixes of audio files, which are read from a folder."""
 
 OTHER_MEDIA = (
     ".mp4", ".m4v", ".mov", ".mkv", ".avi", ".flv", ".ts", ".mpg", ".mpeg", ".3g2", ".wmv", ".ogv", ".raw", ".pcm",
     ".shn", ".ra", ".mid",
 )
-"""Names of files that may hold audio and are not taken from a folder, but counted."""
+"""Suffixes of files that may hold audio. They are counted but not read from a folder."""
 # fmt: on
 
 
 class AudioReader:
-    """One file, or the part of it between two times, as float32 blocks at `sample_rate`.
+    """Read a file, or the part between two times, as float32 blocks at `sample_rate`.
 
-    `source` is a path or a seekable binary file, read from its first byte. With `channels` 1 blocks are [n], the mean
-    of the file's channels; with 2 they are [2, n], one channel doubled, more than two refused. `channel` takes one of
-    the file's channels, counted from 0, instead. `duration` is the length from the start where there is no
-    `stop_seconds`: up to END_TOLERANCE more is taken with it where the file ends there. After iterating,
-    `source_samples` is what was decoded, per channel at the file's own rate, and `notes` says what was unusual:
-    "clipped" (a segment ended after the file) and "cancelled" (the mean of the channels is almost silent).
+    `source` is a path or a seekable binary file, read from its first byte. With `channels` 1, blocks are [n], the mean
+    of the file's channels. With `channels` 2, blocks are [2, n]: a single channel is duplicated, more than two are
+    refused. `channel` selects one channel of the file, counted from 0, instead. `duration` is the length from the start
+    if there is no `stop_seconds`; if the file ends within END_TOLERANCE after it, the rest is included.
+    After iteration, `source_samples` is the number of decoded samples per channel at the file's own rate. `notes` may
+    contain "clipped" (the segment exceeded the file) and "cancelled" (the mean of the channels is almost silent).
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class AudioReader:
         self._power = np.zeros(2)
 
     def blocks(self) -> Iterator[NDArray[np.float32]]:
-        """Yield blocks of any length. Raises UserError for what cannot be read whole."""
+        """Yield blocks of any length. Raises UserError for audio that cannot be read completely."""
         self.source_samples, self.notes, self._power = 0, [], np.zeros(2)
         with opened(self.source) as file:
             yield from self._resampled(file)
@@ -105,13 +105,13 @@ class AudioReader:
         yield self._shaped(stream.resample_chunk(end, last=True))
 
     def _shaped(self, block: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[n] or [n, 2] -> [n], or [2, n] where two channels are wanted."""
+        """Convert a block [n] or [n, 2] to [n], or to [2, n] for two channels."""
         if self.channels == 1:
             return block
         return np.stack([block, block]) if block.ndim == 1 else np.ascontiguousarray(block.T)
 
     def _frames(self, file: Decoder) -> Iterator[NDArray[np.float32]]:
-        """Blocks [n], or [n, 2] where two channels are kept."""
+        """Yield blocks [n], or [n, 2] if two channels are kept."""
         begin, wanted = self._span(file.samplerate, file.length)
         if begin:
             file.go_to(begin, BLOCK_FRAMES)
@@ -132,7 +132,7 @@ class AudioReader:
                 yield self._mixed(rest, file.samplerate)
 
     def _mixed(self, block: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
-        """The chosen channel, both of two, or the mean of [n, C]. Counts the samples."""
+        """Return the selected channel, both of two, or the mean of [n, C]. Counts the samples."""
         if not np.isfinite(block).all():
             raise UserError(f"NaN or infinite samples after {self.source_samples / rate:.3f} s")
         self.source_samples += len(block)
@@ -147,7 +147,7 @@ class AudioReader:
         return mixed
 
     def _span(self, rate: int, length: int | None) -> tuple[int, int | None]:
-        """(first frame, number of frames) of the file or segment; None where it goes to an unknown end."""
+        """Return the first frame and number of frames of the file or segment, None if the end is unknown."""
         begin = round(self.start_seconds * rate)
         end = length
         if self.stop_seconds is not None:
@@ -169,7 +169,7 @@ class AudioReader:
 
 
 def read_wave(source: Path | BinaryIO, sample_rate: int, channels: int = 1) -> NDArray[np.float32]:
-    """A whole file as float32 at `sample_rate`: [n], or [2, n] for `channels` 2. Raises UserError naming the file."""
+    """Read a file as float32 at `sample_rate`: [n], or [2, n] for `channels` 2. Raises UserError naming the file."""
     try:
         return np.concatenate(list(AudioReader(source, sample_rate, channels=channels).blocks()), axis=-1)
     except UserError as error:
@@ -178,7 +178,7 @@ def read_wave(source: Path | BinaryIO, sample_rate: int, channels: int = 1) -> N
 
 
 def sha256_of(source: Path | BinaryIO) -> str:
-    """Hex sha256 of a file's bytes, from its first. Raises UserError when it cannot be read."""
+    """Return the hex sha256 of a whole file. Raises UserError if it cannot be read."""
     digest = hashlib.sha256()
     try:
         with _opened(source) as file:

@@ -1,8 +1,8 @@
 """Detect audio that changed after it was encoded; `run` checks before it resumes.
 
-Whatever changes a file, or puts another one in its place, sets its st_ctime to now, and no program can set it back. So
-a file that changed after the run was begun is read again, and its sha256 compared with the one kept beside its codes.
-Any other file costs one stat. No time is written down: shards do not depend on clocks.
+Changing or replacing a file sets its st_ctime to the current time, and no program can set it back. Files that changed
+after the start of the run are read again, and their sha256 is compared with the one stored with the codes. Other files
+cost one stat. No time is stored: shards do not depend on clocks.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from codecssl.tokenize.sources.audio import sha256_of
 from codecssl.tokenize.sources.inputs import Input
 
 SKEW_SECONDS = 60.0
-"""By which the clocks of two file systems may differ."""
+"""Maximum difference between the clocks of two file systems."""
 THREADS, PER_THREAD = 16, 256
-"""Files asked for at the same time, and one after the other: over a network each answer is a wait."""
+"""Number of threads and of files per thread for stat calls, which are slow over a network."""
 
 
 def first_changed(items: Sequence[Input], since: float, hashes: Callable[[], Mapping[str, bytes]]) -> str | None:
-    """The path of the first of `items` whose audio is not what was encoded; None where there is none.
+    """Return the path of the first of `items` whose audio changed after it was encoded; None if there is none.
 
-    since: when the run was begun, seconds since the epoch. hashes: sha256 of what was encoded, by id; called only where
-    a file changed after that. What is no file here, is gone or cannot be read is not compared: nothing needs it again.
+    `since` is the start of the run in seconds since the epoch. `hashes` returns the sha256 of the encoded audio by id,
+    and is called only if a file changed after `since`. Inputs that are not local files, are missing or unreadable are
+    not compared, since they are not needed again.
     """
     touched = _touched({item.file for item in items if item.data is None and item.problem is None}, since)
     if not touched:
@@ -45,7 +46,7 @@ def first_changed(items: Sequence[Input], since: float, hashes: Callable[[], Map
 
 
 def _touched(files: set[str], since: float) -> set[str]:
-    """Those that changed after `since`."""
+    """Return the files that changed after `since`."""
     names = sorted(files)
     parts = [names[i : i + PER_THREAD] for i in range(0, len(names), PER_THREAD)]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -56,7 +57,7 @@ def _touched(files: set[str], since: float) -> set[str]:
 def _changed_at(file: str) -> float:
     try:
         return Path(file).stat().st_ctime
-    except (OSError, ValueError):  # gone, a URL, or a name that no file can have
+    except (OSError, ValueError):  # missing, a URL, or an invalid name
         return 0.0
 
 
@@ -69,12 +70,12 @@ def _sha256(item: Input) -> bytes | None:
 
 
 HASHES = 64
-"""Files whose sha256 a process remembers."""
+"""Number of files whose sha256 is cached per process."""
 _remembered: dict[tuple[object, ...], str] = {}
 
 
 def sha256_of_input(item: Input, file: BinaryIO) -> str:
-    """sha256 of an input's open file. Segments of one file follow each other: a long file is hashed once, not often."""
+    """Return the sha256 of an input's open file. It is cached, since segments of one file follow each other."""
     if item.data is not None or item.row is not None or (item.start is None and item.end is None):
         return sha256_of(file)
     try:
@@ -91,13 +92,13 @@ def sha256_of_input(item: Input, file: BinaryIO) -> str:
 
 
 def source_hashes(blocks: Iterable[tuple[Path, int]]) -> dict[str, bytes]:
-    """sha256 of the encoded audio by id, of the blocks at these (files, offsets) that can be read."""
+    """Return the sha256 of the encoded audio by id. `blocks` are (file, offset); unreadable blocks are skipped."""
     found: dict[str, bytes] = {}
     for path, offset in blocks:
         try:
             with path.open("rb") as file:
                 text, numbers = read_columns(file, offset)
                 found |= dict(zip(text["id"], map(bytes, numbers["sha256"])))
-        except Exception:  # any layer of it may be damaged; `verify` tells
+        except Exception:  # any layer may be damaged; `verify` reports it
             continue
     return found

@@ -1,4 +1,4 @@
-"""Columns of a manifest that choose the audio: the names of NeMo, Lhotse, Kaldi and Hugging Face datasets for them."""
+"""Manifest columns that select the audio, under their names in NeMo, Lhotse, Kaldi and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from codecssl.tokenize.common.errors import UserError
 PATHS = ("path", "audio_filepath", "audio_path", "wav_path", "audio", "wav", "file", "filename", "file_name")
 STARTS = ("start", "offset", "begin_time", "start_time", "begin")
 ENDS = ("end", "end_time")
-"""Seconds. The first of these that a row fills counts."""
+"""Columns for the end in seconds. The first one filled in a row is used."""
 
 
 def first_of(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
-    """The first of `names` that a row fills."""
+    """Return the first of `names` that is filled in a row."""
     return next((name for name in names if row.get(name) not in (None, "")), None)
 
 
 def segment_of(where: str, row: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """({start, end, duration, channel} as of `Input`, the columns that were used). Raises UserError for bad values.
+    """Return {start, end, duration, channel} for `Input` and the columns used. Raises UserError for invalid values.
 
-    `duration` counts from the start. Where there is no start and no end it is the file's length, and stays a label.
+    `duration` counts from the start. Without start and end it is the file's length and remains a label.
     """
     at, to = first_of(row, STARTS), first_of(row, ENDS)
     start = None if at is None else _seconds(where, row, at)

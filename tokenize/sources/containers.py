@@ -1,8 +1,8 @@
-"""Headers of audio files, read only to tell whether a file is whole and which decoder reads it.
+"""Parse headers of audio files, only to detect truncation and to choose the decoder.
 
-Decoders give what they find in a file that was cut. Here the container says whether more was there: RIFF chunks
+Decoders return what they find in a truncated file. The container shows whether data is missing: RIFF chunks
 (Microsoft, Multimedia Programming Interface 1.0), Ogg pages (RFC 3533), MPEG audio frames (ISO 11172-3, 2.4.1.3) and
-the Xing count, EBML sizes (RFC 8794), FLAC frames (RFC 9639). Lengths are never taken from here.
+the Xing count, EBML sizes (RFC 8794), FLAC frames (RFC 9639). Lengths are never taken from these headers.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import BinaryIO
 from codecssl.tokenize.common.errors import UserError
 
 SLACK_BYTES = 1024
-"""Writers that count their own headers into a size promise a little more than there is."""
+"""Tolerated difference of a declared size, since some writers count their own headers."""
 UNKNOWN_BYTES = 0x7FFF0000
-"""Sizes from here on are what programs write that cannot know it, as into a pipe."""
+"""Declared sizes from this value mean "unknown", as written into a pipe."""
 TAIL_BYTES = 1 << 16
-"""In which a FLAC's last frame is looked for."""
+"""Bytes at the end of a FLAC file in which its last frame is searched."""
 
 
 def head(source: BinaryIO, size: int, offset: int = 0) -> bytes:
-    """`size` bytes at `offset`."""
+    """Read `size` bytes at `offset`."""
     source.seek(offset)
     return source.read(size)
 
 
 def after_id3(source: BinaryIO) -> int:
-    """The offset behind the ID3v2 tags that a file begins with."""
+    """Return the offset after the leading ID3v2 tags of a file."""
     at = 0
     while (tag := head(source, 10, at))[:3] == b"ID3" and len(tag) == 10:
         a, b, c, d = (byte & 0x7F for byte in tag[6:10])
@@ -43,26 +43,26 @@ def after_id3(source: BinaryIO) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Riff:
-    """A WAV file's format and data chunks."""
+    """Format and data chunks of a WAV file."""
 
     codec: int
-    """Format tag; of an extensible format its sub-format's."""
+    """Format tag, or the tag of the sub-format of an extensible format."""
     channels: int
     rate: int
     frame_bytes: int
     bits: int
     data_at: int
-    """Offset of the data's first byte."""
+    """Offset of the first data byte."""
     declared: int
-    """Bytes of data that the chunk's header gives."""
+    """Data size in bytes according to the chunk's header."""
     there: int
-    """Bytes from the data's first to the end of the file."""
+    """Bytes from the start of the data to the end of the file."""
     tail: bytes
-    """What follows the declared data, up to 8 bytes."""
+    """Up to 8 bytes after the declared data."""
 
     @property
     def length(self) -> int | None:
-        """Frames of the data where its size is 0 or was counted modulo 4 GiB; None where the header is right."""
+        """Frames of data whose declared size is 0 or modulo 4 GiB; None if the header is correct."""
         if not self.frame_bytes or not self.there:
             return None
         if self.declared == 0 and not self._is_chunk(self.tail):
@@ -78,7 +78,7 @@ class Riff:
 
 
 def read_riff(source: BinaryIO, size: int) -> Riff | None:
-    """The chunks of a little-endian RIFF WAVE file; None for another file, or where one of them is missing."""
+    """Read the chunks of a little-endian RIFF WAVE file. Returns None for other files or if a chunk is missing."""
     begin = head(source, 12)
     if begin[:4] != b"RIFF" or begin[8:12] != b"WAVE":
         return None
@@ -108,7 +108,7 @@ def read_riff(source: BinaryIO, size: int) -> Riff | None:
 
 
 def check_riff(source: BinaryIO, size: int) -> None:
-    """Raises UserError for a WAV file that ends before its data does."""
+    """Raise UserError for a truncated WAV file."""
     riff = read_riff(source, size)
     if riff and riff.there + SLACK_BYTES < riff.declared < UNKNOWN_BYTES:
         raise UserError(f"truncated: the header promises {riff.declared} bytes of data, {riff.there} are there")
@@ -124,7 +124,7 @@ def is_ogg(source: BinaryIO) -> bool:
 
 
 def _pages(source: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) of each page. What follows the last one comes as a page that is none."""
+    """Yield offset and bytes of each page. Data after the last page is yielded as an invalid page."""
     at = after_id3(source)
     while begin := head(source, 27, at):
         table = source.read(begin[26]) if len(begin) == 27 and begin[:4] == b"OggS" else b""
@@ -136,7 +136,7 @@ def _pages(source: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def check_ogg(source: BinaryIO, size: int) -> None:
-    """Raises UserError unless every page is whole, by its checksum, and each stream's last page is marked as such."""
+    """Raise UserError unless every page matches its checksum and the last page of each stream is marked as such."""
     open_streams: set[bytes] = set()
     for at, page in _pages(source):
         if page[:4] != b"OggS":
@@ -154,7 +154,7 @@ def check_ogg(source: BinaryIO, size: int) -> None:
 
 
 def ogg_links(source: BinaryIO) -> int:
-    """Groups of streams that follow each other."""
+    """Count the chained groups of streams."""
     links, before = 0, False
     for _, page in _pages(source):
         begins = page[:4] == b"OggS" and bool(page[5] & 2)
@@ -166,7 +166,7 @@ def ogg_links(source: BinaryIO) -> int:
 
 
 def check_matroska(source: BinaryIO, size: int) -> None:
-    """Raises UserError for a Matroska or WebM file that ends before its segment does."""
+    """Raise UserError for a truncated Matroska or WebM file, which ends before its segment."""
     if head(source, 4) != b"\x1aE\xdf\xa3":
         return
     _, at = _ebml_size(source, 4)
@@ -179,7 +179,7 @@ def check_matroska(source: BinaryIO, size: int) -> None:
 
 
 def _ebml_size(source: BinaryIO, at: int) -> tuple[int | None, int]:
-    """(size, offset behind it); the size is None where it is unknown."""
+    """Return an EBML size (None if unknown) and the offset after it."""
     first = int.from_bytes(head(source, 1, at), "big")
     length = 9 - first.bit_length()
     value = int.from_bytes(bytes([first]) + source.read(length - 1), "big") & ((1 << 7 * length) - 1)
@@ -197,11 +197,11 @@ LOW = {
     3: (0, 32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
     2: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-"""kbit/s by the layer's bits (3: layer I) and the header's index, of MPEG-1 and of MPEG-2 and 2.5."""
+"""Bit rates in kbit/s of MPEG-1 and of MPEG-2 and 2.5, by the layer's bits (3: layer I) and the header's index."""
 
 
 def mpeg_frame_bytes(frame: bytes) -> int | None:
-    """Bytes of an MPEG audio frame by its header; None for what is none, and for a free bit rate."""
+    """Return the bytes of an MPEG audio frame from its header; None for an invalid header or a free bit rate."""
     word = int.from_bytes(frame[:4], "big")
     version, layer, rate, index = word >> 19 & 3, word >> 17 & 3, word >> 10 & 3, word >> 12 & 15
     if len(frame) < 4 or word >> 21 != 0x7FF or version == 1 or layer == 0 or rate == 3 or index in (0, 15):
@@ -215,7 +215,7 @@ def mpeg_frame_bytes(frame: bytes) -> int | None:
 
 
 def xing_frames(source: BinaryIO) -> int:
-    """Frames that an MP3's Xing, Info or VBRI header promises; 0 where there is none."""
+    """Return the number of frames declared by an MP3's Xing, Info or VBRI header; 0 without such a header."""
     first = head(source, 4096, after_id3(source))
     start = next(
         (m.start() for m in re.finditer(rb"\xff[\xe0-\xff]", first) if mpeg_frame_bytes(first[m.start() :])), 0
@@ -232,13 +232,13 @@ def xing_frames(source: BinaryIO) -> int:
 
 
 def check_count(promised: int, packets: int) -> None:
-    """Raises UserError where a file that was decoded from start to end has fewer frames than its header promises."""
+    """Raise UserError if a completely decoded file has fewer frames than its header declares."""
     if packets + 1 < promised:
         raise UserError(f"truncated: the header promises {promised} frames, {packets} are there")
 
 
 def check_last(demuxer: str, last: bytes) -> None:
-    """Raises UserError where the last packet of an MP3 or ADTS file is shorter than its header says."""
+    """Raise UserError if the last packet of an MP3 or ADTS file is shorter than its header declares."""
     size = mpeg_frame_bytes(last) if demuxer == "mp3" else None
     if demuxer == "aac" and last[:1] == b"\xff":
         size = (int.from_bytes(last[3:6], "big") >> 5) & 0x1FFF
@@ -250,7 +250,7 @@ def check_last(demuxer: str, last: bytes) -> None:
 
 
 def flac_total(source: BinaryIO, size: int) -> tuple[int, int]:
-    """(samples that STREAMINFO promises, samples up to the end of the last frame); 0 where either is not told."""
+    """Return the samples declared by STREAMINFO and the samples up to the end of the last frame; 0 if unknown."""
     at = after_id3(source)
     info = head(source, 42, at)
     if info[:4] != b"fLaC" or len(info) < 42:
@@ -265,7 +265,7 @@ def flac_total(source: BinaryIO, size: int) -> tuple[int, int]:
 
 
 def _flac_frame_end(frame: bytes, fixed: int) -> int:
-    """The number of samples up to the end of a frame; 0 for bytes that are not a frame's header, by its CRC-8."""
+    """Return the number of samples up to the end of a frame; 0 for bytes that are not a frame header by CRC-8."""
     if len(frame) < 6 or frame[2] >> 4 == 0 or frame[2] & 15 == 15 or frame[3] & 1 or frame[3] >> 4 > 10:
         return 0
     more = 8 - (frame[4] ^ 0xFF).bit_length()  # bytes of the coded number, as in UTF-8

@@ -16,32 +16,32 @@ from codecssl.tokenize.sources.libsndfile import EXACT, PcmFile, size_of
 from codecssl.tokenize.sources.open_audio import Window
 
 DECODING = 2
-"""Version of the rules below, written into plan.json. 1, without an entry there, decoded all files with libsndfile."""
+"""Version of the rules below, written to plan.json. Version 1 has no entry and decoded all files with libsndfile."""
 
 MAGICS = (b"RIFF", b"RIFX", b"RF64", b"riff", b"FORM", b"caff", b".snd", b"dns.", b"NIST", b"fLaC", b"Crea")
-"""How files begin that libsndfile opens first: WAV, W64, AIFF, CAF, AU, SPHERE, FLAC, VOC."""
+"""Magic bytes of files that libsndfile opens first: WAV, W64, AIFF, CAF, AU, SPHERE, FLAC, VOC."""
 PCM_TAGS = (1, 3, 6, 7)
-"""WAV's format tags of PCM, float, A-law and mu-law."""
+"""WAV format tags of PCM, float, A-law and mu-law."""
 
 
 class Decoder(Protocol):
-    """An open file that is read from its start, or from a later frame, to its end."""
+    """An open audio file, read from its start or from a later frame to its end."""
 
     samplerate: int
     channels: int
     length: int | None
-    """Frames that a reliable header promises; None where only decoding tells."""
+    """Number of frames from a reliable header; None if only decoding determines it."""
 
     def decode(self, frames: int) -> NDArray[np.float32]:
-        """Up to `frames` following frames [n, C]; [0, C] at the end. Raises UserError for damaged or cut files."""
+        """Return the next frames [n, C], n <= frames; [0, C] at the end. Raises UserError for damage or truncation."""
 
     def go_to(self, frame: int, block: int) -> None:
-        """Go from the start to `frame`, before anything was decoded."""
+        """Move from the start to `frame`. Call it before decoding."""
 
 
 @contextmanager
 def opened(source: Path | BinaryIO) -> Iterator[Decoder]:
-    """`source`, a path or a seekable binary file, to decode from its first frame. Raises UserError."""
+    """Open `source`, a path or a seekable binary file, at its first frame. Raises UserError."""
     with ExitStack() as stack:
         if isinstance(source, Path):
             if not source.is_file():
@@ -69,7 +69,7 @@ def _decoder(source: BinaryIO) -> Decoder:
     elif magic[:4] == b"fLaC":
         promised, last = containers.flac_total(source, size)
         if promised and last > promised:
-            return _ffmpeg(source)  # libsndfile stops at the promised sample
+            return _ffmpeg(source)  # libsndfile stops at the declared length
     try:
         file = PcmFile(source)
     except UserError:
@@ -89,7 +89,7 @@ def _ffmpeg(source: BinaryIO) -> Decoder:
 
 
 def _ffmpeg_or_libsndfile(source: BinaryIO) -> Decoder:
-    """FFmpeg's decoder, or libsndfile's for the formats that only it knows."""
+    """Open with FFmpeg, or with libsndfile for formats that only it supports."""
     try:
         return _ffmpeg(source)
     except UserError as error:
@@ -102,9 +102,9 @@ def _ffmpeg_or_libsndfile(source: BinaryIO) -> Decoder:
 
 
 class _Flac:
-    """libsndfile's FLAC decoder; FFmpeg decodes the rest of a file at which libsndfile fails, as it does at some.
+    """FLAC decoder that uses libsndfile, and FFmpeg for the rest of the files at which libsndfile fails.
 
-    The reader compares the count with the header's: FFmpeg leaves out damaged frames.
+    The reader compares the number of frames with the header, since FFmpeg drops damaged frames.
     """
 
     def __init__(self, file: PcmFile, source: BinaryIO) -> None:

@@ -1,8 +1,8 @@
 """Decode compressed or containered audio with FFmpeg, through PyAV. The wheels of PyAV include FFmpeg's libraries.
 
 The length of a file is the number of decoded samples. Encoder delay and padding are removed as FFmpeg removes them. A
-segment is read by seeking to an earlier place and discarding what was decoded before the segment, or, in a container
-whose time stamps are not exact, by decoding from the start.
+segment is read by seeking to an earlier position and discarding the frames before the segment. In a container whose
+time stamps are not exact, decoding begins at the start.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ FORMATS = (
     "aac,ac3,eac3,aiff,amr,ape,asf,au,avi,caf,dsf,dts,flac,flv,loas,matroska,mov,mp3,mpc,mpc8,mpeg,mpegts,"
     "nistsphere,ogg,tta,voc,w64,wav,wv"
 )
-"""The only demuxers allowed: a playlist (HLS, DASH, concat) could make FFmpeg open other files and addresses."""
+"""The only demuxers allowed: a playlist (HLS, DASH, concat) could make FFmpeg open other files and URLs."""
 
 EXACT = ("mp3", "ogg")
-"""Demuxers whose time stamps count samples, with codecs whose samples do not depend on where decoding began."""
+"""Demuxers with sample-exact time stamps, whose codecs decode to the same samples after a seek."""
 
 PREROLL_SECONDS = 1.0
-"""Decoded before a segment and discarded: an MP3's bit reservoir and a transform codec's overlap are shorter."""
+"""Seconds decoded before a segment and discarded. MP3's bit reservoir and a transform codec's overlap are shorter."""
 
 SCALES = {"u8": 128.0, "s16": float(1 << 15), "s32": float(1 << 31), "s64": float(1 << 63), "flt": 1.0, "dbl": 1.0}
 """Full scale of FFmpeg's sample formats; libsndfile divides by the same numbers."""
@@ -34,13 +34,13 @@ DTYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl":
 
 
 class FfmpegFile:
-    """One audio stream, decoded from its start or from a later frame on.
+    """An audio stream, decoded from its start or from a later frame.
 
     `source` is a seekable binary file. Raises UserError for a file that FFmpeg cannot open or that has no audio.
     """
 
     length: int | None = None
-    """Frames that the header promises: not used here."""
+    """Number of frames from the header. Not used here."""
     slack = 0
 
     def __init__(self, source: BinaryIO) -> None:
@@ -55,7 +55,7 @@ class FfmpegFile:
         containers.check_matroska(source, self.size)
         containers.check_riff(source, self.size)
         self.xing = containers.xing_frames(source)
-        self._open()  # from here on FFmpeg alone moves the file's position
+        self._open()  # from now on only FFmpeg moves the file's position
         self.format: str = self.container.format.name
         self._restart()
 
@@ -79,7 +79,7 @@ class FfmpegFile:
             self.stream.codec_context.options = {"err_detect": "crccheck+explode"}
 
     def _restart(self) -> None:
-        """Begin at the first frame; the first call finds the rate and the channels, which decoding alone tells."""
+        """Restart at the first frame. The first call also determines rate and channels, which requires decoding."""
         self.errors_matter = self.from_start = True
         self.frames = self._frames()
         self.kept: list[NDArray[np.float32]] = []
@@ -93,7 +93,7 @@ class FfmpegFile:
     # ---------------------------------------------------------------- packets and frames
 
     def _frames(self) -> Iterator[Any]:
-        """Decoded frames from here on. Raises UserError for damage, and at the end for a file that was cut."""
+        """Yield decoded frames. Raises UserError for damage, and at the end for a truncated file."""
         import av
 
         packets, last = 0, b""
@@ -120,12 +120,12 @@ class FfmpegFile:
             if isinstance(error, EOFError):
                 return
             is_junk = self.format == "mp3" and containers.mpeg_frame_bytes(bytes(packet)) is None
-            if self.errors_matter and not is_junk:  # an MP3 may have tags or zeros between and behind its frames
+            if self.errors_matter and not is_junk:  # an MP3 may have tags or zeros between and after its frames
                 at = "" if packet.pts is None else f" at {float(packet.pts * packet.time_base):.2f} s"
                 raise UserError(f"damaged: FFmpeg cannot decode the data{at} ({_words(error)})") from error
 
     def _samples(self, frame: Any) -> NDArray[np.float32]:
-        """[n, C] of one frame, integers scaled to [-1, 1)."""
+        """Convert a frame to samples [n, C], integers scaled to [-1, 1)."""
         if (frame.sample_rate, _channels(frame)) != (self.samplerate, self.channels):
             raise UserError(
                 f"the audio changes from {self.channels} channels at {self.samplerate} Hz to {_channels(frame)} at "
@@ -148,7 +148,7 @@ class FfmpegFile:
     # ---------------------------------------------------------------- reading
 
     def decode(self, frames: int) -> NDArray[np.float32]:
-        """Up to `frames` following frames [n, C]; [0, C] at the end. Raises UserError for damaged or cut files."""
+        """Return the next frames [n, C], n <= frames; [0, C] at the end. Raises UserError for damage or truncation."""
         have = sum(map(len, self.kept))
         while have < frames and (frame := next(self.frames, None)) is not None:
             self.kept.append(self._samples(frame))
@@ -160,14 +160,14 @@ class FfmpegFile:
         return block[:frames]
 
     def go_to(self, frame: int, block: int) -> None:
-        """Go from the start to `frame`; `block` frames at a time are decoded and discarded where no seek is exact."""
+        """Move from the start to `frame`. If no seek is exact, frames are decoded and discarded, `block` at a time."""
         if frame > 2 * PREROLL_SECONDS * self.samplerate and self._seek(frame):
             return
         while frame > 0 and (passed := len(self.decode(min(block, frame)))):
             frame -= passed
 
     def _seek(self, frame: int) -> bool:
-        """Seek to before `frame` and discard up to it. False, and at the start again, where that is not exact."""
+        """Seek to before `frame` and discard up to it. Returns False, at the start again, if that is not exact."""
         exact = self.format.split(",")[0] in EXACT and self.origin is not None
         exact = exact and (1 / self.time_base) % self.samplerate == 0 and self.links == 1
         if not exact:
@@ -179,7 +179,7 @@ class FfmpegFile:
             False,
             False,
             [],
-        )  # the first frames after a seek may lack what came before them
+        )  # the first frames after a seek may depend on earlier ones
         self.frames = self._frames()
         for found in self.frames:
             if found.pts is None or (found.pts - self.origin) // per_sample > frame:

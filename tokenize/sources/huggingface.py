@@ -1,7 +1,7 @@
-"""Hugging Face `datasets`: rows with encoded or decoded audio; neither torchcodec nor ffmpeg is needed for them.
+"""Read Hugging Face `datasets`: rows with encoded or decoded audio, without torchcodec or ffmpeg.
 
-A dataset on disk is a few Arrow files, mapped into memory. The main process lists rows without touching their audio;
-whoever encodes a row maps the same file, without `datasets`, and reads it.
+A dataset on disk is a few memory-mapped Arrow files. The main process lists rows without reading their audio. The
+process that encodes a row maps the same file, without `datasets`, and reads it.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from codecssl.tokenize.sources.inputs import Input, Seen, as_label, in_utf8, spl
 
 OPTIONS = ("audio", "id", "labels", "revision")
 AUDIO_COLUMNS = ("audio", "file", "path", "speech", "wav", "flac", "mp3")
-"""Tried in this order where no column is of the type Audio."""
+"""Column names tried in this order if no column has the type Audio."""
 ID_COLUMNS = ("id", "utt_id", "utterance_id", "segment_id")
 LABEL_ITEMS = 1000
-"""Longer lists are features, not labels: they are left out."""
+"""Maximum length of a list label. Longer lists are features and are left out."""
 BATCH_ROWS = 32
-"""Rows with their audio that are in memory at a time, of a stream."""
+"""Number of rows of a stream held in memory with their audio."""
 
 USAGE = "write hf:NAME[:CONFIG]:SPLIT, with [?audio=COLUMN&id=COLUMN&labels=A,B&revision=R] where needed"
 
 
-# ---------------------------------------------------------------- what is asked for
+# ---------------------------------------------------------------- requests
 
 
 @dataclass(frozen=True)
 class Request:
-    """`hf:NAME[:CONFIG]:SPLIT?OPTIONS`, taken apart."""
+    """The parts of `hf:NAME[:CONFIG]:SPLIT?OPTIONS`."""
 
     source: str
     stream: bool
@@ -47,7 +47,7 @@ class Request:
 
 
 def parse(source: str) -> Request:
-    """Raises UserError for what is no such source."""
+    """Parse a source. Raises UserError if it is malformed."""
     spec, options = split_options(source, OPTIONS)
     kind, *parts = re.split(r":(?![^\[]*\])", spec)  # not the colon of train[:10%]
     if len(parts) not in (2, 3) or not all(parts):
@@ -56,10 +56,10 @@ def parse(source: str) -> Request:
 
 
 def read_hf(source: str, skip: int = 0) -> Iterator[Input]:
-    """Inputs of `hf:NAME[:CONFIG]:SPLIT` or `hf-stream:...` but the first `skip`.
+    """Yield inputs of `hf:NAME[:CONFIG]:SPLIT` or `hf-stream:...` except the first `skip`.
 
-    NAME is a dataset of the hub, a folder that `datasets` can load, or one that `save_to_disk` wrote. Ids come from an
-    id column, else they are row numbers. Raises UserError, also for an id that is there twice.
+    NAME is a dataset of the hub, a folder that `datasets` can load, or one written by `save_to_disk`. Ids come from an
+    id column, or are row numbers. Raises UserError, also for a duplicate id.
     """
     request = parse(source)
     dataset = _load(request)
@@ -82,7 +82,7 @@ def read_hf(source: str, skip: int = 0) -> Iterator[Input]:
 
 
 def _load(request: Request) -> Any:
-    """A Dataset, or an IterableDataset with its features known."""
+    """Load a Dataset, or an IterableDataset with known features."""
     try:
         import datasets
     except ImportError as error:
@@ -101,11 +101,11 @@ def _load(request: Request) -> Any:
                 revision=request.options.get("revision"),
             )
         if dataset.features is None:
-            dataset = dataset._resolve_features()  # a stream of JSON: by its first rows
+            dataset = dataset._resolve_features()  # a JSON stream: from its first rows
         return dataset
     except UserError:
         raise
-    except Exception as error:  # whatever a loader of any format may raise: it is one line for the user
+    except Exception as error:  # loaders may raise anything; reported in one line
         raise UserError(f"source {request.source!r}: cannot be loaded: {one_line(error)}") from error
 
 
@@ -122,7 +122,7 @@ def _load_saved(datasets: Any, request: Request, folder: Path) -> Any:
 
 
 def _spare_torchcodec(audio: Any) -> None:
-    """datasets 4 and 5 import torchcodec, which needs ffmpeg's libraries, to store even a path or bytes as they are."""
+    """Avoid torchcodec, which needs ffmpeg's libraries. datasets 4 and 5 import it even to store a path or bytes."""
     if hasattr(audio, "spared"):
         return
     original = audio.encode_example
@@ -142,7 +142,7 @@ def _spare_torchcodec(audio: Any) -> None:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column is what, and the features of the labels."""
+    """Roles of the columns, and the features of the labels."""
 
     audio: str
     id: str | None
@@ -198,7 +198,7 @@ def _is_label(type: pa.DataType) -> bool:
 
 
 def _named(feature: Any, value: Any) -> Any:
-    """`value` with the integers of a ClassLabel turned into their names."""
+    """Replace the integers of a ClassLabel in `value` with their names."""
     if value is None:
         return None
     if hasattr(feature, "int2str"):
@@ -216,7 +216,7 @@ def _named(feature: Any, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows, and where they lie: from row `first` of `file`, or only here ("")."""
+    """Rows and their location: from row `first` of `file`, or "" if only in memory."""
 
     table: Any
     file: str = ""
@@ -238,7 +238,7 @@ def _batches(request: Request, dataset: Any, columns: Columns, skip: int) -> Ite
     while True:
         try:
             some = list(islice(rows, BATCH_ROWS))
-        except Exception as error:  # a network's, or a loader's
+        except Exception as error:  # of the network or the loader
             raise UserError(
                 f"source {request.source!r}: reading stopped: {one_line(error)}; run the same command again"
             ) from error
@@ -248,21 +248,21 @@ def _batches(request: Request, dataset: Any, columns: Columns, skip: int) -> Ite
 
 
 def _undecoded(dataset: Any, columns: Columns) -> Any:
-    """Rows as dicts. (Not as tables: datasets guesses a type per row then, and a missing label breaks the stream.)"""
+    """Yield rows as dicts. With tables, datasets guesses types per row, and a missing label breaks the stream."""
     dataset = dataset.select_columns(columns.used)
     feature = dataset.features[columns.audio]
     return dataset.cast_column(columns.audio, type(feature)(decode=False)) if _is_audio(feature) else dataset
 
 
 def _arrow_files(dataset: Any, columns: Columns) -> list[str]:
-    """The files whose rows are the dataset's, in order; none where it is a slice, a selection or in memory."""
+    """Return the files that hold the dataset's rows, in order. Empty for a slice, a selection or data in memory."""
     files = [entry["filename"] for entry in dataset.cache_files]
     whole = files and sum(len(mapped(file)) for file in files) == len(dataset)
     return files if whole and all(set(columns.used) <= set(mapped(file).column_names) for file in files) else []
 
 
 def _inputs(request: Request, columns: Columns, batch: Batch, number: int) -> Iterator[Input]:
-    """The inputs of a batch; `number` is its first row's in the split."""
+    """Yield the inputs of a batch. `number` is the index of its first row in the split."""
     table, count = batch.table, len(batch.table)
     labels = {name: _values(feature, table.column(name)) for name, feature in columns.labels.items()}
     ids = table.column(columns.id).to_pylist() if columns.id else [None] * count
@@ -283,7 +283,7 @@ def _inputs(request: Request, columns: Columns, batch: Batch, number: int) -> It
 
 
 def _carrying(value: pa.Scalar, common: dict[str, Any]) -> Input:
-    """An input that holds its audio, for there is nowhere to read it again, or names the file with it."""
+    """Build an input that holds its audio, if it cannot be read again, or names the audio file."""
     try:
         content = content_of(value)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""One input of a run: what it is called and how any process opens its audio."""
+"""Inputs of a run: their names, and how any process opens their audio."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ class Input:
     id: str
     """Unique within the dataset."""
     path: str
-    """As the user wrote it: relative to the source's root."""
+    """Path as given by the user, relative to the source's root."""
     file: str
-    """Where it lies on this machine: the audio file, or the tar or Arrow file that holds it."""
+    """Local path of the audio file, or of the tar or Arrow file that holds it."""
     start: float | None = None
-    """Seconds; None is the file's start."""
+    """Start in seconds; None is the file's start."""
     end: float | None = None
     duration: float | None = None
-    """Seconds from the start, where the source gives no end: what a manifest says of a file's length."""
+    """Seconds from the start if the source gives no end, e.g. the file's length in a manifest."""
     channel: int | None = None
-    """The one channel to take, counted from 0; None is their mean."""
+    """Selected channel, counted from 0; None is the mean of all channels."""
     labels: dict[str, Any] = field(default_factory=dict)
-    """The source's other columns: what JSON can hold."""
+    """Other columns of the source, as JSON values."""
     offset: int | None = None
-    """Byte of `file` at which the audio begins, where it is one part of it."""
+    """Byte offset of the audio in `file`, if it is a part of it."""
     size: int | None = None
-    """Bytes of the encoded audio (of a decoded array: samples), where the source tells without reading it."""
+    """Bytes of the encoded audio, or samples of a decoded array, if known without reading it."""
     row: int | None = None
-    """Row of `file` where that is an Arrow file."""
+    """Row of `file` if it is an Arrow file."""
     column: str | None = None
-    """Column of that row."""
+    """Audio column of that row."""
     data: bytes | None = field(default=None, repr=False)
-    """The encoded audio itself, where it can be read once only."""
+    """The encoded audio itself, if it can be read only once."""
     problem: str | None = None
-    """Why there is no audio to open."""
+    """Reason why there is no audio to open."""
 
     def open(self) -> BinaryIO:
-        """The encoded audio as a seekable binary file that the caller closes; `name` is the input's path.
+        """Open the encoded audio as a seekable binary file. The caller closes it; its `name` is the input's path.
 
-        Raises UserError when it cannot be read.
+        Raises UserError if it cannot be read.
         """
         if self.problem is not None:
             raise UserError(self.problem)
@@ -69,12 +69,12 @@ class Input:
         return open_file(self.file, self.path, self.offset, self.size, held=self.start is None and self.end is None)
 
     def digest(self) -> bytes:
-        """Changes when the input's name, segment or labels do, or its place or size in a tar or dataset."""
+        """Hash of the input's name, segment and labels, and of its place and size in a tar or dataset."""
         parts: list[Any] = [self.id, self.path, self.start, self.end, self.labels]
         place = [self.offset, self.size, self.row, self.column, self.problem]
         if self.channel is not None:
             parts.append({"channel": self.channel})
-        if any(part is not None for part in place):  # plain files have the digest that they always had
+        if any(part is not None for part in place):  # keeps the digests of plain files unchanged
             parts.append(place)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).digest()
 
@@ -83,13 +83,13 @@ class Input:
 
 
 class Seen:
-    """Names met so far, as 8-byte hashes in an open-addressing table: 11 to 22 bytes a name, where a set takes 70."""
+    """Set of names as 8-byte hashes in an open-addressing table. It takes 11 to 22 bytes per name, a set takes 70."""
 
     def __init__(self) -> None:
         self._slots, self._count = array("Q", bytes(8 << 10)), 0
 
     def add(self, name: str) -> bool:
-        """Whether `name` is new. Two different names of 100 million are taken for one with a chance of 0.03 %."""
+        """Add `name` and return True if it is new. The chance of a collision among 100 million names is 0.03 %."""
         digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         if not self._put(int.from_bytes(digest, "little") or 1):  # 0 marks an empty slot
             return False
@@ -113,12 +113,12 @@ class Seen:
 
 
 def in_utf8(name: str) -> str:
-    """`name` as text that can be written: what is not UTF-8 in it, as its escape."""
+    """Return `name` with bytes that are not UTF-8 escaped."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def as_label(value: Any) -> Any:
-    """`value` as JSON holds it: numbers that are none become None, what JSON has no word for its text."""
+    """Convert `value` for JSON. Non-finite numbers become None, unsupported types become text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str):
@@ -133,9 +133,9 @@ def as_label(value: Any) -> Any:
 
 
 def split_options(source: str, known: Iterable[str]) -> tuple[str, dict[str, str]]:
-    """`NAME?key=value&key=value` as (NAME, options). A "?" that no `key=` follows belongs to the name.
+    """Split `NAME?key=value&key=value` into NAME and options. A "?" without a following `key=` belongs to the name.
 
-    Raises UserError for a key that is not among `known`.
+    Raises UserError for a key that is not in `known`.
     """
     name, *rest = QUERY.split(source, maxsplit=1)
     options = dict(pair.partition("=")[::2] for pair in rest[0].split("&")) if rest else {}

@@ -1,4 +1,4 @@
-"""Decode PCM, FLAC and SPHERE with libsndfile: sequentially, from any binary file, with truncated files detected."""
+"""Decode PCM, FLAC and SPHERE with libsndfile, sequentially and from any binary file, and detect truncation."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.sources.containers import SLACK_BYTES, UNKNOWN_BYTES, Riff
 
 UNKNOWN_FRAMES = 1 << 62
-"""libsndfile's length of a FLAC whose header does not tell it is above this."""
+"""libsndfile reports a length above this for a FLAC file without a length in its header."""
 
 SHORT = re.compile(r"^\s*(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
-"""How libsndfile logs a chunk that promises more bytes than follow."""
+"""libsndfile's log entry for a chunk that declares more bytes than follow."""
 
 NIST_SAMPLES = re.compile(rb"\nsample_count -i (\d+)")
 
 EXACT = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
-"""Encodings of one sample each, and FLAC's: libsndfile's count of frames is right and its seeks are exact."""
+"""Encodings for which libsndfile's frame count is correct and its seeks are exact, as for FLAC."""
 
 RAW = {(1, 8): "PCM_U8", (1, 16): "PCM_16", (1, 24): "PCM_24", (1, 32): "PCM_32", (3, 32): "FLOAT", (3, 64): "DOUBLE",
        (6, 8): "ALAW", (7, 8): "ULAW"}  # fmt: skip
-"""libsndfile's name of the samples of a WAV by its format tag and bits."""
+"""libsndfile's subtype of a WAV file by its format tag and bits."""
 
 WORDS = {
     "File does not exist": "no audio found in it",
     "SF_INFO struct incomplete": "its header gives no possible sample rate, channels or length",
 }
-"""Messages of libsndfile that are wrong or unclear, and their meaning."""
+"""Clear replacements for wrong or unclear messages of libsndfile."""
 
 
 class PcmFile(soundfile.SoundFile):
-    """One file, decoded from its start or from a later frame on.
+    """An audio file, decoded from its start or from a later frame.
 
-    soundfile itself seeks to the place where it is after each block, which fails at the end of a FLAC of unknown
-    length; this class reads sequentially.
+    soundfile seeks to its current position after each block, which fails at the end of a FLAC file of unknown length.
+    This class reads sequentially.
     """
 
     length: int | None
-    """Frames that the header promises, be they there or not; None where it does not tell."""
+    """Number of frames declared by the header, even if truncated; None if unknown."""
 
     def __init__(self, source: Path | BinaryIO, raw: Riff | None = None) -> None:
-        """raw: the format of the samples of a file without a header; its size gives the length."""
+        """Open a file. `raw` is the sample format of a file without a header, whose size gives the length."""
         try:
             if raw is not None:
                 kind = RAW.get((raw.codec, raw.bits), "PCM_16")
@@ -64,7 +64,7 @@ class PcmFile(soundfile.SoundFile):
         return False
 
     def decode(self, frames: int) -> NDArray[np.float32]:
-        """Up to `frames` following frames [n, C]; [0, C] at the end. Raises UserError for damaged files."""
+        """Return the next frames [n, C], n <= `frames`; [0, C] at the end. Raises UserError for damaged files."""
         try:
             block: NDArray[np.float32] = self.read(frames, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
@@ -72,7 +72,7 @@ class PcmFile(soundfile.SoundFile):
         return block
 
     def go_to(self, frame: int, block: int) -> None:
-        """Go from the start to `frame`: by seeking where the format can, else by reading `block` frames at a time."""
+        """Move from the start to `frame` by seeking if possible, else by reading `block` frames at a time."""
         if not super().seekable():
             while frame > 0 and (passed := len(self.decode(min(block, frame)))):
                 frame -= passed
@@ -84,7 +84,7 @@ class PcmFile(soundfile.SoundFile):
 
 
 class Virtual:
-    """A binary file for libsndfile's callbacks, which seek to before the start where a header is broken."""
+    """Binary file for libsndfile's callbacks, which seek to before the start if a header is damaged."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.read, self.readinto, self.tell = file, file.read, file.readinto, file.tell
@@ -98,7 +98,7 @@ class Virtual:
 
 
 def frames_of(file: PcmFile, source: Path | BinaryIO) -> int | None:
-    """The frames that the header promises, be they there or not; None where it does not tell."""
+    """Return the number of frames declared by the header, even if truncated; None if unknown."""
     if file.frames > UNKNOWN_FRAMES:
         return None
     if file.format == "NIST" and (count := NIST_SAMPLES.search(_head(source))):
@@ -122,12 +122,12 @@ def _head(source: Path | BinaryIO) -> bytes:
 
 
 def size_of(source: Path | BinaryIO) -> int:
-    """Bytes of a file; a binary file is at its end then."""
+    """Return the size of a file in bytes. Leaves a binary file at its end."""
     return source.stat().st_size if isinstance(source, Path) else source.seek(0, os.SEEK_END)
 
 
 def reason(source: Path | BinaryIO, error: soundfile.LibsndfileError) -> str:
-    """The reason why `source` could not be decoded, in libsndfile's words or in clearer ones."""
+    """Return the reason why `source` could not be decoded: libsndfile's message or a clearer one."""
     if size_of(source) == 0:
         return "the file is empty"
     text = str(error).rsplit(": ", 1)[-1].strip()

@@ -1,4 +1,4 @@
-"""Tables of inputs: .tsv, .csv and .jsonl manifests, and lists on standard input."""
+"""Read inputs from .tsv, .csv and .jsonl manifests and from lists on standard input."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from codecssl.tokenize.sources.inputs import Input, Seen, as_label, in_utf8
 
 MANIFESTS = (".tsv", ".csv", ".jsonl", ".jsonl.gz", ".json", ".scp", ".txt", ".lst", ".list")
 LISTS = (".txt", ".lst", ".list")
-"""Names of lists: a path a line."""
+"""Suffixes of lists with one path per line."""
 
 Rows = Iterator[tuple[int, dict[str, Any]]]
-"""(line, columns) of each row."""
+"""Line number and columns of each row."""
 
 
 def read_manifest(manifest: Path) -> Iterator[Input]:
-    """Inputs of a table with the columns path, [id, start, end], and labels; paths are relative to the table's folder.
+    """Yield inputs of a table with the columns path, [id, start, end] and labels. Paths are relative to its folder.
 
-    UTF-8 with or without a byte-order mark, any line ends. A .jsonl may begin with {"root": FOLDER}, to which its paths
-    are relative then. Also read: NeMo's .json and
-    .jsonl.gz (rows of JSON), lists of paths (.txt, .lst, .list), Kaldi's wav.scp without pipes, fairseq's .tsv with its
-    root line, Common Voice's .tsv beside clips/. Raises UserError naming the line.
+    The text is UTF-8 with or without a byte-order mark and with any line ends. A .jsonl may begin with
+    {"root": FOLDER}, which replaces the table's folder. Other supported formats are NeMo's .json and .jsonl.gz (rows of
+    JSON), lists of paths (.txt, .lst, .list), Kaldi's wav.scp without pipes, fairseq's .tsv with its root line, and
+    Common Voice's .tsv next to clips/. Raises UserError naming the line.
     """
     name, root = manifest.name.lower(), manifest.parent
     if name.endswith((".jsonl", ".jsonl.gz", ".json")):
@@ -45,12 +45,12 @@ def read_manifest(manifest: Path) -> Iterator[Input]:
 
 
 def read_list(stream: BinaryIO, name: str = "standard input") -> Iterator[Input]:
-    """Inputs of a list: a path or a manifest's row in JSON per line; paths are relative to the working folder."""
+    """Yield inputs of a list with a path or a JSON row per line. Paths are relative to the working folder."""
     return _inputs(_listed(stream, name), name, Path())
 
 
 def read_rows(manifest: Path, *columns: str) -> list[dict[str, Any]]:
-    """The rows of a .jsonl manifest as they are. Raises UserError naming the line that is no row, or lacks a column."""
+    """Read the rows of a .jsonl manifest unchanged. Raises UserError naming an invalid line or a missing column."""
     if not manifest.is_file():
         raise UserError(f"manifest {manifest}: no such file; give a .jsonl with the columns {', '.join(columns)}")
     rows = []
@@ -62,10 +62,10 @@ def read_rows(manifest: Path, *columns: str) -> list[dict[str, Any]]:
 
 
 def spool_stdin(stream: BinaryIO, target: Path) -> str:
-    """Copy a list on `stream` to the .jsonl manifest `target`, durably, and return its name: a run reads it again.
+    """Copy a list on `stream` durably to the .jsonl manifest `target`, which a run reads again, and return its name.
 
-    Where `target` is there already, an empty stream (or a terminal) means the same list again. Raises UserError for
-    another list, an empty one, and a line that is neither a path nor a row.
+    If `target` exists, an empty stream (or a terminal) means the same list again. Raises UserError for a different
+    list, an empty one, and a line that is neither a path nor a row.
     """
     if target.exists() and stream.isatty():
         return str(target)
@@ -92,7 +92,7 @@ def _spool(stream: BinaryIO, path: Path) -> int:
     with path.open("w", encoding="utf-8") as file:
         print(json.dumps({"root": str(Path.cwd())}), file=file)
         for _, row in _listed(stream, "standard input"):
-            print(json.dumps(row), file=file)  # ASCII: names that are not UTF-8 survive as escapes
+            print(json.dumps(row), file=file)  # ASCII keeps names that are not UTF-8 as escapes
             count += 1
         file.flush()
         os.fsync(file.fileno())
@@ -122,7 +122,7 @@ def _list_rows(manifest: Path) -> Rows:
 
 
 def _kaldi_rows(manifest: Path) -> Rows:
-    """Lines `ID PATH` of a wav.scp."""
+    """Read the lines `ID PATH` of a wav.scp."""
     for number, row in _list_rows(manifest):
         id, _, path = str(row.get("path", "")).strip().partition(" ")
         if path.rstrip().endswith("|"):
@@ -136,7 +136,7 @@ def _kaldi_rows(manifest: Path) -> Rows:
 
 
 def _fairseq_root(manifest: Path) -> str | None:
-    """The folder in the first line of a fairseq .tsv, whose other lines are a path and a number of samples."""
+    """Return the folder in the first line of a fairseq .tsv. Its other lines are a path and a number of samples."""
     with manifest.open("rb") as file:
         first, second = file.readline(4096), file.readline(4096)
     fields = second.rstrip(b"\r\n").split(b"\t")
@@ -176,7 +176,7 @@ def _table_rows(manifest: Path) -> Rows:
         lines = _decoded(file, manifest)
         if manifest.suffix.lower() == ".csv":
             reader = csv.DictReader(lines)
-        else:  # a quotation mark is text in a TSV: transcripts begin with one, and would swallow the lines after it
+        else:  # a quotation mark is text in a TSV; otherwise one at the start of a transcript would join lines
             reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
             for row in reader:
@@ -199,7 +199,7 @@ def _decoded(lines: Iterator[str], manifest: Path) -> Iterator[str]:
 
 
 def _inputs(rows: Rows, name: str, root: Path, *, clips: bool = False) -> Iterator[Input]:
-    """clips: paths may be relative to the folder clips/ next to the table, as Common Voice's are."""
+    """Yield the inputs of `rows`. With `clips`, paths may be relative to clips/ next to the table (Common Voice)."""
     seen, first = Seen(), True
     for number, row in rows:
         if clips and first and (column := first_of(row, PATHS)) and not (root / str(row[column])).exists():

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from codecssl.tokenize.common.errors import UserError
 
 HELD_BYTES = 1 << 25
-"""Files up to this size are read at once: hashing and decoding them asks the disk once."""
+"""Maximum size of files held in memory, so that hashing and decoding read the disk once."""
 
 
 class Held(io.BytesIO):
@@ -25,9 +25,9 @@ class Held(io.BytesIO):
 def open_file(
     file: str, name: str, offset: int | None = None, size: int | None = None, *, held: bool = True
 ) -> BinaryIO:
-    """`file`, or `size` bytes of it from `offset`, as a binary file of its own. Raises UserError.
+    """Open `file`, or `size` bytes of it from `offset`, as a binary file. Raises UserError.
 
-    held: read it into memory at once, up to HELD_BYTES. Only regular files are opened: a FIFO would block.
+    With `held`, files up to HELD_BYTES are read into memory. Only regular files are opened, since a FIFO would block.
     """
     try:
         with ExitStack() as stack:
@@ -45,7 +45,7 @@ def open_file(
             data = opened.read(size)
     except OSError as error:
         raise UserError(f"cannot read: {error.strerror}") from error
-    except ValueError as error:  # a name that no file can have
+    except ValueError as error:  # an invalid file name
         raise UserError(f"cannot read: {error}") from error
     if len(data) < size:
         raise UserError(f"cannot read: {file} ends {size - len(data)} bytes before {name} does")
@@ -57,7 +57,7 @@ def _not_blocking(file: str, flags: int) -> int:
 
 
 class Window(io.RawIOBase):
-    """`size` bytes of an open file from `offset`, as a file. Closes the file with itself."""
+    """View of `size` bytes of an open file from `offset`. Closing it closes the file."""
 
     def __init__(self, file: BinaryIO, name: str, offset: int, size: int) -> None:
         self.file, self.name, self.offset, self.size, self.position = file, name, offset, size, 0

@@ -1,7 +1,7 @@
-"""Where audio comes from, as one ordered stream of inputs: folders, globs, files, manifests, datasets, tars.
+"""Read audio sources as one ordered stream of inputs: folders, globs, files, manifests, datasets, tars.
 
-The order is fixed by the names alone, and nothing is listed in memory beyond one folder: a task of an array walks the
-same stream as its siblings and picks its shards. Where users give the ids, 8-byte hashes of them are kept.
+The order depends on the names alone, and at most one folder is listed in memory. All tasks of an array walk the same
+stream, and each selects its shards. For ids given by users, 8-byte hashes are kept.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ __all__ = ["Input", "is_stream", "read_source", "read_sources", "walk"]
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 WILDCARDS = "*?["
 HINT_ENTRIES = 10_000
-"""Of a folder without audio, to tell what it holds instead."""
+"""Number of entries of a folder without audio that are inspected for the error message."""
 
 
 left_out: Counter[str] = Counter()
-"""Files that folders hold and that were not taken, by suffix, since the counter was cleared."""
+"""Number of skipped files in folders by suffix, since the counter was cleared."""
 
 
 def read_sources(sources: list[str], skip: int = 0) -> Iterator[Input]:
-    """All inputs of all sources but the first `skip`, in order.
+    """Yield all inputs of all sources in order, except the first `skip`.
 
-    Where there are several sources, ids begin with the source's name. Raises UserError for a source that does not
-    exist, holds no audio, or repeats an id (of a stream: among what is not skipped).
+    With several sources, ids begin with the source's name. Raises UserError for a source that does not exist, holds no
+    audio, or repeats an id (in a stream, among the inputs that are not skipped).
     """
     prefixes = _prefixes(sources)
     for number, (source, prefix) in enumerate(zip(sources, prefixes), 1):
-        last = number == len(sources)  # of an earlier source it must be known how many it has
+        last = number == len(sources)  # the size of earlier sources must be known
         inputs = read_source(source, skip if last else 0)
         if not last:
             for _ in islice(inputs, skip):
@@ -50,7 +50,7 @@ def read_sources(sources: list[str], skip: int = 0) -> Iterator[Input]:
 
 
 def read_source(source: str, skip: int = 0) -> Iterator[Input]:
-    """Inputs of one source but the first `skip`. See `read_sources`."""
+    """Yield the inputs of one source except the first `skip`. See `read_sources`."""
     if source.startswith(("hf:", "hf-stream:")):
         from codecssl.tokenize.sources.huggingface import read_hf
 
@@ -60,13 +60,13 @@ def read_source(source: str, skip: int = 0) -> Iterator[Input]:
 
 
 def is_stream(source: str) -> bool:
-    """Whether reading the inputs of `source` fetches their audio, so that they are better not counted beforehand."""
+    """True if listing the inputs of `source` downloads their audio, which makes counting them expensive."""
     return source.startswith("hf-stream:")
 
 
 def _read_source(source: str) -> Iterator[Input]:
     path = Path(source)
-    if not source:  # a shell variable that is not set: Path() would be the working folder
+    if not source:  # e.g. an unset shell variable; Path() would be the working folder
         raise UserError("source '': an empty name; give . for the working folder")
     if source == "-":
         return read_list(sys.stdin.buffer)
@@ -96,7 +96,7 @@ def _from_file(path: Path) -> Iterator[Input]:
 
 
 def walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
-    """Audio files below `folder`, depth first, ordered by their names' bytes; links are followed, not in circles."""
+    """Yield audio files below `folder`, depth first, in byte order of names. Links are followed except in loops."""
     try:
         status = folder.stat()
         if (here := (status.st_dev, status.st_ino)) in above:
@@ -104,14 +104,14 @@ def walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Itera
         with os.scandir(folder) as entries:
             ordered = sorted(entries, key=lambda entry: os.fsencode(entry.name))
     except OSError as error:
-        if above:  # it becomes an input that cannot be read: the others are not lost
+        if above:  # becomes an unreadable input; the others are kept
             yield folder
             return
         raise UserError(f"{folder}: cannot be listed: {error.strerror}") from error
     for entry in ordered:
         if entry.is_dir():
             yield from walk(Path(entry.path), above | {here})
-        elif entry.name.startswith("._"):  # macOS's attributes of a file, under its name
+        elif entry.name.startswith("._"):  # macOS metadata files
             left_out["._*"] += 1
         elif entry.name.lower().endswith(EXTENSIONS):
             yield Path(entry.path)
@@ -124,7 +124,7 @@ def _is_plain(part: str) -> bool:
 
 
 def _repeats(folders: Iterable[str]) -> bool:
-    """Whether a path goes through one folder twice: "**" follows links in circles, and finds a file forty times."""
+    """True if a path visits a folder twice. "**" follows links in loops and finds a file forty times."""
     passed = list(folders)
     return len(set(passed)) < len(passed)
 
@@ -139,7 +139,7 @@ def _some(inputs: Iterator[Input], source: str, otherwise: str = "") -> Iterator
 
 
 def _hint(folder: Path) -> str:
-    """What a folder without audio holds instead."""
+    """Describe the contents of a folder without audio."""
     if not folder.is_dir():
         return ""
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():

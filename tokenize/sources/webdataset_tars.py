@@ -1,4 +1,4 @@
-"""Audio WebDatasets: tars in which the members of one key follow each other, one of them audio, the others labels."""
+"""Read audio WebDatasets: tars with consecutive members per key, of which one is audio and the others are labels."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ OPTIONS = ("audio",)
 TEXTS = ("txt", "text", "transcript")
 NUMBERS = ("cls", "cls2", "index", "inx", "id")
 JSONS = ("json", "jsn")
-"""Members that become labels, by the last part of their extension: webdataset's own decoders know the same."""
+"""Extensions (last part) of JSON members that become labels, as in webdataset's own decoders."""
 
 OPENERS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
-"""How a compressed tar begins, and what reads it."""
+"""Magic bytes of compressed tars and the functions that open them."""
 
 
 def read_wds(source: str) -> Iterator[Input]:
-    """Inputs of `wds:PATTERN[?audio=EXTENSION]`: local tars, in the order of the braces, or of the names of a glob.
+    """Yield inputs of `wds:PATTERN[?audio=EXTENSION]`: local tars in the order of the braces or of the names of a glob.
 
-    An id is the tar's name and the key. A member `.json` gives a label for each of its keys, other `.json`, `.txt` and
-    `.cls` members give a label named as their extension. A key without audio, or with several audio members where
-    `audio` names none, is an input that cannot be read. Audio in an uncompressed tar is read by whoever encodes it.
-    Raises UserError for a tar that is missing or torn, and for a key that is there twice.
+    An id is the tar's name and the key. A member `.json` gives a label for each of its keys. Other `.json`, `.txt` and
+    `.cls` members give a label named after their extension. A key without audio, or with several audio members of which
+    `audio` selects none, is an unreadable input. Audio in an uncompressed tar is read by the process that encodes it.
+    Raises UserError for a missing or truncated tar, and for a duplicate key.
     """
     pattern, options = split_options(source, OPTIONS)
     tars = _expand(source, pattern.removeprefix("wds:"))
@@ -90,7 +90,7 @@ def _from_tar(tar: Path, name: str, audio: str) -> Iterator[Input]:
 
 
 class _Sample:
-    """The members of one key: extension -> member, and what is read already of them."""
+    """Members of one key by extension, and their contents read so far."""
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -98,7 +98,7 @@ class _Sample:
         self.contents: dict[str, bytes] = {}
 
     def input(self, tar: Path, name: str, audio: str) -> Input:
-        """The input of this sample; `audio` is the extension that the user chose, or ""."""
+        """Build the input of this sample. `audio` is the extension chosen by the user, or ""."""
         labels, problem = self._labels()
         heard = [e for e in self.members if (e == audio if audio else _is_audio(e))]
         if len(heard) != 1:
@@ -119,7 +119,7 @@ class _Sample:
         )
 
     def _labels(self) -> tuple[dict[str, Any], str | None]:
-        """The labels, and what is wrong with them."""
+        """Return the labels and the description of a problem with them, if any."""
         labels: dict[str, Any] = {}
         for extension, content in self.contents.items():
             kind = extension.rpartition(".")[2]
@@ -171,13 +171,13 @@ def _samples(tar: Path) -> Iterator[_Sample]:
 
 
 def _members(tar: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, bytes | None]]:
-    """(key, extension, member, content) of each file; the content of labels, and of what can't be read in place."""
+    """Yield (key, extension, member, content) of each file. Members that are read in place have no content."""
     opener = _opener(tar)
     with opener(tar) if opener else tar.open("rb") as file:
         watched = _Watched(file)
         archive = tarfile.open(fileobj=watched, mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
         while (member := archive.next()) is not None:
-            archive.members.clear()  # tarfile would keep them all
+            archive.members.clear()  # tarfile would keep all members
             key, extension = _split(member.name)
             if not member.isreg() or not extension:
                 continue
@@ -195,9 +195,10 @@ def _opener(tar: Path) -> Callable[[Path], Any] | None:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and lower-case extension of a member, as webdataset splits them: at the first dot of the base name.
+    """Split a member's name into key and lower-case extension at the first dot of the base name, as webdataset does.
 
-    A dot before a digit belongs to the key, as in utt_11.708_13.970.flac, where audio or a label ends the name.
+    If the name ends in an audio or label extension, a dot before a digit belongs to the key, as in
+    utt_11.708_13.970.flac.
     """
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, extension = base.partition(".")
@@ -212,7 +213,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 class _Watched:
-    """A file that remembers what was read last. tarfile takes a damaged header for the end: the real one is zeros."""
+    """File that remembers its last read. tarfile takes a damaged header for the end; the real end is zeros."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.seek, self.tell, self.last = file, file.seek, file.tell, b""
