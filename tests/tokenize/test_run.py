@@ -225,7 +225,7 @@ def test_manifest_segments_and_labels(audio_folder, tmp_path, codec_file):
     ("text", "says"),
     [
         ('{"path": "a.wav"}\n{"path": "a.wav"}\n', "line 2: id 'a.wav' is there twice"),
-        ('{"file": "a.wav"}\n', "line 1: no 'path' column; the columns are file"),
+        ('{"sound": "a.wav"}\n', "line 1: no 'path' column; the columns are sound"),
         ('{"path": "a.wav", "start": 2, "end": 1}\n', "end 1.0 is not after start 2.0"),
         ("{nonsense\n", "line 1: not JSON"),
     ],
@@ -307,7 +307,7 @@ def test_help_tells_defaults_where_there_are_some(capsys):
     with pytest.raises(SystemExit):
         main(["run", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for option in ("(default: tiny_16khz)", "task I of 0..N-1 (default: 0)", "the codec's own) --device"):
+    for option in ("(default: tiny_16khz)", "do task I, 0 to N - 1 (default: 0)", "the codec's own) --device"):
         assert option in text
     assert "None" not in text
     assert "False" not in text

@@ -79,7 +79,7 @@ def test_ids_that_are_numbers_and_labels_of_all_kinds(tmp_path):
         ("x.jsonl", '{"path": "a", "end": 0}', "line 1: end 0.0 is not after start 0.0"),
         ("x.csv", "path,end\na,-1\n", "line 2: end -1.0 is negative"),
         ("x.csv", "path,start\na,-1\n", "line 2: start -1.0 is negative"),
-        ("x.csv", "file,id\na,1\n", "line 2: no 'path' column; the columns are file, id"),
+        ("x.csv", "sound,id\na,1\n", "line 2: no 'path' column; the columns are sound, id"),
         ("x.csv", "path,id\nb,1\n\na,1\n", "line 4: id '1' is there twice"),
         ("x.csv", f"path,t\na,{'x' * 140_000}\n", "line 2: field larger than"),
         ("x.tsv", "path\tid\na\n", "line 2: another number of fields"),
