@@ -26,7 +26,7 @@ from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 
 LOW, HIGH = -11.0, 1.0
-"""log10 of the powers that are stored as 0 and as 255. Dithered 16-bit silence lies between -11.1 and -10.7 at 80 bands."""
+"""log10 of the powers that are stored as 0 and as 255. Dithered 16-bit silence lies near -11."""
 MAX_BANDS = 256
 GROUP = 256
 """Maximum number of frames transformed at a time, which bounds the memory."""
