@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.errors import UserError, check_share
 from codecssl.tokenize.mel import MAX_BANDS
 
 
@@ -34,8 +34,7 @@ class TokenizeConfig:
     """Seconds of audio after which a block is closed early."""
 
     def __post_init__(self) -> None:
-        if self.tasks < 1 or not 0 <= self.task < self.tasks:
-            raise UserError(f"task {self.task} of {self.tasks}: --task counts from 0 to --tasks - 1")
+        check_share(self.tasks, self.task)
         if self.mel_bands is not None and not 1 <= self.mel_bands <= MAX_BANDS:
             raise UserError(f"--with-mel {self.mel_bands}: must be from 1 to {MAX_BANDS} bands")
         for name in ("shard_inputs", "block_inputs", "block_seconds"):

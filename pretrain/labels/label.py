@@ -26,7 +26,7 @@ from codecssl.pretrain.labels.kmeans import Clustering, Features, Quality, fit
 from codecssl.pretrain.labels.labellers import ByCentroids, Extractor, FromFile, Labeller
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.command_line import progress_bar
-from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.errors import UserError, check_share
 from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
 from codecssl.tokenize.common.hashing import file_sha256
 from codecssl.tokenize.format.layout import shard_path
@@ -73,8 +73,7 @@ class LabelConfig:
             raise UserError(f"--sample-frames {self.sample_frames}: must be at least --clusters ({self.clusters})")
         if self.utterance_frames is not None and self.utterance_frames < 1:
             raise UserError(f"--utterance-frames {self.utterance_frames}: must be at least 1")
-        if self.tasks < 1 or not 0 <= self.task < self.tasks:
-            raise UserError(f"task {self.task} of {self.tasks}: --task counts from 0 to --tasks - 1")
+        check_share(self.tasks, self.task)
         check_device(self.device)
         if not self.data:
             raise UserError("--data: no shard folder given")

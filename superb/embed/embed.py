@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from codecssl.superb.embed.states import Layers, Pool, States, WaveStates
 from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE
 from codecssl.superb.upstreams.expert import Shelf, Upstream, parse_all
-from codecssl.tokenize.common.errors import UserError
+from codecssl.superb.upstreams.token_reader import TokenReader
+from codecssl.tokenize.common.errors import UserError, check_share
 from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
 from codecssl.tokenize.encode import failure
 from codecssl.tokenize.format.layout import load_json, sealed
@@ -61,8 +62,7 @@ class EmbedConfig:
     shard_inputs: int = 512
 
     def __post_init__(self) -> None:
-        if self.tasks < 1 or not 0 <= self.task < self.tasks:
-            raise UserError(f"task {self.task} of {self.tasks}: --task counts from 0 to --tasks - 1")
+        check_share(self.tasks, self.task)
         if self.pool not in ("mean", "meanstd"):
             raise UserError(f"--pool {self.pool}: give mean or meanstd")
         if self.shard_inputs < 1:
@@ -275,19 +275,10 @@ class _TokenInputs(_Inputs):
 
     def __init__(self, config: EmbedConfig, upstream: Upstream, folder: Path) -> None:
         super().__init__(config)
-        if not upstream.reads_codes:
-            raise UserError(f"upstream {upstream.name}: reads audio, and {folder} holds codes; embed the audio")
         self.data = Shards(folder)
-        card, self.encoder = Shelf(device=config.device).encoder(upstream)
-        theirs = self.data.card
-        if (card.weights_sha256, card.codebook_sizes) != (theirs.weights_sha256, theirs.codebook_sizes):
-            raise UserError(f"upstream {upstream.name}: its codec is not that of {folder} ({card.difference(theirs)})")
-        self.mel_spec = getattr(self.encoder, "mel_spec", None)
-        if self.mel_spec not in (None, self.data.mel_spec):
-            raise UserError(f"upstream {upstream.name}: reads a log-mel plane that {folder} does not have")
-        self.encoder = self.encoder.to(config.device).eval()
+        self.reader = TokenReader(Shelf(device=config.device), upstream, self.data)
         self.layers = Layers(config.layer)
-        frame = float(1 / theirs.frame_rate)
+        frame = float(1 / self.data.card.frame_rate)
         self.window = max(4, round(config.window_seconds / frame))
         self.overlap = max(1, round(config.overlap_seconds / frame))
 
@@ -308,23 +299,16 @@ class _TokenInputs(_Inputs):
             last = frames - start <= self.window + self.overlap
             stop = frames if last else start + self.window
             states = self._states(index, start, stop)
-            yield states[0 if start == 0 else self.overlap : len(states) if last else len(states) - self.overlap]
+            skip = self.overlap * len(states) // (stop - start)  # a task codec has several states a frame of codes
+            yield states[0 if start == 0 else skip : len(states) if last else len(states) - skip]
             if last:
                 return
             start += step
 
     def _states(self, index: int, start: int, stop: int) -> States:
-        import torch
-
-        codes = torch.from_numpy(self.data.codes(index, start=start, stop=stop).astype(np.int64))[None]
-        inputs: list[Any] = [codes.to(self.config.device), [codes.shape[2]]]
-        if self.mel_spec is not None:
-            mel = self.data.mel(index, start=start, stop=stop)
-            inputs.append(torch.from_numpy(mel.T.copy())[None].to(self.config.device))
-        with torch.no_grad():
-            states = self.encoder.extract(*inputs)  # type: ignore[operator]
+        states = self.reader.states(index, start, stop)
         try:
-            return self.layers(states)[0].float().cpu().numpy()  # type: ignore[no-any-return]
+            return self.layers(states).float().cpu().numpy()  # type: ignore[no-any-return]
         except IndexError:
             raise UserError(f"--layer {self.config.layer}: {self.config.upstream} has fewer hidden states") from None
 

@@ -15,10 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE
-
-SHORTEST = 800
-"""Samples: shorter waves are followed by zeros up to here, as s3prl does."""
+from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE, SHORTEST
 
 States = NDArray[np.float32]
 """[T, D]"""
@@ -35,7 +32,7 @@ class Layers:
         self.layer = layer
 
     def __call__(self, hidden_states: Sequence[Tensor]) -> Tensor:
-        """L + 1 tensors [B, T, D] -> [B, T, D]. Raises IndexError where the layer is not there."""
+        """L + 1 tensors of one shape, [B, T, D] or [T, D], to that shape. Raises IndexError for other layers."""
         if self.layer is None:
             return torch.stack(list(hidden_states)).mean(0)
         return hidden_states[self.layer]

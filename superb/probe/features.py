@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE
+from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE, SHORTEST
 from codecssl.superb.upstreams.expert import Shelf, Upstream
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.hashing import file_sha256
 from codecssl.tokenize.sources.manifest import read_rows
-
-SHORTEST = 800  # samples; s3prl pads shorter waves to this length
 
 
 class AudioRows:
@@ -61,29 +59,10 @@ class ShardRows:
 
     def features(self, upstream: Upstream, shelf: Shelf) -> Callable[[int], list[np.ndarray]]:
         """Return a function from a row's number to its hidden states [T, D]."""
-        import torch
+        from codecssl.superb.upstreams.token_reader import TokenReader
 
-        if not upstream.reads_codes:
-            raise UserError(
-                f"upstream {upstream.name}: reads audio, and {self.shards.path} holds codes; probe the audio"
-            )
-        card, encoder = shelf.encoder(upstream)
-        theirs = self.shards.card
-        if (card.weights_sha256, card.codebook_sizes) != (theirs.weights_sha256, theirs.codebook_sizes):
-            where = card.difference(theirs)
-            raise UserError(f"upstream {upstream.name}: its codec is not the one of {self.shards.path} ({where})")
-        encoder = encoder.to(shelf.device)
-        spec = getattr(encoder, "mel_spec", None)
-        if spec not in (None, self.shards.mel_spec):
-            raise UserError(f"upstream {upstream.name}: reads a log-mel plane that {self.shards.path} does not have")
-
-        def states(index: int) -> list[np.ndarray]:
-            codes = torch.from_numpy(self.shards.codes(index).astype(np.int64))[None].to(shelf.device)
-            mel = None if spec is None else torch.from_numpy(self.shards.mel(index).T.copy())[None].to(shelf.device)
-            with torch.no_grad():
-                return [layer[0].cpu().numpy() for layer in encoder.extract(codes, [codes.shape[2]], mel)]  # type: ignore[operator]
-
-        return states
+        reader = TokenReader(shelf, upstream, self.shards)
+        return lambda index: [layer.cpu().numpy() for layer in reader.states(index)]
 
 
 def open_rows(path: Path) -> "AudioRows | ShardRows":

@@ -9,6 +9,7 @@ from torch import Tensor
 from codecssl.tokenize.codec import Codec, CodecCard, Encoded
 
 SAMPLE_RATE = 16_000  # of all waves from s3prl
+SHORTEST = 800  # samples; s3prl pads shorter waves to this length
 
 
 def encode(codec: Codec, wavs: Sequence[Tensor], device: str = "cpu") -> list[Tensor]:

@@ -22,3 +22,9 @@ def one_line(error: BaseException) -> str:
     while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+
+
+def check_share(tasks: int, task: int) -> None:
+    """Check a share of divided work, `--tasks N --task I`. Raises UserError unless 0 <= I < N."""
+    if tasks < 1 or not 0 <= task < tasks:
+        raise UserError(f"task {task} of {tasks}: --task counts from 0 to --tasks - 1")

@@ -139,6 +139,16 @@ def test_long_token_utterances_are_cut_into_windows(upstream, tmp_path, audio):
         assert np.array_equal(states, cut[key])
 
 
+@pytest.mark.parametrize("pool", [1, 2, 4])
+@pytest.mark.parametrize("frames", [3, 12, 13, 57])
+def test_windows_of_tokens_keep_every_state_once(pool, frames):
+    """A task codec has `pool` states a frame of codes."""
+    inputs = module._TokenInputs.__new__(module._TokenInputs)
+    inputs.window, inputs.overlap = 10, 2
+    inputs._states = lambda index, start, stop: np.arange(start * pool, stop * pool)[:, None]
+    assert np.array_equal(np.concatenate(list(inputs._pieces(0, frames)))[:, 0], np.arange(frames * pool))
+
+
 def test_mistakes_are_one_line(audio, upstream, tmp_path, capsys):
     with pytest.raises(UserError, match="--layer 9: .* has fewer hidden states"):
         embed(config(audio, upstream, tmp_path / "a", layer=9))
