@@ -96,10 +96,10 @@ def embed(config: EmbedConfig, report: Report = lambda done, total, note: None) 
     [upstream] = parse_all([config.upstream])
     tokens = _token_folder(config.sources)
     inputs = len(Shards(tokens)) if tokens else _count(config.sources)
-    _open_plan(config, upstream, inputs)
+    source = _TokenInputs(config, upstream, tokens) if tokens else _AudioInputs(config, upstream)
+    _open_plan(config, upstream, inputs)  # last: a mistake must not leave a folder that refuses the corrected command
     shards = -(-inputs // config.shard_inputs) if inputs is not None else None
     with alone_in(config.output, f".{config.task}-of-{config.tasks}.lock"):
-        source = _TokenInputs(config, upstream, tokens) if tokens else _AudioInputs(config, upstream)
         done, last = 0, -1
         for shard, rows in source.shards(shards):
             if rows is not None:
@@ -281,6 +281,8 @@ class _TokenInputs(_Inputs):
         frame = float(1 / self.data.card.frame_rate)
         self.window = max(4, round(config.window_seconds / frame))
         self.overlap = max(1, round(config.overlap_seconds / frame))
+        if len(self.data):
+            self._states(0, 0, min(int(self.data.frames[0]), self.window))  # tells whether the layer is there
 
     def shards(self, count: int | None) -> Iterator[tuple[int, Iterator[Row | Failure] | None]]:
         size = self.config.shard_inputs

@@ -152,6 +152,7 @@ def test_windows_of_tokens_keep_every_state_once(pool, frames):
 def test_mistakes_are_one_line(audio, upstream, tmp_path, capsys):
     with pytest.raises(UserError, match="--layer 9: .* has fewer hidden states"):
         embed(config(audio, upstream, tmp_path / "a", layer=9))
+    assert not (tmp_path / "a").exists()
     embed(config(audio, upstream, tmp_path / "b"))
     with pytest.raises(UserError, match="begun with pool mean, this run has meanstd"):
         embed(config(audio, upstream, tmp_path / "b", pool="meanstd"))
@@ -160,6 +161,9 @@ def test_mistakes_are_one_line(audio, upstream, tmp_path, capsys):
     run(TokenizeConfig(sources=(str(audio),), output=tmp_path / "shards", workers=0))
     with pytest.raises(UserError, match="reads audio, and .* holds codes"):
         embed(config(tmp_path / "shards", "fbank", tmp_path / "c"))
+    with pytest.raises(UserError, match="--layer 9: .* has fewer hidden states"):
+        embed(config(tmp_path / "shards", upstream, tmp_path / "c", layer=9))
+    assert not (tmp_path / "c").exists()
     assert main(["embed", str(audio), "--upstream", str(upstream), "-o", str(tmp_path / "d"), "--layer", "x"]) == 1
     assert "--layer x: give a number, or mean" in capsys.readouterr().err
 
