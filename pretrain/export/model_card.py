@@ -52,6 +52,7 @@ def _use(name: str, card: CodecCard, layers: int, dim: int, mel: Mapping[str, An
 from codecssl.pretrain.export.pretrained import from_pretrained
 
 model = from_pretrained("{name}")  # frozen, fp32, on the CPU
+output = model(waves, sampling_rate=16_000)  # float waves [n]; the codec is loaded by its name
 output = model({call}, output_hidden_states=True)  # {inputs}
 output.hidden_states  # {layers + 1} tensors [B, T, {dim}]: the first layer's input, then each layer's output
 ```
