@@ -53,6 +53,15 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    if arguments.format == "transformers":
+        from codecssl.pretrain.export.transformers_format import export_transformers
+
+        output, half = arguments.output, arguments.half
+        export_transformers(arguments.run, output, half=half, license=arguments.license, datasets=arguments.dataset)
+        print(f"{output}: opens with AutoModel.from_pretrained({str(output)!r}, trust_remote_code=True)")
+        return
+    if arguments.license or arguments.dataset:
+        raise UserError("--license, --dataset: belong to the Hub's model card; add --format transformers")
     from codecssl.pretrain.export.export import export
 
     export(arguments.run, arguments.output, half=arguments.half)
@@ -132,8 +141,24 @@ def command_line() -> CommandLine:
         help="write the newest checkpoint as a model folder",
         example="export run --output model",
     )
-    export.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    export.add_argument(
+        "run", metavar="RUN", type=Path, help="the run's folder; with --format transformers an exported model too"
+    )
     export.add_argument("--output", metavar="MODEL", type=Path, required=True, help="a new or empty folder")
+    export.add_argument(
+        "--format",
+        choices=("codecssl", "transformers"),
+        default="codecssl",
+        help="transformers: a folder that AutoModel opens where codecssl is not installed",
+    )
+    export.add_argument("--license", metavar="ID", help="the weights' licence in the Hub's model card, such as mit")
+    export.add_argument(
+        "--dataset",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="training data in the Hub's model card; repeatable",
+    )
     export.add_argument("--half", action="store_true", help="store the weights as float16; computing stays in fp32")
     status = line.command(
         "status",

@@ -27,10 +27,11 @@ from codecssl.tokenize.common.files import names_in, write_atomic
 from codecssl.tokenize.common.hashing import file_sha256
 from codecssl.tokenize.mel import MelSpec
 from codecssl.tokenize.shards import Shards
+from codecssl.tokenize.sources.huggingface import parse as parse_hf
 
 FORMAT, VERSION, WEIGHTS = "codecssl-model", 1, "model.safetensors"
-_CURVES = "curves.png"
-_FILES = {WEIGHTS, "config.json", "README.md", _CURVES, sources.FILE}
+CURVES = "curves.png"
+_FILES = {WEIGHTS, "config.json", "README.md", CURVES, sources.FILE}
 
 
 def export(run_dir: str | Path, output_dir: str | Path, *, half: bool = False) -> None:
@@ -68,9 +69,10 @@ def export(run_dir: str | Path, output_dir: str | Path, *, half: bool = False) -
     else:
         shutil.copyfile(newest / checkpoint.WEIGHTS, output / WEIGHTS)
     description["weights_sha256"] = file_sha256(output / WEIGHTS)
-    if (run / _CURVES).is_file():
-        shutil.copyfile(run / _CURVES, output / _CURVES)
+    if (run / CURVES).is_file():
+        shutil.copyfile(run / CURVES, output / CURVES)
     shards = _open_shards(config, data["train"])
+    description["training"]["hub_datasets"] = sorted({name for dataset in shards for name in _hub_datasets(dataset)})
     (output / sources.FILE).unlink(missing_ok=True)
     if shards:
         sources.write_sources(shards, output)
@@ -102,7 +104,7 @@ def load_pretrained(path: str | Path) -> CodecModel:
     from safetensors.torch import load_file
 
     folder = model_folder(path)
-    description = _read_description(folder)
+    description = read_description(folder)
     _check_weights(folder, description.get("weights_sha256"))
     mel = MelSpec.from_dict(description["mel"]) if "mel" in description else None
     model = CodecModel(from_dict(ModelConfig, description["model"]), CodecCard.from_dict(description["codec"]), mel)
@@ -121,7 +123,8 @@ def _check_weights(folder: Path, expected: str | None) -> None:
         raise UserError(f"{folder}: {WEIGHTS} is missing or damaged ({found}); copy it again, or export it again")
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return config.json of an exported model. Raises UserError if the folder holds none of this version."""
     try:
         description: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
@@ -155,6 +158,14 @@ def _contents(shards: Shards) -> dict[str, Any]:
     """Return a row of the model card's table of data."""
     hours = float(int(shards.frames.sum(dtype="int64")) / shards.card.frame_rate) / 3600
     return {"name": shards.path.resolve().name, "utterances": len(shards), "hours": hours}
+
+
+def _hub_datasets(shards: Shards) -> list[str]:
+    """Names of the Hub's datasets that the shards were made of."""
+    requests = [
+        parse_hf(source) for source in shards.header.get("sources", []) if source.startswith(("hf:", "hf-stream:"))
+    ]
+    return [request.name for request in requests if not Path(request.name).exists()]
 
 
 def _last_rows(run: Path, step: int) -> dict[str, Any]:
