@@ -15,7 +15,7 @@ from codecssl.pretrain.model.model import CodecModel
 from codecssl.tokenize.codec import Codec, CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.mel import MelSpec
-from codecssl.tokenize.waves import frame_times
+from codecssl.tokenize.sources.waves import frame_times
 
 
 @dataclass(frozen=True, kw_only=True)

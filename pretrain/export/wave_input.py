@@ -14,7 +14,7 @@ from codecssl.tokenize.codec import Codec, CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.mel import MelSpec, mel_plane
 from codecssl.tokenize.registry import load_codec_for
-from codecssl.tokenize.waves import at_codec_rate, frame_times, one_thread
+from codecssl.tokenize.sources.waves import at_codec_rate, frame_times, one_thread
 
 RATES = 1_000, 768_000
 """Lowest and highest accepted sampling rate in Hz."""

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from codecssl.tokenize import waves
 from codecssl.tokenize.codec import Codec, CodecCard, Encoded
+from codecssl.tokenize.sources import waves
 
 SAMPLE_RATE = 16_000  # of all waves from s3prl
 SHORTEST = 800  # samples; s3prl pads shorter waves to this length

@@ -17,7 +17,7 @@ from codecssl.tokenize.config import TokenizeConfig
 from codecssl.tokenize.registry import load_codec
 from codecssl.tokenize.run import run
 from codecssl.tokenize.shards import Shards
-from codecssl.tokenize.waves import frame_times
+from codecssl.tokenize.sources.waves import frame_times
 
 RATE = 44_100
 Export = Callable[..., Path]
