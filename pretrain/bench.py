@@ -57,14 +57,14 @@ def bench(
     """
     if not 0 < clip_seconds <= seconds:
         raise UserError(f"--clip-seconds {clip_seconds}: must be above 0 and at most --seconds ({seconds})")
-    peers = join_ranks()
+    group = join_ranks()
     card = _card(config)
-    batch = make_batch(config, card, seconds, clip_seconds).to(peers.device)
+    batch = make_batch(config, card, seconds, clip_seconds).to(group.device)
     ways: dict[str, Callable[[], None]] = {"DeepSpeed": _deepspeed(config, card, batch)}
     objective = _objective(config, card)
-    ways["plain loop, no DeepSpeed"] = _plain(objective, batch, config, peers.device)
+    ways["plain loop, no DeepSpeed"] = _plain(objective, batch, config, group.device)
     if hubert:
-        ways["waveform HuBERT, same encoder"] = _hubert(config, batch, clip_seconds, peers.device)
+        ways["waveform HuBERT, same encoder"] = _hubert(config, batch, clip_seconds, group.device)
     best = in_turns(ways, steps)
     frames = sum(batch.frames)
     flops = objective.flops(batch)
@@ -85,9 +85,9 @@ def _card(config: RunConfig) -> CodecCard:
     if not config.data.dirs:
         kept = config.data.num_codebooks or SYNTHETIC.num_codebooks
         return replace(SYNTHETIC, codebook_sizes=(1024,) * kept, codes_per_frame=(1,) * kept)
-    from codecssl.pretrain.data.corpus import Corpus
+    from codecssl.pretrain.data.corpus import TokenCorpus
 
-    return Corpus(config.data.dirs, num_codebooks=config.data.num_codebooks).card
+    return TokenCorpus(config.data.dirs, num_codebooks=config.data.num_codebooks).card
 
 
 def _mel(config: RunConfig, card: CodecCard) -> MelSpec | None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from codecssl.configs.load import differences
 from codecssl.pretrain.config import ModelConfig, RunConfig
-from codecssl.pretrain.data.corpus import Corpus
+from codecssl.pretrain.data.corpus import TokenCorpus
 from codecssl.pretrain.export.export import load_pretrained
 from codecssl.pretrain.model.model import CodecModel, untrained
 from codecssl.pretrain.objectives.codec2vec import MaskedPrediction
@@ -26,7 +26,7 @@ _COUNTED = 2_000
 """Number of utterances from which the initial bias of the heads is estimated."""
 
 
-def build(config: RunConfig, corpus: Corpus, *, fresh: bool) -> Objective:
+def build(config: RunConfig, corpus: TokenCorpus, *, fresh: bool) -> Objective:
     """Build the model and the heads.
 
     fresh: initialise the weights from the config. A resumed run loads them from its checkpoint instead.
@@ -46,7 +46,7 @@ def build(config: RunConfig, corpus: Corpus, *, fresh: bool) -> Objective:
     return objective
 
 
-def _code_counts(corpus: Corpus) -> list[Tensor]:
+def _code_counts(corpus: TokenCorpus) -> list[Tensor]:
     """Histogram of each row of codes, int64 [V_k], over up to `_COUNTED` evenly spaced utterances."""
     counts = [torch.zeros(size, dtype=torch.int64) for size in corpus.card.row_sizes]
     for index in torch.linspace(0, len(corpus.frames) - 1, min(_COUNTED, len(corpus.frames))).long().tolist():

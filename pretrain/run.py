@@ -8,12 +8,12 @@ from torch import Tensor
 from codecssl.pretrain import run_folder
 from codecssl.pretrain.build import build
 from codecssl.pretrain.config import RunConfig
-from codecssl.pretrain.data.corpus import Corpus
+from codecssl.pretrain.data.corpus import TokenCorpus
 from codecssl.pretrain.data.loader import Loader
 from codecssl.pretrain.data.open_data import open_data
 from codecssl.pretrain.engine import checkpoint
 from codecssl.pretrain.engine.checkpoint import Saved
-from codecssl.pretrain.engine.distributed import Peers, join_ranks
+from codecssl.pretrain.engine.distributed import ProcessGroup, join_ranks
 from codecssl.pretrain.engine.engine import start_engine, zero_stage
 from codecssl.pretrain.engine.fp32_state import load_weights
 from codecssl.pretrain.monitor.reference_curves import curve_key, find, verdict
@@ -36,37 +36,37 @@ def run(config: RunConfig, output: Path, *, profile: bool = False, stop: StopSig
     recorded signals since before this call. For errors that the user can fix, rank 0 raises UserError and the other
     ranks raise SystemExit. Raises SystemExit(PREEMPTED) after SIGTERM or SIGUSR2.
     """
-    peers = join_ranks()
-    train, valid, held_out = peers.together(lambda: _open(config, output, peers))
-    targets = peers.once(lambda: _check(config, train))
+    group = join_ranks()
+    train, valid, held_out = group.together(lambda: _open(config, output, group))
+    targets = group.once(lambda: _check(config, train))
     with ExitStack() as stack:
-        peers.once(lambda: stack.enter_context(run_folder.alone(output)))
-        found, warnings, changes = peers.once(lambda: _claim(config, output, train, held_out))
-        objective, saved = peers.together(lambda: _objective(config, train.corpus, found))
+        group.once(lambda: stack.enter_context(run_folder.alone(output)))
+        found, warnings, changes = group.once(lambda: _claim(config, output, train, held_out))
+        objective, saved = group.together(lambda: _objective(config, train.corpus, found))
         state = saved.state
         telemetry = (
-            Telemetry(output, step=saved.step, retry_seconds=config.log.retry_seconds) if peers.first else Mute()
+            Telemetry(output, step=saved.step, retry_seconds=config.log.retry_seconds) if group.first else Mute()
         )
         stack.callback(telemetry.close)
         for warning in warnings:
             telemetry.warn(warning)
         for change in changes:
             telemetry.say(f"config: {change}")
-        telemetry.say(model_report(objective, train.corpus.card, peers.device))
+        telemetry.say(model_report(objective, train.corpus.card, group.device))
         telemetry.say(data_report(train, valid, config, targets))
-        telemetry.say(_engine_report(config, peers, found))
+        telemetry.say(_engine_report(config, group, found))
         curve = find(curve_key(config, train.corpus.card.weights_sha256, train.plan.frames_per_epoch))
         telemetry.expected = curve.losses if curve else {}
-        with peers.hearing():
+        with group.hearing():
             engine = start_engine(objective, config, step=saved.step, moments=saved.moments)
         del saved  # the engine owns two thirds of it now; the rest is not needed
         stop = stop or stack.enter_context(StopSignal())
-        beat = output / "ranks" / f"{peers.rank:05d}.json"
-        watch = stack.enter_context(Watchdog(config.log.stall_minutes, rank=peers.rank, hint=_STUCK, beat=beat))
-        tracer = stack.enter_context(Tracer(output / "profile")) if profile and peers.first else None
+        beat = output / "ranks" / f"{group.rank:05d}.json"
+        watch = stack.enter_context(Watchdog(config.log.stall_minutes, rank=group.rank, hint=_STUCK, beat=beat))
+        tracer = stack.enter_context(Tracer(output / "profile")) if profile and group.first else None
         if tracer and config.optim.steps - int(state["step"]) < Tracer.STEPS:
             telemetry.warn(f"--profile: no trace, it wants {Tracer.STEPS} steps and fewer are left; raise optim.steps")
-        Training(config, output, engine, train, valid, telemetry, peers, stop, watch, tracer).to_the_end(state)
+        Training(config, output, engine, train, valid, telemetry, group, stop, watch, tracer).to_the_end(state)
         rows = [(row["step"], row["loss"]) for row in telemetry.rows if row["split"] == "valid"]
         if curve and (line := verdict(curve, rows)):
             telemetry.say(line)
@@ -98,7 +98,7 @@ def _check(config: RunConfig, train: Loader) -> list[Tensor]:
     return check_targets(whole, make_target(config.objective, train.corpus.card, train.corpus.label_sizes))
 
 
-def _open(config: RunConfig, output: Path, peers: Peers) -> tuple[Loader, Loader | None, Corpus]:
+def _open(config: RunConfig, output: Path, group: ProcessGroup) -> tuple[Loader, Loader | None, TokenCorpus]:
     """Open the data. On a resume, wait for folders that existed at the last start."""
     if run_folder.has_begun(output):
         before = run_folder.read_config(output).data
@@ -106,11 +106,11 @@ def _open(config: RunConfig, output: Path, peers: Peers) -> tuple[Loader, Loader
         for folder in (*data.dirs, *data.labels, *data.valid_dirs, *data.valid_labels):
             if folder in known:
                 patiently((Path(folder) / "dataset.json").stat, folder, seconds=config.log.retry_seconds)
-    return open_data(config, peers.ranks)
+    return open_data(config, group.ranks)
 
 
 def _claim(
-    config: RunConfig, output: Path, train: Loader, held_out: Corpus
+    config: RunConfig, output: Path, train: Loader, held_out: TokenCorpus
 ) -> tuple[Path | None, list[str], list[str]]:
     """Claim the folder for this run. Return the checkpoint to resume from, warnings, and changes of the config."""
     valid = held_out.fingerprints if config.data.valid_dirs else []
@@ -127,7 +127,7 @@ def _claim(
     return found, [*warnings, *_left_out(config, train.corpus)], changes
 
 
-def _left_out(config: RunConfig, corpus: Corpus) -> list[str]:
+def _left_out(config: RunConfig, corpus: TokenCorpus) -> list[str]:
     """Return a warning if utterances are too short. At a low frame rate of the codec there may be many of them."""
     short, least = int((corpus.frames < config.data.min_frames).sum()), config.data.min_frames
     if not short:
@@ -139,7 +139,7 @@ def _left_out(config: RunConfig, corpus: Corpus) -> list[str]:
     ]
 
 
-def _objective(config: RunConfig, corpus: Corpus, found: Path | None) -> tuple[Objective, Saved]:
+def _objective(config: RunConfig, corpus: TokenCorpus, found: Path | None) -> tuple[Objective, Saved]:
     """Build the objective, and load the checkpoint's state if there is one."""
     objective = build(config, corpus, fresh=found is None)
     if found is None:
@@ -150,9 +150,9 @@ def _objective(config: RunConfig, corpus: Corpus, found: Path | None) -> tuple[O
     return objective, saved
 
 
-def _engine_report(config: RunConfig, peers: Peers, found: Path | None) -> str:
+def _engine_report(config: RunConfig, group: ProcessGroup, found: Path | None) -> str:
     engine = config.engine
     return (
-        f"engine: {peers.world_size} process(es), {engine.accumulation} micro-batch(es) each, {engine.precision},"
+        f"engine: {group.world_size} process(es), {engine.accumulation} micro-batch(es) each, {engine.precision},"
         f" ZeRO stage {zero_stage(config)}; " + (f"goes on from {found.name}" if found else "starts at step 0")
     )

@@ -14,7 +14,7 @@ from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.data.hashed_random import hashed
 from codecssl.pretrain.data.loader import Batch, Loader
 from codecssl.pretrain.engine import checkpoint
-from codecssl.pretrain.engine.distributed import PREEMPTED, Peers
+from codecssl.pretrain.engine.distributed import PREEMPTED, ProcessGroup
 from codecssl.pretrain.engine.engine import after_update, backward, take_step
 from codecssl.pretrain.monitor.sanity_checks import collapse, training_flops
 from codecssl.pretrain.monitor.step_profiler import Tracer
@@ -28,7 +28,7 @@ _DROPOUT = 200  # key of a stream of random numbers
 _ESTIMATED = 5  # steps from which the duration of a run is estimated, before its first row
 
 
-class Window:
+class MetricsWindow:
     """Measurements since the last row of metrics. The losses are part of a checkpoint; the timings are not."""
 
     def __init__(self, losses: Sequence[float] = ()) -> None:
@@ -45,10 +45,10 @@ class Window:
         self.waited += waited
         self.flops += flops
 
-    def settle(self, peers: Peers) -> list[float]:
+    def settle(self, group: ProcessGroup) -> list[float]:
         """Return the losses, summed over the ranks. The sum is per step and may therefore be done at any time."""
         if self._parts:
-            self.losses += peers.total(torch.stack(self._parts)).tolist()
+            self.losses += group.total(torch.stack(self._parts)).tolist()
             self._parts = []
         return self.losses
 
@@ -58,11 +58,11 @@ class Training:
 
     def __init__(
         self, config: RunConfig, output: Path, engine: Any, train: Loader, valid: Loader | None,
-        telemetry: Telemetry, peers: Peers, stop: StopSignal, watch: Watchdog, tracer: Tracer | None = None,
+        telemetry: Telemetry, group: ProcessGroup, stop: StopSignal, watch: Watchdog, tracer: Tracer | None = None,
     ) -> None:  # fmt: skip
         self.config, self.output, self.engine, self.train, self.valid = config, output, engine, train, valid
-        self.telemetry, self.peers, self.stop, self.watch, self.tracer = telemetry, peers, stop, watch, tracer
-        self.window, self.saved = Window(), 0
+        self.telemetry, self.group, self.stop, self.watch, self.tracer = telemetry, group, stop, watch, tracer
+        self.window, self.saved = MetricsWindow(), 0
 
     def to_the_end(self, state: dict[str, Any]) -> None:
         """Run every step after the saved one, with rows of metrics, validations and checkpoints at their intervals."""
@@ -70,7 +70,7 @@ class Training:
         if self.saved >= last:
             self.telemetry.say(f"{self.output}: all {last} steps are done")
             return
-        self.window = Window(state["losses"])
+        self.window = MetricsWindow(state["losses"])
         began, warm = self.saved, 0.0
         for done, (waited, parts) in enumerate(self._batches(self.saved, last), start=self.saved + 1):
             if done == began + 2:  # the first step of a start is slow
@@ -99,11 +99,11 @@ class Training:
         of the loss, and the norm of the whole gradient. detailed: also count accuracy and usage in the scores.
         """
         # Dropout and layerdrop are seeded anew every step. A resumed run therefore needs no generator state.
-        torch.manual_seed(int(hashed(self.config.seed, _DROPOUT, step, self.peers.rank)[0] >> np.uint64(1)))
+        torch.manual_seed(int(hashed(self.config.seed, _DROPOUT, step, self.group.rank)[0] >> np.uint64(1)))
         total, norm = torch.zeros((), device=self.engine.device), None
         masked: list[Scores] = []
         visible: list[Scores] = []
-        with self.peers.hearing():
+        with self.group.hearing():
             for batch in parts:
                 loss = self.engine(batch.to(self.engine.device), detailed=detailed)
                 backward(self.engine, loss.total)
@@ -124,21 +124,21 @@ class Training:
         module = self.engine.module.eval()
         masked, visible = [], []
         batches = self.valid.plan.steps_per_epoch
-        for turn in range(0, batches, self.peers.world_size):
-            index = turn + self.peers.rank
+        for turn in range(0, batches, self.group.world_size):
+            index = turn + self.group.rank
             self._report(f"reading the validation data after step {step}")
             read, error = self._tried(partial(self.valid.step, min(index, batches - 1)))
-            if (trouble := self.peers.poll(error)[0]) is not None:
+            if (trouble := self.group.poll(error)[0]) is not None:
                 self._abandon(step, trouble)
             for batch in read or []:  # ZeRO 3 needs all ranks in every forward pass
                 self._report(f"validating after step {step}")
-                with self.peers.hearing():
+                with self.group.hearing():
                     loss = module(batch.to(self.engine.device), detailed=True, score_visible=True)
                 masked.append(packed(loss.masked) * (index < batches))
                 visible.append(packed(loss.visible) * (index < batches))
         module.train()
         means, others = (
-            summary(unpacked(self.peers.total(torch.stack(part).sum(0)), module.sizes)) for part in (masked, visible)
+            summary(unpacked(self.group.total(torch.stack(part).sum(0)), module.sizes)) for part in (masked, visible)
         )
         return {
             "split": "valid",
@@ -164,7 +164,7 @@ class Training:
             self._report(f"waiting for the other ranks before step {done + 1}")
             if error is None and self.telemetry.unheard:
                 error = UserError("standard output was closed by its reader; run the same command again to continue")
-            trouble, stopped = self.peers.poll(error, stop=self.stop.asked is not None)
+            trouble, stopped = self.group.poll(error, stop=self.stop.asked is not None)
             if trouble is not None:
                 self._abandon(done, trouble)
             if stopped:
@@ -190,20 +190,20 @@ class Training:
             self._not_finite(done, f"the gradient's norm is {norm}")
         if due:
             self._row(done, parts, masked, visible, lr=lr, grad_norm=norm)
-            self.window = Window()
+            self.window = MetricsWindow()
 
     def _row(
         self, done: int, parts: list[Batch], masked_scores: list[Scores], visible_scores: list[Scores],
         *, lr: float, grad_norm: float | None,
     ) -> None:  # fmt: skip
-        window, peers = self.window, self.peers
+        window, group = self.window, self.group
         seconds = max(time.perf_counter() - window.started, 1e-9)
         counts = [(sum(part.frames), len(part.masked), part.mask.numel()) for part in parts]
-        frames, masked, padded, total_frames, flops = peers.total(
+        frames, masked, padded, total_frames, flops = group.total(
             torch.tensor([*map(sum, zip(*counts, strict=True)), window.frames, window.flops], dtype=torch.float64)
         ).tolist()
-        machine = machine_row(flops / seconds / peers.world_size, self.config.engine.precision)
-        waited, machine["memory_gib"] = peers.largest(window.waited, machine["memory_gib"])
+        machine = machine_row(flops / seconds / group.world_size, self.config.engine.precision)
+        waited, machine["memory_gib"] = group.largest(window.waited, machine["memory_gib"])
         means = self._means(masked_scores)
         if visible_scores:
             means |= _of_visible(self._means(visible_scores))
@@ -218,7 +218,7 @@ class Training:
             "masked_percent": 100.0 * masked / frames,
             "padding_percent": 100.0 - 100.0 * frames / padded,
             "frames": int(frames),
-            "ranks": peers.world_size,
+            "ranks": group.world_size,
             "frames_per_second": total_frames / seconds,
             "audio_hours_per_hour": total_frames / seconds / float(self.train.corpus.card.frame_rate),
             "step_seconds": seconds / window.steps,
@@ -232,16 +232,16 @@ class Training:
 
     def _means(self, scores: list[Scores]) -> dict[str, list[float]]:
         """Return the metrics of the whole global batch, from the scores of all ranks."""
-        return summary(unpacked(self.peers.total(packed(merged(scores))), self.engine.module.sizes))
+        return summary(unpacked(self.group.total(packed(merged(scores))), self.engine.module.sizes))
 
     def _save(self, done: int) -> None:
         self._report(f"saving step {done}")
         self._losses_are_finite(done)
-        with self.peers.hearing():
+        with self.group.hearing():
             saved = checkpoint.collect(self.engine, {"step": done, "losses": self.window.losses})
         folder, keep = self.output / "checkpoints", self.config.log.keep_checkpoints
         retry = self.config.log.retry_seconds
-        self.peers.once(lambda: checkpoint.save(saved, folder, keep=keep, retry_seconds=retry))
+        self.group.once(lambda: checkpoint.save(saved, folder, keep=keep, retry_seconds=retry))
         self.saved = done
 
     def _abandon(self, done: int, error: UserError) -> NoReturn:
@@ -251,7 +251,7 @@ class Training:
                 self._save(done)
         except UserError as other:
             raise type(error)(f"{error}; step {done} could not be saved either: {other}") from other
-        self.peers.fail(type(error)(f"{error}; step {done} is saved") if done else error)
+        self.group.fail(type(error)(f"{error}; step {done} is saved") if done else error)
 
     def _leave(self, done: int) -> NoReturn:
         """Save, unless just saved, and exit with PREEMPTED."""
@@ -259,27 +259,27 @@ class Training:
             self._save(done)
         signal = self.stop.asked or "a signal to another rank"
         self.telemetry.say(f"stopped by {signal} after step {done}; the same command goes on from there")
-        self.peers.leave(PREEMPTED)
+        self.group.leave(PREEMPTED)
 
     def _log(self, row: Row) -> None:
-        self.peers.once(lambda: self.telemetry.log(row))
+        self.group.once(lambda: self.telemetry.log(row))
 
     def _draw(self) -> None:
         seconds = self.config.log.retry_seconds
-        self.peers.once(lambda: patiently(self.telemetry.draw, self.output / "curves.png", seconds=seconds))
+        self.group.once(lambda: patiently(self.telemetry.draw, self.output / "curves.png", seconds=seconds))
 
     def _report(self, doing: str) -> None:
-        self.watch.report(doing, waits_for_others=self.peers.world_size > 1)
+        self.watch.report(doing, waits_for_others=self.group.world_size > 1)
 
     def _losses_are_finite(self, done: int) -> None:
-        losses = self.window.settle(self.peers)
+        losses = self.window.settle(self.group)
         for step, loss in enumerate(losses, start=done + 1 - len(losses)):
             if not np.isfinite(loss):
                 self._not_finite(step, f"the loss is {loss}")
 
     def _not_finite(self, step: int, what: str) -> NoReturn:
         optim = self.config.optim
-        self.peers.fail(
+        self.group.fail(
             UserError(
                 f"step {step}: {what}; lower optim.lr (now {optim.lr}) or optim.clip_norm (now {optim.clip_norm}), and"
                 " start again: the last checkpoint is from before"

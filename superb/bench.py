@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from codecssl.superb.corpora.corpus import Corpus
+from codecssl.superb.corpora.corpus import TaskCorpus
 from codecssl.superb.patches import import_patches
 from codecssl.superb.runner.csvs import write_csvs
 from codecssl.superb.runner.problems import make_problem
 from codecssl.superb.tasks import Task, choose, official_config
 from codecssl.superb.tokens.codec_at_16khz import encode
 from codecssl.superb.tokens.codes import CodeCache
-from codecssl.superb.tokens.fill import Job, fill
+from codecssl.superb.tokens.fill import CacheJob, fill
 from codecssl.superb.tokens.token_cache import TokenCache
 from codecssl.superb.tokens.waves import waves_of
 from codecssl.superb.upstreams.expert import CodecExpert, CodeTables
@@ -39,7 +39,7 @@ WAYS = ("no cache", "token cache", "feature cache")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchConfig:
+class SuperbBenchConfig:
     """Settings of `codecssl-superb bench`."""
 
     codec: str
@@ -56,7 +56,7 @@ class BenchConfig:
             raise UserError(f"task {other[0]}: bench runs one of {', '.join(HEADS)}")
 
 
-def run(config: BenchConfig, corpus: Corpus) -> list[dict[str, Any]]:
+def run(config: SuperbBenchConfig, corpus: TaskCorpus) -> list[dict[str, Any]]:
     """A row per task: audio, seconds of the fastest epoch each way, and how the caches were used."""
     import_patches.install()
     torch.set_num_threads(config.threads)
@@ -65,11 +65,11 @@ def run(config: BenchConfig, corpus: Corpus) -> list[dict[str, Any]]:
         return [_measure(config, codec, task, corpus, Path(folder) / task.name) for task in choose(config.tasks)]
 
 
-def _measure(config: BenchConfig, codec: Codec, task: Task, corpus: Corpus, folder: Path) -> dict[str, Any]:
+def _measure(config: SuperbBenchConfig, codec: Codec, task: Task, corpus: TaskCorpus, folder: Path) -> dict[str, Any]:
     splits = _fewer(corpus.select(task).splits, config.utterances)
     waves = waves_of(task, {"train": splits["train"]})
     began = time.perf_counter()
-    fill(Job(root=folder, name=task.name, waves=waves, card=codec.card, load=lambda: codec))
+    fill(CacheJob(root=folder, name=task.name, waves=waves, card=codec.card, load=lambda: codec))
     filling = time.perf_counter() - began
     upstreams = _upstreams(codec, folder)
     epochs = {way: _epoch(task, splits, corpus, folder / way, upstream) for way, upstream in upstreams.items()}
@@ -113,7 +113,7 @@ def _upstreams(codec: Codec, folder: Path) -> dict[str, Any]:
     return {**ways, "feature cache": CachedUpstream(expert(cached), 4 << 30)}
 
 
-def _epoch(task: Task, splits: Any, corpus: Corpus, folder: Path, upstream: Any) -> Callable[[int | None], None]:
+def _epoch(task: Task, splits: Any, corpus: TaskCorpus, folder: Path, upstream: Any) -> Callable[[int | None], None]:
     """s3prl's task on `upstream`, ready to train: what it returns runs so many batches of the training set, or all."""
     import pickle
 

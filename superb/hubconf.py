@@ -19,14 +19,14 @@ def codecssl(ckpt: str | None = None, model_config: str | None = None, refresh: 
     """
     import torch
 
-    from codecssl.superb.upstreams.expert import Shelf, parse
+    from codecssl.superb.upstreams.expert import UpstreamBuilder, parse
 
     if not ckpt:
         raise UserError("upstream codecssl: which one? give -k MODEL, an exported model's folder or a name")
     if model_config is not None:
         raise UserError(f"upstream codecssl: -g {model_config}: a model has its configuration inside; leave -g out")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Shelf(device=device).build(parse(ckpt))
+    return UpstreamBuilder(device=device).build(parse(ckpt))
 
 
 def register() -> None:

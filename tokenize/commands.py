@@ -227,9 +227,9 @@ def check_codec(args: Namespace) -> int:
 
 
 def bench(args: Namespace) -> int:
-    from codecssl.tokenize.measure.bench import BenchConfig, bench, table
+    from codecssl.tokenize.measure.bench import TokenizeBenchConfig, bench, table
 
-    config = BenchConfig(
+    config = TokenizeBenchConfig(
         sources=tuple(args.sources),
         codec=args.codec,
         num_codebooks=args.num_codebooks,
@@ -243,10 +243,10 @@ def bench(args: Namespace) -> int:
 
 
 def train_codec(args: Namespace) -> int:
-    from codecssl.tokenize.codec_training.train import TrainConfig, train_codec
+    from codecssl.tokenize.codec_training.train import CodecTrainConfig, train_codec
 
     overrides: dict[str, Any] = {} if args.steps is None else {"steps": args.steps}
-    print(f"wrote {train_codec(args.manifest, args.output, TrainConfig(**overrides))}")
+    print(f"wrote {train_codec(args.manifest, args.output, CodecTrainConfig(**overrides))}")
     return 0
 
 

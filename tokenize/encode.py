@@ -52,7 +52,7 @@ class Device:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heard:
+class LoadedAudio:
     """One input after reading, with all that its codes depend on."""
 
     item: Input
@@ -70,7 +70,7 @@ class Heard:
 # ---------------------------------------------------------------- one input
 
 
-def read(item: Input, card: CodecCard) -> Heard | Failure:
+def read(item: Input, card: CodecCard) -> LoadedAudio | Failure:
     """Read at most LONG_SECONDS of one input. An unreadable input returns a Failure instead of raising."""
     try:
         return _read(item, card)
@@ -90,7 +90,7 @@ def failure(item: Input, error: Exception) -> Failure:
     return Failure(id=item.id, path=item.path, reason=one_line(error))
 
 
-def _read(item: Input, card: CodecCard) -> Heard:
+def _read(item: Input, card: CodecCard) -> LoadedAudio:
     blocks: list[NDArray[np.float32]] = []
     samples = 0
     with item.open() as file:
@@ -99,9 +99,9 @@ def _read(item: Input, card: CodecCard) -> Heard:
             blocks.append(block)
             samples += block.shape[-1]
             if samples > LONG_SECONDS * card.sample_rate:
-                return Heard(item=item, wave=None)
+                return LoadedAudio(item=item, wave=None)
         _some(samples, reader, card)
-        return Heard(
+        return LoadedAudio(
             item=item,
             wave=np.ascontiguousarray(np.concatenate(blocks, axis=-1)),
             source_sha256=sha256_of_input(item, file),
@@ -141,7 +141,7 @@ def _encode_long(codec: Codec, item: Input, mel: MelSpec | None) -> EncodedUtter
             if mel_stream:
                 columns.append(mel_stream.push(block))
         _some(samples, reader, card)
-        heard = Heard(
+        loaded = LoadedAudio(
             item=item,
             wave=None,
             source_sha256=sha256_of_input(item, file),
@@ -151,22 +151,22 @@ def _encode_long(codec: Codec, item: Input, mel: MelSpec | None) -> EncodedUtter
         )
     pieces.append(stream.finish().cpu())
     plane = np.concatenate([*columns, mel_stream.finish()]) if mel_stream else None
-    return _encoded(card, heard, samples, Encoded(torch.cat(pieces, dim=1), stream.scales), plane)
+    return _encoded(card, loaded, samples, Encoded(torch.cat(pieces, dim=1), stream.scales), plane)
 
 
 def _encoded(
-    card: CodecCard, heard: Heard, samples: int, encoded: Encoded, mel: NDArray[np.uint8] | None
+    card: CodecCard, loaded: LoadedAudio, samples: int, encoded: Encoded, mel: NDArray[np.uint8] | None
 ) -> EncodedUtterance:
     return EncodedUtterance(
-        id=heard.item.id,
-        path=heard.item.path,
+        id=loaded.item.id,
+        path=loaded.item.path,
         codes=to_planes(encoded.codes.cpu().numpy().astype(np.uint16), card),
         samples=samples,
-        source_sha256=heard.source_sha256,
-        source_rate=heard.source_rate,
-        source_samples=heard.source_samples,
-        labels=heard.item.labels,
-        notes=heard.notes,
+        source_sha256=loaded.source_sha256,
+        source_rate=loaded.source_rate,
+        source_samples=loaded.source_samples,
+        labels=loaded.item.labels,
+        notes=loaded.notes,
         scales=None if encoded.scales is None else encoded.scales.cpu().numpy(),
         mel=mel,
     )
@@ -175,17 +175,17 @@ def _encoded(
 # ---------------------------------------------------------------- many inputs
 
 
-def encode_heard(
-    codec: Codec, heard: Sequence[Heard | Failure], mel: MelSpec | None = None
+def encode_loaded(
+    codec: Codec, loaded: Sequence[LoadedAudio | Failure], mel: MelSpec | None = None
 ) -> list[EncodedUtterance | Failure]:
     """Encode inputs after reading, in order. Short ones are encoded together, each long one from its file.
 
     With `mel`, also compute this log-mel plane.
     """
-    short = [h for h in heard if isinstance(h, Heard) and h.wave is not None]
+    short = [h for h in loaded if isinstance(h, LoadedAudio) and h.wave is not None]
     found = {id(h): result for h, result in zip(short, _encode_short(codec, short, mel))}
     results: list[EncodedUtterance | Failure] = []
-    for h in heard:
+    for h in loaded:
         if isinstance(h, Failure):
             results.append(h)
         else:
@@ -193,7 +193,7 @@ def encode_heard(
     return results
 
 
-def _encode_short(codec: Codec, short: Sequence[Heard], mel: MelSpec | None) -> list[EncodedUtterance | Failure]:
+def _encode_short(codec: Codec, short: Sequence[LoadedAudio], mel: MelSpec | None) -> list[EncodedUtterance | Failure]:
     if not short:
         return []
     try:
@@ -204,7 +204,7 @@ def _encode_short(codec: Codec, short: Sequence[Heard], mel: MelSpec | None) -> 
         return [result for h in short for result in _encode_short(codec, [h], mel)]  # one of the inputs is the cause
 
 
-def _encode_waves(codec: Codec, short: Sequence[Heard], mel: MelSpec | None) -> list[EncodedUtterance | Failure]:
+def _encode_waves(codec: Codec, short: Sequence[LoadedAudio], mel: MelSpec | None) -> list[EncodedUtterance | Failure]:
     waves = [torch.from_numpy(h.wave) for h in short]
     found = codec.encode(waves)
     planes = [mel_plane(mel, wave.numpy()) if mel and h.mel is None else h.mel for h, wave in zip(short, waves)]
@@ -226,8 +226,8 @@ def encode_inputs(
         for results in _loader(_CpuWorker(device, codec if not workers else None, mel), groups, workers, 2):
             yield from results
         return
-    heard = _loader(_Reader(codec.card, mel), items, workers, 64)
-    for window in _groups(heard, WINDOW_INPUTS):
+    loaded = _loader(_Reader(codec.card, mel), items, workers, 64)
+    for window in _groups(loaded, WINDOW_INPUTS):
         yield from _by_length(codec, window, mel)
 
 
@@ -239,22 +239,22 @@ class _CpuWorker(Dataset[Any]):
         if self.codec is None:
             torch.set_num_threads(1)  # the bits of a convolution may depend on the number of threads
             self.codec = self.device.load()
-        return encode_heard(self.codec, [read(item, self.codec.card) for item in group], self.mel)
+        return encode_loaded(self.codec, [read(item, self.codec.card) for item in group], self.mel)
 
 
 class _Reader(Dataset[Any]):
     def __init__(self, card: CodecCard, mel: MelSpec | None) -> None:
         self.card, self.mel = card, mel
 
-    def __getitem__(self, item: Any) -> Heard | Failure:
-        heard = read(item, self.card)
-        if self.mel is None or isinstance(heard, Failure) or heard.wave is None:
-            return heard
-        return replace(heard, mel=mel_plane(self.mel, heard.wave))  # computed here to keep the GPU's process free
+    def __getitem__(self, item: Any) -> LoadedAudio | Failure:
+        loaded = read(item, self.card)
+        if self.mel is None or isinstance(loaded, Failure) or loaded.wave is None:
+            return loaded
+        return replace(loaded, mel=mel_plane(self.mel, loaded.wave))  # computed here to keep the GPU's process free
 
 
 def _by_length(
-    codec: Codec, window: Sequence[Heard | Failure], mel: MelSpec | None
+    codec: Codec, window: Sequence[LoadedAudio | Failure], mel: MelSpec | None
 ) -> list[EncodedUtterance | Failure]:
     """Encode a window in batches of similar length. Results are in the window's order."""
     results: list[Any] = [h if isinstance(h, Failure) else None for h in window]
@@ -264,14 +264,14 @@ def _by_length(
         batch.append(index)
         following = _samples(window[order[place + 1]]) if place + 1 < len(order) else 0
         if not following or (len(batch) + 1) * following > BATCH_SECONDS * codec.card.sample_rate:
-            for i, result in zip(batch, encode_heard(codec, [window[i] for i in batch], mel)):
+            for i, result in zip(batch, encode_loaded(codec, [window[i] for i in batch], mel)):
                 results[i] = result
             batch = []
     return results
 
 
-def _samples(heard: Any) -> int:
-    return 0 if heard.wave is None else int(heard.wave.shape[-1])
+def _samples(loaded: Any) -> int:
+    return 0 if loaded.wave is None else int(loaded.wave.shape[-1])
 
 
 def _loader(dataset: Dataset[Any], sampler: Iterable[Any], workers: int, prefetch: int) -> Iterator[Any]:

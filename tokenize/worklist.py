@@ -44,8 +44,8 @@ class Todo:
         return shard
 
     def _of_shard(self, shard: int, inputs: Iterator[Input]) -> Iterator[Input]:
-        mark = shard_path(self.config.output, shard).with_suffix(".json")
-        finished, digest = mark.exists(), hashlib.sha256()
+        record = shard_path(self.config.output, shard).with_suffix(".json")
+        finished, digest = record.exists(), hashlib.sha256()
         done, so_far = _done(self.config.output, shard)
         encoded: list[Input] = []
         for number, item in enumerate(inputs, 1):
@@ -63,16 +63,16 @@ class Todo:
         if not finished:
             self.digests[shard] = digest.hexdigest()
             return
-        if load_json(mark)["inputs_sha256"] != digest.hexdigest():
+        if load_json(record)["inputs_sha256"] != digest.hexdigest():
             raise UserError(
                 f"{self.config.output}: the sources changed since shard {shard:05d} was written; give another --output"
             )
-        self._compare(encoded, mark)
+        self._compare(encoded, record)
 
     def _compare(self, items: list[Input], written: Path) -> None:
         """Refuse audio that changed after it was encoded into `written`.
 
-        `written` is a shard's mark, or the folder of an unfinished shard. plan.json is older than all encoded inputs,
+        `written` is a shard's record, or the folder of an unfinished shard. plan.json is older than all encoded inputs,
         unless a repair rewrote it.
         """
         if not self.compare:

@@ -14,7 +14,7 @@ from codecssl.tokenize.mel import MelSpec
 from codecssl.tokenize.shards import Shards
 
 
-class Corpus:
+class TokenCorpus:
     """The utterances of several shard folders, numbered consecutively. `codes` reads one piece of an utterance.
 
     labels: label folders, one for each of `dirs` (see label.py), with the same utterances and frames.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from codecssl.pretrain.config import MaskConfig, ObjectiveConfig
-from codecssl.pretrain.data.corpus import Corpus
+from codecssl.pretrain.data.corpus import TokenCorpus
 from codecssl.pretrain.data.hashed_random import hashed
 from codecssl.pretrain.data.masking import kept_codebooks, span_mask
 from codecssl.pretrain.data.plan import Pieces, Plan, cut
@@ -69,7 +69,7 @@ class Loader:
     """
 
     def __init__(
-        self, corpus: Corpus, plan: Plan, mask: MaskConfig, objective: ObjectiveConfig, *,
+        self, corpus: TokenCorpus, plan: Plan, mask: MaskConfig, objective: ObjectiveConfig, *,
         seed: int, rank: int = 0, world_size: int = 1, accumulation: int = 1, fixed_masks: bool = False,
         with_mel: bool = False,
     ) -> None:  # fmt: skip
@@ -110,7 +110,7 @@ class Loader:
 
     @property
     def _bands(self) -> int:
-        assert self.corpus.mel_spec is not None, "Corpus.require_mel checks it"
+        assert self.corpus.mel_spec is not None, "TokenCorpus.require_mel checks it"
         return self.corpus.mel_spec.bands
 
 

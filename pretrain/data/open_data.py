@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 
 from codecssl.pretrain.config import DataConfig, RunConfig
-from codecssl.pretrain.data.corpus import Corpus
+from codecssl.pretrain.data.corpus import TokenCorpus
 from codecssl.pretrain.data.hashed_random import hashed
 from codecssl.pretrain.data.loader import Loader
-from codecssl.pretrain.data.plan import Ints, Plan, Pool, is_held_out
+from codecssl.pretrain.data.plan import Ints, Plan, UtterancePool, is_held_out
 from codecssl.pretrain.ranks import Ranks
 from codecssl.tokenize.common.errors import UserError
 
@@ -16,16 +16,18 @@ _VALID = 201  # a stream of random numbers
 _CHUNK = 1 << 17
 
 
-def open_data(config: RunConfig, ranks: Ranks) -> tuple[Loader, Loader | None, Corpus]:
+def open_data(config: RunConfig, ranks: Ranks) -> tuple[Loader, Loader | None, TokenCorpus]:
     """Return the training loader, the validation loader (None if nothing is held out), and the validation corpus."""
     data = config.data
     labels = data.labels if config.objective.target == "labels" else ()
     if config.objective.target == "labels" and not labels:
         raise UserError("data.labels: none given for objective.target labels; make some with codecssl-pretrain label")
-    corpus = Corpus(data.dirs, num_codebooks=data.num_codebooks, labels=labels, retry_seconds=config.log.retry_seconds)
+    corpus = TokenCorpus(
+        data.dirs, num_codebooks=data.num_codebooks, labels=labels, retry_seconds=config.log.retry_seconds
+    )
     with_mel = corpus.require_mel(config.model.input) is not None
     other, held_out = _validation(config, corpus)
-    pool = Pool(
+    pool = UtterancePool(
         corpus.frames,
         first=corpus.first.tolist(),
         weights=_weights(data, len(corpus.first) - 1),
@@ -55,7 +57,7 @@ def open_data(config: RunConfig, ranks: Ranks) -> tuple[Loader, Loader | None, C
     return train, _valid_loader(config, other, held_out, parts), other
 
 
-def held_out_utterances(corpus: Corpus, config: DataConfig) -> Ints:
+def held_out_utterances(corpus: TokenCorpus, config: DataConfig) -> Ints:
     """Return held-out utterances (`valid_fraction`) that are long enough, about `valid_frames` frames at most."""
     found = [np.zeros(0, dtype=np.int64)]
     if config.valid_fraction:
@@ -66,7 +68,7 @@ def held_out_utterances(corpus: Corpus, config: DataConfig) -> Ints:
     return limited(corpus, np.concatenate(found), config)
 
 
-def limited(corpus: Corpus, utterances: Ints, config: DataConfig) -> Ints:
+def limited(corpus: TokenCorpus, utterances: Ints, config: DataConfig) -> Ints:
     """Select usable `utterances`, spread over the corpus, with `valid_frames` frames in total.
 
     Selects at least one if any is usable.
@@ -84,13 +86,13 @@ def _weights(data: DataConfig, folders: int) -> tuple[float, ...]:
     return data.weights
 
 
-def _validation(config: RunConfig, corpus: Corpus) -> tuple[Corpus, Ints]:
+def _validation(config: RunConfig, corpus: TokenCorpus) -> tuple[TokenCorpus, Ints]:
     """Return the validation corpus and the indices of its utterances to validate on."""
     data = config.data
     if not data.valid_dirs:
         return corpus, held_out_utterances(corpus, data)
     labels = data.valid_labels if config.objective.target == "labels" else ()
-    other = Corpus(
+    other = TokenCorpus(
         data.valid_dirs, num_codebooks=data.num_codebooks, labels=labels, retry_seconds=config.log.retry_seconds
     )
     if other.require_mel(config.model.input) != corpus.require_mel(config.model.input):
@@ -108,7 +110,7 @@ def _validation(config: RunConfig, corpus: Corpus) -> tuple[Corpus, Ints]:
     return other, limited(other, np.arange(len(other)), data)
 
 
-def _valid_loader(config: RunConfig, corpus: Corpus, held_out: Ints, parts: int) -> Loader | None:
+def _valid_loader(config: RunConfig, corpus: TokenCorpus, held_out: Ints, parts: int) -> Loader | None:
     if not len(held_out):
         return None
     data = config.data
@@ -132,7 +134,7 @@ def _valid_loader(config: RunConfig, corpus: Corpus, held_out: Ints, parts: int)
     )
 
 
-class Listed(Pool):
+class Listed(UtterancePool):
     """A pool of a few utterances, given as a list."""
 
     def __init__(self, frames: np.ndarray, utterances: Ints) -> None:  # type: ignore[type-arg]

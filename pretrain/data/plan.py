@@ -1,9 +1,9 @@
 """The order of data: a pure function of (seed, epoch, step), the same on every rank and after every resume.
 
-An epoch is a random permutation of the utterances. It is never listed as a whole, but processed in chapters, which are
-shuffle windows of a hundred thousand utterances. The utterances of a chapter are cut into pieces of at most
+An epoch is a random permutation of the utterances. It is never listed as a whole, but processed in shuffle
+windows of a hundred thousand utterances. The utterances of a window are cut into pieces of at most
 `crop_frames`, from a new random offset every epoch. The pieces are shuffled within buckets of similar length. The
-resulting list is cut into batches of equal frames, which are shuffled. Memory usage is that of two chapters and one
+resulting list is cut into batches of equal frames, which are shuffled. Memory usage is that of two windows and one
 number per utterance, for a corpus of any size.
 """
 
@@ -22,8 +22,8 @@ from codecssl.tokenize.common.errors import UserError
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-CHAPTER = 1 << 17
-"""Number of utterances of a chapter."""
+SHUFFLE_WINDOW = 1 << 17
+"""Number of utterances of a shuffle window."""
 _CHUNK = 1 << 17
 
 _ORDER, _OFFSET, _BATCHES, _COPIES, _SHUFFLE, _HOLD = range(100, 106)  # streams of random numbers; masking has its own
@@ -44,7 +44,7 @@ class Pieces:
         return Pieces(self.utterance[part], self.start[part], self.frames[part])
 
 
-class Pool:
+class UtterancePool:
     """The utterances of an epoch, as places 0 .. size - 1, some of which may be empty.
 
     frames:     [N] frames per utterance, of the whole corpus (may be a memory map).
@@ -121,22 +121,22 @@ class Plan:
     """Map a step to the pieces of its global batch. `cut` divides the batch among ranks.
 
     batch_frames: bound on the frames of a global batch. An epoch has ceil(its frames / batch_frames) steps, rounded up
-                  to the same number per chapter. The batches of a chapter differ by at most one piece.
+                  to the same number per window. The batches of a window differ by at most one piece.
     parts:        number of shares into which every batch must be divisible (ranks x accumulation).
-    chapter:      number of utterances of a chapter.
+    window:       number of utterances of a shuffle window.
     """
 
     def __init__(
-        self, pool: Pool, *, seed: int, batch_frames: int, crop_frames: int, bucket_ratio: float,
-        parts: int = 1, chapter: int = CHAPTER,
+        self, pool: UtterancePool, *, seed: int, batch_frames: int, crop_frames: int, bucket_ratio: float,
+        parts: int = 1, window: int = SHUFFLE_WINDOW,
     ) -> None:  # fmt: skip
         self.pool, self._seed, self._crop, self._ratio = pool, seed, crop_frames, bucket_ratio
         self.pieces_per_epoch, self.frames_per_epoch = pool.totals(crop_frames)
         if not self.pieces_per_epoch:
             raise UserError("data: no utterance is left to use; lower data.min_frames or give more data")
-        self.chapters = max(1, round(pool.size / chapter))
-        self.steps_per_chapter = -(-self.frames_per_epoch // (batch_frames * self.chapters))
-        self.steps_per_epoch = self.steps_per_chapter * self.chapters
+        self.windows = max(1, round(pool.size / window))
+        self.steps_per_window = -(-self.frames_per_epoch // (batch_frames * self.windows))
+        self.steps_per_epoch = self.steps_per_window * self.windows
         longest = min(int(pool.frames.max()), crop_frames)
         if self.frames_per_epoch < longest * self.steps_per_epoch * parts:
             raise UserError(
@@ -144,8 +144,8 @@ class Plan:
                 f" {parts} part(s) with pieces of up to {longest} frames; use fewer parts (ranks x"
                 " engine.accumulation), a smaller data.crop_frames or a larger data.batch_frames"
             )
-        self._chapters: dict[tuple[int, int], tuple[Pieces, Ints, Ints]] = {}
-        self._lock = Lock()  # several threads may request the first batch of a chapter at once
+        self._windows: dict[tuple[int, int], tuple[Pieces, Ints, Ints]] = {}
+        self._lock = Lock()  # several threads may request the first batch of a window at once
 
     def epoch(self, step: int) -> int:
         """Return the epoch of a step (0, 1, ...)."""
@@ -154,27 +154,27 @@ class Plan:
     def batch(self, step: int) -> Pieces:
         """Return the global batch of a step."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        chapter, index = divmod(index, self.steps_per_chapter)
+        window, index = divmod(index, self.steps_per_window)
         with self._lock:
-            if (epoch, chapter) not in self._chapters:
-                newest = list(self._chapters.items())[-1:]
-                self._chapters = {**dict(newest), (epoch, chapter): self._chapter(epoch, chapter)}
-            pieces, bounds, turns = self._chapters[epoch, chapter]
+            if (epoch, window) not in self._windows:
+                newest = list(self._windows.items())[-1:]
+                self._windows = {**dict(newest), (epoch, window): self._window(epoch, window)}
+            pieces, bounds, turns = self._windows[epoch, window]
         turn = int(turns[index])
         return pieces[slice(int(bounds[turn]), int(bounds[turn + 1]))]
 
-    def _chapter(self, epoch: int, chapter: int) -> tuple[Pieces, Ints, Ints]:
-        """Return a chapter's pieces, shuffled in buckets, the bounds [steps + 1] of its batches, and their order."""
-        begin, end = (self.pool.size * c // self.chapters for c in (chapter, chapter + 1))
+    def _window(self, epoch: int, window: int) -> tuple[Pieces, Ints, Ints]:
+        """Return a window's pieces, shuffled in buckets, the bounds [steps + 1] of its batches, and their order."""
+        begin, end = (self.pool.size * c // self.windows for c in (window, window + 1))
         places = permuted(np.arange(begin, end), self.pool.size, self._seed, _ORDER, epoch)
         places, utterances = self.pool.utterances(places, self._seed, epoch)
         owner, pieces = self._pieces(epoch, places, utterances)
         bucket = np.floor(np.log(pieces.frames) / np.log(self._ratio)).astype(np.int32)
         order = np.lexsort((hashed(self._seed, _SHUFFLE, epoch, places[owner], pieces.start), bucket))
         pieces = pieces[order]
-        steps = np.arange(self.steps_per_chapter)
-        turns = np.argsort(hashed(self._seed, _BATCHES, epoch, chapter, steps))
-        return pieces, equal_cuts(pieces.frames, self.steps_per_chapter), turns
+        steps = np.arange(self.steps_per_window)
+        turns = np.argsort(hashed(self._seed, _BATCHES, epoch, window, steps))
+        return pieces, equal_cuts(pieces.frames, self.steps_per_window), turns
 
     def _pieces(self, epoch: int, places: Ints, utterances: Ints) -> tuple[Ints, Pieces]:
         """Return (index into `utterances` of each piece, the pieces)."""

@@ -23,7 +23,7 @@ from codecssl.tokenize.common.errors import TransientError, UserError
 from codecssl.tokenize.common.process import CRASHED, PREEMPTED
 from codecssl.tokenize.common.retry import disk_error
 
-__all__ = ["PREEMPTED", "Peers", "join_ranks", "quiet_deepspeed", "silent"]
+__all__ = ["PREEMPTED", "ProcessGroup", "join_ranks", "quiet_deepspeed", "silent"]
 
 _MEETING, _FOREVER, _LAST_WORDS = timedelta(minutes=10), timedelta(days=7), timedelta(seconds=20)
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
@@ -34,7 +34,7 @@ _FAILED = ("NCCL", "gloo")
 T = TypeVar("T")
 
 
-class Peers:
+class ProcessGroup:
     """The process group of a run. Every rank must call its methods together."""
 
     def __init__(self, ranks: Ranks) -> None:
@@ -155,7 +155,7 @@ def _tried(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
         return None, disk_error(f"{error.filename or 'a file'}: {error.strerror or error}; {remedy}", error)
 
 
-def join_ranks(environment: Mapping[str, str] | None = None) -> Peers:
+def join_ranks(environment: Mapping[str, str] | None = None) -> ProcessGroup:
     """Join the process group that the environment describes (`find_ranks`, `find_meeting`), or start a single process.
 
     Must be called before the first import of deepspeed, which selects its accelerator on import.
@@ -171,7 +171,7 @@ def join_ranks(environment: Mapping[str, str] | None = None) -> Peers:
     with silent():  # gloo prints its connections
         if not torch.distributed.is_initialized():
             _connect(ranks, environment, backend, device=_device(ranks, gpus))
-        return Peers(ranks)
+        return ProcessGroup(ranks)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Read and restore the whole fp32 weights and AdamW moments of a DeepSpeed engine, at any ZeRO stage.
 
-Every ZeRO stage keeps flat fp32 tensors, of which a rank may have a part. A `Part` locates a parameter's values in
+Every ZeRO stage keeps flat fp32 tensors, of which a rank may have a part. A `ParameterPart` locates a parameter's values in
 them. The remaining code is the same for all stages and any number of ranks. DeepSpeed's `safe_get_full_*` functions
 support neither engines without ZeRO nor an optimizer state before the first step.
 """
@@ -19,7 +19,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Part:
+class ParameterPart:
     """Elements start .. start + length of a flattened parameter are elements at .. at + length of `flat`."""
 
     flat: Tensor
@@ -96,31 +96,31 @@ def _trained(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
 
 
-def _part(engine: Any, parameter: Any) -> Part | None:
+def _part(engine: Any, parameter: Any) -> ParameterPart | None:
     """Locate this rank's part of the parameter's fp32 weights; None if it has no part."""
     optimizer = engine.optimizer
     if hasattr(parameter, "ds_id"):  # ZeRO 3
         group, at, length = optimizer.grad_position[parameter.ds_id]
         start = length * torch.distributed.get_rank()
         length = max(0, min(length, parameter.ds_numel - start))  # the last part is padded
-        return Part(optimizer.fp32_partitioned_groups_flat[group], at, start, length) if length else None
+        return ParameterPart(optimizer.fp32_partitioned_groups_flat[group], at, start, length) if length else None
     if hasattr(parameter, "_hp_mapping"):  # ZeRO 1 and 2
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
         flat = optimizer.optimizer.param_groups[mapping.param_group_index]["params"][0]
         part, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
-        return Part(flat, part.start, whole.start, part.numel)
+        return ParameterPart(flat, part.start, whole.start, part.numel)
     if parameter.dtype == torch.float32:  # fp32 without ZeRO
-        return Part(parameter, 0, 0, parameter.numel())
+        return ParameterPart(parameter, 0, 0, parameter.numel())
     for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups):  # bf16 without ZeRO; DeepSpeed's names
         for rounded, exact in zip(low, high):
             if rounded is parameter:
-                return Part(exact, 0, 0, parameter.numel())
+                return ParameterPart(exact, 0, 0, parameter.numel())
     raise AssertionError(f"DeepSpeed keeps no fp32 weights of a parameter {tuple(parameter.shape)}")
 
 
-def _gathered(parameter: Any, part: Part | None, flat: Tensor | None) -> Tensor:
+def _gathered(parameter: Any, part: ParameterPart | None, flat: Tensor | None) -> Tensor:
     """Gather a tensor whose parts are on several ranks, whole on rank 0."""
     shape = getattr(parameter, "ds_shape", parameter.shape)
     whole = torch.zeros(shape, dtype=torch.float32, device=parameter.device)

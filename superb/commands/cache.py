@@ -81,7 +81,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     from codecssl.superb import bench
 
     chosen = ("utterances", "rounds", "threads", "codec")
-    config = bench.BenchConfig(tasks=arguments.task, **{name: getattr(arguments, name) for name in chosen})
+    config = bench.SuperbBenchConfig(tasks=arguments.task, **{name: getattr(arguments, name) for name in chosen})
     with tempfile.TemporaryDirectory() as folder:
         rows = bench.run(config, open_data(arguments.data, Path(folder)))
     if arguments.json:

@@ -58,9 +58,9 @@ def add_commands(line: CommandLine) -> None:
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
-    from codecssl.superb.task_codec.config import TrainConfig
+    from codecssl.superb.task_codec.config import BottleneckTrainConfig
 
-    train = TrainConfig()
+    train = BottleneckTrainConfig()
     parser.add_argument("--upstream", required=True, type=Path, metavar="MODEL", help="an exported model's folder")
     parser.add_argument("--data", required=True, type=Path, metavar="ROOT|SHARDS", help="manifest.jsonl, or shards")
     parser.add_argument("--frame-rate", type=float, help="codes per second in Hz (default: 12.5; 25 for pr and none)")
@@ -90,11 +90,11 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
-    from codecssl.superb.task_codec.config import TrainConfig
+    from codecssl.superb.task_codec.config import BottleneckTrainConfig
 
     of_stages = [f"{stage}_{what}" for stage in ("head", "a", "b") for what in ("steps", "learning_rate")]
     names = ("batch_size", "quantizer_dropout", *of_stages)
-    train = TrainConfig(seed=seed, **{name: getattr(arguments, name) for name in names})
+    train = BottleneckTrainConfig(seed=seed, **{name: getattr(arguments, name) for name in names})
     kept = ("upstream", "data", "output", "task", "frame_rate", "codebook_dim", "probes", "device")
     return {name: getattr(arguments, name) for name in kept} | {"train": train}
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from codecssl.superb.corpora.corpus import Corpus, Example
+from codecssl.superb.corpora.corpus import Example, TaskCorpus
 from codecssl.tokenize.common.errors import UserError
 
 LISTED = "trials.txt"
@@ -24,7 +24,7 @@ class Trial:
     test: str
 
 
-def trials_of(corpus: Corpus, tested: list[Example]) -> list[Trial]:
+def trials_of(corpus: TaskCorpus, tested: list[Example]) -> list[Trial]:
     """Return the official list for an official corpus, ROOT/trials.txt if it exists, else `paired`."""
     if corpus.official:
         from codecssl.superb.corpora.official import official_trials

@@ -39,7 +39,7 @@ class Selection:
     skipped: dict[str, int] = field(default_factory=dict)
 
 
-class Corpus:
+class TaskCorpus:
     """Rows of a corpus by task. `side` is a folder with the small lists that official corpora need."""
 
     def __init__(self, root: Path, side: Path | None = None) -> None:
@@ -219,15 +219,15 @@ def _fold_splits(rows: list[Row], fold: int) -> dict[str, str | None]:
     return {row["path"]: found[row["path"]] for row in rows}
 
 
-def open_corpus(root: Path, side: Path | None = None) -> Corpus:
+def open_corpus(root: Path, side: Path | None = None) -> TaskCorpus:
     """Open the corpus of a root. It is read once per process and state of its manifest."""
     manifest = Path(root) / "manifest.jsonl"
     return _opened(root, side, manifest.stat().st_mtime_ns if manifest.is_file() else None)
 
 
 @functools.lru_cache(maxsize=8)
-def _opened(root: Path, side: Path | None, stamp: int | None) -> Corpus:
-    return Corpus(root, side)
+def _opened(root: Path, side: Path | None, stamp: int | None) -> TaskCorpus:
+    return TaskCorpus(root, side)
 
 
 def chance(splits: dict[str, list[Example]]) -> float:

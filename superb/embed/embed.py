@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codecssl.superb.embed.states import Layers, Pool, States, WaveStates
+from codecssl.superb.embed.states import LayerChoice, States, TimePooling, WaveStates
 from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE
-from codecssl.superb.upstreams.expert import Shelf, Upstream, parse_all
+from codecssl.superb.upstreams.expert import Upstream, UpstreamBuilder, parse_all
 from codecssl.superb.upstreams.token_reader import TokenReader
 from codecssl.tokenize.common.errors import UserError, check_share
 from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
@@ -171,7 +171,7 @@ class _Inputs:
         raise NotImplementedError
 
     def row(self, id: str, path: str, labels: dict[str, Any], seconds: float, pieces: Iterator[States]) -> Row:
-        pool, kept = Pool(self.config.pool), []
+        pool, kept = TimePooling(self.config.pool), []
         for states in pieces:
             pool.add(states)
             if self.config.frames:
@@ -187,10 +187,10 @@ class _Inputs:
 class _AudioInputs(_Inputs):
     def __init__(self, config: EmbedConfig, upstream: Upstream) -> None:
         super().__init__(config)
-        expert = Shelf(device=config.device).build_unnormalised(upstream)
+        expert = UpstreamBuilder(device=config.device).build_unnormalised(upstream)
         self.states = WaveStates(
             expert,
-            Layers(config.layer),
+            LayerChoice(config.layer),
             config.device,
             window_seconds=config.window_seconds,
             overlap_seconds=config.overlap_seconds,
@@ -276,8 +276,8 @@ class _TokenInputs(_Inputs):
     def __init__(self, config: EmbedConfig, upstream: Upstream, folder: Path) -> None:
         super().__init__(config)
         self.data = Shards(folder)
-        self.reader = TokenReader(Shelf(device=config.device), upstream, self.data)
-        self.layers = Layers(config.layer)
+        self.reader = TokenReader(UpstreamBuilder(device=config.device), upstream, self.data)
+        self.layers = LayerChoice(config.layer)
         frame = float(1 / self.data.card.frame_rate)
         self.window = max(4, round(config.window_seconds / frame))
         self.overlap = max(1, round(config.overlap_seconds / frame))

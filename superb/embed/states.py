@@ -21,7 +21,7 @@ States = NDArray[np.float32]
 """[T, D]"""
 
 
-class Layers:
+class LayerChoice:
     """Chooses one layer of an upstream, or the mean of all.
 
     layer: 0 is the input of the first layer, i the output of layer i. Negative ones count from the last. None is the
@@ -42,7 +42,7 @@ class WaveStates:
     """Waves at 16 kHz to hidden states, by an s3prl upstream (`forward(waves)`, `get_downsample_rates`)."""
 
     def __init__(
-        self, expert: Any, layers: Layers, device: str, *, window_seconds: float, overlap_seconds: float
+        self, expert: Any, layers: LayerChoice, device: str, *, window_seconds: float, overlap_seconds: float
     ) -> None:
         self.expert, self.layers, self.device = expert, layers, device
         self.shift = int(expert.get_downsample_rates("hidden_states"))
@@ -77,7 +77,7 @@ class WaveStates:
         return states[0 if first else skip : len(states) if last else len(states) - skip]
 
 
-class Pool:
+class TimePooling:
     """Mean, or mean and deviation, over the frames of an input, added up in float64."""
 
     def __init__(self, kind: str) -> None:

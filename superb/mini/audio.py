@@ -19,7 +19,7 @@ UNDER_SPEECH, OVER_NOISE, FLOOR = 30.0, 6.0, -70.0
 MARGIN = 5  # frames kept before and after activity
 
 
-class Studio:
+class AudioWriter:
     """Reads clips and writes new ones into the corpus's folder."""
 
     def __init__(self, folder: Path) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 
 from codecssl.configs.load import config_path, load_config
 from codecssl.superb.mini import mixtures, queries, recorded_tasks, spliced_tasks
-from codecssl.superb.mini.audio import Studio
-from codecssl.superb.mini.builder import Bench, LackingError
+from codecssl.superb.mini.audio import AudioWriter
+from codecssl.superb.mini.builder import LackingError, MiniBuilder
 from codecssl.superb.mini.corpus_card import card
 from codecssl.superb.mini.manifest import Row, read_manifest
 from codecssl.superb.mini.recipe import Recipe
@@ -28,7 +28,7 @@ MARKER = "mini.json"
 """Record of the corpus's inputs, written last."""
 VERSION = 2
 
-BUILDERS: dict[str, Callable[[Bench], list[Row]]] = {
+BUILDERS: dict[str, Callable[[MiniBuilder], list[Row]]] = {
     "pr": recorded_tasks.pr,
     "asr": recorded_tasks.asr,
     "ks": spliced_tasks.ks,
@@ -112,15 +112,15 @@ def _fill(
 ) -> None:
     data = read_manifest(manifest)
     settings = load_config(Recipe, "superb", recipe)
-    bench = Bench(data=data, recipe=settings, studio=Studio(folder), seed=seed)
-    rows, missing = _build_tasks(bench, folder, report)
+    builder = MiniBuilder(data=data, recipe=settings, audio=AudioWriter(folder), seed=seed)
+    rows, missing = _build_tasks(builder, folder, report)
     if not rows:
         raise UserError(f"manifest {manifest}: no task can be built from it; {'; '.join(missing.values())}")
     for reason, count in data.dropped.items():
         report(f"{count} rows of the manifest left out: {reason}")
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     (folder / "manifest.jsonl").write_text("".join(lines), encoding="utf-8")
-    text = card(rows, bench.notes, missing, data, seed, config_path("superb", recipe).stem)
+    text = card(rows, builder.notes, missing, data, seed, config_path("superb", recipe).stem)
     (folder / "README.md").write_text(text, encoding="utf-8")
     with (folder / MARKER).open("w", encoding="utf-8") as file:
         json.dump(identity, file, indent=1)
@@ -128,12 +128,12 @@ def _fill(
         os.fsync(file.fileno())
 
 
-def _build_tasks(bench: Bench, folder: Path, report: Callable[[str], None]) -> tuple[list[Row], dict[str, str]]:
+def _build_tasks(builder: MiniBuilder, folder: Path, report: Callable[[str], None]) -> tuple[list[Row], dict[str, str]]:
     rows: list[Row] = []
     missing: dict[str, str] = {}
     for task in TASKS:
         try:
-            made = _asv(bench, folder) if task == "asv" else BUILDERS[task](bench)
+            made = _asv(builder, folder) if task == "asv" else BUILDERS[task](builder)
         except LackingError as error:
             missing[task] = f"{task} needs {error}"
             report(f"{task:3}  left out: it needs {error}")
@@ -145,7 +145,7 @@ def _build_tasks(bench: Bench, folder: Path, report: Callable[[str], None]) -> t
     return rows, missing
 
 
-def _asv(bench: Bench, folder: Path) -> list[Row]:
-    rows, trials = recorded_tasks.asv(bench)
+def _asv(builder: MiniBuilder, folder: Path) -> list[Row]:
+    rows, trials = recorded_tasks.asv(builder)
     (folder / "trials.txt").write_text("".join(f"{label} {one} {other}\n" for label, one, other in trials))
     return rows

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from codecssl.superb.mini.audio import Studio
+from codecssl.superb.mini.audio import AudioWriter
 from codecssl.superb.mini.manifest import Labelled, Row, Splits, by_speaker, pick
 from codecssl.superb.mini.recipe import Recipe
 
@@ -22,12 +22,12 @@ class LackingError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class MiniBuilder:
     """Context of the task builders. `notes` are sentences for the corpus card."""
 
     data: Labelled
     recipe: Recipe
-    studio: Studio
+    audio: AudioWriter
     seed: int
     notes: dict[str, list[str]] = field(default_factory=dict)
 
@@ -49,11 +49,11 @@ class Bench:
 
     def referenced(self, task: str, split: str, row: Row, **columns: Any) -> Row:
         """Build the manifest row of an unmodified clip."""
-        return self.row(task, split, self.studio.place(row), row["seconds"], row, **columns)
+        return self.row(task, split, self.audio.place(row), row["seconds"], row, **columns)
 
     def written(self, task: str, split: str, name: str, wave: Any, source: Row, **columns: Any) -> Row:
         """Write a new clip to `task`/`name`.flac and build its manifest row."""
-        path = self.studio.write(f"{task}/{name}.flac", wave)
+        path = self.audio.write(f"{task}/{name}.flac", wave)
         return self.row(task, split, path, round(len(wave) / 16_000, 4), source, **columns)
 
     def row(self, task: str, split: str, path: str, seconds: float, source: Row, **columns: Any) -> Row:

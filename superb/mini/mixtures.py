@@ -3,7 +3,7 @@
 import numpy as np
 
 from codecssl.superb.mini.audio import FRAME, RATE, Wave, active, at_level, spans, trimmed
-from codecssl.superb.mini.builder import TRIPLE, Bench, LackingError
+from codecssl.superb.mini.builder import TRIPLE, LackingError, MiniBuilder
 from codecssl.superb.mini.manifest import Row, grouped
 
 TURNS = (4, 5)
@@ -16,26 +16,26 @@ Placed = tuple[int, str, Wave]
 """First sample, speaker and wave of a turn."""
 
 
-def sd(bench: Bench) -> list[Row]:
+def sd(builder: MiniBuilder) -> list[Row]:
     """Build mixtures of two speakers of one source. Each speaker is in one split only.
 
     `segments` follow the energy of each clip before mixing. Pauses of at least 0.3 s end a segment.
     """
-    rows = [row for row in bench.data.speech() if CLIP_SECONDS[0] <= row["seconds"] <= CLIP_SECONDS[1]]
+    rows = [row for row in builder.data.speech() if CLIP_SECONDS[0] <= row["seconds"] <= CLIP_SECONDS[1]]
     made = []
-    for split, count in zip(TRIPLE, bench.recipe.sd_mixtures, strict=True):
-        rng = bench.rng(f"sd {split}")
-        worlds = _worlds([row for row in rows if bench.voices[row["speaker"]] == split])
+    for split, count in zip(TRIPLE, builder.recipe.sd_mixtures, strict=True):
+        rng = builder.rng(f"sd {split}")
+        worlds = _worlds([row for row in rows if builder.voices[row["speaker"]] == split])
         for number in range(count if worlds else 0):
             world = worlds[number % len(worlds)]
             names = [str(name) for name in rng.permutation(sorted(world))[:2]]
-            placed = _turns(bench, names, world, rng)
-            made.append(_mixture(bench, split, number, placed, world[names[0]][0], rng))
+            placed = _turns(builder, names, world, rng)
+            made.append(_mixture(builder, split, number, placed, world[names[0]][0], rng))
     if {row["splits"]["sd"] for row in made} != set(TRIPLE):
         raise LackingError("in each split two speakers of one source with two clips of 1.5 to 6 s or more")
     speech = sum(s["end"] - s["start"] for row in made for s in row["segments"])
     overlap = sum(overlapped(row["segments"]) for row in made)
-    bench.note("sd", f"{100 * overlap / (speech - overlap):.0f} % of the time in which anyone speaks, both do.")
+    builder.note("sd", f"{100 * overlap / (speech - overlap):.0f} % of the time in which anyone speaks, both do.")
     return made
 
 
@@ -50,7 +50,7 @@ def _worlds(rows: list[Row]) -> list[dict[str, list[Row]]]:
     return found
 
 
-def _turns(bench: Bench, names: list[str], world: dict[str, list[Row]], rng: np.random.Generator) -> list[Placed]:
+def _turns(builder: MiniBuilder, names: list[str], world: dict[str, list[Row]], rng: np.random.Generator) -> list[Placed]:
     order = {name: list(rng.permutation(len(world[name]))) for name in names}
     loudness = {name: float(rng.uniform(*LEVELS)) for name in names}
     placed: list[Placed] = []
@@ -58,8 +58,8 @@ def _turns(bench: Bench, names: list[str], world: dict[str, list[Row]], rng: np.
     for turn in range(int(rng.integers(TURNS[0], TURNS[1] + 1))):
         name = names[turn % 2]
         row = world[name][int(order[name][(turn // 2) % len(order[name])])]
-        wave = at_level(trimmed(bench.studio.read(row)), loudness[name])
-        start = ends if not placed else ends + _gap(bench.recipe.sd_overlap, min(last, len(wave)), rng)
+        wave = at_level(trimmed(builder.audio.read(row)), loudness[name])
+        start = ends if not placed else ends + _gap(builder.recipe.sd_overlap, min(last, len(wave)), rng)
         start = max(start, free[name])
         placed.append((start, name, wave))
         last, free[name] = len(wave), start + len(wave) + round(PAUSES[0] * RATE)
@@ -74,7 +74,9 @@ def _gap(chance: float, shorter: int, rng: np.random.Generator) -> int:
     return round(float(rng.uniform(*PAUSES)) * RATE)
 
 
-def _mixture(bench: Bench, split: str, number: int, placed: list[Placed], source: Row, rng: np.random.Generator) -> Row:
+def _mixture(
+    builder: MiniBuilder, split: str, number: int, placed: list[Placed], source: Row, rng: np.random.Generator
+) -> Row:
     tail = round(float(rng.uniform(*PAUSES)) * RATE)
     length = max(start + len(wave) for start, _, wave in placed) + tail
     mix = 10 ** (NOISE_LEVEL / 20) * rng.standard_normal(length)
@@ -86,7 +88,7 @@ def _mixture(bench: Bench, split: str, number: int, placed: list[Placed], source
             segments.append({"speaker": name, "start": times[0], "end": times[1]})
     segments.sort(key=lambda segment: (segment["start"], segment["speaker"]))
     columns = {"speakers": sorted({name for _, name, _ in placed}), "segments": segments}
-    made = bench.written("sd", split, f"{split}-{number:03d}", mix.astype(np.float32), source, **columns)
+    made = builder.written("sd", split, f"{split}-{number:03d}", mix.astype(np.float32), source, **columns)
     return {key: value for key, value in made.items() if key not in ("speaker", "gender")}
 
 

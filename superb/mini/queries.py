@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from codecssl.superb.mini.audio import Wave, at_level
-from codecssl.superb.mini.builder import Bench, require
+from codecssl.superb.mini.builder import MiniBuilder, require
 from codecssl.superb.mini.manifest import Row, by_speaker, by_utterance, keyword_of, pick
 from codecssl.superb.mini.spliced_tasks import band_of, by_word, cut, in_a_row, words_of
 
@@ -17,7 +17,7 @@ SHORTEST = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class SplitWords:
     """Material of a split."""
 
     clips: dict[str, list[Row]]
@@ -33,65 +33,65 @@ class Document:
     terms: set[str]
 
 
-def qbe(bench: Bench) -> list[Row]:
+def qbe(builder: MiniBuilder) -> list[Row]:
     """Build queries and documents.
 
     Queries are single words. Documents are sentences with and without these words. For a word that no sentence
     contains, its own clips are documents: unmodified if surrounded by silence, else among other words. Valid and test
     share no clip, no named speaker of words and no speaker of sentences. All audio is limited to the words' band.
     """
-    band, parts = band_of(bench), _parts(bench)
+    band, parts = band_of(builder), _parts(builder)
     terms = sorted(set(parts["valid"].clips) & set(parts["test"].clips))
-    made = [row for split in HALVES for row in _searched(bench, split, terms, parts[split], band)]
+    made = [row for split in HALVES for row in _searched(builder, split, terms, parts[split], band)]
     require([row for row in made if row.get("role") == "query"], "words that occur in other clips")
-    bench.note(
+    builder.note(
         "qbe", f"Every clip is limited to the band below {band // 2} Hz, the narrowest of the words' recordings."
     )
     return made
 
 
-def _parts(bench: Bench) -> dict[str, Part]:
-    words = by_word([row for row in words_of(bench) if not keyword_of(row).startswith("_")])
+def _parts(builder: MiniBuilder) -> dict[str, SplitWords]:
+    words = by_word([row for row in words_of(builder) if not keyword_of(row).startswith("_")])
     voiced = [row for clips in words.values() for row in clips if row["speaker"]]
-    speakers = by_speaker(voiced, HALVES, bench.rng("qbe words")) if voiced else {}
-    speech = bench.data.speech()
-    voices = by_speaker(speech, HALVES, bench.rng("qbe sentences")) if speech else {}
+    speakers = by_speaker(voiced, HALVES, builder.rng("qbe words")) if voiced else {}
+    speech = builder.data.speech()
+    voices = by_speaker(speech, HALVES, builder.rng("qbe sentences")) if speech else {}
     clips: dict[str, dict[str, list[Row]]] = {split: {} for split in HALVES}
     for word, rows in words.items():
-        unnamed = by_utterance([row for row in rows if not row["speaker"]], HALVES, bench.rng(f"qbe {word}"))
+        unnamed = by_utterance([row for row in rows if not row["speaker"]], HALVES, builder.rng(f"qbe {word}"))
         for split in HALVES:
             found = [row for row in rows if row["speaker"] and speakers[row["speaker"]] == split] + unnamed[split]
             if found:
                 clips[split][word] = found
-    return {s: Part(clips=clips[s], sentences=[r for r in speech if voices[r["speaker"]] == s]) for s in HALVES}
+    return {s: SplitWords(clips=clips[s], sentences=[r for r in speech if voices[r["speaker"]] == s]) for s in HALVES}
 
 
-def _searched(bench: Bench, split: str, terms: list[str], part: Part, band: int) -> list[Row]:
+def _searched(builder: MiniBuilder, split: str, terms: list[str], part: SplitWords, band: int) -> list[Row]:
     """Build the queries and documents of a split."""
-    rng = bench.rng(f"qbe {split}")
-    queries = {term: pick(part.clips[term], bench.recipe.qbe_queries, rng) for term in terms}
-    documents = _documents(bench, terms, part, queries, rng)
+    rng = builder.rng(f"qbe {split}")
+    queries = {term: pick(part.clips[term], builder.recipe.qbe_queries, rng) for term in terms}
+    documents = _documents(builder, terms, part, queries, rng)
     held = {term for document in documents for term in document.terms}
     made = []
     for term in terms:
         for number, row in enumerate(queries[term] if term in held else []):
-            wave, name = cut(bench.studio.read(row, band)), f"{split}-query-{term}-{number}"
-            made.append(bench.written("qbe", split, name, wave, row, role="query", query=term))
+            wave, name = cut(builder.audio.read(row, band)), f"{split}-query-{term}-{number}"
+            made.append(builder.written("qbe", split, name, wave, row, role="query", query=term))
     for number, document in enumerate(documents):
-        wave, first = _sound(bench, document, band, rng), document.rows[0]
+        wave, first = _sound(builder, document, band, rng), document.rows[0]
         said = {"text": first["plain"]} if first["plain"] else {}
         columns = {"role": "document", "queries": sorted(document.terms), **said}
-        made.append(bench.written("qbe", split, f"{split}-document-{number:03d}", wave, first, **columns))
+        made.append(builder.written("qbe", split, f"{split}-document-{number:03d}", wave, first, **columns))
     return made
 
 
-def _sound(bench: Bench, document: Document, band: int, rng: np.random.Generator) -> Wave:
-    waves = [bench.studio.read(row, band) for row in document.rows]
+def _sound(builder: MiniBuilder, document: Document, band: int, rng: np.random.Generator) -> Wave:
+    waves = [builder.audio.read(row, band) for row in document.rows]
     return waves[0] if len(waves) == 1 else in_a_row([at_level(wave, -25.0) for wave in waves], rng)
 
 
 def _documents(
-    bench: Bench, terms: list[str], part: Part, queries: dict[str, list[Row]], rng: np.random.Generator
+    builder: MiniBuilder, terms: list[str], part: SplitWords, queries: dict[str, list[Row]], rng: np.random.Generator
 ) -> list[Document]:
     said = [
         Document(rows=[row], terms={term for term in terms if term.upper() in row["plain"].split()})
@@ -102,9 +102,9 @@ def _documents(
     chosen: dict[str, Document] = {}
     for term in terms:
         having = [document for document in said if term in document.terms] or _spoken(term, free, rng)
-        for document in pick(having, bench.recipe.qbe_documents, rng):
+        for document in pick(having, builder.recipe.qbe_documents, rng):
             chosen[document.rows[0]["path"]] = document
-    for document in pick([d for d in said if not d.terms], bench.recipe.qbe_distractors, rng):
+    for document in pick([d for d in said if not d.terms], builder.recipe.qbe_distractors, rng):
         chosen[document.rows[0]["path"]] = document
     return list(chosen.values())
 

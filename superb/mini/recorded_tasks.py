@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
-from codecssl.superb.mini.builder import TRIPLE, Bench, LackingError, require
+from codecssl.superb.mini.builder import TRIPLE, LackingError, MiniBuilder, require
 from codecssl.superb.mini.manifest import Row, Splits, by_speaker, by_utterance, grouped, pick
 
 Trial = tuple[int, str, str]
@@ -17,13 +17,13 @@ INTENT = ("action", "object", "location")
 NONE = "none"
 
 
-def pr(bench: Bench) -> list[Row]:
+def pr(builder: MiniBuilder) -> list[Row]:
     """Build pr: phones without stress and word position, as in SUPERB's lexicon. No speaker is in two splits."""
-    rows = [row for row in bench.data.speech() if row.get("phones")]
+    rows = [row for row in builder.data.speech() if row.get("phones")]
     require(rows, "rows of task pr with phones, text and speaker")
-    splits = bench.capped(_dealt(rows, bench.voices), bench.recipe.pr_utterances, bench.rng("pr"))
+    splits = builder.capped(_dealt(rows, builder.voices), builder.recipe.pr_utterances, builder.rng("pr"))
     return [
-        bench.referenced("pr", split, row, text=row["plain"], phones=plain_phones(row["phones"]))
+        builder.referenced("pr", split, row, text=row["plain"], phones=plain_phones(row["phones"]))
         for split in TRIPLE
         for row in splits[split]
     ]
@@ -34,20 +34,20 @@ def plain_phones(phones: list[str] | str) -> list[str]:
     return [re.sub(r"\d?(_[BIES])?$", "", phone) for phone in (phones.split() if isinstance(phones, str) else phones)]
 
 
-def asr(bench: Bench) -> list[Row]:
+def asr(builder: MiniBuilder) -> list[Row]:
     """Build asr: sentences in capitals. No speaker is in two splits; no test or validation text is in training."""
-    rows = bench.data.speech()
+    rows = builder.data.speech()
     require(rows, "rows of task asr with text and speaker")
-    splits = _dealt(rows, bench.voices)
+    splits = _dealt(rows, builder.voices)
     known = {row["plain"] for row in splits["train"]}
     for split in ("valid", "test"):
         fresh = [row for row in splits[split] if row["plain"] not in known]
         if len(fresh) < len(splits[split]):
-            bench.note("asr", f"{len(splits[split]) - len(fresh)} of {split} left out: their text is in train.")
+            builder.note("asr", f"{len(splits[split]) - len(fresh)} of {split} left out: their text is in train.")
         splits[split] = fresh
         known |= {row["plain"] for row in fresh}
-    splits = bench.capped(splits, bench.recipe.asr_utterances, bench.rng("asr"))
-    return [bench.referenced("asr", split, row, text=row["plain"]) for split in TRIPLE for row in splits[split]]
+    splits = builder.capped(splits, builder.recipe.asr_utterances, builder.rng("asr"))
+    return [builder.referenced("asr", split, row, text=row["plain"]) for split in TRIPLE for row in splits[split]]
 
 
 def _dealt(rows: list[Row], voices: dict[str, str]) -> Splits:
@@ -57,48 +57,48 @@ def _dealt(rows: list[Row], voices: dict[str, str]) -> Splits:
     return splits
 
 
-def _voiced(bench: Bench, least: int, most: int, task: str, seconds: float) -> list[Row]:
+def _voiced(builder: MiniBuilder, least: int, most: int, task: str, seconds: float) -> list[Row]:
     """Return at most `most` clips of each speaker with at least `least` clips."""
-    rows = [row for row in bench.data.of("sid", "asv", needs=("speaker",)) if row["seconds"] >= seconds]
+    rows = [row for row in builder.data.of("sid", "asv", needs=("speaker",)) if row["seconds"] >= seconds]
     speakers = {name: clips for name, clips in grouped(rows, "speaker").items() if len(clips) >= least}
     if len(speakers) < 4:
         raise LackingError(
             f"rows of task sid with four speakers of {least} clips or more, each of {seconds:g} s or more"
         )
-    return [clip for name in sorted(speakers) for clip in pick(speakers[name], most, bench.rng(f"{task} {name}"))]
+    return [clip for name in sorted(speakers) for clip in pick(speakers[name], most, builder.rng(f"{task} {name}"))]
 
 
-def sid(bench: Bench) -> list[Row]:
+def sid(builder: MiniBuilder) -> list[Row]:
     """Build sid. As in SUPERB, utterances are split and every speaker is in every split."""
-    rows = _voiced(bench, bench.recipe.sid_least, bench.recipe.sid_most, "sid", 1.0)
+    rows = _voiced(builder, builder.recipe.sid_least, builder.recipe.sid_most, "sid", 1.0)
     made = []
     for name, clips in grouped(rows, "speaker").items():
-        splits = by_utterance(clips, bench.shares, bench.rng(f"sid splits {name}"))
-        made += [bench.referenced("sid", split, row) for split in TRIPLE for row in splits[split]]
-    _note_channels(bench, "sid", rows)
+        splits = by_utterance(clips, builder.shares, builder.rng(f"sid splits {name}"))
+        made += [builder.referenced("sid", split, row) for split in TRIPLE for row in splits[split]]
+    _note_channels(builder, "sid", rows)
     return sorted(made, key=lambda row: TRIPLE.index(row["splits"]["sid"]))
 
 
-def _note_channels(bench: Bench, task: str, rows: list[Row]) -> None:
+def _note_channels(builder: MiniBuilder, task: str, rows: list[Row]) -> None:
     origins = Counter(str(row.get("origin", "one source")) for row in rows)
     if len(origins) > 1:
         counts = ", ".join(f"{count} from {name}" for name, count in sorted(origins.items()))
-        bench.note(task, f"Clips come from several recordings' worlds ({counts}); a channel can give a speaker away.")
+        builder.note(task, f"Clips come from several recordings' worlds ({counts}); a channel can give a speaker away.")
 
 
-def asv(bench: Bench) -> tuple[list[Row], list[Trial]]:
+def asv(builder: MiniBuilder) -> tuple[list[Row], list[Trial]]:
     """Build rows and trials of asv. Tested speakers are not in training.
 
     Different speakers of a trial have the same source and, if known for both, the same gender. Neither channel nor
     pitch alone decides a trial.
     """
-    rows = _voiced(bench, bench.recipe.asv_least, bench.recipe.asv_most, "asv", 1.5)
+    rows = _voiced(builder, builder.recipe.asv_least, builder.recipe.asv_most, "asv", 1.5)
     rows = [row for row in rows if not re.search(r"\s", row["path"])]
-    share = bench.recipe.asv_share
-    split = by_speaker(rows, {"train": share, "test": 1 - share}, bench.rng("asv"))
-    made = [bench.referenced("asv", split[row["speaker"]], row) for row in rows]
+    share = builder.recipe.asv_share
+    split = by_speaker(rows, {"train": share, "test": 1 - share}, builder.rng("asv"))
+    made = [builder.referenced("asv", split[row["speaker"]], row) for row in rows]
     tests = [row for row in made if row["splits"]["asv"] == "test"]
-    trials = _trials(tests, bench.recipe.asv_trials, bench.rng("asv trials"))
+    trials = _trials(tests, builder.recipe.asv_trials, builder.rng("asv trials"))
     if not trials:
         raise LackingError("two speakers of one source to try")
     tried = {path for _, *both in trials for path in both}
@@ -120,13 +120,13 @@ def _alike(one: Row, other: Row) -> bool:
     return one.get("origin") == other.get("origin") and len(genders) < 2
 
 
-def er(bench: Bench) -> list[Row]:
+def er(builder: MiniBuilder) -> list[Row]:
     """Build er: five folds of speakers with similar numbers of clips. Fold 1 is the test set, fold 2 validates."""
-    rows = bench.data.of("er", needs=("label", "speaker"))
+    rows = builder.data.of("er", needs=("label", "speaker"))
     sizes = Counter(row["speaker"] for row in rows)
     if len(sizes) < FOLDS:
         raise LackingError(f"rows of task er with label and speaker, of {FOLDS} speakers or more")
-    rng, filled, fold_of = bench.rng("er"), [0] * FOLDS, {}
+    rng, filled, fold_of = builder.rng("er"), [0] * FOLDS, {}
     for name in sorted((str(s) for s in rng.permutation(sorted(sizes))), key=lambda name: -sizes[name]):
         fold = int(np.argmin(filled))
         fold_of[name], filled[fold] = fold + 1, filled[fold] + sizes[name]
@@ -134,19 +134,19 @@ def er(bench: Bench) -> list[Row]:
     for row in rows:
         fold, label = fold_of[row["speaker"]], str(row.get("style") or row["label"])
         split = {1: "test", 2: "valid"}.get(fold, "train")
-        made.append(bench.referenced("er", split, row, label=label, fold=fold))
+        made.append(builder.referenced("er", split, row, label=label, fold=fold))
     return made
 
 
-def ic(bench: Bench) -> list[Row]:
+def ic(builder: MiniBuilder) -> list[Row]:
     """Build ic: three slots per utterance, all of which must be correct. Split by utterance: speakers are unknown."""
-    rows = [row for row in bench.data.of("ic") if isinstance(row.get("slots"), dict) and row["slots"]]
+    rows = [row for row in builder.data.of("ic") if isinstance(row.get("slots"), dict) and row["slots"]]
     if len(rows) < 10:
         raise LackingError("ten rows of task ic with slots")
     names = _three_slots(rows)
     if names != INTENT:
         renamed = ", ".join(f"{new} is {old}" for new, old in zip(INTENT, names, strict=False))
-        bench.note("ic", f"Of the slots, those with the fewest values serve: {renamed}; `{NONE}` where not said.")
+        builder.note("ic", f"Of the slots, those with the fewest values serve: {renamed}; `{NONE}` where not said.")
 
     def slots(row: Row) -> dict[str, str]:
         said = {name: str(row["slots"].get(name) or NONE).strip() for name in names}
@@ -154,22 +154,22 @@ def ic(bench: Bench) -> list[Row]:
 
     known = all(row["speaker"] for row in rows)
     if known and len({row["speaker"] for row in rows}) >= FOLDS:
-        split = by_speaker(rows, bench.shares, bench.rng("ic"))
+        split = by_speaker(rows, builder.shares, builder.rng("ic"))
         splits = {name: [row for row in rows if split[row["speaker"]] == name] for name in TRIPLE}
-        splits = _seen(bench, splits, slots)
+        splits = _seen(builder, splits, slots)
     else:
-        bench.note("ic", "Speakers are not known: the same voice may be in train and test.")
-        splits = by_utterance(rows, bench.shares, bench.rng("ic"), lambda row: slots(row).items())
-    return [bench.referenced("ic", split, row, slots=slots(row)) for split in TRIPLE for row in splits[split]]
+        builder.note("ic", "Speakers are not known: the same voice may be in train and test.")
+        splits = by_utterance(rows, builder.shares, builder.rng("ic"), lambda row: slots(row).items())
+    return [builder.referenced("ic", split, row, slots=slots(row)) for split in TRIPLE for row in splits[split]]
 
 
-def _seen(bench: Bench, splits: Splits, slots: Callable[[Row], dict[str, str]]) -> Splits:
+def _seen(builder: MiniBuilder, splits: Splits, slots: Callable[[Row], dict[str, str]]) -> Splits:
     """Remove rows of valid and test with a slot value that train lacks."""
     known = {item for row in splits["train"] for item in slots(row).items()}
     for split in ("valid", "test"):
         kept = [row for row in splits[split] if set(slots(row).items()) <= known]
         if len(kept) < len(splits[split]):
-            bench.note("ic", f"{len(splits[split]) - len(kept)} of {split} left out: a slot's value is not in train.")
+            builder.note("ic", f"{len(splits[split]) - len(kept)} of {split} left out: a slot's value is not in train.")
         splits[split] = kept
     return splits
 

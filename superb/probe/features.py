@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE, SHORTEST
-from codecssl.superb.upstreams.expert import Shelf, Upstream
+from codecssl.superb.upstreams.expert import Upstream, UpstreamBuilder
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.hashing import file_sha256
 from codecssl.tokenize.sources.manifest import read_rows
@@ -26,17 +26,17 @@ class AudioRows:
         """SHA-256 of the audio file of a row."""
         return file_sha256(self.manifest.parent / self.rows[index]["path"])
 
-    def features(self, upstream: Upstream, shelf: Shelf) -> Callable[[int], list[np.ndarray]]:
+    def features(self, upstream: Upstream, builder: UpstreamBuilder) -> Callable[[int], list[np.ndarray]]:
         """Return a function from a row's number to its hidden states [T, D]."""
         import torch
 
         from codecssl.tokenize.sources.audio import read_wave
 
-        expert = shelf.build_unnormalised(upstream)
+        expert = builder.build_unnormalised(upstream)
 
         def states(index: int) -> list[np.ndarray]:
             wave = torch.from_numpy(read_wave(self.manifest.parent / self.rows[index]["path"], SAMPLE_RATE))
-            wave = torch.nn.functional.pad(wave, (0, max(0, SHORTEST - len(wave)))).to(shelf.device)
+            wave = torch.nn.functional.pad(wave, (0, max(0, SHORTEST - len(wave)))).to(builder.device)
             with torch.no_grad():
                 return [layer[0].cpu().numpy() for layer in expert([wave])["hidden_states"]]
 
@@ -57,11 +57,11 @@ class ShardRows:
         """SHA-256 of the audio file of a row."""
         return str(self.shards.utterance(index).source_sha256)
 
-    def features(self, upstream: Upstream, shelf: Shelf) -> Callable[[int], list[np.ndarray]]:
+    def features(self, upstream: Upstream, builder: UpstreamBuilder) -> Callable[[int], list[np.ndarray]]:
         """Return a function from a row's number to its hidden states [T, D]."""
         from codecssl.superb.upstreams.token_reader import TokenReader
 
-        reader = TokenReader(shelf, upstream, self.shards)
+        reader = TokenReader(builder, upstream, self.shards)
         return lambda index: [layer.cpu().numpy() for layer in reader.states(index)]
 
 

@@ -22,7 +22,7 @@ from codecssl.superb import results
 from codecssl.superb.probe.crossvalidate import Settings, evaluate
 from codecssl.superb.probe.features import open_rows
 from codecssl.superb.reporting.comparison import BASELINES
-from codecssl.superb.upstreams.expert import Shelf, Upstream, parse_all
+from codecssl.superb.upstreams.expert import Upstream, UpstreamBuilder, parse_all
 from codecssl.tokenize.common.errors import UserError
 
 
@@ -32,7 +32,7 @@ class Rows(Protocol):
     @property
     def rows(self) -> Sequence[dict[str, Any]]: ...
 
-    def features(self, upstream: Upstream, shelf: Shelf) -> Callable[[int], list[np.ndarray]]: ...
+    def features(self, upstream: Upstream, builder: UpstreamBuilder) -> Callable[[int], list[np.ndarray]]: ...
 
     def source_sha256(self, index: int) -> str: ...
 
@@ -93,7 +93,7 @@ def run(
     Finished results in `output` are not computed again.
     """
     rows, source = [], open_rows(data)
-    shelf = Shelf(device=settings.device, code_folder=output / "cache")
+    builder = UpstreamBuilder(device=settings.device, code_folder=output / "cache")
     for upstream in parse_all(names):
         features: Callable[[int], list[np.ndarray]] | None = None
         for probe in probes:
@@ -101,7 +101,7 @@ def run(
             digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
             path = output / "probes" / probe.name / digest / "result.json"
             if not path.is_file():
-                features = features or source.features(upstream, shelf)
+                features = features or source.features(upstream, builder)
                 found = _measure(source.rows, probe, features, settings)
                 row = {**identity, "data": str(data), **found, **_seen(source, upstream, probe)}
                 results.write_json(path, row)

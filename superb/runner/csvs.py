@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from codecssl.superb.corpora.asv_trials import Trial, trials_of
-from codecssl.superb.corpora.corpus import Corpus, Example
+from codecssl.superb.corpora.corpus import Example, TaskCorpus
 from codecssl.superb.tasks import Task
 from codecssl.tokenize.common.errors import UserError
 
@@ -13,7 +13,7 @@ SAMPLE_RATE = 16_000
 Table = dict[str, list[Any]]
 
 
-def write_csvs(task: Task, splits: dict[str, list[Example]], folder: Path, corpus: Corpus) -> dict[str, Path]:
+def write_csvs(task: Task, splits: dict[str, list[Example]], folder: Path, corpus: TaskCorpus) -> dict[str, Path]:
     """Write a CSV per split and return their paths. The test CSV of verification is the list of trials."""
     tables = {split: _table(task, examples) for split, examples in splits.items()}
     if task.name == "asv":

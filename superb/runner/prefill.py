@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from codecssl.superb.corpora.corpus import Corpus, Example
+from codecssl.superb.corpora.corpus import Example, TaskCorpus
 from codecssl.superb.tasks import Task
-from codecssl.superb.tokens.fill import Job, fill
+from codecssl.superb.tokens.fill import CacheJob, fill
 from codecssl.superb.tokens.waves import Wave, waves_of
-from codecssl.superb.upstreams.expert import Shelf, Upstream, frame_shift
+from codecssl.superb.upstreams.expert import Upstream, UpstreamBuilder, frame_shift
 from codecssl.tokenize.codec import Codec
 from codecssl.tokenize.common.cores import available_cores
 
@@ -20,18 +20,18 @@ FEW_WAVES = 512
 def jobs(
     upstreams: Sequence[Upstream],
     tasks: Sequence[Task],
-    corpus: Corpus,
+    corpus: TaskCorpus,
     root: Path,
     *,
     device: str = "cpu",
     workers: int | None = None,
-) -> Iterator[Job]:
+) -> Iterator[CacheJob]:
     """Yield a job per codec and task with waves. `workers` None is one per core, or none for few waves."""
-    shelf, seen = Shelf(device=device), set()
+    builder, seen = UpstreamBuilder(device=device), set()
     for upstream in upstreams:
         if not upstream.runs_codec:
             continue
-        codec, load = shelf.codec(upstream)
+        codec, load = builder.codec(upstream)
         if codec.card.fingerprint in seen:
             continue
         seen.add(codec.card.fingerprint)
@@ -41,14 +41,14 @@ def jobs(
             made = load if count else functools.partial(_itself, codec)  # a loaded codec can't be pickled
             options: dict[str, Any] = {"load": made, "workers": count, "device": device}
             if waves:
-                yield Job(root=root, name=task.name, waves=waves, card=codec.card, **options)
+                yield CacheJob(root=root, name=task.name, waves=waves, card=codec.card, **options)
 
 
 def _itself(codec: Codec) -> Codec:
     return codec
 
 
-def task_waves(task: Task, corpus: Corpus, frame_shift: int) -> list[Wave]:
+def task_waves(task: Task, corpus: TaskCorpus, frame_shift: int) -> list[Wave]:
     """Return the waves of all splits, and of all folds if the task is cross-validated."""
     if task.name == "er" and corpus.has_folds(task.name):
         rows = corpus.rows_of(task.name)
@@ -61,7 +61,7 @@ def _workers(waves: int) -> int:
     return 0 if waves < FEW_WAVES or cores == 1 else cores
 
 
-def fill_all(todo: Sequence[Job], console: Any) -> None:
+def fill_all(todo: Sequence[CacheJob], console: Any) -> None:
     """Execute all jobs, with a progress bar on a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

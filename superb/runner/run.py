@@ -25,7 +25,7 @@ from codecssl.superb.runner.outcome import outcome
 from codecssl.superb.runner.problems import make_problem
 from codecssl.superb.tasks import TASKS, Budget, Task, official_config
 from codecssl.superb.tokens.codes import counts_of
-from codecssl.superb.upstreams.expert import Shelf, Upstream
+from codecssl.superb.upstreams.expert import Upstream, UpstreamBuilder
 from codecssl.tokenize.common.files import alone_in
 from codecssl.tokenize.common.hashing import file_sha256
 
@@ -240,8 +240,8 @@ def _build(upstream: Upstream, seed: int, machine: Machine, codes: Path, task: s
 
 
 @functools.cache
-def _shelf(device: str, codes: Path, seed: int) -> Shelf:
-    return Shelf(device=device, code_folder=codes, seed=seed)
+def _shelf(device: str, codes: Path, seed: int) -> UpstreamBuilder:
+    return UpstreamBuilder(device=device, code_folder=codes, seed=seed)
 
 
 def _prepare_process(machine: Machine) -> None:

@@ -25,7 +25,7 @@ HOP = 160
 """Samples per frame: 10 ms, as fbank in SUPERB."""
 
 
-class Corpus:
+class SampleCorpus:
     """Rows by task and split, with their log-mel frames computed once."""
 
     def __init__(self, folder: Path) -> None:
@@ -50,7 +50,7 @@ class Corpus:
         return np.stack([self.frames(row).mean(axis=0) for row in rows])
 
 
-def accuracy(corpus: Corpus, task: str, column: str) -> tuple[float, float]:
+def accuracy(corpus: SampleCorpus, task: str, column: str) -> tuple[float, float]:
     """Return (chance, accuracy) of a logistic regression on mean log-mel. A dict label must be entirely correct."""
     train, test = corpus.of(task, "train"), corpus.of(task, "test")
     first = train[0][column]
@@ -78,7 +78,7 @@ def _classify(train: Array, labels: list[str], test: Array) -> Array:
     return np.asarray(model.fit(train, labels).predict(test))
 
 
-def equal_error_rate(corpus: Corpus) -> float:
+def equal_error_rate(corpus: SampleCorpus) -> float:
     """Return the EER of asv over all test pairs, by cosine after LDA on the training speakers. Chance is 0.5."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
@@ -97,7 +97,7 @@ def equal_error_rate(corpus: Corpus) -> float:
     return float((miss[best] + alarm[best]) / 2)
 
 
-def voices_at_once(corpus: Corpus) -> tuple[float, float]:
+def voices_at_once(corpus: SampleCorpus) -> tuple[float, float]:
     """Return (chance, accuracy) of the number of speakers (0 to 2) per frame of sd. Context: ten frames per side."""
     features: dict[str, list[Array]] = defaultdict(list)
     counts: dict[str, list[Array]] = defaultdict(list)
@@ -115,7 +115,7 @@ def voices_at_once(corpus: Corpus) -> tuple[float, float]:
     return float(np.mean(test == common)), float(np.mean(guess == test))
 
 
-def query_precision(corpus: Corpus) -> tuple[float, float]:
+def query_precision(corpus: SampleCorpus) -> tuple[float, float]:
     """Return (chance, mean average precision) of qbe on test. Documents are ranked by the cost of subsequence DTW."""
     import librosa
 
@@ -138,7 +138,7 @@ def _standardised(frames: Array) -> Array:
     return np.asarray((frames - frames.mean(axis=0)) / (frames.std(axis=0) + 1e-5))
 
 
-def ctc_error_rate(corpus: Corpus, task: str, *, epochs: int) -> float:
+def ctc_error_rate(corpus: SampleCorpus, task: str, *, epochs: int) -> float:
     """Return the test error rate (phones for pr, else characters) of a small BLSTM with CTC, decoded greedily."""
     import torch
     from torch import nn
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ctc", type=int, metavar="EPOCHS", default=0, help="also train pr, asr and sf so long")
     arguments = parser.parse_args(argv)
     try:
-        corpus = Corpus(arguments.folder)
+        corpus = SampleCorpus(arguments.folder)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -17,13 +17,13 @@ from codecssl.superb import results
 from codecssl.superb.task_codec import codec_folder
 from codecssl.superb.task_codec.bottleneck import Bottleneck, Rate, check_layer, choose_rate
 from codecssl.superb.task_codec.codec_folder import Compressed
-from codecssl.superb.task_codec.config import TrainConfig
+from codecssl.superb.task_codec.config import BottleneckTrainConfig
 from codecssl.superb.task_codec.examples import SPOKEN, Examples, examples, open_shards, refuse_too_slow
 from codecssl.superb.task_codec.head_training import STAGES, Summaries, error_rate, train_head
 from codecssl.superb.task_codec.heads import HEADS
 from codecssl.superb.task_codec.rvq import RvqConfig
 from codecssl.superb.task_codec.states import Kept, Source, after, batched, whole_model
-from codecssl.superb.task_codec.training import Training, load_state, save_state
+from codecssl.superb.task_codec.training import BottleneckTraining, load_state, save_state
 from codecssl.tokenize.backends.parts.weights import local
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.shards import Shards
@@ -49,7 +49,7 @@ class CompressConfig:
     codebook_dim: int = 32
     probes: str = "probes"
     device: str = "cpu"
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: BottleneckTrainConfig = field(default_factory=BottleneckTrainConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ def first_head(config: CompressConfig, ready: Prepared, found: Examples) -> Any:
     return head
 
 
-def build(config: CompressConfig, ready: Prepared, found: Examples, rate: Rate, head: Any) -> Training:
+def build(config: CompressConfig, ready: Prepared, found: Examples, rate: Rate, head: Any) -> BottleneckTraining:
     """A bottleneck initialized from the seed, and its training with a copy of `first_head`."""
     dim = ready.model.config.dim
     sizes = RvqConfig(
@@ -152,7 +152,7 @@ def build(config: CompressConfig, ready: Prepared, found: Examples, rate: Rate, 
         torch.manual_seed(config.train.seed)
         bottleneck = Bottleneck(dim, rate.pool, sizes).to(config.device)
     source = after(ready.states, config.layer)
-    return Training(ready.model, config.layer, bottleneck, head, found, source, config.train)
+    return BottleneckTraining(ready.model, config.layer, bottleneck, head, found, source, config.train)
 
 
 def new_head(config: CompressConfig, found: Examples, dim: int, states: int) -> Any:
@@ -162,7 +162,7 @@ def new_head(config: CompressConfig, found: Examples, dim: int, states: int) -> 
         return HEADS[found.kind](dim, states, len(found.names)).to(config.device)
 
 
-def _run(training: Training, output: Path, identity: str, report: Callable[[str], None]) -> None:
+def _run(training: BottleneckTraining, output: Path, identity: str, report: Callable[[str], None]) -> None:
     path = output / "work" / "state.pt"
     if (state := load_state(path, identity)) is not None:
         training.load(state)
@@ -178,7 +178,7 @@ def _run(training: Training, output: Path, identity: str, report: Callable[[str]
         training.run(log, lambda: save_state(path, identity, training.state()))
 
 
-def _measure(training: Training, config: CompressConfig) -> dict[str, Any]:
+def _measure(training: BottleneckTraining, config: CompressConfig) -> dict[str, Any]:
     """Codebook usage and error rates on the test part, per number of codebooks and for the unmodified model."""
     found, bottleneck, source = training.found, training.bottleneck, training.source
     books = bottleneck.rvq.config

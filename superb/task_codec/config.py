@@ -6,7 +6,7 @@ from codecssl.tokenize.common.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class BottleneckTrainConfig:
     """Training settings of a bottleneck."""
 
     head_steps: int = 1000

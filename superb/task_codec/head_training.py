@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from codecssl.superb.task_codec.config import TrainConfig
+from codecssl.superb.task_codec.config import BottleneckTrainConfig
 from codecssl.superb.task_codec.examples import Examples
 from codecssl.superb.task_codec.heads import Head, errors
 from codecssl.superb.task_codec.states import CACHE_BYTES, Batched
@@ -20,23 +20,23 @@ BATCH = 32
 """Utterances per batch of evaluation."""
 
 
-def draw(found: Examples, config: TrainConfig, stage: int, step: int) -> list[int]:
+def draw(found: Examples, config: BottleneckTrainConfig, stage: int, step: int) -> list[int]:
     """Utterances of a batch."""
     rows = found.parts["train"]
     random = np.random.default_rng([config.seed, stage, step])
     return [rows[i] for i in random.choice(len(rows), min(config.batch_size, len(rows)), replace=False)]
 
 
-def steps_of(config: TrainConfig, stage: int) -> int:
+def steps_of(config: BottleneckTrainConfig, stage: int) -> int:
     return int(getattr(config, f"{STAGES[stage]}_steps"))
 
 
-def rate_of(config: TrainConfig, stage: int, step: int) -> float:
+def rate_of(config: BottleneckTrainConfig, stage: int, step: int) -> float:
     """The learning rate of a step."""
     return float(getattr(config, f"{STAGES[stage]}_learning_rate")) * (1 - step / steps_of(config, stage))
 
 
-def evaluates(config: TrainConfig, stage: int, step: int) -> bool:
+def evaluates(config: BottleneckTrainConfig, stage: int, step: int) -> bool:
     """True if the validation part is evaluated after this step."""
     steps = steps_of(config, stage)
     return step % max(1, steps // config.evaluations) == 0 or step == steps
@@ -106,7 +106,7 @@ def error_rate(head: Any, summaries: Summaries, found: Examples, part: str) -> f
     return wrong / max(labels, 1)
 
 
-def train_head(head: Any, summaries: Summaries, found: Examples, config: TrainConfig, stage: int) -> None:
+def train_head(head: Any, summaries: Summaries, found: Examples, config: BottleneckTrainConfig, stage: int) -> None:
     """Train a head alone for one stage and keep its best weights. In stage B they may be the initial ones."""
     optimizer = torch.optim.AdamW(head.parameters(), weight_decay=config.weight_decay)
     best = Best()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from codecssl.pretrain.model.lengths import lengths_to_mask
 from codecssl.pretrain.model.model import CodecModel
 from codecssl.superb.task_codec.bottleneck import Bottleneck, later_states
-from codecssl.superb.task_codec.config import TrainConfig
+from codecssl.superb.task_codec.config import BottleneckTrainConfig
 from codecssl.superb.task_codec.examples import Examples
 from codecssl.superb.task_codec.head_training import (
     STAGES,
@@ -57,7 +57,7 @@ def _normed(state: Tensor) -> Tensor:
     return F.layer_norm(state, state.shape[-1:])
 
 
-class Training:
+class BottleneckTraining:
     """Training of a bottleneck and a head, which resumes from `state`.
 
     head: trained on the unmodified states (`train_head`), or None. source: states L, L + 1, ... of the model.
@@ -65,7 +65,7 @@ class Training:
 
     def __init__(
         self, model: CodecModel, layer: int, bottleneck: Bottleneck, head: Any, found: Examples, source: Source,
-        config: TrainConfig,
+        config: BottleneckTrainConfig,
     ) -> None:  # fmt: skip
         self.model, self.layer, self.bottleneck = model, layer, bottleneck
         self.head, self.teacher = copy.deepcopy(head), head

@@ -41,7 +41,7 @@ Report = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class CacheJob:
     """One set to fill: the waves of a task for a codec. `load` loads the codec in each worker process."""
 
     root: Path
@@ -64,7 +64,7 @@ class Job:
         return codec_folder(self.root, self.card) / f"{self.name}-{digest[:12]}"
 
 
-def fill(job: Job, report: Report = lambda done: None) -> KeyedShards:
+def fill(job: CacheJob, report: Report = lambda done: None) -> KeyedShards:
     """Encode missing waves and return the finished set. Raises UserError if the disk is full or lacks file locks."""
     try:
         return _fill(job, job.folder, report)
@@ -78,7 +78,7 @@ def fill(job: Job, report: Report = lambda done: None) -> KeyedShards:
         raise
 
 
-def _fill(job: Job, folder: Path, report: Report) -> KeyedShards:
+def _fill(job: CacheJob, folder: Path, report: Report) -> KeyedShards:
     if (folder / "dataset.json").exists():
         return KeyedShards(folder, job.card)
     locks, encoder = folder.with_name(f".{folder.name}.locks"), _Encoder(job)
@@ -96,19 +96,19 @@ def _fill(job: Job, folder: Path, report: Report) -> KeyedShards:
     return done
 
 
-def _count(job: Job) -> int:
+def _count(job: CacheJob) -> int:
     return -(-len(job.waves) // SHARD_WAVES)
 
 
-def _shard(job: Job, shard: int) -> Sequence[Wave]:
+def _shard(job: CacheJob, shard: int) -> Sequence[Wave]:
     return job.waves[shard * SHARD_WAVES : (shard + 1) * SHARD_WAVES]
 
 
-def _unfinished(job: Job, folder: Path) -> list[int]:
+def _unfinished(job: CacheJob, folder: Path) -> list[int]:
     return [s for s in range(_count(job)) if not shard_path(folder, s).with_suffix(".json").exists()]
 
 
-def _fill_shard(job: Job, folder: Path, shard: int, locks: Path, encoder: "_Encoder", report: Report) -> bool:
+def _fill_shard(job: CacheJob, folder: Path, shard: int, locks: Path, encoder: "_Encoder", report: Report) -> bool:
     """Write the rest of a shard. False if another process holds its lock."""
     with locked(locks / f"{shard:05d}") as free:
         if not free or (folder / "dataset.json").exists():
@@ -132,7 +132,7 @@ def _fill_shard(job: Job, folder: Path, shard: int, locks: Path, encoder: "_Enco
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Heard:
+class LoadedWave:
     """A loaded wave and its key."""
 
     wave: Wave
@@ -143,7 +143,7 @@ class _Heard:
 class _Encoder(Dataset[Any]):
     """Encode groups of waves, in worker processes or here. Known and randomly cut waves give no result."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: CacheJob) -> None:
         self.job = job
         self.here = job.workers == 0 or torch.device(job.device).type != "cpu"
         self._open: tuple[Codec, TokenCache] | None = None
@@ -175,19 +175,19 @@ class _Encoder(Dataset[Any]):
         )
 
     def __getitem__(self, group: Any) -> Any:
-        heard = [_heard(wave) for wave in group]
-        return heard if self.here else self._encoded(heard)
+        loaded = [load_wave(wave) for wave in group]
+        return loaded if self.here else self._encoded(loaded)
 
     def _opened(self) -> tuple[Codec, TokenCache]:
         if self._open is None:
             self._open = self.job.load(), TokenCache(self.job.root, self.job.card)
         return self._open
 
-    def _encoded(self, heard: Sequence[_Heard | Failure | None]) -> list[EncodedUtterance | Failure]:
+    def _encoded(self, loaded: Sequence[LoadedWave | Failure | None]) -> list[EncodedUtterance | Failure]:
         codec, cache = self._opened()
-        fresh = {h.key: h for h in heard if isinstance(h, _Heard) and h.key not in self._seen}
+        fresh = {h.key: h for h in loaded if isinstance(h, LoadedWave) and h.key not in self._seen}
         new = {key: h for key, h in fresh.items() if cache.find(key) is None}
-        bad: list[EncodedUtterance | Failure] = [h for h in heard if isinstance(h, Failure)]
+        bad: list[EncodedUtterance | Failure] = [h for h in loaded if isinstance(h, Failure)]
         waves = [at_codec_rate(h.samples, codec.card).to(self.job.device) for h in new.values()]
         found = encode_at_codec_rate(codec, waves, self.job.device)
         return bad + [_utterance(codec.card, *of) for of in zip(new.values(), waves, found, strict=True)]
@@ -202,7 +202,7 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-def _heard(wave: Wave) -> _Heard | Failure | None:
+def load_wave(wave: Wave) -> LoadedWave | Failure | None:
     """Load a wave. None if it is cut at random, a `Failure` if it cannot be read. The task fails on it later."""
     try:
         samples = wave.load()
@@ -212,17 +212,17 @@ def _heard(wave: Wave) -> _Heard | Failure | None:
         return Failure(id=wave.path, path=wave.path, reason=one_line(error))
     if samples is not None and not len(samples):
         return Failure(id=wave.path, path=wave.path, reason="no samples")
-    return None if samples is None else _Heard(wave=wave, key=wave_key(samples), samples=samples)
+    return None if samples is None else LoadedWave(wave=wave, key=wave_key(samples), samples=samples)
 
 
-def _utterance(card: CodecCard, heard: _Heard, wave: Tensor, encoded: Encoded) -> EncodedUtterance:
+def _utterance(card: CodecCard, loaded: LoadedWave, wave: Tensor, encoded: Encoded) -> EncodedUtterance:
     return EncodedUtterance(
-        id=heard.key,
-        path=heard.wave.path,
+        id=loaded.key,
+        path=loaded.wave.path,
         codes=to_planes(encoded.codes.cpu().numpy().astype(np.uint16), card),
         samples=wave.shape[-1],
-        source_sha256=heard.key,
+        source_sha256=loaded.key,
         source_rate=SAMPLE_RATE,
-        source_samples=len(heard.samples),
+        source_samples=len(loaded.samples),
         scales=None if encoded.scales is None else encoded.scales.cpu().numpy(),
     )

@@ -40,7 +40,7 @@ NAMES = (
 )
 
 
-class Encoder(Protocol):
+class StateEncoder(Protocol):
     """Protocol from codes to hidden states: a pretrained model, or the codec's own tables."""
 
     def extract(self, codes: Tensor, frames: Sequence[int], mel: Tensor | None = None) -> list[Tensor]:
@@ -239,7 +239,7 @@ def _files(name: str) -> list[Path]:
     return [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in kinds)
 
 
-class Shelf:
+class UpstreamBuilder:
     """Build upstreams in one process.
 
     Upstreams with the same codec share its codes, and the codec runs once per wave. `code_folder`: folder of a token

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codecssl.superb.upstreams.expert import Shelf, Upstream
+from codecssl.superb.upstreams.expert import Upstream, UpstreamBuilder
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.shards import Shards
 
@@ -17,19 +17,19 @@ class TokenReader:
     Raises UserError for an upstream that reads audio, of another codec, or of a log-mel plane that the shards lack.
     """
 
-    def __init__(self, shelf: Shelf, upstream: Upstream, shards: Shards) -> None:
+    def __init__(self, builder: UpstreamBuilder, upstream: Upstream, shards: Shards) -> None:
         if not upstream.reads_codes:
             raise UserError(f"upstream {upstream.name}: reads audio, and {shards.path} holds codes; give the audio")
-        card, encoder = shelf.encoder(upstream)
+        card, encoder = builder.encoder(upstream)
         theirs = shards.card
         if (card.weights_sha256, card.codebook_sizes) != (theirs.weights_sha256, theirs.codebook_sizes):
             where = card.difference(theirs)
             raise UserError(f"upstream {upstream.name}: its codec is not the one of {shards.path} ({where})")
-        self._encoder: Any = encoder.to(shelf.device).eval()
+        self._encoder: Any = encoder.to(builder.device).eval()
         self._mel_spec = getattr(encoder, "mel_spec", None)
         if self._mel_spec not in (None, shards.mel_spec):
             raise UserError(f"upstream {upstream.name}: reads a log-mel plane that {shards.path} does not have")
-        self._shards, self._device = shards, shelf.device
+        self._shards, self._device = shards, builder.device
 
     @torch.no_grad()
     def states(self, index: int, start: int = 0, stop: int | None = None) -> list[Tensor]:

@@ -23,7 +23,7 @@ from codecssl.tokenize.common.errors import UserError
 MODEL_TYPES = {"hubert": "HubertModel", "wav2vec2": "Wav2Vec2Model", "wavlm": "WavLMModel"}
 
 
-class CheckpointExpert(FrozenUpstream):
+class TransformersUpstream(FrozenUpstream):
     """An s3prl upstream of a transformers model with a convolutional front end.
 
     The L + 1 hidden states are those of transformers. State 0 is the input of the first layer with positions added. A
@@ -92,7 +92,7 @@ class CheckpointExpert(FrozenUpstream):
         return torch.arange(-(-samples // self.rate)).clamp(max=frames - 1)
 
 
-def load(source: str) -> CheckpointExpert:
+def load(source: str) -> TransformersUpstream:
     """The upstream `hf:SOURCE`: a folder in the hub's format, or a NAME of the hub (from its cache when offline).
 
     Raises UserError for another kind of model, and if loading fails.
@@ -112,7 +112,7 @@ def load(source: str) -> CheckpointExpert:
         ) from error
     if lacking := sorted(key for key in found["missing_keys"] if not key.endswith("masked_spec_embed")):
         raise UserError(f"upstream hf:{source}: lacks the weights {lacking[0]}; give the whole checkpoint")
-    return CheckpointExpert(model.float(), _extractor(source))
+    return TransformersUpstream(model.float(), _extractor(source))
 
 
 def _extractor(source: str) -> Any:

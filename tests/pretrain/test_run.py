@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from codecssl.pretrain import build as build_module
 from codecssl.pretrain.build import build
 from codecssl.pretrain.config import RunConfig
-from codecssl.pretrain.data.corpus import Corpus
+from codecssl.pretrain.data.corpus import TokenCorpus
 from codecssl.pretrain.data.open_data import open_data
 from codecssl.pretrain.engine import checkpoint
 from codecssl.pretrain.engine.distributed import PREEMPTED
@@ -293,7 +293,7 @@ def test_raw_embeddings_are_the_codebooks_as_stored(
     monkeypatch.setattr(codec, "entries", lambda: entries, raising=False)
     monkeypatch.setattr(build_module, "load_codec_for", lambda card, weights: codec)
     write_shards(tmp_path / "shards", codec.card, [("u", np.zeros((8, 400), np.uint16), {})])
-    corpus = Corpus([tmp_path / "shards"])
+    corpus = TokenCorpus([tmp_path / "shards"])
     raw = build(small_config(tmp_path, model={"embedding_init": "raw", "embedding_dim": 8}), corpus, fresh=True)
     assert torch.equal(raw.model.embedding.weight[:-1], torch.cat(entries))
     with pytest.raises(UserError, match=r"codec embeddings: \(8192, 8\), the model has \(8192, 4\)"):
@@ -308,19 +308,19 @@ def test_a_run_starts_from_an_exported_model(make_shards: Make, small_config: Co
     export(tmp_path / "run", tmp_path / "model")
     start = {"steps": 2, "start_from": str(tmp_path / "model")}
     config = small_config(dirs, model={"dropout": 0.0}, optim=start)  # what changes no weight's meaning may differ
-    first = build(config, Corpus([dirs]), fresh=True).model.state_dict()
+    first = build(config, TokenCorpus([dirs]), fresh=True).model.state_dict()
     assert_same(first, dict(load_pretrained(tmp_path / "model").state_dict()))
     run(config, tmp_path / "more")
     shutil.rmtree(tmp_path / "model")
     run(config, tmp_path / "more")  # a run that is under way needs it no more
     export(tmp_path / "run", tmp_path / "model")
     with pytest.raises(UserError, match=r"has model.heads 2, this run 4; make them equal"):
-        build(small_config(dirs, model={"heads": 4}, optim=start), Corpus([dirs]), fresh=True)
-    other = Corpus([make_shards("other", codec="another")])
+        build(small_config(dirs, model={"heads": 4}, optim=start), TokenCorpus([dirs]), fresh=True)
+    other = TokenCorpus([make_shards("other", codec="another")])
     with pytest.raises(UserError, match="was trained on codec synthetic, the data is of another"):
         build(small_config(tmp_path / "other", optim=start), other, fresh=True)
     with pytest.raises(UserError, match="is not an exported model"):
-        build(small_config(dirs, optim={"start_from": str(tmp_path / "run")}), Corpus([dirs]), fresh=True)
+        build(small_config(dirs, optim={"start_from": str(tmp_path / "run")}), TokenCorpus([dirs]), fresh=True)
 
 
 def test_another_config_or_other_data_is_refused(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ def test_frozen_embeddings_stay(make_shards: Make, small_config: Config, tmp_pat
     for frozen in (True, False):
         config = small_config(dirs, model={"freeze_embedding": frozen}, optim={"steps": 2})
         run(config, tmp_path / str(frozen))
-        first = build(config, Corpus([dirs]), fresh=True).model.embedding.weight
+        first = build(config, TokenCorpus([dirs]), fresh=True).model.embedding.weight
         end = tensors(checkpoint.newest(tmp_path / str(frozen) / "checkpoints"))
         ends[frozen] = torch.equal(end["embedding.weight"], first)
     assert ends == {True: True, False: False}

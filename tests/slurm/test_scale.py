@@ -16,7 +16,7 @@ from codecssl.configs.load import from_dict
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.data.loader import Loader
 from codecssl.pretrain.data.open_data import open_data
-from codecssl.pretrain.data.plan import Plan, Pool, cut
+from codecssl.pretrain.data.plan import Plan, UtterancePool, cut
 from codecssl.pretrain.ranks import Ranks
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.format.layout import BLOCK, load_json, sealed
@@ -83,7 +83,7 @@ def _peak_kib() -> int:
 
 
 def test_a_large_corpus_begins_within_seconds_and_little_memory(tmp_path):
-    """A twentieth of 60,000 h; opening is linear in the utterances, the first batch is not (chapters)."""
+    """A twentieth of 60,000 h; opening is linear in the utterances, the first batch is not (windows)."""
     done = subprocess.run([sys.executable, __file__, "1200000", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -95,9 +95,9 @@ def test_a_large_corpus_begins_within_seconds_and_little_memory(tmp_path):
 
 def test_1024_ranks_take_every_piece_of_an_epoch_exactly_once():
     frames = np.random.default_rng(1).integers(100, 1600, 60_000).astype(np.uint16)
-    plan = Plan(Pool(frames), seed=3, batch_frames=2_000_000, crop_frames=780, bucket_ratio=1.04, parts=RANKS,
-                chapter=20_000)  # fmt: skip
-    assert plan.chapters == 3
+    plan = Plan(UtterancePool(frames), seed=3, batch_frames=2_000_000, crop_frames=780, bucket_ratio=1.04, parts=RANKS,
+                window=20_000)  # fmt: skip
+    assert plan.windows == 3
     assert plan.steps_per_epoch >= 20
     for epoch in (0, 1):
         change = np.zeros(int(frames.sum(dtype=np.int64)) + 1, np.int8)  # where pieces begin and end

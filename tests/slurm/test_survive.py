@@ -11,7 +11,7 @@ import pytest
 SLURM = Path(__file__).resolve().parents[2] / "slurm"
 
 
-class Job:
+class SlurmJob:
     """A batch script as Slurm starts it; its Python is a shell script of the test."""
 
     def __init__(self, folder: Path, script: str = "pretrain.sbatch", *arguments: str) -> None:
@@ -59,8 +59,8 @@ class Job:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
-    return Job(tmp_path)
+def job(tmp_path: Path) -> SlurmJob:
+    return SlurmJob(tmp_path)
 
 
 def test_done_is_done(job):
@@ -113,7 +113,7 @@ def test_a_new_checkpoint_counts_as_progress(job):
 
 def test_of_an_arrays_element_only_its_own_blocks_are_progress(tmp_path):
     """Of 8 tasks in 4 elements, element 1 has tasks 1 and 5: shards 1, 5, 9, 13, ..."""
-    job = Job(tmp_path, "tokenize.sbatch", "--tasks", "8", "--elements", "4", "audio", "--output", "out")
+    job = SlurmJob(tmp_path, "tokenize.sbatch", "--tasks", "8", "--elements", "4", "audio", "--output", "out")
     job.environment["SLURM_ARRAY_TASK_ID"] = "1"
     write = "mkdir -p out/shards out/work/{0}; touch out/work/{0}/{1}.json; exit 76"
     for number, count in (("00013", 1), ("00005", 1), ("00006", 2), ("00001", 1)):
@@ -125,7 +125,7 @@ def test_of_an_arrays_element_only_its_own_blocks_are_progress(tmp_path):
 WAITS = 'trap "{trap}" USR2 TERM; touch ready; for i in $(seq 300); do sleep 0.1 & wait; done'
 
 
-def signalled(job: Job, program: str, number: signal.Signals) -> tuple[int, str]:
+def signalled(job: SlurmJob, program: str, number: signal.Signals) -> tuple[int, str]:
     process = job.start(program)
     deadline = time.monotonic() + 30
     while not (job.folder / "ready").exists():
@@ -155,7 +155,7 @@ def test_a_warning_before_the_program_listens_is_not_a_requeue_for_ever(job):
 
 def test_checkpoints_of_s3prl_are_progress_of_superb(tmp_path):
     arguments = ("--upstream", "m", "--tasks", "ks", "--data", "d", "--output", "out")
-    job = Job(tmp_path, "superb.sbatch", *arguments)
+    job = SlurmJob(tmp_path, "superb.sbatch", *arguments)
     for turn in (1, 2):
         assert f"crash {turn} without progress" in job.run("exit 70")[1]
     train = "mkdir -p out/runs/m/ks/r/train/step_3; touch out/runs/m/ks/r/train/step_3/optimizer.pt; exit 70"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from codecssl.superb import bench
-from codecssl.superb.bench import BenchConfig
+from codecssl.superb.bench import SuperbBenchConfig
 from codecssl.superb.cli import main
 from codecssl.superb.corpora.corpus import open_corpus
 from codecssl.tokenize.common.errors import UserError
@@ -32,7 +32,7 @@ def slow_codec(codec: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_the_codec_works_in_uncached_epochs_only(slow_codec: list[int], corpus: Path) -> None:
-    config = BenchConfig(codec="x", tasks="ks,ic", utterances=16, rounds=1)
+    config = SuperbBenchConfig(codec="x", tasks="ks,ic", utterances=16, rounds=1)
     keyword, intent = bench.run(config, open_corpus(corpus))
     assert (keyword["task"], intent["task"], keyword["utterances"]) == ("ks", "ic", 16)
     # filled once, warmed up with a batch of 16, one uncached epoch, and what s3prl asks of three upstreams when built
@@ -66,4 +66,4 @@ def test_the_command_prints_a_line_of_json_per_task(
 )
 def test_what_cannot_be_measured_is_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        BenchConfig(**{"codec": "x", "tasks": "ks", "utterances": 1, "rounds": 1, **options})
+        SuperbBenchConfig(**{"codec": "x", "tasks": "ks", "utterances": 1, "rounds": 1, **options})

@@ -9,7 +9,7 @@ import pytest
 
 from codecssl.superb import tasks
 from codecssl.superb.cli import main
-from codecssl.superb.corpora.corpus import Corpus
+from codecssl.superb.corpora.corpus import TaskCorpus
 
 
 def test_run_then_report(
@@ -161,7 +161,7 @@ def test_python_m() -> None:
 def test_sample_unpacks_the_corpus_that_ships(tmp_path: Path, capsys: Any) -> None:
     """And every task finds its splits in it."""
     assert main(["sample", str(tmp_path / "sample")]) == 0
-    found = Corpus(tmp_path / "sample")
+    found = TaskCorpus(tmp_path / "sample")
     least = {"sd": 6, "sf": 32}
     for task in tasks.TASKS.values():
         assert all(len(examples) >= least.get(task.name, 40) for examples in found.examples(task).values())

@@ -12,9 +12,9 @@ from codecssl.tokenize import encode as module
 from codecssl.tokenize.cli import main
 from codecssl.tokenize.codec import Encoded
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.encode import Device, encode_heard, encode_inputs, failure, read
+from codecssl.tokenize.encode import Device, encode_loaded, encode_inputs, failure, read
 from codecssl.tokenize.format.records import EncodedUtterance, Failure
-from codecssl.tokenize.measure.bench import BenchConfig, bench
+from codecssl.tokenize.measure.bench import TokenizeBenchConfig, bench
 from codecssl.tokenize.measure.check_codec import check_codec, synthetic_waves, table
 from codecssl.tokenize.sources.sources import Input, read_sources
 
@@ -45,7 +45,7 @@ def test_windows_by_length_give_the_same_results_in_order(audio: Path, monkeypat
     """What a GPU gets: batches of like length out of a window; here on the CPU with tiny windows and batches."""
     codec = random_codec()
     items = list(read_sources([str(audio)]))
-    alone = [encode_heard(codec, [read(item, codec.card)])[0] for item in items]
+    alone = [encode_loaded(codec, [read(item, codec.card)])[0] for item in items]
     assert [type(r) for r in alone].count(Failure) == 1
     batches: list[list[int]] = []
     encode = codec.encode
@@ -63,12 +63,12 @@ def test_windows_by_length_give_the_same_results_in_order(audio: Path, monkeypat
 def test_long_inputs_are_streamed_to_the_same_codes(audio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     codec = random_codec()
     item = next(iter(read_sources([str(audio / "1.wav")])))
-    held = encode_heard(codec, [read(item, codec.card)])
+    held = encode_loaded(codec, [read(item, codec.card)])
     monkeypatch.setattr(module, "LONG_SECONDS", 0.5)
-    heard = read(item, codec.card)
-    assert isinstance(heard, module.Heard)
-    assert heard.wave is None
-    assert same(encode_heard(codec, [heard]), held)
+    loaded = read(item, codec.card)
+    assert isinstance(loaded, module.LoadedAudio)
+    assert loaded.wave is None
+    assert same(encode_loaded(codec, [loaded]), held)
 
 
 def test_a_wave_that_breaks_the_codec_costs_itself_only(audio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +82,7 @@ def test_a_wave_that_breaks_the_codec_costs_itself_only(audio: Path, monkeypatch
 
     monkeypatch.setattr(codec, "encode", fragile)
     items = list(read_sources([str(audio)]))
-    results = encode_heard(codec, [read(item, codec.card) for item in items])
+    results = encode_loaded(codec, [read(item, codec.card) for item in items])
     assert [r.id for r in results if isinstance(r, Failure)] == ["3.flac", "5.wav"]
 
 
@@ -115,9 +115,9 @@ def test_check_codec_counts_what_differs(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_commands_check_codec_and_bench(audio: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check-codec", "tiny_16khz", str(audio), "--seconds", "3", "--num-codebooks", "2"]) == 0
     assert "exact: batches and cuts change no code" in capsys.readouterr().out
-    rows = list(bench(BenchConfig(sources=(str(audio),), seconds=2.0, rounds=1)))
+    rows = list(bench(TokenizeBenchConfig(sources=(str(audio),), seconds=2.0, rounds=1)))
     assert any("plain way" in row["what"] for row in rows)
     assert sum(row.get("share", 0.0) for row in rows) == pytest.approx(1.0)
     assert all(row["x_real_time"] > 0 for row in rows if "x_real_time" in row)
     with pytest.raises(UserError, match="no readable audio"):
-        list(bench(BenchConfig(sources=(str(audio / "3.flac"),))))
+        list(bench(TokenizeBenchConfig(sources=(str(audio / "3.flac"),))))

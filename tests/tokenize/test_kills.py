@@ -260,8 +260,8 @@ def written(root):
     """Where a kill fell, roughly."""
     if not (root / "plan.json").exists():
         return "start"
-    marks, parts = (len(list(root.glob(pattern))) for pattern in ("shards/*.json", "work/*/*.json"))
-    return f"{marks} shards and {parts} blocks written"
+    records, parts = (len(list(root.glob(pattern))) for pattern in ("shards/*.json", "work/*/*.json"))
+    return f"{records} shards and {parts} blocks written"
 
 
 @pytest.mark.parametrize("how", ["kill", "disk full"])

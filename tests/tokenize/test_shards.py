@@ -225,9 +225,9 @@ def test_what_verify_needs_of_compressed_blocks(tmp_path):
     compressed = write_shards(tmp_path / "c", made, items, per_shard=6, compress=True)
     write_shards(tmp_path / "p", made, items, per_shard=6)
     for shard in range(2):
-        marks = [json.loads((tmp_path / d / f"shards/{shard:05d}.json").read_text()) for d in "cp"]
-        assert [m["format_version"] for m in marks] == [2, 1]
-        [place], [plain] = (m["blocks"] for m in marks)
+        records = [json.loads((tmp_path / d / f"shards/{shard:05d}.json").read_text()) for d in "cp"]
+        assert [m["format_version"] for m in records] == [2, 1]
+        [place], [plain] = (m["blocks"] for m in records)
         tar = tmp_path / f"c/shards/{shard:05d}.tar"
         codes = tar.read_bytes()[place["codes_offset"] :][: place["codes_bytes"]]
         with tar.open("rb") as file:
@@ -270,10 +270,10 @@ def test_finishing_holds_one_shard_in_memory_and_writes_what_numpy_writes(tmp_pa
     failures = [Failure(id=str(i), path=str(i), reason="x" * 100) for i in range(1500)]
     writer.add_block(1503, utterances, failures)
     writer.finish("")
-    mark = load_json(tmp_path / "shards/00000.json")
+    record = load_json(tmp_path / "shards/00000.json")
     for shard in range(1, 16):
         shutil.copy(tmp_path / "shards/00000.tar", tmp_path / f"shards/{shard:05d}.tar")
-        (tmp_path / f"shards/{shard:05d}.json").write_text(json.dumps(mark | {"shard": shard}))
+        (tmp_path / f"shards/{shard:05d}.json").write_text(json.dumps(record | {"shard": shard}))
     peaks = []
     for shards in (2, 16):
         tracemalloc.start()
@@ -307,8 +307,8 @@ def dataset(tmp_path):
 def test_verify_names_the_shard_and_the_place_of_a_flipped_bit(dataset):
     assert verify(dataset) == []
     tar = dataset / "shards/00001.tar"
-    mark = json.loads((dataset / "shards/00001.json").read_text())
-    damage(tar, mark["blocks"][0]["codes_offset"] + 77)
+    record = json.loads((dataset / "shards/00001.json").read_text())
+    damage(tar, record["blocks"][0]["codes_offset"] + 77)
     [line] = verify(dataset)
     assert line.startswith("shard 00001, block 0: codes damaged between offsets")
 

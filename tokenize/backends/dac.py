@@ -16,7 +16,14 @@ from torch.nn import functional as F
 
 from codecssl.tokenize.backends.parts.card_fields import policies, versions
 from codecssl.tokenize.backends.parts.precision import full_precision
-from codecssl.tokenize.backends.parts.streaming_conv import Convolution, Layer, Pace, Residual, RowStream, Snake
+from codecssl.tokenize.backends.parts.streaming_conv import (
+    Layer,
+    Pace,
+    ResidualUnit,
+    RowStream,
+    Snake,
+    StreamingConvolution,
+)
 from codecssl.tokenize.backends.parts.weights import load_pretrained, state_sha256
 from codecssl.tokenize.codec import CodecCard, Encoded, encode_each, keep_codebooks
 from codecssl.tokenize.common.errors import UserError
@@ -36,12 +43,12 @@ OTHER_PACE = Pace(chunk=2400, piece=2400)
 
 def encoder_layers(encoder: Any) -> tuple[list[Layer], list[Layer]]:
     """Split the layers of a `transformers` DacEncoder: those up to the end of the second block, and the rest."""
-    layers: list[Layer] = [Convolution(encoder.conv1)]
+    layers: list[Layer] = [StreamingConvolution(encoder.conv1)]
     for block in encoder.block:
         for unit in (block.res_unit1, block.res_unit2, block.res_unit3):
-            layers.append(Residual(unit.snake1, unit.conv1, unit.snake2, unit.conv2))
-        layers.append(Convolution(block.conv1, Snake(block.snake1)))
-    layers.append(Convolution(encoder.conv2, Snake(encoder.snake1)))
+            layers.append(ResidualUnit(unit.snake1, unit.conv1, unit.snake2, unit.conv2))
+        layers.append(StreamingConvolution(block.conv1, Snake(block.snake1)))
+    layers.append(StreamingConvolution(encoder.conv2, Snake(encoder.snake1)))
     return layers[:9], layers[9:]
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from codecssl.tokenize.backends.parts.card_fields import policies, versions
 from codecssl.tokenize.backends.parts.chunked_stream import ChunkedStream
 from codecssl.tokenize.backends.parts.precision import full_precision
-from codecssl.tokenize.backends.parts.seanet import Decoder, Encoder
+from codecssl.tokenize.backends.parts.seanet import SeanetDecoder, SeanetEncoder
 from codecssl.tokenize.backends.parts.seanet_layers import Lane
 from codecssl.tokenize.backends.parts.weights import fill, load_pretrained, state_sha256, th_file
 from codecssl.tokenize.codec import CodecCard, Encoded, keep_codebooks
@@ -63,14 +63,14 @@ class EncodecCodec:
         frames = PIECE_FRAMES[self.device.type]
         for layer in (*net.encoder, *net.decoder, net.quantizer):
             layer.to(self.device).eval()
-        self.encoder = Encoder(
+        self.encoder = SeanetEncoder(
             net.encoder,
             net.hop_length,
             fine_frames=FINE_FRAMES[self.device.type],
             piece_frames=frames,
             shared_pieces=SHARED_SECONDS * net.sample_rate // (frames * net.hop_length),
         )
-        self.decoder = Decoder(net.decoder, net.codebooks.shape[2], frames)
+        self.decoder = SeanetDecoder(net.decoder, net.codebooks.shape[2], frames)
         self.codebooks = net.codebooks[: card.num_codebooks].to(self.device)
         # |r - e|^2 / 2 = |r|^2 / 2 - (r e - |e|^2 / 2): the nearest entry has the largest score r e - |e|^2 / 2
         self._directions = self.codebooks.transpose(1, 2).contiguous()

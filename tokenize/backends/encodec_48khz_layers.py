@@ -61,7 +61,7 @@ class Signal:
         return out.masked_fill_((index >= self.length)[:, None], 0)
 
 
-class Convolution:
+class NormedConvolution:
     """A convolution with its group norm (one group: over the whole segment), optionally after an ELU."""
 
     def __init__(self, layer: Any, activated: bool) -> None:
@@ -122,11 +122,11 @@ def _chain(layers: Sequence[Any]) -> Callable[[Signal], Signal]:
         if hasattr(layer, "block"):
             steps.append(_residual(layer))
         elif not isinstance(layer, nn.ELU):
-            steps.append(Convolution(layer, activated=isinstance(before, nn.ELU)))
+            steps.append(NormedConvolution(layer, activated=isinstance(before, nn.ELU)))
     return lambda x: reduce(lambda x, step: step(x), steps, x)
 
 
 def _residual(layer: Any) -> Callable[[Signal], Signal]:
     block = _chain(list(layer.block))
-    shortcut = None if isinstance(layer.shortcut, nn.Identity) else Convolution(layer.shortcut, activated=False)
+    shortcut = None if isinstance(layer.shortcut, nn.Identity) else NormedConvolution(layer.shortcut, activated=False)
     return lambda x: (shortcut(x) if shortcut else x) + block(x)

@@ -66,7 +66,7 @@ class MimiCodec:
         self.shallow, self.deep = _chain(layers[:split]), _chain(layers[split:])
         self.transformer = Transformer(model.encoder_transformer)
         self.decoder_transformer = Transformer(model.decoder_transformer)
-        self.downsample = Convolution(model.downsample)
+        self.downsample = MimiConvolution(model.downsample)
         self.quantizers = list(_quantizers(model.quantizer, card.num_codebooks))
 
     def stream(self) -> MimiStream:
@@ -222,7 +222,7 @@ class Taps:
         return out
 
 
-class Convolution:
+class MimiConvolution:
     """A causal `MimiConv1d` over the next [L, T, C], optionally after an ELU. T is a multiple of its stride."""
 
     def __init__(self, layer: Any, activated: bool = False) -> None:
@@ -291,7 +291,7 @@ def _chain(layers: Sequence[Any]) -> Layer:
         if hasattr(layer, "block"):
             steps.append(_residual(layer))
         elif not isinstance(layer, nn.ELU):
-            steps.append(Convolution(layer, activated=isinstance(before, nn.ELU)))
+            steps.append(MimiConvolution(layer, activated=isinstance(before, nn.ELU)))
 
     def run(x: Tensor, past: Past) -> Tensor:
         for step in steps:
@@ -309,7 +309,7 @@ def elu(x: Tensor) -> Tensor:
 
 def _residual(layer: Any) -> Layer:
     block = _chain(list(layer.block))
-    shortcut = None if isinstance(layer.shortcut, nn.Identity) else Convolution(layer.shortcut)
+    shortcut = None if isinstance(layer.shortcut, nn.Identity) else MimiConvolution(layer.shortcut)
     return lambda x, past: (shortcut(x, past) if shortcut else x) + block(x, past)
 
 

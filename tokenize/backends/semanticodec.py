@@ -66,7 +66,7 @@ GRIDS = {
 """Keyed by the width of a semantic codebook's entries: 768 (AudioMAE's width) for each patch in a cell."""
 
 
-class Encoder(Protocol):
+class PackageEncoder(Protocol):
     """Protocol of the package's encoder, as far as it is used here."""
 
     centroid_npy: Tensor
@@ -87,7 +87,7 @@ class Encoder(Protocol):
 class Package(Protocol):
     """Protocol of `semanticodec.SemantiCodec`, as far as it is used here."""
 
-    encoder: Encoder
+    encoder: PackageEncoder
 
     def decode(self, tokens: Tensor) -> NDArray[np.float32]:
         """Decode tokens [1, N, 2] to a wave [1, 1, n]."""
@@ -114,7 +114,7 @@ def to_tokens(codes: Tensor, bands: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Window:
+class InputWindow:
     """One input window of the encoder."""
 
     audio: Tensor
@@ -122,15 +122,15 @@ class Window:
     """Samples of the wave, without lookahead and padding."""
 
 
-def windows(wave: Tensor) -> list[Window]:
+def windows(wave: Tensor) -> list[InputWindow]:
     """Cut a whole wave [n], or its end, into windows. A window includes LOOKAHEAD more samples if the wave has them."""
     found = []
     while len(wave) >= WINDOW:
         audio = wave[: WINDOW + LOOKAHEAD]
-        found.append(Window(F.pad(audio, (0, WINDOW + LOOKAHEAD - len(audio))), WINDOW))
+        found.append(InputWindow(F.pad(audio, (0, WINDOW + LOOKAHEAD - len(audio))), WINDOW))
         wave = wave[WINDOW:]
     if len(wave):
-        found.append(Window(F.pad(wave, (0, WINDOW - len(wave))), len(wave)))
+        found.append(InputWindow(F.pad(wave, (0, WINDOW - len(wave))), len(wave)))
     return found
 
 
@@ -161,7 +161,7 @@ class SemanticCodec:
         codes = iter(self.encode_windows([window for group in groups for window in group]))
         return [Encoded(torch.cat([next(codes) for _ in group], dim=1)) for group in groups]
 
-    def encode_windows(self, found: Sequence[Window]) -> list[Tensor]:
+    def encode_windows(self, found: Sequence[InputWindow]) -> list[Tensor]:
         """Encode windows. Return the codes [R, T] of each."""
         codes = []
         for at in range(0, len(found), self.lanes):
@@ -233,7 +233,7 @@ class SemanticStream(ChunkedStream):
         super().__init__(codec, chunk=WINDOW, size=WINDOW + LOOKAHEAD)
 
     def encode_chunk(self, audio: Tensor, last: bool) -> Tensor:
-        found = windows(audio) if last else [Window(audio, WINDOW)]
+        found = windows(audio) if last else [InputWindow(audio, WINDOW)]
         return torch.cat(self.codec.encode_windows(found), dim=1)
 
 
@@ -241,7 +241,7 @@ class SemanticStream(ChunkedStream):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class SemanticWeights:
     """The files of one network."""
 
     encoder: Path
@@ -259,7 +259,7 @@ class Checkpoint:
         (folder / "decoder.ckpt").symlink_to(self.decoder)
 
 
-def find_checkpoint(name: str, folder: Path) -> Checkpoint:
+def find_checkpoint(name: str, folder: Path) -> SemanticWeights:
     """Find the single checkpoint at any depth of a folder. Raises UserError if there is none or more than one."""
     found = {file: sorted(folder.rglob(file)) for file in ("encoder.ckpt", "decoder.ckpt", "codebook_*.npy")}
     for file, paths in found.items():
@@ -275,7 +275,7 @@ def find_checkpoint(name: str, folder: Path) -> Checkpoint:
         raise UserError(f"{codebook}: not a semantic codebook of {name} ({error})") from error
     if width not in GRIDS:
         raise UserError(f"{codebook}: entries of {width} numbers, {name} has {', '.join(map(str, GRIDS))}")
-    return Checkpoint(encoder=encoder, decoder=decoder, codebook=codebook, grid=GRIDS[width], semantic_size=size)
+    return SemanticWeights(encoder=encoder, decoder=decoder, codebook=codebook, grid=GRIDS[width], semantic_size=size)
 
 
 def load(name: str, weights: str | None, num_codebooks: int | None, device: str) -> SemanticCodec:
@@ -296,7 +296,7 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
     return SemanticCodec(package, extract_kaldi_fbank_feature, checkpoint.grid, card, device, lanes)
 
 
-def _build(name: str, kind: Any, checkpoint: Checkpoint, device: str) -> Any:
+def _build(name: str, kind: Any, checkpoint: SemanticWeights, device: str) -> Any:
     with TemporaryDirectory() as folder, _silence():
         checkpoint.link(Path(folder))
         try:
@@ -317,7 +317,7 @@ def _build(name: str, kind: Any, checkpoint: Checkpoint, device: str) -> Any:
 
 
 def make_card(
-    name: str, weights: str, checkpoint: Checkpoint, package: Package, num_codebooks: int, device: str
+    name: str, weights: str, checkpoint: SemanticWeights, package: Package, num_codebooks: int, device: str
 ) -> CodecCard:
     """Build the card of a checkpoint. Its sha256 covers the files that determine codes, not those of the decoder."""
     grid, encoder = checkpoint.grid, package.encoder

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from codecssl.tokenize.backends.parts.card_fields import policies, versions
 from codecssl.tokenize.backends.parts.precision import full_precision
-from codecssl.tokenize.backends.parts.streaming_conv import Convolution, Layer, Pace, Residual, RowStream, Snake
+from codecssl.tokenize.backends.parts.streaming_conv import (
+    Layer,
+    Pace,
+    ResidualUnit,
+    RowStream,
+    Snake,
+    StreamingConvolution,
+)
 from codecssl.tokenize.backends.parts.weights import ask_hub, fill, missing, state_sha256
 from codecssl.tokenize.codec import CodecCard, Encoded, encode_each, keep_codebooks
 from codecssl.tokenize.common.errors import UserError, one_line
@@ -34,13 +41,13 @@ NOISE_SEED = 0
 def encoder_layers(encoder: Any) -> tuple[list[Layer], list[Layer]]:
     """Split the layers of a `snac` Encoder without attention: the first ones, and those after FRONT_BLOCKS."""
     first, *blocks, last = encoder.block
-    front: list[Layer] = [Convolution(first)]
+    front: list[Layer] = [StreamingConvolution(first)]
     back: list[Layer] = []
     for i, block in enumerate(blocks):
         *units, snake, strided = block.block
         layers = front if i < FRONT_BLOCKS else back
-        layers += [*(Residual(*unit.block) for unit in units), Convolution(strided, Snake(snake))]
-    return front, [*back, Convolution(last)]
+        layers += [*(ResidualUnit(*unit.block) for unit in units), StreamingConvolution(strided, Snake(snake))]
+    return front, [*back, StreamingConvolution(last)]
 
 
 # ---------------------------------------------------------------- the codec

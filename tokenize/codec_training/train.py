@@ -36,7 +36,7 @@ SAVE_EVERY = 500
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class CodecTrainConfig:
     """How `tiny_16khz` is trained."""
 
     steps: int = 3400
@@ -184,13 +184,13 @@ def quantize(model: EncodecModel, latents: Tensor, generator: np.random.Generato
     return quantized, losses.mean()
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
+def learning_rate(step: int, config: CodecTrainConfig) -> float:
     """Linear warm-up over 100 steps, then a cosine to 2 % of the peak."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
     return config.lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * cosine)
 
 
-def train(pool: AudioPool, config: TrainConfig, work: Path, log: Callable[[str], None] = print) -> EncodecModel:
+def train(pool: AudioPool, config: CodecTrainConfig, work: Path, log: Callable[[str], None] = print) -> EncodecModel:
     """Train; `work` keeps `last.pt` (for resuming) and `log.jsonl`. Return the network in eval mode."""
     torch.manual_seed(config.seed)
     frames = round(config.segment_seconds * tiny_16khz.SAMPLE_RATE / 320)
@@ -281,7 +281,7 @@ def fit_to_data(model: EncodecModel, pool: AudioPool, generator: np.random.Gener
     tiny_16khz.fit_codebooks(model, latents.transpose(1, 2).reshape(-1, tiny_16khz.LATENT_DIM))
 
 
-def train_codec(manifest: Path, output: Path, config: TrainConfig) -> Path:
+def train_codec(manifest: Path, output: Path, config: CodecTrainConfig) -> Path:
     """Train on a manifest and write `tiny_16khz.safetensors` into `output`; rerun to resume. Return its path."""
     from codecssl.tokenize.sources.audio import read_wave
 

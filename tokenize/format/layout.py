@@ -12,7 +12,7 @@
         KEY.codes               per utterance, per codebook, the codes packed at `code_bits`, each plane byte-aligned
         KEY.mel                 only if dataset.json has "mel": per utterance, frame and band one byte (see
                                 codecssl.tokenize.mel); KEY.npz then has mel_crc32, one for each utterance
-    DIR/shards/00000.json   sha256 and counts of the tar: its completion mark
+    DIR/shards/00000.json   sha256 and counts of the tar: its completion record
 
 The offset of an utterance inside its block's codes follows from the frames before it and is not stored.
 
@@ -196,7 +196,7 @@ def read_coder(path: Path, card: CodecCard) -> Coder:
 
 
 @dataclass(frozen=True)
-class Run:
+class CodebookRun:
     """Consecutive codebooks whose codes have the same width and rate."""
 
     first: int
@@ -205,12 +205,12 @@ class Run:
     rate: int
 
 
-def runs_of(card: CodecCard) -> list[Run]:
+def runs_of(card: CodecCard) -> list[CodebookRun]:
     """Group the codebooks of a codec into runs of equal width and rate."""
-    runs: list[Run] = []
+    runs: list[CodebookRun] = []
     for key, group in groupby(enumerate(zip(card.code_bits, card.codes_per_frame)), key=lambda pair: pair[1]):
         books = [k for k, _ in group]
-        runs.append(Run(books[0], len(books), *key))
+        runs.append(CodebookRun(books[0], len(books), *key))
     return runs
 
 

@@ -1,4 +1,4 @@
-"""Writing shards: atomic blocks first, then the tar, then its completion mark, then the dataset.
+"""Writing shards: atomic blocks first, then the tar, then its completion record, then the dataset.
 
 Every file is written under a temporary name, fsynced and renamed. A block's bytes depend only on its utterances, a
 shard's only on its blocks. They are identical for every writer and any number of interruptions.
@@ -113,7 +113,7 @@ class ShardWriter:
         self.parts.append(part)
 
     def finish(self, inputs_sha256: str) -> None:
-        """Join the blocks into the tar, make it durable and write its completion mark."""
+        """Join the blocks into the tar, make it durable and write its completion record."""
         target = shard_path(self.root, self.shard)
         target.parent.mkdir(exist_ok=True)
         for left in target.parent.glob(f".{target.name}.*.tmp"):  # from a killed run
@@ -126,7 +126,7 @@ class ShardWriter:
                 offset += len(content)
                 digest.update(content)
                 file.write(content)
-        mark = {
+        record = {
             "format_version": FORMAT_VERSION if self.compress else 1,
             "shard": self.shard,
             "sha256": digest.hexdigest(),
@@ -139,7 +139,7 @@ class ShardWriter:
             "blocks": blocks,
             "failed": [f for part in self.parts for f in part["failed"]],
         }
-        write_atomic(target.with_suffix(".json"), to_json(sealed(mark), indent=None))
+        write_atomic(target.with_suffix(".json"), to_json(sealed(record), indent=None))
         shutil.rmtree(self.folder, ignore_errors=True)  # a sibling may tidy up at the same time
 
     def _contents(self) -> Iterator[tuple[bytes, Place | None]]:
@@ -188,19 +188,19 @@ def _moved(place: Place, offset: int) -> dict[str, int]:
 def finish_dataset(root: Path, header: dict[str, Any], shards: int) -> dict[str, Any]:
     """Write index.npy, blocks.npy, failed.jsonl and, last, dataset.json. Return the totals.
 
-    `header` holds the fields known to the run (codec, sources, sizes). Only one shard's mark is in memory at a time.
+    `header` holds the fields known to the run (codec, sources, sizes). Only one shard's record is in memory at a time.
     The function is idempotent: two tasks that finish at once write the same.
     """
     card = CodecCard.from_dict(header["codec"])
     totals = dict.fromkeys(("inputs", "utterances", "frames", "samples", "bytes"), 0)
     digest, failed, blocks = hashlib.sha256(), 0, 0
     with atomic_file(root / "failed.jsonl") as file:
-        for mark in _marks(root, shards):
-            totals = {key: value + mark[key] for key, value in totals.items()}
-            digest.update(mark["sha256"].encode())
-            failed += len(mark["failed"])
-            blocks += len(mark["blocks"])
-            file.writelines(to_json(row, indent=None) for row in mark["failed"])
+        for record in _completion_records(root, shards):
+            totals = {key: value + record[key] for key, value in totals.items()}
+            digest.update(record["sha256"].encode())
+            failed += len(record["failed"])
+            blocks += len(record["blocks"])
+            file.writelines(to_json(row, indent=None) for row in record["failed"])
     _write_index(root, shards, card, totals["utterances"], blocks)
     found = totals | {
         "failed": failed,
@@ -213,7 +213,7 @@ def finish_dataset(root: Path, header: dict[str, Any], shards: int) -> dict[str,
     return found
 
 
-def _marks(root: Path, shards: int) -> Iterator[dict[str, Any]]:
+def _completion_records(root: Path, shards: int) -> Iterator[dict[str, Any]]:
     return (load_json(shard_path(root, shard).with_suffix(".json")) for shard in range(shards))
 
 
@@ -222,13 +222,13 @@ def _write_index(root: Path, shards: int, card: CodecCard, utterances: int, bloc
     first = largest = 0
     with TemporaryFile(dir=root, prefix=".", suffix=".tmp") as passed, atomic_file(root / "blocks.npy") as rows:
         _write_npy_header(rows, BLOCK, blocks)
-        for mark in _marks(root, shards):
-            with shard_path(root, mark["shard"]).open("rb") as tar:
-                for block in mark["blocks"]:
+        for record in _completion_records(root, shards):
+            with shard_path(root, record["shard"]).open("rb") as tar:
+                for block in record["blocks"]:
                     frames = card.frames_of(read_numbers(tar, block["offset"])["samples"].astype(np.int64))
                     passed.write(frames.astype(np.uint32).tobytes())
                     places = (block[key] for key in ("offset", "codes_offset", "codes_bytes", "crc32"))
-                    rows.write(np.array([(mark["shard"], first, block["count"], *places)], BLOCK).tobytes())
+                    rows.write(np.array([(record["shard"], first, block["count"], *places)], BLOCK).tobytes())
                     first, largest = first + len(frames), max(largest, int(frames.max()))
         width = np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)
         passed.seek(0)

@@ -37,22 +37,22 @@ class SideFiles:
         self.recorded, self.actual = hashlib.sha256(), hashlib.sha256()
         self.doubtful: list[Damage] = []
         self.lost = False
-        """Set after a shard with a damaged mark: the following positions are unknown."""
+        """Set after a shard with a damaged record: the following positions are unknown."""
 
     def take(self, checked: Checked) -> None:
         """Compare the side files with the next shard."""
-        mark = checked.mark
-        if mark is None or any(damage.file.endswith(".json") for damage in checked.damages):
+        record = checked.record
+        if record is None or any(damage.file.endswith(".json") for damage in checked.damages):
             self.lost = True
-        if mark is None or self.lost:
+        if record is None or self.lost:
             return
-        unread = [None] * (len(mark["blocks"]) - len(checked.frames))
-        for place, frames in zip(mark["blocks"], [*checked.frames, *unread]):
+        unread = [None] * (len(record["blocks"]) - len(checked.frames))
+        for place, frames in zip(record["blocks"], [*checked.frames, *unread]):
             self._take_block(checked.shard, place, frames)
-        for failure in mark["failed"]:
+        for failure in record["failed"]:
             self.failed.compare(to_json(failure, indent=None))
-        self.sums.update({key: mark[key] for key in SUMS} | {"failed": len(mark["failed"]), "shards": 1})
-        self.recorded.update(mark["sha256"].encode())
+        self.sums.update({key: record[key] for key in SUMS} | {"failed": len(record["failed"]), "shards": 1})
+        self.recorded.update(record["sha256"].encode())
         self.actual.update(checked.sha256.encode())
         if checked.doubtful:
             self.doubtful += checked.damages
@@ -69,7 +69,7 @@ class SideFiles:
         self.utterances += place["count"]
 
     def settle(self, damages: Sequence[Damage], header: dict[str, Any] | None) -> list[Damage]:
-        """If a tar and its mark differ only in the sha256, decide with dataset.json which one is damaged."""
+        """If a tar and its record differ only in the sha256, decide with dataset.json which one is damaged."""
         if self.lost or header is None or header["sha256"] != self.actual.hexdigest():
             return list(damages)
         return [_of_the_mark(damage) if damage in self.doubtful else damage for damage in damages]
@@ -96,9 +96,9 @@ class SideFiles:
 
 def _of_the_mark(damage: Damage) -> Damage:
     tar = Path(damage.file)
-    mark = tar.with_suffix(".json")
-    what = f"{mark.name} is damaged: its sha256; {tar.name} is whole"
-    return Damage(file=mark.as_posix(), what=what, shard=damage.shard)
+    record = tar.with_suffix(".json")
+    what = f"{record.name} is damaged: its sha256; {tar.name} is whole"
+    return Damage(file=record.as_posix(), what=what, shard=damage.shard)
 
 
 class Expected:

@@ -128,10 +128,10 @@ class _SpotCheck:
         self.notes: list[str] = []
 
     def compare(self, utterance: Utterance, item: Input) -> None:
-        from codecssl.tokenize.encode import encode_heard, read
+        from codecssl.tokenize.encode import encode_loaded, read
         from codecssl.tokenize.format.records import Failure
 
-        [result] = encode_heard(self.codec, [read(item, self.codec.card)], self.shards.mel_spec)
+        [result] = encode_loaded(self.codec, [read(item, self.codec.card)], self.shards.mel_spec)
         if isinstance(result, Failure):
             self.notes.append(f"{utterance.id}: its source can no longer be read: {result.reason}")
             return

@@ -46,16 +46,16 @@ def repair(
     weights: of the codec, if they have moved. Raises UserError, and changes nothing, if the sources or the codec are
     missing or differ from those that wrote the dataset.
     """
-    aside = Aside(root)
+    quarantine = Quarantine(root)
     state = find_damage(root, report)
-    if state.finished and not (state.damaged or state.files or aside.begun):
+    if state.finished and not (state.damaged or state.files or quarantine.begun):
         return []
     card = state.card
     if state.damaged or not state.finished:
         config = _config(root, state, workers, weights)
         card = _check_codec(root, state, config, weights)
-        _check_sources(root, aside, state)
-        aside.take(state)
+        _check_sources(root, quarantine, state)
+        quarantine.take(state)
         from codecssl.tokenize.run import run
 
         run(config, progress, compare=False)  # intact shards need no source
@@ -64,8 +64,8 @@ def repair(
             write_atomic(root / "plan.json", to_json(sealed(state.plan)))
         finish_dataset(root, state.plan, read_statements(root).shards)
     if left := examine(root, report=report).damages:
-        raise UserError(f"{root}: still damaged: {left[0]}; what was damaged before is in {aside.folder}")
-    return [f"{name}: written again" for name in state.files] + list(aside.settle(state, card))
+        raise UserError(f"{root}: still damaged: {left[0]}; what was damaged before is in {quarantine.folder}")
+    return [f"{name}: written again" for name in state.files] + list(quarantine.settle(state, card))
 
 
 # ---------------------------------------------------------------- what is to be done
@@ -79,7 +79,7 @@ class State:
     damaged: list[int]
     """Shards that exist and are damaged."""
     unsure: list[int]
-    """The damaged shards whose mark is damaged: its content is unreliable."""
+    """The damaged shards whose completion record is damaged: its content is unreliable."""
     files: list[str]
     """Files other than shards, to be written again."""
     finished: bool
@@ -161,18 +161,18 @@ def _check_codec(root: Path, state: State, config: TokenizeConfig, weights: str 
     return card
 
 
-def _check_sources(root: Path, aside: Aside, state: State) -> None:
+def _check_sources(root: Path, quarantine: Quarantine, state: State) -> None:
     """Check that all inputs of intact and damaged shards still exist. Lists the sources once."""
     sources, size = list(state.plan["sources"]), state.plan["shard_inputs"]
     if any(is_stream(source) for source in sources):
         return  # listing them would fetch them
     missing: list[str] = []
-    again = {*state.damaged, *aside.begun}
+    again = {*state.damaged, *quarantine.begun}
     try:
         for shard, group in groupby(enumerate(read_sources(sources)), key=lambda pair: pair[0] // size):
             inputs = (item for _, item in group)
-            mark = None if shard in state.unsure else aside.mark(shard)
-            missing += _missing(root, shard, inputs, mark, encode=shard in again)
+            record = None if shard in state.unsure else quarantine.record(shard)
+            missing += _missing(root, shard, inputs, record, encode=shard in again)
     except UserError as error:
         where = "" if all(Path(s).is_absolute() for s in sources) else ", seen from the folder where the run was begun"
         raise UserError(f"{error}; a repair needs the sources{where}; nothing was changed") from error
@@ -184,24 +184,24 @@ def _check_sources(root: Path, aside: Aside, state: State) -> None:
 
 
 def _missing(
-    root: Path, shard: int, inputs: Iterator[Input], mark: dict[str, Any] | None, encode: bool
+    root: Path, shard: int, inputs: Iterator[Input], record: dict[str, Any] | None, encode: bool
 ) -> Iterator[str]:
     """Yield missing files of a shard to encode, except those that could not be read originally."""
-    failed = {row["id"] for row in mark["failed"]} if mark else set()
+    failed = {row["id"] for row in record["failed"]} if record else set()
     digest = hashlib.sha256()
     for item in inputs:
         digest.update(item.digest())
         elsewhere = item.row is not None or item.data is not None or item.problem is not None or "://" in item.file
         if encode and not elsewhere and item.id not in failed and not Path(item.file).is_file():
             yield item.file
-    if mark and mark["inputs_sha256"] != digest.hexdigest():
+    if record and record["inputs_sha256"] != digest.hexdigest():
         raise UserError(f"{root}: the sources are not those that shard {shard:05d} was made of")
 
 
 # ---------------------------------------------------------------- what was damaged
 
 
-class Aside:
+class Quarantine:
     """The folder DIR/damaged. Its shards.json lists the shards of an unfinished repair."""
 
     def __init__(self, root: Path) -> None:
@@ -212,12 +212,12 @@ class Aside:
     def tar(self, shard: int) -> Path:
         return self.folder / shard_path(self.root, shard).name
 
-    def mark(self, shard: int) -> dict[str, Any] | None:
-        """Return the previous mark of a shard; None if it is lost."""
+    def record(self, shard: int) -> dict[str, Any] | None:
+        """Return the previous completion record of a shard; None if it is lost."""
         for path in (self.tar(shard), shard_path(self.root, shard)):
-            mark = _read(path.with_suffix(".json"))
-            if mark and mark.get("shard") == shard and {"failed", "inputs_sha256"} <= mark.keys():
-                return mark
+            record = _read(path.with_suffix(".json"))
+            if record and record.get("shard") == shard and {"failed", "inputs_sha256"} <= record.keys():
+                return record
         return None
 
     def take(self, state: State) -> None:

@@ -1,4 +1,4 @@
-"""Full check of one shard: its mark, its tar's sha256, each block's codes and columns, and the location of damage."""
+"""Full check of one shard: its completion record, its tar's sha256, each block's codes and columns, and the location of damage."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from codecssl.tokenize.format.writer import to_json
 from codecssl.tokenize.integrity.damaged_utterances import suspects
 
 CHUNK = 1 << 20
-MARK: dict[str, type] = {
+RECORD: dict[str, type] = {
     **dict.fromkeys(("format_version", "shard", "bytes", "inputs", "utterances", "frames", "samples"), int),
     **dict.fromkeys(("sha256", "inputs_sha256"), str),
     **dict.fromkeys(("blocks", "failed"), list),
 }
-"""Fields of a mark."""
+"""Fields of a completion record."""
 PLACE = ("offset", "codes_offset", "codes_bytes", "count", "crc32")
-"""Fields of a mark for each block."""
+"""Fields of a record for each block."""
 NAMED = 3
 """Maximum number of reported utterances in a damaged block."""
 
@@ -70,21 +70,21 @@ class Checked:
     """The content of a shard's metadata, and its damages."""
 
     shard: int
-    mark: dict[str, Any] | None = None
-    """Mark of the shard; None if it is missing or damaged."""
+    record: dict[str, Any] | None = None
+    """Completion record of the shard; None if it is missing or damaged."""
     sha256: str = ""
     """sha256 of the actual tar."""
     frames: list[NDArray[np.integer] | None] = field(default_factory=list)
     """Frames of the utterances, per block; None if they cannot be read."""
     damages: list[Damage] = field(default_factory=list)
     doubtful: bool = False
-    """True if only the tar's sha256 differs: an unused byte of the tar is damaged, or the mark's sha256."""
+    """True if only the tar's sha256 differs: an unused byte of the tar is damaged, or the record's sha256."""
 
 
 def check_shard(root: Path, shard: int, card: CodecCard, version: int) -> Checked:
     """Read a whole shard in bounded memory. Damage is returned in the result and never raises an exception.
 
-    version: format version that the mark must contain.
+    version: format version that the record must contain.
     """
     return _Check(root, shard, card, version).run()
 
@@ -101,71 +101,71 @@ def read_document(path: Path, indent: int | None = 1) -> dict[str, Any]:
 class _Check:
     def __init__(self, root: Path, shard: int, card: CodecCard, version: int) -> None:
         self.root, self.card, self.version, self.tar = root, card, version, shard_path(root, shard)
-        self.mark = self.tar.with_suffix(".json")
+        self.record = self.tar.with_suffix(".json")
         self.found = Checked(shard=shard)
         self.samples = 0
 
     def run(self) -> Checked:
-        mark = self._read_mark()
+        record = self._read_record()
         if not self.tar.is_file():
             self._damaged(self.tar, f"{self.tar.name} is missing")
-        elif mark is not None:
-            self._check_tar(mark)
-        if mark is not None and mark["inputs"] != mark["utterances"] + len(mark["failed"]):
-            counts = f"{mark['utterances']} utterances and {len(mark['failed'])} failures"
-            self._damaged(self.mark, f"{mark['inputs']} inputs, but {counts}")
+        elif record is not None:
+            self._check_tar(record)
+        if record is not None and record["inputs"] != record["utterances"] + len(record["failed"]):
+            counts = f"{record['utterances']} utterances and {len(record['failed'])} failures"
+            self._damaged(self.record, f"{record['inputs']} inputs, but {counts}")
         return self.found
 
     def _damaged(self, path: Path, what: str, **place: int) -> None:
         file = path.relative_to(self.root).as_posix()
         self.found.damages.append(Damage(file=file, what=what, shard=self.found.shard, **place))
 
-    def _read_mark(self) -> dict[str, Any] | None:
-        name = self.mark.name
+    def _read_record(self) -> dict[str, Any] | None:
+        name = self.record.name
         try:
-            mark = read_document(self.mark, indent=None)
+            record = read_document(self.record, indent=None)
         except FileNotFoundError:
-            self._damaged(self.mark, f"{name} is missing: the shard was never finished")
+            self._damaged(self.record, f"{name} is missing: the shard was never finished")
             return None
         except UserError as error:
-            self._damaged(self.mark, str(error))
+            self._damaged(self.record, str(error))
             return None
-        wrong = _misfit(mark)
+        wrong = _misfit(record)
         for key, expected in (("shard", self.found.shard), ("format_version", self.version)):
-            if not wrong and mark[key] != expected:
-                wrong = f"{key} {mark[key]}, expected {expected}"
+            if not wrong and record[key] != expected:
+                wrong = f"{key} {record[key]}, expected {expected}"
         if wrong:
-            self._damaged(self.mark, f"{name} is damaged: {wrong}")
+            self._damaged(self.record, f"{name} is damaged: {wrong}")
             return None
-        self.found.mark = mark
-        return mark
+        self.found.record = record
+        return record
 
     # ------------------------------------------------------------ the tar
 
-    def _check_tar(self, mark: dict[str, Any]) -> None:
+    def _check_tar(self, record: dict[str, Any]) -> None:
         size = self.tar.stat().st_size
-        blocks = [place for place in mark["blocks"] if place["codes_offset"] + place["codes_bytes"] <= size]
+        blocks = [place for place in record["blocks"] if place["codes_offset"] + place["codes_bytes"] <= size]
         self.found.sha256, sums = sums_of(self.tar, blocks)
-        whole = self.found.sha256 == mark["sha256"]
-        if size != mark["bytes"] and whole:
-            self._damaged(self.mark, f"{self.mark.name} is damaged: {mark['bytes']} bytes, the tar has {size}")
-        elif size != mark["bytes"]:
-            lost = len(mark["blocks"]) - len(blocks)
-            cut = f"; {lost} of {len(mark['blocks'])} blocks are cut off" if lost else ""
-            bounds = {"start": min(size, mark["bytes"]), "stop": max(size, mark["bytes"])}
-            self._damaged(self.tar, f"{size} bytes, expected {mark['bytes']}{cut}", **bounds)
+        whole = self.found.sha256 == record["sha256"]
+        if size != record["bytes"] and whole:
+            self._damaged(self.record, f"{self.record.name} is damaged: {record['bytes']} bytes, the tar has {size}")
+        elif size != record["bytes"]:
+            lost = len(record["blocks"]) - len(blocks)
+            cut = f"; {lost} of {len(record['blocks'])} blocks are cut off" if lost else ""
+            bounds = {"start": min(size, record["bytes"]), "stop": max(size, record["bytes"])}
+            self._damaged(self.tar, f"{size} bytes, expected {record['bytes']}{cut}", **bounds)
         with self.tar.open("rb") as file:
             for number, (place, crc32) in enumerate(zip(blocks, sums)):
                 self._check_block(file, number, place, crc32 == place["crc32"], whole)
             if not whole and not self.found.damages:
-                self._check_members(file, mark["bytes"])
+                self._check_members(file, record["bytes"])
         if not whole and not self.found.damages:
-            self._check_tables(mark)
+            self._check_tables(record)
         if not whole and not self.found.damages:
             self.found.doubtful = True
             self._damaged(self.tar, "sha256 differs, though all of it can be read")
         if whole and not self.found.damages:
-            self._check_counts(mark)
+            self._check_counts(record)
 
     def _check_block(self, file: BinaryIO, number: int, place: dict[str, int], intact: bool, whole: bool) -> None:
         start, stop = place["codes_offset"], place["codes_offset"] + place["codes_bytes"]
@@ -175,7 +175,7 @@ class _Check:
         if intact:
             return
         if whole:
-            self._damaged(self.mark, f"{self.mark.name} is damaged: crc32 of block {number}; {self.tar.name} is whole")
+            self._damaged(self.record, f"{self.record.name} is damaged: crc32 of block {number}; {self.tar.name} is whole")
             return
         named = self._named(place, columns) if columns else ""
         what = f"codes damaged between offsets {start} and {stop}{named}"
@@ -218,8 +218,8 @@ class _Check:
             return columns
         self.found.frames.append(None)
         if whole:
-            what = f"{self.mark.name} is damaged: place of block {number} ({problem}); {self.tar.name} is whole"
-            self._damaged(self.mark, what)
+            what = f"{self.record.name} is damaged: place of block {number} ({problem}); {self.tar.name} is whole"
+            self._damaged(self.record, what)
         else:
             what = f"index damaged between offsets {start} and {stop} ({problem})"
             self._damaged(self.tar, what, block=number, start=start, stop=stop)
@@ -238,9 +238,9 @@ class _Check:
         named = (f"{text['id'][i]} (offsets {first + a} to {first + b}): {what}" for i, a, b, what in found)
         return "".join(f"; utterance {each}" for each in named)
 
-    def _check_tables(self, mark: dict[str, Any]) -> None:
+    def _check_tables(self, record: dict[str, Any]) -> None:
         """Check the tables at the beginning of a compressed shard."""
-        stop = mark["blocks"][0]["offset"] if mark["blocks"] else 0
+        stop = record["blocks"][0]["offset"] if record["blocks"] else 0
         if not stop:
             return
         try:
@@ -270,24 +270,24 @@ class _Check:
         if place := next((at for at, byte in enumerate(file.read(stop - start), start) if byte), None):
             self._damaged(self.tar, f"filling damaged at offset {place}", start=place, stop=place + 1)
 
-    def _check_counts(self, mark: dict[str, Any]) -> None:
-        """Compare the counts of a mark with those of its intact tar."""
+    def _check_counts(self, record: dict[str, Any]) -> None:
+        """Compare the counts of a record with those of its intact tar."""
         frames = [f for f in self.found.frames if f is not None]
         counts = {"utterances": sum(map(len, frames)), "frames": int(sum(f.sum() for f in frames))}
         for key, count in (counts | {"samples": self.samples}).items():
-            if mark[key] != count:
-                self._damaged(self.mark, f"{self.mark.name} is damaged: {mark[key]} {key}, the tar has {count}")
+            if record[key] != count:
+                self._damaged(self.record, f"{self.record.name} is damaged: {record[key]} {key}, the tar has {count}")
 
 
-def _misfit(mark: dict[str, Any]) -> str:
-    """Describe an error in the form of a mark, or return ""."""
-    if odd := sorted(MARK.keys() ^ mark.keys()):
-        return f"{'no' if odd[0] in MARK else 'unknown'} {odd[0]!r}"
-    for key, kind in MARK.items():
-        if type(mark[key]) is not kind or (kind is int and not 0 <= mark[key] < LARGEST):
-            return f"{key} {str(mark[key])[:60]!r}"
+def _misfit(record: dict[str, Any]) -> str:
+    """Describe an error in the form of a record, or return ""."""
+    if odd := sorted(RECORD.keys() ^ record.keys()):
+        return f"{'no' if odd[0] in RECORD else 'unknown'} {odd[0]!r}"
+    for key, kind in RECORD.items():
+        if type(record[key]) is not kind or (kind is int and not 0 <= record[key] < LARGEST):
+            return f"{key} {str(record[key])[:60]!r}"
     end = 0
-    for number, place in enumerate(mark["blocks"]):
+    for number, place in enumerate(record["blocks"]):
         if type(place) is not dict or any(type(place.get(key)) is not int for key in PLACE):
             return f"block {number} lacks its place"
         if max(place["count"], place["crc32"]) >= 1 << 32 or max(place[key] for key in PLACE) >= LARGEST:
@@ -295,7 +295,7 @@ def _misfit(mark: dict[str, Any]) -> str:
         if not end <= place["offset"] < place["codes_offset"] or min(place[key] for key in PLACE) < 0:
             return f"block {number} overlaps the one before"
         end = place["codes_offset"] + place["codes_bytes"]
-    return "" if end <= mark["bytes"] else "its blocks are longer than the tar"
+    return "" if end <= record["bytes"] else "its blocks are longer than the tar"
 
 
 def sums_of(path: Path, blocks: Sequence[dict[str, int]]) -> tuple[str, list[int]]:

@@ -78,7 +78,7 @@ def examine(
 
 
 def _check_list(root: Path, said: Statements) -> list[Damage]:
-    """Compare the input list that was read from standard input, if the dataset was made of one, with the marks."""
+    """Compare the input list that was read from standard input, if the dataset was made of one, with the records."""
     plan = said.plan or {}
     sources = plan.get("sources", [])
     if len(sources) != 1 or Path(sources[0]).name != STDIN or not plan.get("shard_inputs"):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from codecssl.tokenize.codec import Codec, Reference
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.encode import GROUP_INPUTS, Device, Heard, default_workers, encode_heard, read
+from codecssl.tokenize.encode import GROUP_INPUTS, Device, LoadedAudio, default_workers, encode_loaded, read
 from codecssl.tokenize.format.blocks import block_bytes
 from codecssl.tokenize.format.records import EncodedUtterance
 from codecssl.tokenize.sources.sources import read_sources
@@ -24,7 +24,7 @@ ROUNDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchConfig:
+class TokenizeBenchConfig:
     """Options of `codecssl-tokenize bench`."""
 
     sources: tuple[str, ...]
@@ -37,25 +37,25 @@ class BenchConfig:
     """Runs of each method, interleaved; the fastest counts."""
 
 
-def bench(config: BenchConfig) -> Iterator[dict[str, Any]]:
+def bench(config: TokenizeBenchConfig) -> Iterator[dict[str, Any]]:
     """Yield one row per measurement: `what` and the measured values. Speeds are multiples of real time."""
     device = Device(codec=config.codec, num_codebooks=config.num_codebooks, device=config.device)
     codec = device.load()
     began = time.perf_counter()
-    heard = list(_some_audio(config, codec))
+    loaded = list(_some_audio(config, codec))
     reading = time.perf_counter() - began
-    seconds = sum(h.wave.shape[-1] for h in heard if h.wave is not None) / codec.card.sample_rate
-    codes = codec.card.num_rows * sum(codec.card.frames_of(h.wave.shape[-1]) for h in heard if h.wave is not None)
+    seconds = sum(h.wave.shape[-1] for h in loaded if h.wave is not None) / codec.card.sample_rate
+    codes = codec.card.num_rows * sum(codec.card.frames_of(h.wave.shape[-1]) for h in loaded if h.wave is not None)
     yield {
-        "what": f"{seconds:.1f} s of audio in {len(heard)} files up to 30 s, {codec.card.name}, "
+        "what": f"{seconds:.1f} s of audio in {len(loaded)} files up to 30 s, {codec.card.name}, "
         f"{codec.card.num_codebooks} codebooks, {config.device}"
     }
-    yield from _shares(codec, heard, reading, seconds)
-    ways = dict(_ways(config, device, codec, heard))
+    yield from _shares(codec, loaded, reading, seconds)
+    ways = dict(_ways(config, device, codec, loaded))
     best = _in_turns(ways, config.rounds)
     for name, took in best.items():
         yield {"what": name, "x_real_time": seconds / took, "codes_per_second": codes / took}
-    yield from _agreement(codec, heard)
+    yield from _agreement(codec, loaded)
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     yield {"what": "peak memory of a worker", "gigabytes": children / 1e6}
 
@@ -77,25 +77,25 @@ def table(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
         yield f"{row['what']:<44}" + ", ".join(figures) if figures else row["what"]
 
 
-def _some_audio(config: BenchConfig, codec: Codec) -> Iterator[Heard]:
+def _some_audio(config: TokenizeBenchConfig, codec: Codec) -> Iterator[LoadedAudio]:
     had = 0.0
     for item in read_sources(list(config.sources)):
-        heard = read(item, codec.card)
-        if isinstance(heard, Heard) and heard.wave is not None:
-            had += heard.wave.shape[-1] / codec.card.sample_rate
-            yield heard
+        loaded = read(item, codec.card)
+        if isinstance(loaded, LoadedAudio) and loaded.wave is not None:
+            had += loaded.wave.shape[-1] / codec.card.sample_rate
+            yield loaded
         if had >= config.seconds:
             return
     if not had:
         raise UserError(f"bench: no readable audio of up to 30 s in {', '.join(config.sources)}")
 
 
-def _shares(codec: Codec, heard: Sequence[Heard], reading: float, seconds: float) -> Iterator[dict[str, Any]]:
+def _shares(codec: Codec, loaded: Sequence[LoadedAudio], reading: float, seconds: float) -> Iterator[dict[str, Any]]:
     """Measure the shares of one thread's time: reading, encoding, writing."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    encode_heard(codec, heard[:4])  # warm up
-    encoded, encoding = _timed(lambda: encode_heard(codec, heard))
+    encode_loaded(codec, loaded[:4])  # warm up
+    encoded, encoding = _timed(lambda: encode_loaded(codec, loaded))
     whole = [e for e in encoded if isinstance(e, EncodedUtterance)]
     _, writing = _timed(lambda: block_bytes("bench", whole, codec.card))
     torch.set_num_threads(threads)
@@ -105,17 +105,17 @@ def _shares(codec: Codec, heard: Sequence[Heard], reading: float, seconds: float
 
 
 def _ways(
-    config: BenchConfig, device: Device, codec: Codec, heard: Sequence[Heard]
+    config: TokenizeBenchConfig, device: Device, codec: Codec, loaded: Sequence[LoadedAudio]
 ) -> Iterator[tuple[str, Callable[[], float]]]:
-    """Yield the name and the function of each method to encode `heard`. The function returns its seconds."""
+    """Yield the name and the function of each method to encode `loaded`. The function returns its seconds."""
     cores = default_workers()
-    waves = [torch.from_numpy(h.wave) for h in heard]
+    waves = [torch.from_numpy(h.wave) for h in loaded]
     if isinstance(codec, Reference):
         for threads in sorted({1, cores}):
             yield f"plain way, file by file, {threads} thread(s)", partial(_plainly, codec, waves, threads)
-    yield "ours, one thread", lambda: _with_threads(1, lambda: encode_heard(codec, heard))
+    yield "ours, one thread", lambda: _with_threads(1, lambda: encode_loaded(codec, loaded))
     if config.device == "cpu" and cores > 1:
-        yield f"ours, {cores} processes of one thread", lambda: _in_processes(device, heard, cores)
+        yield f"ours, {cores} processes of one thread", lambda: _in_processes(device, loaded, cores)
 
 
 def _plainly(codec: Any, waves: Sequence[Tensor], threads: int) -> float:
@@ -140,11 +140,11 @@ def _in_turns(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, fl
     return best
 
 
-def _in_processes(device: Device, heard: Sequence[Heard], processes: int) -> float:
+def _in_processes(device: Device, loaded: Sequence[LoadedAudio], processes: int) -> float:
     """Encode in worker processes. Return the time from all ready to all done."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(processes + 1)
-    groups = [heard[i : i + GROUP_INPUTS] for i in range(0, len(heard), GROUP_INPUTS)]
+    groups = [loaded[i : i + GROUP_INPUTS] for i in range(0, len(loaded), GROUP_INPUTS)]
     workers = [
         context.Process(target=_worker, args=(device, [h for g in groups[i::processes] for h in g], barrier))
         for i in range(processes)
@@ -158,20 +158,20 @@ def _in_processes(device: Device, heard: Sequence[Heard], processes: int) -> flo
     return took
 
 
-def _worker(device: Device, heard: Sequence[Heard], barrier: Any) -> None:
+def _worker(device: Device, loaded: Sequence[LoadedAudio], barrier: Any) -> None:
     torch.set_num_threads(1)
     codec = device.load()
-    encode_heard(codec, heard[:4])
+    encode_loaded(codec, loaded[:4])
     barrier.wait()
-    for i in range(0, len(heard), GROUP_INPUTS):
-        encode_heard(codec, heard[i : i + GROUP_INPUTS])
+    for i in range(0, len(loaded), GROUP_INPUTS):
+        encode_loaded(codec, loaded[i : i + GROUP_INPUTS])
     barrier.wait()
 
 
-def _agreement(codec: Codec, heard: Sequence[Heard]) -> Iterator[dict[str, Any]]:
+def _agreement(codec: Codec, loaded: Sequence[LoadedAudio]) -> Iterator[dict[str, Any]]:
     if not isinstance(codec, Reference):
         return
-    waves = [torch.from_numpy(h.wave) for h in heard]
+    waves = [torch.from_numpy(h.wave) for h in loaded]
     ours = [encoded.codes for encoded in codec.encode(waves)]
     differing = sum(int((a.cpu() != codec.encode_reference(w).cpu()).sum()) for a, w in zip(ours, waves))
     yield {"what": "ours against the plain way", "differing": differing / sum(a.numel() for a in ours)}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from codecssl.tokenize.codec import Codec, CodecCard, Reference
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.encode import Heard, read
+from codecssl.tokenize.encode import LoadedAudio, read
 from codecssl.tokenize.sources.sources import read_sources
 
 
@@ -67,10 +67,10 @@ def waves_of(sources: Sequence[str], card: CodecCard, seconds: float) -> list[Te
         return synthetic_waves(card)
     waves, had = [], 0.0
     for item in read_sources(list(sources)):
-        heard = read(item, card)
-        if isinstance(heard, Heard) and heard.wave is not None:
-            waves.append(torch.from_numpy(heard.wave))
-            had += heard.wave.shape[-1] / card.sample_rate
+        loaded = read(item, card)
+        if isinstance(loaded, LoadedAudio) and loaded.wave is not None:
+            waves.append(torch.from_numpy(loaded.wave))
+            had += loaded.wave.shape[-1] / card.sample_rate
         if had >= seconds:
             break
     if not waves:

@@ -17,7 +17,7 @@ import soxr
 from numpy.typing import NDArray
 
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.sources.decoder import Decoder, opened
+from codecssl.tokenize.sources.decoder import AudioDecoder, opened
 
 BLOCK_FRAMES = 1 << 17
 
@@ -84,7 +84,7 @@ class AudioReader:
         if self._power[0] < SILENCED * self._power[1]:
             self.notes.append("cancelled")
 
-    def _resampled(self, file: Decoder) -> Iterator[NDArray[np.float32]]:
+    def _resampled(self, file: AudioDecoder) -> Iterator[NDArray[np.float32]]:
         self.source_rate = file.samplerate
         there = file.channels
         if self.channel is not None:
@@ -110,7 +110,7 @@ class AudioReader:
             return block
         return np.stack([block, block]) if block.ndim == 1 else np.ascontiguousarray(block.T)
 
-    def _frames(self, file: Decoder) -> Iterator[NDArray[np.float32]]:
+    def _frames(self, file: AudioDecoder) -> Iterator[NDArray[np.float32]]:
         """Yield blocks [n], or [n, 2] if two channels are kept."""
         begin, wanted = self._span(file.samplerate, file.length)
         if begin:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.sources import containers
 from codecssl.tokenize.sources.libsndfile import EXACT, PcmFile, size_of
-from codecssl.tokenize.sources.open_audio import Window
+from codecssl.tokenize.sources.open_audio import FileSlice
 
 DECODING = 2
 """Version of the rules below, written to plan.json. Version 1 has no entry and decoded all files with libsndfile."""
@@ -24,7 +24,7 @@ PCM_TAGS = (1, 3, 6, 7)
 """WAV format tags of PCM, float, A-law and mu-law."""
 
 
-class Decoder(Protocol):
+class AudioDecoder(Protocol):
     """An open audio file, read from its start or from a later frame to its end."""
 
     samplerate: int
@@ -40,7 +40,7 @@ class Decoder(Protocol):
 
 
 @contextmanager
-def opened(source: Path | BinaryIO) -> Iterator[Decoder]:
+def opened(source: Path | BinaryIO) -> Iterator[AudioDecoder]:
     """Open `source`, a path or a seekable binary file, at its first frame. Raises UserError."""
     with ExitStack() as stack:
         if isinstance(source, Path):
@@ -56,7 +56,7 @@ def opened(source: Path | BinaryIO) -> Iterator[Decoder]:
         yield decoder
 
 
-def _decoder(source: BinaryIO) -> Decoder:
+def _decoder(source: BinaryIO) -> AudioDecoder:
     size = size_of(source)
     magic = containers.head(source, 12, containers.after_id3(source))
     if not magic.startswith(MAGICS):
@@ -65,7 +65,7 @@ def _decoder(source: BinaryIO) -> Decoder:
         if riff.codec not in PCM_TAGS:
             return _ffmpeg_or_libsndfile(source)
         if riff.length is not None:
-            return PcmFile(Window(source, "", riff.data_at, riff.length * riff.frame_bytes), raw=riff)  # type: ignore[arg-type]
+            return PcmFile(FileSlice(source, "", riff.data_at, riff.length * riff.frame_bytes), raw=riff)  # type: ignore[arg-type]
     elif magic[:4] == b"fLaC":
         promised, last = containers.flac_total(source, size)
         if promised and last > promised:
@@ -82,13 +82,13 @@ def _decoder(source: BinaryIO) -> Decoder:
     return _ffmpeg_or_libsndfile(source)
 
 
-def _ffmpeg(source: BinaryIO) -> Decoder:
+def _ffmpeg(source: BinaryIO) -> AudioDecoder:
     from codecssl.tokenize.sources.ffmpeg import FfmpegFile  # PyAV costs 50 ms, and PCM does not need it
 
     return FfmpegFile(source)
 
 
-def _ffmpeg_or_libsndfile(source: BinaryIO) -> Decoder:
+def _ffmpeg_or_libsndfile(source: BinaryIO) -> AudioDecoder:
     """Open with FFmpeg, or with libsndfile for formats that only it supports."""
     try:
         return _ffmpeg(source)

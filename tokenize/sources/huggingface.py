@@ -215,7 +215,7 @@ def _named(feature: Any, value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Batch:
+class RowBatch:
     """Rows and their location: from row `first` of `file`, or "" if only in memory."""
 
     table: Any
@@ -223,12 +223,12 @@ class Batch:
     first: int = 0
 
 
-def _batches(request: Request, dataset: Any, columns: Columns, skip: int) -> Iterator[Batch]:
+def _batches(request: Request, dataset: Any, columns: Columns, skip: int) -> Iterator[RowBatch]:
     files = [] if request.stream else _arrow_files(dataset, columns)
     for file in files:
         first = 0
         for batch in mapped(file).to_batches(max_chunksize=1000):
-            yield Batch(batch, file, first)
+            yield RowBatch(batch, file, first)
             first += len(batch)
     if files:
         return
@@ -244,7 +244,7 @@ def _batches(request: Request, dataset: Any, columns: Columns, skip: int) -> Ite
             ) from error
         if not some:
             return
-        yield Batch(pa.Table.from_pylist(some, schema=schema))
+        yield RowBatch(pa.Table.from_pylist(some, schema=schema))
 
 
 def _undecoded(dataset: Any, columns: Columns) -> Any:
@@ -261,7 +261,7 @@ def _arrow_files(dataset: Any, columns: Columns) -> list[str]:
     return files if whole and all(set(columns.used) <= set(mapped(file).column_names) for file in files) else []
 
 
-def _inputs(request: Request, columns: Columns, batch: Batch, number: int) -> Iterator[Input]:
+def _inputs(request: Request, columns: Columns, batch: RowBatch, number: int) -> Iterator[Input]:
     """Yield the inputs of a batch. `number` is the index of its first row in the split."""
     table, count = batch.table, len(batch.table)
     labels = {name: _values(feature, table.column(name)) for name, feature in columns.labels.items()}

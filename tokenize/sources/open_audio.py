@@ -38,7 +38,7 @@ def open_file(
             if offset is None or size is None:
                 offset, size = 0, status.st_size
             if size > HELD_BYTES or not held:
-                window = io.BufferedReader(Window(opened, name, offset, size), 1 << 20)
+                window = io.BufferedReader(FileSlice(opened, name, offset, size), 1 << 20)
                 stack.pop_all()
                 return window
             opened.seek(offset)
@@ -56,7 +56,7 @@ def _not_blocking(file: str, flags: int) -> int:
     return os.open(file, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-class Window(io.RawIOBase):
+class FileSlice(io.RawIOBase):
     """View of `size` bytes of an open file from `offset`. Closing it closes the file."""
 
     def __init__(self, file: BinaryIO, name: str, offset: int, size: int) -> None:

@@ -27,7 +27,7 @@ from codecssl.superb.task_codec.head_training import STAGES, Summaries, count_er
 from codecssl.superb.task_codec.kmeans_baseline import cluster_bottleneck
 from codecssl.superb.task_codec.rates.code_rates import Codes, costs
 from codecssl.superb.task_codec.states import Source, after, batched, first_codebooks, quantised, tables
-from codecssl.superb.task_codec.training import Training
+from codecssl.superb.task_codec.training import BottleneckTraining
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.registry import load_codec_for
 
@@ -170,7 +170,7 @@ def _clusters(config: CompressConfig, shared: Shared, found: Examples) -> list[P
     bits = min(bits_of[pool], MOST_BITS)
     bottleneck = cluster_bottleneck(ready.model.config.dim, pool, 1 << bits)
     source = after(ready.states, config.layer)
-    training = Training(ready.model, config.layer, bottleneck, None, found, source, config.train)
+    training = BottleneckTraining(ready.model, config.layer, bottleneck, None, found, source, config.train)
     training.fit()
     head = shared.model_head(config, found)
     wrong = _tested(head, Summaries(head, quantised(ready.model, config.layer, bottleneck, source)), found, config)
@@ -180,7 +180,7 @@ def _clusters(config: CompressConfig, shared: Shared, found: Examples) -> list[P
     return [_point("k-means", shape, ready, found, wrong, card, costs(codes["train"], codes["test"], card))]
 
 
-def _codes(training: Training) -> dict[str, list[Codes]]:
+def _codes(training: BottleneckTraining) -> dict[str, list[Codes]]:
     """Codes [K, T'] of the training and test utterances."""
     encode, source, parts = training.bottleneck.encode, training.source, training.found.parts
     return {part: [encode(source(i)[0]).cpu().numpy() for i in parts[part]] for part in ("train", "test")}

@@ -9,7 +9,7 @@ from typing import Any
 
 from codecssl.superb import results
 from codecssl.superb.task_codec.compress import CompressConfig, Prepared, prepare, settle
-from codecssl.superb.task_codec.config import TrainConfig
+from codecssl.superb.task_codec.config import BottleneckTrainConfig
 from codecssl.superb.task_codec.examples import FOLDS
 from codecssl.superb.task_codec.rates.plot import draw
 from codecssl.superb.task_codec.rates.points import Point, Shared, points
@@ -34,7 +34,7 @@ class ReportConfig:
     codebook_dim: int = 32
     probes: str = "probes"
     device: str = "cpu"
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: BottleneckTrainConfig = field(default_factory=BottleneckTrainConfig)
 
 
 def report(config: ReportConfig, say: Callable[[str], None] = print) -> list[Path]:

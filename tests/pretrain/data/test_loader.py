@@ -8,7 +8,7 @@ import torch
 
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.data import loader
-from codecssl.pretrain.data.corpus import Corpus, with_codebooks
+from codecssl.pretrain.data.corpus import TokenCorpus, with_codebooks
 from codecssl.pretrain.data.loader import Batch, Loader
 from codecssl.pretrain.data.open_data import held_out_utterances, open_data
 from codecssl.pretrain.model.model import untrained
@@ -70,7 +70,7 @@ def test_ranks_and_accumulation_share_one_global_batch(
 ) -> None:
     """Two ranks with two micro-batches each read and mask what one process does, with its denominators."""
     config = small_config(make_shards(count=60))
-    corpus = Corpus(config.data.dirs)
+    corpus = TokenCorpus(config.data.dirs)
     one = open_data(config, Ranks(rank=0, world_size=1, local_rank=0))[0]
     ranks = [
         Loader(
@@ -100,7 +100,7 @@ def test_held_out_utterances_are_stable_and_disjoint(
     make_shards: Callable[..., Path], small_config: Callable[..., RunConfig]
 ) -> None:
     config = small_config(make_shards(count=200), data={"valid_frames": 10**6})
-    corpus = Corpus(config.data.dirs)
+    corpus = TokenCorpus(config.data.dirs)
     train, _, _ = open_data(config, Ranks(rank=0, world_size=1, local_rank=0))
     chosen = set(np.concatenate([train.plan.batch(s).utterance for s in range(train.plan.steps_per_epoch)]).tolist())
     held_out = set(held_out_utterances(corpus, config.data).tolist())
@@ -108,7 +108,7 @@ def test_held_out_utterances_are_stable_and_disjoint(
     assert chosen | held_out == {i for i in range(200) if corpus.frames[i] >= 20}
     assert 0.08 < len(held_out) / 200 < 0.25
     again = small_config(make_shards("more", count=260), data={"valid_frames": 10**6})  # the same and sixty more
-    assert held_out <= set(held_out_utterances(Corpus(again.data.dirs), again.data).tolist())
+    assert held_out <= set(held_out_utterances(TokenCorpus(again.data.dirs), again.data).tolist())
 
 
 def test_validation_masks_are_fixed_and_inputs_whole(
@@ -153,13 +153,13 @@ def test_shards_of_more_and_of_fewer_codebooks_train_together_on_those_of_both(
     write_shards(tmp_path / "one", with_codebooks(shards.card, 1), items)
     for dirs in ([many, tmp_path / "one"], [tmp_path / "one", many]):
         with pytest.raises(UserError, match="read the 1 that both have: --data.num_codebooks 1"):
-            Corpus(dirs)
-        corpus = Corpus(dirs, num_codebooks=1)
+            TokenCorpus(dirs)
+        corpus = TokenCorpus(dirs, num_codebooks=1)
         assert corpus.card.codebook_sizes == (16,)
         frames = int(corpus.frames[3])
         assert np.array_equal(corpus.codes(3, 0, frames), corpus.codes(3 + len(shards), 0, frames))
         with pytest.raises(UserError, match="data.num_codebooks: 2, but .*one has 1; lower it"):
-            Corpus(dirs, num_codebooks=2)
+            TokenCorpus(dirs, num_codebooks=2)
 
 
 def label(data: Path, output: Path, *, classes: int = 5, of: str | None = None, drop: int = 0) -> Path:

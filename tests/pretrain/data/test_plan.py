@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from codecssl.pretrain.data.hashed_random import permuted
-from codecssl.pretrain.data.plan import CHAPTER, Pieces, Plan, Pool, cut, equal_cuts, is_held_out
+from codecssl.pretrain.data.plan import SHUFFLE_WINDOW, Pieces, Plan, UtterancePool, cut, equal_cuts, is_held_out
 from codecssl.tokenize.common.errors import UserError
 
 CROP, BATCH = 100, 1000
@@ -12,20 +12,20 @@ def lengths(count: int = 300) -> np.ndarray:
     return np.random.default_rng(0).integers(20, 460, count).astype(np.uint32)
 
 
-def plan(frames: np.ndarray, *, seed: int = 1, parts: int = 1, crop: int = CROP, chapter: int = CHAPTER) -> Plan:
-    pool = Pool(frames)
-    return Plan(pool, seed=seed, batch_frames=BATCH, crop_frames=crop, bucket_ratio=1.04, parts=parts, chapter=chapter)
+def plan(frames: np.ndarray, *, seed: int = 1, parts: int = 1, crop: int = CROP, window: int = SHUFFLE_WINDOW) -> Plan:
+    pool = UtterancePool(frames)
+    return Plan(pool, seed=seed, batch_frames=BATCH, crop_frames=crop, bucket_ratio=1.04, parts=parts, window=window)
 
 
 def rows(pieces: Pieces) -> list[tuple[int, int, int]]:
     return list(zip(pieces.utterance.tolist(), pieces.start.tolist(), pieces.frames.tolist(), strict=True))
 
 
-@pytest.mark.parametrize("chapter", [CHAPTER, 64, 7])
-def test_an_epoch_takes_every_utterance_in_whole_disjoint_pieces(chapter: int) -> None:
+@pytest.mark.parametrize("window", [SHUFFLE_WINDOW, 64, 7])
+def test_an_epoch_takes_every_utterance_in_whole_disjoint_pieces(window: int) -> None:
     frames = lengths()
-    made = plan(frames, chapter=chapter)
-    assert made.chapters == max(1, round(len(frames) / chapter))
+    made = plan(frames, window=window)
+    assert made.windows == max(1, round(len(frames) / window))
     for epoch in range(2):
         steps = range(epoch * made.steps_per_epoch, (epoch + 1) * made.steps_per_epoch)
         seen = [np.zeros(n, dtype=int) for n in frames]
@@ -80,7 +80,7 @@ def test_too_many_parts_are_refused() -> None:
     with pytest.raises(UserError, match="use fewer parts"):
         plan(lengths(8), parts=64)
     with pytest.raises(UserError, match="no utterance is left"):
-        Plan(Pool(lengths(), min_frames=500), seed=1, batch_frames=BATCH, crop_frames=CROP, bucket_ratio=1.04)
+        Plan(UtterancePool(lengths(), min_frames=500), seed=1, batch_frames=BATCH, crop_frames=CROP, bucket_ratio=1.04)
 
 
 def test_equal_cuts_against_a_loop() -> None:
@@ -107,8 +107,8 @@ def test_permuted_is_a_permutation_of_its_keys(size: int) -> None:
 def test_weights_repeat_and_thin_out_folders() -> None:
     """Folder 0 twice an epoch, folder 1 in half of the epochs, folder 2 never: counted over many epochs."""
     frames = np.full(300, 50, dtype=np.uint16)
-    pool = Pool(frames, first=[0, 100, 200, 300], weights=[2.0, 0.5, 0.0])
-    made = Plan(pool, seed=1, batch_frames=BATCH, crop_frames=CROP, bucket_ratio=1.04, chapter=90)
+    pool = UtterancePool(frames, first=[0, 100, 200, 300], weights=[2.0, 0.5, 0.0])
+    made = Plan(pool, seed=1, batch_frames=BATCH, crop_frames=CROP, bucket_ratio=1.04, window=90)
     epochs = 40
     seen = np.zeros(300, dtype=int)
     for step in range(epochs * made.steps_per_epoch):
@@ -121,8 +121,8 @@ def test_weights_repeat_and_thin_out_folders() -> None:
 
 def test_short_and_held_out_utterances_are_never_drawn() -> None:
     frames = lengths(1000)
-    pool = Pool(frames, first=[0, 400, 1000], min_frames=60, held_out=0.2)
-    made = Plan(pool, seed=1, batch_frames=BATCH, crop_frames=CROP, bucket_ratio=1.04, chapter=128)
+    pool = UtterancePool(frames, first=[0, 400, 1000], min_frames=60, held_out=0.2)
+    made = Plan(pool, seed=1, batch_frames=BATCH, crop_frames=CROP, bucket_ratio=1.04, window=128)
     drawn = np.unique(np.concatenate([made.batch(s).utterance for s in range(made.steps_per_epoch)]))
     number = np.concatenate([np.arange(400), np.arange(600)])
     expected = np.flatnonzero((frames >= 60) & ~is_held_out(number, 0.2))
@@ -131,4 +131,4 @@ def test_short_and_held_out_utterances_are_never_drawn() -> None:
     share = made.frames_per_epoch / made.steps_per_epoch
     sums = [int(made.batch(s).frames.sum()) for s in range(made.steps_per_epoch)]
     assert sum(sums) == made.frames_per_epoch
-    assert max(abs(total - share) for total in sums) < 0.25 * share, "chapters are nearly equal"
+    assert max(abs(total - share) for total in sums) < 0.25 * share, "windows are nearly equal"

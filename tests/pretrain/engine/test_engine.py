@@ -10,7 +10,7 @@ import torch
 
 from codecssl.pretrain.build import build
 from codecssl.pretrain.config import DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig
-from codecssl.pretrain.data.corpus import Corpus
+from codecssl.pretrain.data.corpus import TokenCorpus
 from codecssl.pretrain.data.open_data import open_data
 from codecssl.pretrain.engine import engine
 from codecssl.pretrain.engine.distributed import join_ranks
@@ -99,7 +99,7 @@ def test_compile_compiles_every_layer_for_any_length(
 ) -> None:
     """What the compiler makes of them is torch's business, and costs a minute."""
     config = small_config(make_shards(), engine={"compile": True}, model={"norm": "pre"})
-    objective = build(config, Corpus(config.data.dirs), fresh=True)
+    objective = build(config, TokenCorpus(config.data.dirs), fresh=True)
     compiled: list[tuple[object, dict[str, object]]] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
     engine._prepare_layers(objective, config)

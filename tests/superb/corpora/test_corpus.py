@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from codecssl.superb.corpora.corpus import Corpus, Example, chance, open_corpus
+from codecssl.superb.corpora.corpus import Example, TaskCorpus, chance, open_corpus
 from codecssl.superb.tasks import TASKS
 from codecssl.tokenize.common.errors import UserError
 
@@ -47,29 +47,29 @@ def test_a_bad_manifest_is_one_clear_line(row: dict[str, Any], message: str, tmp
     (tmp_path / "manifest.jsonl").write_text(json.dumps(row) + "\n")
     name = row.get("task", "ks") if row.get("task") != "asr" else "ks"
     with pytest.raises(UserError, match=message):
-        Corpus(tmp_path).examples(TASKS[name])
+        TaskCorpus(tmp_path).examples(TASKS[name])
 
 
 def test_a_manifest_in_another_encoding_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "manifest.jsonl").write_bytes('{"path": "ü.wav"}'.encode("latin-1"))
     with pytest.raises(UserError, match="manifest.jsonl: not UTF-8"):
-        Corpus(tmp_path).examples(TASKS["ks"])
+        TaskCorpus(tmp_path).examples(TASKS["ks"])
 
 
 def test_a_root_that_is_missing_or_is_no_corpus(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        Corpus(tmp_path / "none")
+        TaskCorpus(tmp_path / "none")
     with pytest.raises(UserError, match=r"no manifest\.jsonl in it; as SUPERB's own ks: "):
-        Corpus(tmp_path).examples(TASKS["ks"])
+        TaskCorpus(tmp_path).examples(TASKS["ks"])
 
 
-def make(root: Path, rows: list[dict[str, Any]], seconds: dict[str, float] | None = None) -> Corpus:
+def make(root: Path, rows: list[dict[str, Any]], seconds: dict[str, float] | None = None) -> TaskCorpus:
     """A manifest with a tenth of a second of silence, or so many seconds, for each path."""
     for row in rows:
         wave = np.zeros(int(16_000 * (seconds or {}).get(row["path"], 0.1)), "f4")
         soundfile.write(root / row["path"], wave, 16_000)
     (root / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Corpus(root)
+    return TaskCorpus(root)
 
 
 def keyword(path: str, split: str, label: str = "x") -> dict[str, Any]:
@@ -96,7 +96,7 @@ def test_folds_test_every_row_once_and_follow_superbs_draw(corpus: Path) -> None
 
     tested = []
     for fold in range(1, 6):
-        splits = Corpus(corpus).examples(TASKS["er"], fold)
+        splits = TaskCorpus(corpus).examples(TASKS["er"], fold)
         paths = {split: [example.path.name for example in examples] for split, examples in splits.items()}
         rest = [f"{i:02d}.flac" for i in range(48) if i % 5 + 1 != fold]
         torch.manual_seed(0)
@@ -107,7 +107,7 @@ def test_folds_test_every_row_once_and_follow_superbs_draw(corpus: Path) -> None
         tested += paths["test"]
     assert sorted(tested) == [f"{i:02d}.flac" for i in range(48)]
     with pytest.raises(UserError, match="fold 6: no row has it"):
-        Corpus(corpus).examples(TASKS["er"], 6)
+        TaskCorpus(corpus).examples(TASKS["er"], 6)
 
 
 def test_given_fold_splits_count(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_an_official_layout_needs_no_manifest(tmp_path: Path, monkeypatch: pytes
     one, other = tmp_path / "one", tmp_path / "other"
     for root in (one, other):
         root.mkdir()
-    corpora = [Corpus(root, tmp_path / "side") for root in (one, other)]
+    corpora = [TaskCorpus(root, tmp_path / "side") for root in (one, other)]
     assert corpora[0].official
     splits = corpora[0].examples(TASKS["asv"])
     assert [example.id for example in splits["test"]] == ["utt:id1", "utt:id2", "utt:id3"]

@@ -13,7 +13,7 @@ from codecssl.pretrain.export.pretrained import from_pretrained
 from codecssl.superb.cli import main
 from codecssl.superb.embed import embed as module
 from codecssl.superb.embed.embed import EmbedConfig, embed
-from codecssl.superb.embed.states import Layers, WaveStates
+from codecssl.superb.embed.states import LayerChoice, WaveStates
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.config import TokenizeConfig
 from codecssl.tokenize.run import run
@@ -121,7 +121,7 @@ class Ramp:
 @pytest.mark.parametrize("samples", [1, 800, 31_999, 32_000, 100_001, 700_000])
 @pytest.mark.parametrize("block", [7_777, 50_000])
 def test_windows_keep_every_frame_once(samples, block):
-    states = WaveStates(Ramp(), Layers(None), "cpu", window_seconds=1.0, overlap_seconds=0.1)
+    states = WaveStates(Ramp(), LayerChoice(None), "cpu", window_seconds=1.0, overlap_seconds=0.1)
     wave = np.random.default_rng(samples).standard_normal(samples).astype(np.float32)
     pieces = list(states.windows(wave[at : at + block] for at in range(0, samples, block)))
     expected = np.pad(wave, (0, -max(samples, 800) % 320 + max(0, 800 - samples))).reshape(-1, 320).sum(1)

@@ -314,7 +314,7 @@ def test_a_rerun_does_nothing_and_another_recipe_is_refused(
 def test_a_kill_leaves_nothing_and_the_next_run_clears_up(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(bench: Any) -> Rows:
+    def die(builder: Any) -> Rows:
         assert (tmp_path / ".mini.partial" / "ks").is_dir()  # others were made already
         raise KeyboardInterrupt
 

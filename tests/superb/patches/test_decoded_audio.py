@@ -12,7 +12,7 @@ from codecssl.superb.patches.decoded_audio import DecodedOnce
 from codecssl.tokenize.common.errors import UserError
 
 
-class Counting:
+class CountingLibrosa:
     """librosa, with a list of what was loaded."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ def path(tmp_path: Path) -> str:
 
 
 def test_each_part_at_each_rate_is_decoded_once_and_is_what_librosa_gives(path: str) -> None:
-    genuine = Counting()
+    genuine = CountingLibrosa()
     once = DecodedOnce(genuine, limit_bytes=1 << 20)
     for options in ({"sr": 16_000}, {"sr": 16_000, "offset": 0.5, "duration": 0.25}, {"sr": 8_000}) * 2:
         wave, rate = once.load(path, **options)
@@ -48,7 +48,7 @@ def test_a_file_that_was_written_anew_is_read_anew(path: str) -> None:
 
 
 def test_no_more_is_kept_than_fits(path: str) -> None:
-    genuine = Counting()
+    genuine = CountingLibrosa()
     once = DecodedOnce(genuine, limit_bytes=16_000 * 4)  # two seconds at 8 kHz, float32
     for rate in (16_000, 8_000, 16_000, 8_000):
         once.load(path, sr=rate)
@@ -62,7 +62,7 @@ def test_s3prls_loader_reads_a_file_once(path: str, monkeypatch: pytest.MonkeyPa
     import s3prl.dataio.dataset.load_audio as loader
 
     decoded_audio.install()
-    genuine = Counting()
+    genuine = CountingLibrosa()
     monkeypatch.setattr(loader.librosa, "librosa", genuine)
     audio = loader.LoadAudio([path])
     first = audio[0]["wav"]

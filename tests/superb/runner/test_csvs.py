@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import soundfile
 
-from codecssl.superb.corpora.corpus import Corpus, Example
+from codecssl.superb.corpora.corpus import Example, TaskCorpus
 from codecssl.superb.patches import import_patches
 from codecssl.superb.runner.csvs import write_csvs
 from codecssl.superb.runner.problems import make_problem
@@ -18,7 +18,7 @@ from codecssl.tokenize.common.errors import UserError
 
 def prepared(name: str, corpus: Path, folder: Path) -> tuple[Any, dict[str, Path], dict[str, list[Example]]]:
     import_patches.install()
-    found = Corpus(corpus)
+    found = TaskCorpus(corpus)
     splits = found.examples(TASKS[name])
     csvs = write_csvs(TASKS[name], splits, folder, found)
     return make_problem(TASKS[name], csvs), csvs, splits
@@ -124,7 +124,7 @@ def test_what_a_csv_would_change_is_refused(
 ) -> None:
     examples = [Example(id=str(i), path=Path("a.wav"), columns={column: value}) for i, value in enumerate(values)]
     with pytest.raises(UserError, match="don't survive a CSV"):
-        write_csvs(TASKS[name], {"train": examples}, tmp_path, Corpus(corpus))
+        write_csvs(TASKS[name], {"train": examples}, tmp_path, TaskCorpus(corpus))
 
 
 def test_diarisation_needs_16_khz_mono(corpus: Path, tmp_path: Path) -> None:
@@ -133,4 +133,4 @@ def test_diarisation_needs_16_khz_mono(corpus: Path, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.zeros(8000, "f4"), 8000)
     example = Example(id="a", path=tmp_path / "a.wav", columns={"segments": [("s", 0.0, 0.5)]})
     with pytest.raises(UserError, match="8000 Hz, 1 channels; sd needs 16000 Hz mono"):
-        write_csvs(TASKS["sd"], {"test": [example]}, tmp_path, Corpus(corpus))
+        write_csvs(TASKS["sd"], {"test": [example]}, tmp_path, TaskCorpus(corpus))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lxml import etree
 
-from codecssl.superb.corpora.corpus import Corpus, Example
+from codecssl.superb.corpora.corpus import Example, TaskCorpus
 from codecssl.superb.patches import import_patches
 from codecssl.superb.runner import qbe
 from codecssl.superb.runner.mtwv import mtwv
@@ -39,7 +39,7 @@ def test_scores_are_s3prls(tmp_path: Path) -> None:
     assert abs(qbe.scores(normed[:3], normed[3:], workers=1) - ours).max() == 0
 
 
-class Layers(torch.nn.Module):
+class SpectrumLayers(torch.nn.Module):
     """Layer 0 says nothing of the pitch, layer 1 is a spectrum."""
 
     def __init__(self) -> None:
@@ -56,8 +56,8 @@ class Layers(torch.nn.Module):
 
 
 def test_the_best_valid_layer_is_tested_and_searched_layers_are_kept(corpus: Path, tmp_path: Path) -> None:
-    splits = Corpus(corpus).examples(TASKS["qbe"])
-    upstream = Layers()
+    splits = TaskCorpus(corpus).examples(TASKS["qbe"])
+    upstream = SpectrumLayers()
     row = qbe.evaluate(splits, upstream, tmp_path, pairs=None)
     assert row["chosen"]["layer"] == 1
     assert row["valid"] == pytest.approx(max(row["chosen"]["valid_by_layer"]), abs=1e-5)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from codecssl.superb import results, tasks
-from codecssl.superb.corpora.corpus import Corpus
+from codecssl.superb.corpora.corpus import TaskCorpus
 from codecssl.superb.runner import jobs
 from codecssl.superb.runner import run as running
 from codecssl.superb.runner.jobs import run_all
@@ -175,7 +175,7 @@ def test_search_trains_nothing_and_chooses_a_layer(
     assert not (run.folder / "train").exists()
     root = ElementTree.fromstring("\n".join(predicted(run, "qbe_public/benchmark.stdlist.xml")))
     told = np.array([[float(term.get("score", "")) for term in terms] for terms in root])
-    found = searches(Corpus(corpus).examples(tasks.TASKS["qbe"]))["test"].truth
+    found = searches(TaskCorpus(corpus).examples(tasks.TASKS["qbe"]))["test"].truth
     assert mtwv(told, found)[0] == pytest.approx(row["value"])
 
 

@@ -21,7 +21,7 @@ def test_edit_distance_is_torchaudios() -> None:
 
 
 @pytest.fixture
-def tones(tmp_path: Path) -> measure.Corpus:
+def tones(tmp_path: Path) -> measure.SampleCorpus:
     """Sines: `pitch` can be told from a spectrum, `coin` cannot."""
     rng = np.random.default_rng(0)
     lines = []
@@ -34,10 +34,10 @@ def tones(tmp_path: Path) -> measure.Corpus:
         labels = {"pitch": str(high), "coin": coin, "both": {"pitch": str(high), "coin": coin}}
         lines.append(json.dumps({"path": f"{index}.wav", "splits": {"t": split}, **labels}) + "\n")
     (tmp_path / "manifest.jsonl").write_text("".join(lines))
-    return measure.Corpus(tmp_path)
+    return measure.SampleCorpus(tmp_path)
 
 
-def test_accuracy_finds_what_is_there_and_no_more(tones: measure.Corpus) -> None:
+def test_accuracy_finds_what_is_there_and_no_more(tones: measure.SampleCorpus) -> None:
     assert measure.accuracy(tones, "t", "pitch") == (0.5, 1.0)
     assert 0.2 < measure.accuracy(tones, "t", "coin")[1] < 0.8
     # All of a dict label must be right: one slot is audible, the other is a coin.

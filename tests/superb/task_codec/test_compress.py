@@ -15,7 +15,7 @@ from codecssl.superb.cli import main
 from codecssl.superb.task_codec.bottleneck import later_states
 from codecssl.superb.task_codec.codec_folder import load
 from codecssl.superb.task_codec.compress import CompressConfig, compress, prepare, settle
-from codecssl.superb.task_codec.config import TrainConfig
+from codecssl.superb.task_codec.config import BottleneckTrainConfig
 from codecssl.superb.task_codec.examples import examples, refuse_too_slow, repeats
 from codecssl.superb.task_codec.head_training import Summaries
 from codecssl.superb.task_codec.heads import ClassHead, CtcHead, errors
@@ -29,7 +29,7 @@ from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.sources.audio import read_wave
 from codecssl.tokenize.write_codes import write_shards
 
-QUICK = TrainConfig(
+QUICK = BottleneckTrainConfig(
     head_steps=60,
     a_steps=50,
     b_steps=60,
@@ -117,7 +117,7 @@ def test_goes_on_bit_for_bit_and_skips_what_is_done(made, upstream, shards, tmp_
     from codecssl.superb.task_codec import training as compress_train
 
     calls = 0
-    step = compress_train.Training._losses_b
+    step = compress_train.BottleneckTraining._losses_b
 
     def killed(self, rows):
         nonlocal calls
@@ -126,14 +126,14 @@ def test_goes_on_bit_for_bit_and_skips_what_is_done(made, upstream, shards, tmp_
         calls += 1
         return step(self, rows)
 
-    plain = compress_train.Training.run
-    monkeypatch.setattr(compress_train.Training, "run", lambda self, log, save: plain(self, log, save, 0.0))
-    monkeypatch.setattr(compress_train.Training, "_losses_b", killed)
+    plain = compress_train.BottleneckTraining.run
+    monkeypatch.setattr(compress_train.BottleneckTraining, "run", lambda self, log, save: plain(self, log, save, 0.0))
+    monkeypatch.setattr(compress_train.BottleneckTraining, "_losses_b", killed)
     config = config_of(upstream, shards, tmp_path / "codec")
     with pytest.raises(KeyboardInterrupt):
         compress(config, lambda text: None)
     assert not (tmp_path / "codec" / "config.json").exists()
-    monkeypatch.setattr(compress_train.Training, "_losses_b", step)
+    monkeypatch.setattr(compress_train.BottleneckTraining, "_losses_b", step)
     told = []
     compress(config, told.append)
     assert told[0] == "goes on at stage 2, step 15"
@@ -367,12 +367,12 @@ def test_report_end_to_end(upstream, shards, tmp_path, capsys):
 
 def test_codec_is_an_upstream(made, manifest):
     """Waves in, states after the bottleneck out at the base codec's rate; the head answers alike."""
-    from codecssl.superb.upstreams.expert import Shelf, parse, parse_all
+    from codecssl.superb.upstreams.expert import UpstreamBuilder, parse, parse_all
 
     folder = made[0]
     assert parse(str(folder)).kind == "model"
     assert parse_all([str(folder), "codes"])[1].argument is None
-    expert, whole, codec = Shelf().build(parse(str(folder))), load(folder), load_codec(str(folder))
+    expert, whole, codec = UpstreamBuilder().build(parse(str(folder))), load(folder), load_codec(str(folder))
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
     waves = [torch.from_numpy(read_wave(Path(row["path"]), 16_000)) for row in (rows[0], rows[5])]
     assert expert.get_downsample_rates("hidden_states") == 320

@@ -16,7 +16,7 @@ import torch
 from helpers import random_network, verify
 
 from codecssl.superb.tokens import fill as filling
-from codecssl.superb.tokens.fill import Job, fill
+from codecssl.superb.tokens.fill import CacheJob, fill
 from codecssl.superb.tokens.token_cache import TokenCache, codec_folder, wave_key
 from codecssl.superb.tokens.waves import Wave, waves_of
 from codecssl.tokenize.adapters import utterances
@@ -51,8 +51,8 @@ def codec_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def job(root: Path, waves: list[Wave], codec: Any, **options: Any) -> Job:
-    return Job(root=root, name="ks", waves=waves, card=codec.card, load=lambda: codec, **options)
+def job(root: Path, waves: list[Wave], codec: Any, **options: Any) -> CacheJob:
+    return CacheJob(root=root, name="ks", waves=waves, card=codec.card, load=lambda: codec, **options)
 
 
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,12 +111,12 @@ def test_nothing_is_encoded_twice(waves: list[Wave], codec: Any, tmp_path: Path)
 
         return SimpleNamespace(card=codec.card, encode=lambda wavs: encoded.extend(wavs) or codec.encode(wavs))
 
-    first = Job(root=root, name="ks", waves=waves[:4], card=codec.card, load=load)
+    first = CacheJob(root=root, name="ks", waves=waves[:4], card=codec.card, load=load)
     assert len(fill(first)) == 4
     assert len(fill(first)) == len(encoded) == 4
-    assert len(fill(Job(root=root, name="sid", waves=waves, card=codec.card, load=load))) == 3
+    assert len(fill(CacheJob(root=root, name="sid", waves=waves, card=codec.card, load=load))) == 3
     assert len(encoded) == 7
-    empty = fill(Job(root=root, name="ic", waves=waves[:2], card=codec.card, load=load))
+    empty = fill(CacheJob(root=root, name="ic", waves=waves[:2], card=codec.card, load=load))
     assert len(empty) == 0
     assert verify(empty.shards.path) == []
     assert len(TokenCache(root, codec.card)) == 7
@@ -153,7 +153,7 @@ def test_opening_reads_no_keys_and_no_codes(codec: Any, tmp_path: Path) -> None:
     assert not keys.keys.flags.owndata  # a view of the map
     looks, column, key = [], keys.keys["key"], keys.shards.utterance(1234).source_sha256
 
-    class Counting:
+    class CountingCodec:
         def __len__(self) -> int:
             return len(column)
 
@@ -161,7 +161,7 @@ def test_opening_reads_no_keys_and_no_codes(codec: Any, tmp_path: Path) -> None:
             looks.append(index)
             return column[index]
 
-    keys.keys = {"key": Counting(), "index": keys.keys["index"]}  # type: ignore[assignment]
+    keys.keys = {"key": CountingCodec(), "index": keys.keys["index"]}  # type: ignore[assignment]
     assert (keys.find(key) == 1234 % 1024).all()
     assert len(looks) < 16
 
@@ -170,7 +170,7 @@ def _fill_elsewhere(root: Path, waves: list[Wave], weights: str, out: Any = None
     torch.set_num_threads(1)
     filling.SHARD_WAVES, filling.BLOCK_WAVES, filling.GROUP_WAVES = 8, 2, 1
     load = partial(load_codec, weights)
-    done = fill(Job(root=root, name="ks", waves=waves, card=load().card, load=load))
+    done = fill(CacheJob(root=root, name="ks", waves=waves, card=load().card, load=load))
     if out is not None:
         out.put(len(done))
 
@@ -221,7 +221,8 @@ def test_workers_give_the_same_set(many: list[Wave], codec_file: Path, tmp_path:
     load = partial(load_codec, str(codec_file))
     card = load().card
     sets = [
-        fill(Job(root=tmp_path / str(n), name="ks", waves=many, card=card, load=load, workers=n)).shards for n in (0, 1)
+        fill(CacheJob(root=tmp_path / str(n), name="ks", waves=many, card=card, load=load, workers=n)).shards
+        for n in (0, 1)
     ]
     assert sets[0].fingerprint == sets[1].fingerprint
 

@@ -13,7 +13,7 @@ from helpers import codes_of
 from codecssl.superb.patches import import_patches
 from codecssl.superb.tokens.codec_at_16khz import encode
 from codecssl.superb.tokens.codes import CodeCache
-from codecssl.superb.upstreams.expert import CodecExpert, CodeTables, Shelf, parse, parse_all
+from codecssl.superb.upstreams.expert import CodecExpert, CodeTables, UpstreamBuilder, parse, parse_all
 from codecssl.superb.upstreams.feature_cache import CachedUpstream
 from codecssl.tokenize.common.errors import UserError
 
@@ -27,7 +27,7 @@ def waves() -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", ["MODEL", "codes", "random:MODEL", "codes:MODEL", "fbank", "fbank@s3prl"])
 def test_batch_equals_one_by_one(name: str, model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]) -> None:
     """To 1e-4 on every wave's own frames, and zeros beyond them. Checkpoints of transformers: test_checkpoints.py."""
-    expert: Any = Shelf().build(parse(name.replace("MODEL", str(model_folder))))
+    expert: Any = UpstreamBuilder().build(parse(name.replace("MODEL", str(model_folder))))
     long = 0.3 * torch.randn(240_000, generator=torch.Generator().manual_seed(1))  # 15 s
     batch = [*waves[:-1], long, waves[0][:1600]] if "fbank" in name else [*waves, long]
     _batch_is_one_by_one(expert, batch, exact_frames="fbank" not in name)
@@ -77,7 +77,7 @@ def test_frame_counts_follow_s3prls_rule(name: str, samples: int, model_folder: 
     import s3prl.hub
     from s3prl.nn import S3PRLUpstream
 
-    expert: Any = Shelf().build(parse(name.replace("MODEL", str(model_folder))))
+    expert: Any = UpstreamBuilder().build(parse(name.replace("MODEL", str(model_folder))))
     wave = 0.3 * torch.randn(samples, generator=torch.Generator().manual_seed(samples))
     rate = expert.get_downsample_rates("hidden_states")
     for state in expert([wave])["hidden_states"]:
@@ -90,7 +90,7 @@ def test_frame_counts_follow_s3prls_rule(name: str, samples: int, model_folder: 
 def test_hidden_states_are_the_models_own(model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]) -> None:
     from codecssl.pretrain.export.export import load_pretrained
 
-    states = Shelf().build(parse(str(model_folder)))(waves[:1])["hidden_states"]
+    states = UpstreamBuilder().build(parse(str(model_folder)))(waves[:1])["hidden_states"]
     codes = loads_codec.encode(waves[:1])[0].codes
     expected = load_pretrained(model_folder).extract(codes[None], [codes.shape[1]])
     assert len(states) == 3  # the input of the first layer, then two layers
@@ -98,7 +98,7 @@ def test_hidden_states_are_the_models_own(model_folder: Path, loads_codec: Any, 
 
 
 def test_codes_are_the_codecs_dequantised_latent(loads_codec: Any, waves: list[torch.Tensor]) -> None:
-    state = Shelf().build(parse("codes"))(waves[:1])["hidden_states"][0]
+    state = UpstreamBuilder().build(parse("codes"))(waves[:1])["hidden_states"][0]
     latents = loads_codec.latents(loads_codec.encode(waves[:1])[0].codes)
     assert torch.allclose(state[0].T, latents, atol=1e-5)
 
@@ -107,8 +107,8 @@ def test_random_has_the_models_shape_but_not_its_weights(
     model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]
 ) -> None:
     names = (str(model_folder), f"random:{model_folder}")
-    model, untrained = (Shelf(seed=0).build(parse(name))(waves)["hidden_states"] for name in names)
-    other = Shelf(seed=1).build(parse(names[1]))(waves)["hidden_states"]
+    model, untrained = (UpstreamBuilder(seed=0).build(parse(name))(waves)["hidden_states"] for name in names)
+    other = UpstreamBuilder(seed=1).build(parse(names[1]))(waves)["hidden_states"]
     assert [s.shape for s in model] == [s.shape for s in untrained]
     assert not torch.allclose(model[-1], untrained[-1], atol=1e-2)
     assert not torch.allclose(other[-1], untrained[-1], atol=1e-2)
@@ -116,7 +116,7 @@ def test_random_has_the_models_shape_but_not_its_weights(
 
 def test_nothing_can_train_it(model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]) -> None:
     """No parameter, no gradient, no dropout, whatever mode s3prl puts it in."""
-    expert = Shelf().build(parse(str(model_folder)))
+    expert = UpstreamBuilder().build(parse(str(model_folder)))
     expert.train()
     states = expert(waves)["hidden_states"]
     assert not list(expert.parameters())
@@ -126,7 +126,7 @@ def test_nothing_can_train_it(model_folder: Path, loads_codec: Any, waves: list[
 
 
 def test_moving_the_expert_moves_the_encoder(model_folder: Path, loads_codec: Any) -> None:
-    expert = Shelf().build(parse(str(model_folder))).to(torch.float64)
+    expert = UpstreamBuilder().build(parse(str(model_folder))).to(torch.float64)
     assert {p.dtype for p in expert.encoder.parameters()} == {torch.float64}
 
 
@@ -238,8 +238,8 @@ def test_fbank_is_s3prls(waves: list[torch.Tensor]) -> None:
     import s3prl.hub
 
     expected = s3prl.hub.fbank()(waves[:2])["hidden_states"][0]
-    assert torch.equal(Shelf().build(parse("fbank"))(waves[:2])["hidden_states"][0], expected)
-    assert torch.equal(Shelf().build(parse("fbank@s3prl"))(waves[:2])["hidden_states"][0], expected)
+    assert torch.equal(UpstreamBuilder().build(parse("fbank"))(waves[:2])["hidden_states"][0], expected)
+    assert torch.equal(UpstreamBuilder().build(parse("fbank@s3prl"))(waves[:2])["hidden_states"][0], expected)
 
 
 @pytest.mark.parametrize("name", ["hubert_basse", "random:nowhere", "nowhere/model", "fbank:x"])
@@ -250,7 +250,7 @@ def test_an_unknown_name_is_refused(name: str) -> None:
 
 def test_an_unknown_s3prl_name_is_refused() -> None:
     with pytest.raises(UserError, match="upstream nothing@s3prl: s3prl's hub has no nothing"):
-        Shelf().build(parse("nothing@s3prl"))
+        UpstreamBuilder().build(parse("nothing@s3prl"))
 
 
 def test_a_codec_in_the_hubs_format_is_no_model(tmp_path: Path) -> None:
@@ -281,9 +281,9 @@ def test_bare_baselines_follow_the_first_model(model_folder: Path) -> None:
 
 def test_the_codec_runs_once_per_wave(model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]) -> None:
     """For all upstreams of a process, twice in one batch."""
-    shelf = Shelf()
+    builder = UpstreamBuilder()
     experts = [
-        shelf.build(parse(name)) for name in (str(model_folder), f"codes:{model_folder}", f"random:{model_folder}")
+        builder.build(parse(name)) for name in (str(model_folder), f"codes:{model_folder}", f"random:{model_folder}")
     ]
     for expert in experts:
         expert([*waves, waves[0]])
@@ -296,7 +296,7 @@ def test_cached_features_equal_uncached(
     limit: int, model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]
 ) -> None:
     """With no memory, with some, with enough; first and second time."""
-    expert = Shelf().build(parse(str(model_folder)))
+    expert = UpstreamBuilder().build(parse(str(model_folder)))
     cached = CachedUpstream(expert, limit)
     expected = expert(waves)["hidden_states"]
     for order in ([0, 1, 2, 3, 4], [4, 2, 0, 1, 3]):
@@ -308,7 +308,7 @@ def test_cached_features_equal_uncached(
 def test_kept_features_do_not_depend_on_the_batch(
     model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]
 ) -> None:
-    expert = Shelf().build(parse(str(model_folder)))
+    expert = UpstreamBuilder().build(parse(str(model_folder)))
     one, other = CachedUpstream(expert, 1 << 30), CachedUpstream(expert, 1 << 30)
     for wave in reversed(waves):
         one([wave])
@@ -316,7 +316,7 @@ def test_kept_features_do_not_depend_on_the_batch(
 
 
 def test_a_kept_wave_is_not_computed_again(model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]) -> None:
-    expert = Shelf().build(parse(str(model_folder)))
+    expert = UpstreamBuilder().build(parse(str(model_folder)))
     seen: list[int] = []
     expert.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     cached = CachedUpstream(expert, 1 << 30)

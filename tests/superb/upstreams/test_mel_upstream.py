@@ -16,9 +16,9 @@ from codecssl.pretrain.export.pretrained import from_pretrained
 from codecssl.pretrain.model.model import untrained
 from codecssl.superb.runner.prefill import jobs
 from codecssl.superb.tokens.codec_at_16khz import at_codec_rate, encode
-from codecssl.superb.tokens.fill import Job, fill
+from codecssl.superb.tokens.fill import CacheJob, fill
 from codecssl.superb.tokens.waves import Wave
-from codecssl.superb.upstreams.expert import Shelf, parse
+from codecssl.superb.upstreams.expert import UpstreamBuilder, parse
 from codecssl.superb.upstreams.feature_cache import CachedUpstream
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.mel import MelSpec, mel_plane
@@ -61,7 +61,7 @@ def test_states_are_those_of_the_plane_and_of_the_token_cache(
 ) -> None:
     folder, cache = export_of(model_input), tmp_path / "cache"
     wavs = [wave.load() for wave in waves]
-    live: Any = Shelf().build(parse(str(folder)))
+    live: Any = UpstreamBuilder().build(parse(str(folder)))
     states = live(wavs)["hidden_states"]
 
     model = from_pretrained(folder)
@@ -74,8 +74,8 @@ def test_states_are_those_of_the_plane_and_of_the_token_cache(
             torch.testing.assert_close(layer[i, : len(plane)], expected[0], rtol=1e-4, atol=1e-4)
         assert not torch.equal(model(codes[None], mel=255 - mel).last_hidden_state, output.last_hidden_state)
 
-    fill(Job(root=cache, name="ks", waves=waves, card=codec.card, load=lambda: codec))
-    cached: Any = Shelf(code_folder=cache).build(parse(str(folder)))
+    fill(CacheJob(root=cache, name="ks", waves=waves, card=codec.card, load=lambda: codec))
+    cached: Any = UpstreamBuilder(code_folder=cache).build(parse(str(folder)))
     for a, b in zip(cached(wavs)["hidden_states"], states, strict=True):
         assert torch.equal(a, b)
     if model_input == "both":
@@ -98,7 +98,7 @@ def test_a_model_of_mel_alone_needs_no_codec(
 
     monkeypatch.setattr(expert, "load_codec_for", refuse)
     upstream = parse(name.replace("MODEL", str(export_of("mel"))))
-    states = Shelf().build(upstream)([wave.load() for wave in waves])["hidden_states"]
+    states = UpstreamBuilder().build(upstream)([wave.load() for wave in waves])["hidden_states"]
     assert states[0].shape[:2] == (3, 50)
     assert not upstream.runs_codec
     assert not list(jobs([upstream], [], None, tmp_path))  # type: ignore[arg-type]

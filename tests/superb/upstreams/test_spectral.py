@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from codecssl.superb.upstreams.expert import Shelf, parse
+from codecssl.superb.upstreams.expert import UpstreamBuilder, parse
 from codecssl.superb.upstreams.spectral import FLOOR, LogMel, Mfcc
 
 WAVE = 0.3 * np.random.default_rng(0).standard_normal(16_123)
@@ -36,7 +36,7 @@ def test_mfcc_is_librosas_with_deltas_of_deltas() -> None:
 @pytest.mark.parametrize(("name", "width"), [("logmel", 80), ("mfcc", 39)])
 def test_as_upstreams_waves_do_not_depend_on_their_batch(name: str, width: int) -> None:
     """Also one that is shorter than a window; a silent wave is finite."""
-    expert = Shelf().build(parse(name))
+    expert = UpstreamBuilder().build(parse(name))
     waves = [torch.from_numpy(WAVE).float(), torch.from_numpy(WAVE[:150]).float(), torch.zeros(1000)]
     (batch,) = expert(waves)["hidden_states"]
     assert batch.shape == (3, FRAMES, width)

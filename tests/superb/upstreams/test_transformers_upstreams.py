@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from codecssl.superb.patches import import_patches
-from codecssl.superb.upstreams.expert import Shelf, parse
+from codecssl.superb.upstreams.expert import UpstreamBuilder, parse
 from codecssl.tokenize.common.errors import UserError
 
 SMALL: dict[str, Any] = {
@@ -54,7 +54,7 @@ def waves() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_batch_equals_one_by_one(name: str, folders: dict[str, Path], waves: list[torch.Tensor]) -> None:
-    expert = Shelf().build(parse(f"hf:{folders[name]}"))
+    expert = UpstreamBuilder().build(parse(f"hf:{folders[name]}"))
     together = expert(waves)["hidden_states"]
     assert len(together) == 3
     for i, wave in enumerate(waves):
@@ -76,7 +76,7 @@ def test_equals_s3prls_own_upstream(
     import s3prl.hub
     from s3prl.nn import S3PRLUpstream
 
-    ours = Shelf().build(parse(f"hf:{folders[name]}"))
+    ours = UpstreamBuilder().build(parse(f"hf:{folders[name]}"))
     monkeypatch.setattr(s3prl.hub, "codecssl_test", lambda **options: ours, raising=False)
     upstreams = [S3PRLUpstream("codecssl_test"), S3PRLUpstream(theirs, str(folders[name]))]
     for wave in (w for w in waves if len(w) >= 800):  # s3prl itself fails where one frame must become two
@@ -93,7 +93,7 @@ def test_hidden_states_are_what_the_docstring_says(folders: dict[str, Path], wav
 
     for name, first_is_normal, last_is_normal in [("hubert", True, True), ("hubert-large", False, True)]:
         model: Any = AutoModel.from_pretrained(folders[name]).eval()
-        states = Shelf().build(parse(f"hf:{folders[name]}"))(waves[:1])["hidden_states"]
+        states = UpstreamBuilder().build(parse(f"hf:{folders[name]}"))(waves[:1])["hidden_states"]
         normal = [torch.allclose(s.mean(-1), torch.zeros(1), atol=1e-4) for s in states]
         assert (normal[0], normal[-1]) == (first_is_normal, last_is_normal)
         with torch.no_grad():
@@ -103,7 +103,7 @@ def test_hidden_states_are_what_the_docstring_says(folders: dict[str, Path], wav
 
 
 def test_frozen_whatever_s3prl_calls(folders: dict[str, Path], waves: list[torch.Tensor]) -> None:
-    expert = Shelf().build(parse(f"hf:{folders['hubert']}"))
+    expert = UpstreamBuilder().build(parse(f"hf:{folders['hubert']}"))
     first = expert(waves[:2])["hidden_states"][-1]
     expert.train()
     assert torch.equal(expert(waves[:2])["hidden_states"][-1], first)
@@ -127,8 +127,8 @@ def test_without_a_preprocessor_waves_are_normalised(folders: dict[str, Path], t
 
     copy = Path(shutil.copytree(folders["hubert"], tmp_path / "copy"))
     (copy / "preprocessor_config.json").unlink()
-    loud = Shelf().build(parse(f"hf:{copy}"))([torch.linspace(-1, 1, 4000)])["hidden_states"][-1]
-    quiet = Shelf().build(parse(f"hf:{copy}"))([torch.linspace(-0.1, 0.1, 4000)])["hidden_states"][-1]
+    loud = UpstreamBuilder().build(parse(f"hf:{copy}"))([torch.linspace(-1, 1, 4000)])["hidden_states"][-1]
+    quiet = UpstreamBuilder().build(parse(f"hf:{copy}"))([torch.linspace(-0.1, 0.1, 4000)])["hidden_states"][-1]
     torch.testing.assert_close(loud, quiet, rtol=1e-3, atol=1e-3)
 
 
@@ -136,10 +136,10 @@ def test_what_is_no_such_checkpoint_is_refused(folders: dict[str, Path], tmp_pat
     with pytest.raises(UserError, match=f"a checkpoint of transformers; give hf:{folders['hubert']}"):
         parse(str(folders["hubert"]))
     with pytest.raises(UserError, match="upstream hf:/nowhere/at/all: cannot be loaded"):
-        Shelf().build(parse("hf:/nowhere/at/all"))
+        UpstreamBuilder().build(parse("hf:/nowhere/at/all"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(UserError, match="a bert, give one of hubert, wav2vec2, wavlm"):
-        Shelf().build(parse(f"hf:{tmp_path}"))
+        UpstreamBuilder().build(parse(f"hf:{tmp_path}"))
 
 
 def test_why_s3prls_own_batches_are_not_taken(folders: dict[str, Path], waves: list[torch.Tensor]) -> None:

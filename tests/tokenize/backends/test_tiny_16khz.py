@@ -69,7 +69,7 @@ def manifest(tmp_path):
 
 
 def test_training_lowers_the_loss_and_resumes_where_it_stopped(manifest, tmp_path, monkeypatch):
-    config = train.TrainConfig(steps=14, warmup_steps=8, batch_size=2)
+    config = train.CodecTrainConfig(steps=14, warmup_steps=8, batch_size=2)
     monkeypatch.setattr(train, "SAVE_EVERY", 9)
     monkeypatch.setattr(train, "FIT_BATCHES", 2)
     whole = train.train_codec(manifest, tmp_path / "whole", config)

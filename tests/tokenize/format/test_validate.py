@@ -165,7 +165,7 @@ def test_tar_headers_with_a_right_checksum(copied, data):
 
 
 def replace_member(root, name, content):
-    """Put other content into the first member of shard 0 whose name ends so; places and marks stay as they were."""
+    """Put other content into the first member of shard 0 whose name ends so; places and records stay as they were."""
     path, members = root / "shards" / "00000.tar", []
     with tarfile.open(path) as tar:
         members = [(m.name, tar.extractfile(m).read()) for m in tar]

@@ -69,13 +69,13 @@ def flip(path, place=0.5):
 
 
 DAMAGES = {
-    "a flipped bit": lambda tar, mark: flip(tar),
-    "a cut tar": lambda tar, mark: os.truncate(tar, 1000),
-    "no tar": lambda tar, mark: tar.unlink(),
-    "no mark": lambda tar, mark: mark.unlink(),
-    "neither": lambda tar, mark: (tar.unlink(), mark.unlink()),
-    "a mark that is no JSON": lambda tar, mark: mark.write_bytes(b"\0" * 200),
-    "another shard's files": lambda tar, mark: [shutil.copy(p.with_stem("00000"), p) for p in (tar, mark)],
+    "a flipped bit": lambda tar, record: flip(tar),
+    "a cut tar": lambda tar, record: os.truncate(tar, 1000),
+    "no tar": lambda tar, record: tar.unlink(),
+    "no record": lambda tar, record: record.unlink(),
+    "neither": lambda tar, record: (tar.unlink(), record.unlink()),
+    "a record that is no JSON": lambda tar, record: record.write_bytes(b"\0" * 200),
+    "another shard's files": lambda tar, record: [shutil.copy(p.with_stem("00000"), p) for p in (tar, record)],
 }
 
 

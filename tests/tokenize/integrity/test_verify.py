@@ -76,9 +76,9 @@ def test_a_coder_that_gives_other_codes_is_found(tmp_path):
     """As another version of the library might: all bytes are as they were, the codes are not."""
     root = make(tmp_path / "d", compress=True)
     assert verify(root) == []
-    mark = load_json(root / "shards/00000.json")
-    mark["blocks"][0]["packed_crc32"] ^= 1
-    (root / "shards/00000.json").write_bytes(to_json(sealed(mark), indent=None))
+    record = load_json(root / "shards/00000.json")
+    record["blocks"][0]["packed_crc32"] ^= 1
+    (root / "shards/00000.json").write_bytes(to_json(sealed(record), indent=None))
     assert verify(root) == ["shard 00000: its first block does not decompress to the codes that were compressed"]
 
 
@@ -187,11 +187,11 @@ def test_exchanged_shards_and_values_that_disagree(dataset):
         wrong = header | {"totals": header["totals"] | {key: header["totals"][key] + 1}}
         (dataset / "dataset.json").write_bytes(to_json(sealed(wrong)))
         assert [d.file for d in examine(dataset).damages] == ["dataset.json"], key
-    mark = dataset / "shards/00002.json"
+    record = dataset / "shards/00002.json"
     (dataset / "dataset.json").write_bytes(to_json(sealed(header)))
-    said = load_json(mark)
+    said = load_json(record)
     for key in ("inputs", "utterances", "frames", "samples", "bytes", "sha256"):
-        mark.write_bytes(to_json(sealed(said | {key: said[key] + 1 if key != "sha256" else "ab" * 32}), None))
+        record.write_bytes(to_json(sealed(said | {key: said[key] + 1 if key != "sha256" else "ab" * 32}), None))
         assert {d.file for d in examine(dataset).damages} == {"shards/00002.json"}, key
 
 
@@ -221,10 +221,10 @@ def test_memory_does_not_grow_with_the_shards(tmp_path):
     peaks = []
     for count in (10, 100):
         root = make(tmp_path / str(count), shards=1)
-        mark = load_json(root / "shards/00000.json")
+        record = load_json(root / "shards/00000.json")
         for shard in range(1, count):
             (root / f"shards/{shard:05d}.tar").hardlink_to(root / "shards/00000.tar")
-            (root / f"shards/{shard:05d}.json").write_bytes(to_json(sealed(mark | {"shard": shard}), None))
+            (root / f"shards/{shard:05d}.json").write_bytes(to_json(sealed(record | {"shard": shard}), None))
         plan = load_json(root / "plan.json") | {"inputs": 12 * count}
         (root / "plan.json").write_bytes(to_json(sealed(plan)))
         finish_dataset(root, plan, count)
@@ -281,19 +281,19 @@ def test_codes_of_other_audio_are_a_damage(audio_folder, encoded, tmp_path, monk
     """All checksums are right, but the codes are not those of the file: what only encoding again can find."""
     from codecssl.tokenize import encode
 
-    real = encode.encode_heard
+    real = encode.encode_loaded
 
-    def shifted(codec, heard):
-        for result in real(codec, heard):
+    def shifted(codec, loaded):
+        for result in real(codec, loaded):
             if getattr(result, "id", "") == "u3.wav" and hasattr(result, "codes"):
                 result = EncodedUtterance(**vars(result) | {"codes": [(c + 1) % 1024 for c in result.codes]})
             yield result
 
-    monkeypatch.setattr(encode, "encode_heard", lambda codec, heard, mel: list(shifted(codec, heard)))
+    monkeypatch.setattr(encode, "encode_loaded", lambda codec, loaded, mel: list(shifted(codec, loaded)))
     plan = json.loads((encoded / "plan.json").read_text())
     config = dict(sources=(str(audio_folder),), codec=plan["codec"]["weights"], workers=0)
     run(TokenizeConfig(output=tmp_path / "wrong", **config))
-    monkeypatch.setattr(encode, "encode_heard", real)
+    monkeypatch.setattr(encode, "encode_loaded", real)
     assert verify(tmp_path / "wrong") == []
     [damage] = examine(tmp_path / "wrong", sample=99).damages
     assert re.search(r"utterance \d+ \(u3.wav\): 115 of 115 codes of codebook 0 are not its source's", str(damage))

@@ -4,7 +4,7 @@ Defossez et al. 2022 (arXiv 2210.13438), section 3.2. The network is causal: a c
 LSTM its state, so nothing is computed twice. Pieces are short, so activations between layers stay in a CPU's cache.
 
 Convolutions run on one wave at a time, as matrix products of one fixed size. The LSTM's weights fit no cache, so it
-runs on several waves (lanes) in parallel, but only on numbers of lanes that give identical bits (`Encoder.widths`).
+runs on several waves (lanes) in parallel, but only on numbers of lanes that give identical bits (`SeanetEncoder.widths`).
 A wave's latents therefore depend on that wave alone.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from codecssl.tokenize.backends.parts.precision import full_precision
-from codecssl.tokenize.backends.parts.seanet_layers import Arena, Convolution, Lane, Recurrence, stages_of
+from codecssl.tokenize.backends.parts.seanet_layers import Arena, CausalConvolution, Lane, Recurrence, stages_of
 from codecssl.tokenize.common.errors import UserError
 
 WIDTHS = (2, 4, 8, 12, 16, 24, 32)
@@ -29,7 +29,7 @@ CUDA_WIDTH = 32
 """Lanes on a GPU, some of them empty. GPU libraries choose their summation order by shape, so the number is fixed."""
 
 
-class Encoder:
+class SeanetEncoder:
     """The encoder's layers, from pieces of waves to latents."""
 
     def __init__(
@@ -55,7 +55,7 @@ class Encoder:
         self.recurrence = Recurrence(lstm)
         self.shared_pieces = shared_pieces if like.device.type == "cpu" else sys.maxsize
         self.hidden = like.new_empty(self.coarse[-1].out.shape)
-        self.last = Convolution(last, self.hidden, arena, frames=piece_frames, activate=True)
+        self.last = CausalConvolution(last, self.hidden, arena, frames=piece_frames, activate=True)
 
     def __call__(self, lanes: Sequence[Lane], pieces: Sequence[Tensor]) -> Tensor:
         """Encode the next piece of each lane's wave, up to [piece_samples], to latents [W, piece_frames, D].
@@ -113,7 +113,7 @@ class Encoder:
         return tuple(result.shape[1] for result in results if result.eq(results[0][:, :1]).all())
 
 
-class Decoder:
+class SeanetDecoder:
     """The decoder's layers, from pieces of latents to samples."""
 
     def __init__(self, layers: Sequence[Any], latent_dim: int, piece_frames: int) -> None:

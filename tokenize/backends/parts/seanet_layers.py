@@ -77,7 +77,7 @@ class Kernel:
         self.bias = inner.bias.detach().repeat(self.upsample).to(source)
 
 
-class Convolution:
+class CausalConvolution:
     """A causal convolution over pieces [n, C], time before channels, as matrix products without unfolding.
 
     The input is read from `source` and the output is written to `out`.
@@ -129,12 +129,12 @@ class Convolution:
         return mirrored
 
 
-class Residual:
+class SeanetResidual:
     """x -> shortcut(x) + pointwise(elu(convolution(elu(x)))), from [n, C] in `source` to [n, C] in `out`."""
 
     def __init__(self, layer: Any, source: Tensor, arena: Arena, frames: int) -> None:
         self.source = source
-        self.narrow = Convolution(layer.block[1], source, arena, source, frames=frames, activate=True)
+        self.narrow = CausalConvolution(layer.block[1], source, arena, source, frames=frames, activate=True)
         pointwise, shortcut = _innermost(layer.block[3]), _innermost(layer.shortcut)
         self.widen = _weight(pointwise)[..., 0].t().contiguous()
         self.shortcut = _weight(shortcut)[..., 0].t().contiguous()
@@ -186,9 +186,9 @@ def stages_of(layers: Sequence[Any], source: Tensor, arena: Arena, frames: int) 
         if hasattr(layer, "lstm"):
             found.append(LoneRecurrence(layer, source, arena))
         elif hasattr(layer, "block"):
-            found.append(Residual(layer, source, arena, frames))
+            found.append(SeanetResidual(layer, source, arena, frames))
         else:
-            found.append(Convolution(layer, source, arena, frames=frames, activate=isinstance(before, nn.ELU)))
+            found.append(CausalConvolution(layer, source, arena, frames=frames, activate=isinstance(before, nn.ELU)))
         source = found[-1].out
     return found
 

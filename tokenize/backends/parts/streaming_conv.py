@@ -37,7 +37,7 @@ class Snake:
         return torch.addcmul(rows, sine.mul_(sine), self.inverse, out=out)
 
 
-class Convolution:
+class StreamingConvolution:
     """A Conv1d, depthwise or not, optionally after a Snake. The stride must divide the kernel."""
 
     def __init__(self, module: Any, snake: Snake | None = None) -> None:
@@ -85,11 +85,11 @@ class Convolution:
         return outputs
 
 
-class Residual:
+class ResidualUnit:
     """A residual unit: rows plus Snake, convolution, Snake, convolution of width 1."""
 
     def __init__(self, first: Any, wide: Any, second: Any, narrow: Any) -> None:
-        self.wide, self.snake = Convolution(wide, Snake(first)), Snake(second)
+        self.wide, self.snake = StreamingConvolution(wide, Snake(first)), Snake(second)
         self.weight, self.bias = narrow.weight.detach()[..., 0].t().contiguous(), narrow.bias.detach()
 
     def push(self, rows: Tensor, kept: Kept, last: bool) -> Tensor:
@@ -103,7 +103,7 @@ class Residual:
         return inputs[: len(hidden)].addmm_(hidden, self.weight)
 
 
-Layer = Convolution | Residual
+Layer = StreamingConvolution | ResidualUnit
 
 
 # ---------------------------------------------------------------- a wave
