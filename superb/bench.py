@@ -21,11 +21,10 @@ from codecssl.superb.runner.csvs import write_csvs
 from codecssl.superb.runner.problems import make_problem
 from codecssl.superb.tasks import Task, choose, official_config
 from codecssl.superb.tokens.codec_at_16khz import encode
-from codecssl.superb.tokens.codes import CodeCache
 from codecssl.superb.tokens.fill import CacheJob, fill
-from codecssl.superb.tokens.token_cache import TokenCache
+from codecssl.superb.tokens.token_cache import CachedCodec, TokenCache
 from codecssl.superb.tokens.waves import waves_of
-from codecssl.superb.upstreams.expert import CodecExpert, CodeTables
+from codecssl.superb.upstreams.codec_upstream import CodecUpstream, CodeTables
 from codecssl.superb.upstreams.feature_cache import CachedUpstream
 from codecssl.tokenize.codec import Codec
 from codecssl.tokenize.common.errors import UserError
@@ -104,9 +103,9 @@ def _fewer(splits: dict[str, list[Any]], count: int) -> dict[str, list[Any]]:
 def _upstreams(codec: Codec, folder: Path) -> dict[str, Any]:
     """The same upstream each way. Nothing is kept in memory but what the way is about."""
 
-    def expert(cache: TokenCache | None) -> CodecExpert:
-        codes = CodeCache(lambda wavs: encode(codec, wavs), cache, limit_bytes=0)
-        return CodecExpert(codec.card, codes, CodeTables([table.cpu() for table in codec.embeddings()]))
+    def expert(cache: TokenCache | None) -> CodecUpstream:
+        codes = CachedCodec(lambda wavs: encode(codec, wavs), cache, limit_bytes=0)
+        return CodecUpstream(codec.card, codes, CodeTables([table.cpu() for table in codec.embeddings()]))
 
     cached = TokenCache(folder, codec.card)
     ways = {"no cache": expert(None), "token cache": expert(cached)}

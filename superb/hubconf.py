@@ -19,7 +19,8 @@ def codecssl(ckpt: str | None = None, model_config: str | None = None, refresh: 
     """
     import torch
 
-    from codecssl.superb.upstreams.expert import UpstreamBuilder, parse
+    from codecssl.superb.upstreams.build import UpstreamBuilder
+    from codecssl.superb.upstreams.names import parse
 
     if not ckpt:
         raise UserError("upstream codecssl: which one? give -k MODEL, an exported model's folder or a name")

@@ -1,8 +1,8 @@
 """Read and restore the whole fp32 weights and AdamW moments of a DeepSpeed engine, at any ZeRO stage.
 
-Every ZeRO stage keeps flat fp32 tensors, of which a rank may have a part. A `ParameterPart` locates a parameter's values in
-them. The remaining code is the same for all stages and any number of ranks. DeepSpeed's `safe_get_full_*` functions
-support neither engines without ZeRO nor an optimizer state before the first step.
+Every ZeRO stage keeps flat fp32 tensors, of which a rank may have a part. A `ParameterPart` locates a parameter's
+values in them. The remaining code is the same for all stages and any number of ranks. DeepSpeed's `safe_get_full_*`
+functions support neither engines without ZeRO nor an optimizer state before the first step.
 """
 
 from collections.abc import Iterator, Mapping

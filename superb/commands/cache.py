@@ -51,7 +51,7 @@ def add_commands(line: CommandLine) -> None:
 def _cache(arguments: argparse.Namespace) -> None:
     from codecssl.superb.runner.prefill import fill_all, jobs
     from codecssl.superb.tasks import choose
-    from codecssl.superb.upstreams.expert import parse_all
+    from codecssl.superb.upstreams.names import parse_all
     from codecssl.tokenize.common.errors import UserError
 
     upstreams = parse_all([_named(name) for name in arguments.upstream])
@@ -66,7 +66,7 @@ def _cache(arguments: argparse.Namespace) -> None:
 
 def _named(name: str) -> str:
     """An upstream's name; another word is taken for a codec's name."""
-    from codecssl.superb.upstreams.expert import parse
+    from codecssl.superb.upstreams.names import parse
     from codecssl.tokenize.common.errors import UserError
 
     try:

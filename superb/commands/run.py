@@ -92,7 +92,7 @@ def _rates(text: str) -> tuple[float, ...]:
 def _sweep(arguments: argparse.Namespace) -> "Sweep":
     from codecssl.superb.reporting.tables import SAMPLE
     from codecssl.superb.runner.sweep import Sweep
-    from codecssl.superb.upstreams.expert import parse_all
+    from codecssl.superb.upstreams.names import parse_all
 
     upstreams, tasks = parse_all(arguments.upstream), choose(arguments.tasks)
     root = data_root(arguments.data, arguments.output)

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from codecssl.superb.embed.states import LayerChoice, States, TimePooling, WaveStates
 from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE
-from codecssl.superb.upstreams.expert import Upstream, UpstreamBuilder, parse_all
+from codecssl.superb.upstreams.build import UpstreamBuilder
+from codecssl.superb.upstreams.names import Upstream, parse_all
 from codecssl.superb.upstreams.token_reader import TokenReader
 from codecssl.tokenize.common.errors import UserError, check_share
 from codecssl.tokenize.common.files import alone_in, names_in, write_atomic

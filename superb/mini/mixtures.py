@@ -50,7 +50,9 @@ def _worlds(rows: list[Row]) -> list[dict[str, list[Row]]]:
     return found
 
 
-def _turns(builder: MiniBuilder, names: list[str], world: dict[str, list[Row]], rng: np.random.Generator) -> list[Placed]:
+def _turns(
+    builder: MiniBuilder, names: list[str], world: dict[str, list[Row]], rng: np.random.Generator
+) -> list[Placed]:
     order = {name: list(rng.permutation(len(world[name]))) for name in names}
     loudness = {name: float(rng.uniform(*LEVELS)) for name in names}
     placed: list[Placed] = []

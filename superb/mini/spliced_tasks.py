@@ -59,7 +59,9 @@ def ks(builder: MiniBuilder) -> list[Row]:
     length distinguishes the classes.
     """
     band, splits = band_of(builder), word_splits(builder)
-    noises = by_utterance(builder.data.of("env"), builder.shares, builder.rng("noises")) if builder.data.of("env") else {}
+    noises = (
+        by_utterance(builder.data.of("env"), builder.shares, builder.rng("noises")) if builder.data.of("env") else {}
+    )
     found = {
         split: _spotted(builder, split, most, splits[split], noises.get(split, []), band)
         for split, most in zip(TRIPLE, builder.recipe.ks_per_word, strict=True)
@@ -69,7 +71,9 @@ def ks(builder: MiniBuilder) -> list[Row]:
     for split, clips in found.items():
         for number, (word, wave, row) in enumerate(clip for clip in clips if clip[0] in kept):
             made.append(builder.written("ks", split, f"{split}-{number:04d}", wave, row, keyword=word))
-    builder.note("ks", f"Every clip is limited to the band below {band // 2} Hz, the narrowest of the words' recordings.")
+    builder.note(
+        "ks", f"Every clip is limited to the band below {band // 2} Hz, the narrowest of the words' recordings."
+    )
     return made
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE, SHORTEST
-from codecssl.superb.upstreams.expert import Upstream, UpstreamBuilder
+from codecssl.superb.upstreams.build import UpstreamBuilder
+from codecssl.superb.upstreams.names import Upstream
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.hashing import file_sha256
 from codecssl.tokenize.sources.manifest import read_rows

@@ -22,7 +22,8 @@ from codecssl.superb import results
 from codecssl.superb.probe.crossvalidate import Settings, evaluate
 from codecssl.superb.probe.features import open_rows
 from codecssl.superb.reporting.comparison import BASELINES
-from codecssl.superb.upstreams.expert import Upstream, UpstreamBuilder, parse_all
+from codecssl.superb.upstreams.build import UpstreamBuilder
+from codecssl.superb.upstreams.names import Upstream, parse_all
 from codecssl.tokenize.common.errors import UserError
 
 

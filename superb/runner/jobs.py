@@ -13,7 +13,7 @@ from typing import Any
 from codecssl.superb import results
 from codecssl.superb.runner import run as one
 from codecssl.superb.runner.run import Machine, Run
-from codecssl.superb.upstreams.expert import Upstream
+from codecssl.superb.upstreams.names import Upstream
 from codecssl.tokenize.common.errors import UserError
 
 

@@ -9,7 +9,9 @@ from codecssl.superb.corpora.corpus import Example, TaskCorpus
 from codecssl.superb.tasks import Task
 from codecssl.superb.tokens.fill import CacheJob, fill
 from codecssl.superb.tokens.waves import Wave, waves_of
-from codecssl.superb.upstreams.expert import Upstream, UpstreamBuilder, frame_shift
+from codecssl.superb.upstreams.build import UpstreamBuilder
+from codecssl.superb.upstreams.codec_upstream import frame_shift
+from codecssl.superb.upstreams.names import Upstream
 from codecssl.tokenize.codec import Codec
 from codecssl.tokenize.common.cores import available_cores
 

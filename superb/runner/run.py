@@ -24,8 +24,9 @@ from codecssl.superb.runner.interrupted import prepare_training
 from codecssl.superb.runner.outcome import outcome
 from codecssl.superb.runner.problems import make_problem
 from codecssl.superb.tasks import TASKS, Budget, Task, official_config
-from codecssl.superb.tokens.codes import counts_of
-from codecssl.superb.upstreams.expert import Upstream, UpstreamBuilder
+from codecssl.superb.tokens.token_cache import counts_of
+from codecssl.superb.upstreams.build import UpstreamBuilder
+from codecssl.superb.upstreams.names import Upstream
 from codecssl.tokenize.common.files import alone_in
 from codecssl.tokenize.common.hashing import file_sha256
 

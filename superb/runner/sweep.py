@@ -7,7 +7,7 @@ from pathlib import Path
 from codecssl.superb.corpora.corpus import FOLDS, open_corpus
 from codecssl.superb.runner.run import Run
 from codecssl.superb.tasks import Budget, Task, rates_of
-from codecssl.superb.upstreams.expert import Upstream
+from codecssl.superb.upstreams.names import Upstream
 from codecssl.tokenize.common.errors import UserError
 
 

@@ -1,4 +1,7 @@
-"""The token cache on disk: codes of waves in token shards, keyed by the content of the wave.
+"""The token cache: codes of waves, keyed by the content of the wave, on disk as token shards and in memory.
+
+SUPERB's upstream is frozen, and the codes of a wave never change, but s3prl requests its features at every step. Codes
+take about a kilobyte per second of audio, features a hundred times that. Therefore the codes are cached.
 
     DIR/CODEC-FINGERPRINT/SET/       a finished dataset of token shards, as codecssl.tokenize writes and verifies it;
                                      each utterance's id and source_sha256 are the sha256 of the wave's float32 samples
@@ -10,10 +13,11 @@ two codecs, or of one codec on two kinds of devices, cannot mix, because the cod
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -103,3 +107,63 @@ class TokenCache:
 def finished_sets(folder: Path) -> Iterator[Path]:
     """Finished datasets in a codec's folder, sorted by name."""
     return (path.parent for path in sorted(folder.glob("*/dataset.json")))
+
+
+# ---------------------------------------------------------------- in memory
+
+
+class CachedCodec:
+    """A function from waves to codes [R, T] that encodes each distinct wave once.
+
+    Waves in the token cache are read from it. Other waves (randomly cut or changed ones, or uncached ones) go through
+    the codec. Their codes are kept in memory up to `limit_bytes`.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[list[Tensor]], list[Tensor]],
+        cache: TokenCache | None = None,
+        limit_bytes: int = 1 << 30,
+    ) -> None:
+        self.encode, self.cache = encode, cache
+        self.found = self.kept = self.encoded = 0
+        """Numbers of requested waves found in the token cache, found in memory, and encoded."""
+        self._codes: dict[str, NDArray[np.uint16]] = {}
+        self._room = limit_bytes
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Numbers of waves by the origin of their codes."""
+        return {"cached": self.found, "kept": self.kept, "live": self.encoded}
+
+    def __call__(self, wavs: Sequence[Tensor]) -> list[Tensor]:
+        """1-D float32 waves as `encode` takes them -> int64 codes [R, T_i] on the CPU."""
+        keys = [wave_key(wav) for wav in wavs]
+        found = {key: codes for key in dict.fromkeys(keys) if (codes := self._find(key)) is not None}
+        missing = {key: wav for key, wav in zip(keys, wavs, strict=True) if key not in found}
+        self.encoded += len(missing)
+        fresh = self.encode(list(missing.values())) if missing else []
+        for key, encoded in zip(missing, fresh, strict=True):
+            found[key] = encoded.cpu().numpy().astype(np.uint16)
+            self._keep(key, found[key])
+        return [torch.from_numpy(found[key].astype(np.int64)) for key in keys]
+
+    def _find(self, key: str) -> NDArray[np.uint16] | None:
+        if (codes := self._codes.get(key)) is not None:
+            self.kept += 1
+        elif self.cache is not None and (codes := self.cache.find(key)) is not None:
+            self.found += 1
+        return codes
+
+    def _keep(self, key: str, codes: NDArray[np.uint16]) -> None:
+        if codes.nbytes <= self._room:
+            self._room -= codes.nbytes
+            self._codes[key] = codes
+
+
+def counts_of(upstream: object) -> dict[str, int] | None:
+    """`CachedCodec.counts` of an upstream, below its wrappers; None if it reads no codes."""
+    while not hasattr(upstream, "codes") and hasattr(upstream, "frozen"):
+        upstream = upstream.frozen
+    codes = getattr(upstream, "codes", None)
+    return codes.counts if isinstance(codes, CachedCodec) else None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from codecssl.superb.tokens.token_cache import wave_key
-from codecssl.superb.upstreams.expert import CodecExpert
+from codecssl.superb.upstreams.codec_upstream import CodecUpstream
 from codecssl.superb.upstreams.frozen import FrozenUpstream
 
 
@@ -39,7 +39,7 @@ class CachedUpstream(FrozenUpstream):
 
     def _codes(self, wavs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Codes of all waves at once, if the upstream reads codes. A codec is slower on single waves."""
-        if not wavs or not isinstance(self.frozen, CodecExpert):
+        if not wavs or not isinstance(self.frozen, CodecUpstream):
             return {}
         return dict(zip(wavs, self.frozen.codes(list(wavs.values())), strict=True))
 

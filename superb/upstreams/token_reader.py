@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codecssl.superb.upstreams.expert import Upstream, UpstreamBuilder
+from codecssl.superb.upstreams.build import UpstreamBuilder
+from codecssl.superb.upstreams.names import Upstream
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.shards import Shards
 

@@ -12,7 +12,7 @@ from codecssl.tokenize import encode as module
 from codecssl.tokenize.cli import main
 from codecssl.tokenize.codec import Encoded
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.encode import Device, encode_loaded, encode_inputs, failure, read
+from codecssl.tokenize.encode import Device, encode_inputs, encode_loaded, failure, read
 from codecssl.tokenize.format.records import EncodedUtterance, Failure
 from codecssl.tokenize.measure.bench import TokenizeBenchConfig, bench
 from codecssl.tokenize.measure.check_codec import check_codec, synthetic_waves, table

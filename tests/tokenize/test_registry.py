@@ -131,7 +131,8 @@ def test_a_plug_in_codec_is_an_upstream(run):
 
 UPSTREAM = """
 import torch
-from codecssl.superb.upstreams.expert import UpstreamBuilder, parse
+from codecssl.superb.upstreams.build import UpstreamBuilder
+from codecssl.superb.upstreams.names import parse
 [state] = UpstreamBuilder().build(parse("codes:toy"))([torch.rand(16_000)])["hidden_states"]
 print(*state.shape)
 """

@@ -155,7 +155,9 @@ class PackedBlock:
 
 
 def packed_again(codes: bytes, numbers: Mapping[str, NDArray[Any]], coder: Coder, card: CodecCard) -> bytes:
-    """Restore the packed codes of a block from its compressed ones. Their crc32 is `packed_crc32` of the shard's record.
+    """Restore the packed codes of a block from its entropy-coded ones.
+
+    Their crc32 is `packed_crc32` of the shard's completion record.
 
     Raises AssertionError for streams that the coder did not write.
     """

@@ -1,4 +1,7 @@
-"""Full check of one shard: its completion record, its tar's sha256, each block's codes and columns, and the location of damage."""
+"""Full check of one shard: its completion record, its tar's sha256, each block's codes and columns.
+
+Damage is located.
+"""
 
 from __future__ import annotations
 
@@ -175,7 +178,9 @@ class _Check:
         if intact:
             return
         if whole:
-            self._damaged(self.record, f"{self.record.name} is damaged: crc32 of block {number}; {self.tar.name} is whole")
+            self._damaged(
+                self.record, f"{self.record.name} is damaged: crc32 of block {number}; {self.tar.name} is whole"
+            )
             return
         named = self._named(place, columns) if columns else ""
         what = f"codes damaged between offsets {start} and {stop}{named}"

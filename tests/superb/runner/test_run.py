@@ -16,10 +16,9 @@ from codecssl.superb.corpora.corpus import TaskCorpus
 from codecssl.superb.runner import jobs
 from codecssl.superb.runner import run as running
 from codecssl.superb.runner.jobs import run_all
-from codecssl.superb.runner.mtwv import mtwv
-from codecssl.superb.runner.qbe import searches
+from codecssl.superb.runner.qbe import mtwv, searches
 from codecssl.superb.runner.run import Machine, Run, configure, run_one
-from codecssl.superb.upstreams.expert import parse
+from codecssl.superb.upstreams.names import parse
 from codecssl.tokenize.common import files
 from codecssl.tokenize.common.errors import UserError
 

@@ -10,7 +10,7 @@ import pytest
 
 from codecssl.superb import tasks
 from codecssl.superb.runner.run import Machine, Run, configure, run_one
-from codecssl.superb.upstreams.expert import parse
+from codecssl.superb.upstreams.names import parse
 
 FEW = tasks.Budget(name="few", divisor=10**6, least=8, evaluations=2)
 

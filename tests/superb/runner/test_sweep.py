@@ -7,7 +7,7 @@ import pytest
 
 from codecssl.superb import tasks
 from codecssl.superb.runner.sweep import Sweep, part
-from codecssl.superb.upstreams.expert import parse
+from codecssl.superb.upstreams.names import parse
 from codecssl.tokenize.common.errors import UserError
 
 

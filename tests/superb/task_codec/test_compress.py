@@ -367,7 +367,8 @@ def test_report_end_to_end(upstream, shards, tmp_path, capsys):
 
 def test_codec_is_an_upstream(made, manifest):
     """Waves in, states after the bottleneck out at the base codec's rate; the head answers alike."""
-    from codecssl.superb.upstreams.expert import UpstreamBuilder, parse, parse_all
+    from codecssl.superb.upstreams.build import UpstreamBuilder
+    from codecssl.superb.upstreams.names import parse, parse_all
 
     folder = made[0]
     assert parse(str(folder)).kind == "model"

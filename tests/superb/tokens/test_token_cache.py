@@ -1,337 +1,95 @@
-"""The token cache: filled once by any number of processes, whole after kills, and of no effect on a result."""
+"""Codes by content: from the token cache, from memory, from the codec, and how often each."""
 
-import json
-import multiprocessing
-import os
-import signal
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
 import torch
-from helpers import random_network, verify
+from helpers import codes_of
 
-from codecssl.superb.tokens import fill as filling
-from codecssl.superb.tokens.fill import CacheJob, fill
-from codecssl.superb.tokens.token_cache import TokenCache, codec_folder, wave_key
-from codecssl.superb.tokens.waves import Wave, waves_of
-from codecssl.tokenize.adapters import utterances
-from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.registry import load_codec
-from codecssl.tokenize.shards import Shards
-
-GAIN = (("channels", "1"), ("rate", "16000"), ("gain", "-3.0"))
+from codecssl.superb.tokens.token_cache import CachedCodec, TokenCache, codec_folder, wave_key
+from codecssl.tokenize.write_codes import write_shards
 
 
 @pytest.fixture
-def waves(tmp_path: Path) -> list[Wave]:
-    """Nine files, of which two are the same sound, one is no sound, and one is cut at random."""
-    rng, folder, found = np.random.default_rng(0), tmp_path / "audio", []
-    folder.mkdir()
-    for i in range(9):
-        wave = 0.1 * rng.standard_normal(800 + 700 * i)
-        soundfile.write(folder / f"{i}.wav", wave if i != 7 else np.full(400, 0.25), 8_000 if i == 2 else 16_000)
-        found.append(Wave(path=str(folder / f"{i}.wav"), effects=GAIN if i == 3 else (), longest=8.0))
-    (folder / "4.wav").write_bytes((folder / "7.wav").read_bytes())
-    (folder / "5.wav").write_text("a letter")
-    found[6] = Wave(path=found[6].path, longest=0.1)
-    return [*found, Wave(path=found[8].path, start=0.1, end=0.2)]
+def waves() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [0.3 * torch.randn(n, generator=generator) for n in (16000, 5001, 800, 12345, 319)]
 
 
-@pytest.fixture(scope="module")
-def codec_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from codecssl.tokenize.backends import tiny_16khz
+def test_a_key_is_the_sha256_of_the_samples(waves: list[torch.Tensor]) -> None:
+    import hashlib
 
-    path = tmp_path_factory.mktemp("codec") / "tiny_16khz.safetensors"
-    tiny_16khz.save_weights(random_network(7), path, {})
-    return path
-
-
-def job(root: Path, waves: list[Wave], codec: Any, **options: Any) -> CacheJob:
-    return CacheJob(root=root, name="ks", waves=waves, card=codec.card, load=lambda: codec, **options)
+    wave = waves[0]
+    assert wave_key(wave) == hashlib.sha256(wave.numpy().tobytes()).hexdigest()
+    assert wave_key(wave.double()) == wave_key(wave)
+    assert wave_key(torch.stack([wave, wave], 1)[:, 0]) == wave_key(wave)  # whatever lies between the samples
+    assert wave_key(wave[1:]) != wave_key(wave)
 
 
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in [("SHARD_WAVES", 4), ("BLOCK_WAVES", 2), ("GROUP_WAVES", 2)]:
-        monkeypatch.setattr(filling, name, size)
+def test_memory_answers_the_second_time(codec: Any, waves: list[torch.Tensor]) -> None:
+    cache = CachedCodec(partial(codes_of, codec))
+    expected = codes_of(codec, waves)
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(cache([*waves, waves[0]]), [*expected, expected[0]], strict=True))
+    assert cache.counts == {"cached": 0, "kept": len(waves), "live": len(waves)}
 
 
-def loaded(waves: list[Wave]) -> list[torch.Tensor]:
-    found = [wave.load() for i, wave in enumerate(waves) if i != 5]
-    return [wave for wave in found if wave is not None]
+def test_a_full_memory_still_answers(codec: Any, waves: list[torch.Tensor]) -> None:
+    cache = CachedCodec(partial(codes_of, codec), limit_bytes=900)  # room for some, not for all
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(cache(waves), codes_of(codec, waves), strict=True))
+    assert len(waves) < cache.encoded < 2 * len(waves)
 
 
-def test_every_distinct_wave_is_there_once(
-    waves: list[Wave], codec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small(monkeypatch)
-    seen: list[int] = []
-    done = fill(job(tmp_path / "cache", waves, codec), report=seen.append)
-    expected = loaded(waves)
-    cache = TokenCache(tmp_path / "cache", codec.card)
-    for wave in expected:
-        assert np.array_equal(cache.find(wave_key(wave)), codec.encode([wave])[0].codes.numpy())
-    assert len(cache) == len(done) == len({wave_key(wave) for wave in expected}) == 7
-    assert cache.find(wave_key(torch.zeros(5))) is None
-    failed = [json.loads(line) for line in (done.shards.path / "failed.jsonl").read_text().splitlines()]
-    assert [row["path"] for row in failed] == [waves[5].path]
-    assert seen[-1] == len(waves)
-    assert seen == sorted(seen)
+def test_what_is_on_disk_never_reaches_the_codec(codec: Any, waves: list[torch.Tensor], tmp_path: Path) -> None:
+    """A wave cut by one sample is another wave."""
+    _write(tmp_path, codec, waves[:3])
+    asked: list[int] = []
+    stored = TokenCache(tmp_path, codec.card)
+    cache = CachedCodec(lambda wavs: asked.extend(map(len, wavs)) or codes_of(codec, wavs), stored)
+    given = [*waves, waves[0][1:]]
+    assert all(torch.equal(a, b) for a, b in zip(cache(given), codes_of(codec, given), strict=True))
+    assert asked == [len(wave) for wave in given[3:]]
+    assert cache.counts == {"cached": 3, "kept": 0, "live": 3}
 
 
-def test_a_set_is_a_dataset_of_the_tokenize_stage(
-    waves: list[Wave], codec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """verify finds it whole, its readers read it, and nothing else lies about."""
-    import webdataset
+def _write(root: Path, codec: Any, waves: list[torch.Tensor]) -> None:
+    """A set as `fill` writes it, by way of the tokenize stage's own writer."""
+    from codecssl.tokenize.format.layout import to_planes
+    from codecssl.tokenize.format.records import EncodedUtterance
+    from codecssl.tokenize.format.writer import ShardWriter, finish_dataset
 
-    small(monkeypatch)
-    folder = fill(job(tmp_path / "cache", waves, codec)).shards.path
-    assert verify(folder) == []
-    tars = [str(path) for path in sorted((folder / "shards").glob("*.tar"))]
-    samples = list(webdataset.WebDataset(tars, shardshuffle=False).compose(utterances))
-    keys = {wave_key(wave) for wave in loaded(waves)}
-    assert {sample["__key__"] for sample in samples} == keys
-    assert {u.source_sha256 for u in Shards(folder).utterances()} == keys
-    assert sorted(path.name for path in codec_folder(tmp_path / "cache", codec.card).iterdir()) == [folder.name]
-    names = {"dataset.json", "index.npy", "blocks.npy", "failed.jsonl", "keys.npy", "shards"}
-    assert {path.name for path in folder.iterdir()} == names
-
-
-def test_nothing_is_encoded_twice(waves: list[Wave], codec: Any, tmp_path: Path) -> None:
-    """A second task's set holds only what the first has not; the same set again needs no codec."""
-    root, encoded = tmp_path / "cache", []
-
-    def load() -> Any:
-        from types import SimpleNamespace
-
-        return SimpleNamespace(card=codec.card, encode=lambda wavs: encoded.extend(wavs) or codec.encode(wavs))
-
-    first = CacheJob(root=root, name="ks", waves=waves[:4], card=codec.card, load=load)
-    assert len(fill(first)) == 4
-    assert len(fill(first)) == len(encoded) == 4
-    assert len(fill(CacheJob(root=root, name="sid", waves=waves, card=codec.card, load=load))) == 3
-    assert len(encoded) == 7
-    empty = fill(CacheJob(root=root, name="ic", waves=waves[:2], card=codec.card, load=load))
-    assert len(empty) == 0
-    assert verify(empty.shards.path) == []
-    assert len(TokenCache(root, codec.card)) == 7
-
-
-def test_a_changed_file_is_another_wave(waves: list[Wave], codec: Any, tmp_path: Path) -> None:
-    first = job(tmp_path / "cache", waves[:2], codec)
-    before = fill(first).shards.path
-    soundfile.write(waves[0].path, 0.2 * np.ones(500), 16_000)
-    second = job(tmp_path / "cache", waves[:2], codec)
-    assert second.folder != before
-    assert len(fill(second)) == 1
-
-
-def test_another_codec_is_another_folder(waves: list[Wave], codec: Any, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    done = fill(job(tmp_path, waves[:1], codec))
-    other = replace(codec.card, weights_sha256="1" * 64)
-    assert len(TokenCache(tmp_path, other)) == 0
-    codec_folder(tmp_path, other).mkdir()
-    done.shards.path.rename(codec_folder(tmp_path, other) / "ks")
-    with pytest.raises(UserError, match="made with another codec .weights_sha256"):
-        TokenCache(tmp_path, other)
-
-
-def test_opening_reads_no_keys_and_no_codes(codec: Any, tmp_path: Path) -> None:
-    """Whatever the size of a set: keys are mapped, and one look-up touches a handful."""
-    from codecssl.superb.tokens.token_cache import KeyedShards
-    from codecssl.tokenize.write_codes import write_shards
-
-    write_shards(tmp_path / "set", codec.card, [(str(i), np.full((8, 1), i % 1024), {}) for i in range(3000)])
-    keys = KeyedShards(tmp_path / "set", codec.card)
-    assert not keys.keys.flags.owndata  # a view of the map
-    looks, column, key = [], keys.keys["key"], keys.shards.utterance(1234).source_sha256
-
-    class CountingCodec:
-        def __len__(self) -> int:
-            return len(column)
-
-        def __getitem__(self, index: int) -> Any:
-            looks.append(index)
-            return column[index]
-
-    keys.keys = {"key": CountingCodec(), "index": keys.keys["index"]}  # type: ignore[assignment]
-    assert (keys.find(key) == 1234 % 1024).all()
-    assert len(looks) < 16
-
-
-def _fill_elsewhere(root: Path, waves: list[Wave], weights: str, out: Any = None) -> None:
-    torch.set_num_threads(1)
-    filling.SHARD_WAVES, filling.BLOCK_WAVES, filling.GROUP_WAVES = 8, 2, 1
-    load = partial(load_codec, weights)
-    done = fill(CacheJob(root=root, name="ks", waves=waves, card=load().card, load=load))
-    if out is not None:
-        out.put(len(done))
-
-
-@pytest.fixture
-def many(tmp_path: Path) -> list[Wave]:
-    rng, found = np.random.default_rng(1), []
-    for i in range(64):
-        soundfile.write(tmp_path / f"m{i}.wav", 0.1 * rng.standard_normal(16_000), 16_000)
-        found.append(Wave(path=str(tmp_path / f"m{i}.wav")))
-    return found
-
-
-def test_processes_share_the_work_and_a_kill_loses_little(many: list[Wave], codec_file: Path, tmp_path: Path) -> None:
-    """One is killed in the middle; two that come later finish what it left, and the set is the one of a single run."""
-    context, root, weights = multiprocessing.get_context("fork"), tmp_path / "cache", str(codec_file)
-    card = load_codec(weights).card
-    killed = context.Process(target=_fill_elsewhere, args=(root, many, weights))
-    killed.start()
-    deadline = time.monotonic() + 120
-    while not list(root.glob("*/*/work/*/00001.json")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(killed.pid, signal.SIGKILL)  # type: ignore[arg-type]
-    killed.join()
-    left = list(root.glob("*/*/work/*/*.json"))
-    assert left
-    assert not list(root.glob("*/*/dataset.json"))
-    stamps = {path: path.stat().st_mtime_ns for path in left}
-    queue = context.Queue()
-    two = [context.Process(target=_fill_elsewhere, args=(root, many, weights, queue)) for _ in range(2)]
-    for process in two:
-        process.start()
-    assert [queue.get(timeout=120) for _ in two] == [64, 64]
-    for process in two:
-        process.join()
-    assert stamps
-    (folder,) = codec_folder(root, card).iterdir()
-    assert verify(folder) == []
-    alone = context.Process(target=_fill_elsewhere, args=(tmp_path / "alone", many, weights))
-    alone.start()
-    alone.join()
-    (other,) = codec_folder(tmp_path / "alone", card).iterdir()
-    for path in sorted((folder / "shards").iterdir()):
-        assert path.read_bytes() == (other / "shards" / path.name).read_bytes()
-
-
-def test_workers_give_the_same_set(many: list[Wave], codec_file: Path, tmp_path: Path) -> None:
-    load = partial(load_codec, str(codec_file))
-    card = load().card
-    sets = [
-        fill(CacheJob(root=tmp_path / str(n), name="ks", waves=many, card=card, load=load, workers=n)).shards
-        for n in (0, 1)
+    folder = codec_folder(root, codec.card) / "set"
+    writer = ShardWriter(folder, 0, codec.card)
+    utterances = [
+        EncodedUtterance(
+            id=wave_key(wave),
+            path="x",
+            codes=to_planes(codes.numpy().astype(np.uint16), codec.card),
+            samples=len(wave),
+            source_sha256=wave_key(wave),
+            source_rate=16_000,
+            source_samples=len(wave),
+        )
+        for wave, codes in zip(waves, codes_of(codec, waves), strict=True)
     ]
-    assert sets[0].fingerprint == sets[1].fingerprint
+    writer.add_block(len(utterances), utterances, [])
+    writer.finish(inputs_sha256="")
+    finish_dataset(folder, {"codec": codec.card.to_dict(), "sources": []}, 1)
 
 
-def test_a_full_disk_is_told(waves: list[Wave], codec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
+def test_keys_with_zeros_at_their_end_are_found(codec: Any, tmp_path: Path) -> None:
+    """numpy's byte strings drop them; a key must not lose its last bytes."""
+    from codecssl.superb.tokens.token_cache import KeyedShards
 
-    def full(*arguments: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(filling, "finish_dataset", full)
-    with pytest.raises(UserError, match="disk full; make room and run the same command again"):
-        fill(job(tmp_path / "cache", waves, codec))
-
-
-def test_waves_are_what_s3prl_loads(corpus: Path) -> None:
-    """Keyword spotting: sample by sample what the problem's own dataset hands to the upstream."""
-    from codecssl.superb.corpora.corpus import open_corpus
-    from codecssl.superb.patches import import_patches
-    from codecssl.superb.tasks import TASKS
-
-    import_patches.install()
-    import s3prl.problem
-    from s3prl.dataio.dataset import LoadAudio
-
-    splits = open_corpus(corpus).select(TASKS["ks"]).splits
-    waves = waves_of(TASKS["ks"], splits)
-    conf = s3prl.problem.SuperbKS().default_config()["build_dataset"]["train"]
-    theirs = LoadAudio([str(e.path) for e in splits["train"]], **conf)
-    ours = {wave.path: wave.load() for wave in waves}
-    assert len(waves) == 48
-    for i, example in enumerate(splits["train"]):
-        assert torch.equal(ours[str(example.path)], theirs[i]["wav"])
-
-
-@pytest.mark.parametrize("frame_shift", [320, 213])
-def test_diarisation_cuts_recordings_as_its_dataset_does(frame_shift: int, tmp_path: Path) -> None:
-    """Longer and shorter than a chunk of 2000 frames, through the CSV and the Kaldi folder that s3prl makes of it."""
-    from codecssl.superb.corpora.corpus import Example
-    from codecssl.superb.patches import import_patches
-    from codecssl.superb.runner.csvs import write_csvs
-    from codecssl.superb.tasks import TASKS
-
-    import_patches.install()
-    from s3prl.dataio.dataset.diarization import DiarizationDataset
-    from s3prl.problem.diarization.util import csv_to_kaldi_dir
-
-    rng, examples = np.random.default_rng(0), []
-    for name, samples in [("a", 700_123), ("b", 50_001)]:
-        soundfile.write(tmp_path / f"{name}.wav", 0.1 * rng.standard_normal(samples), 16_000)
-        turns = [("s", 0.0, 2.0), ("t", 1.0, 3.0)]
-        examples.append(Example(id=name, path=tmp_path / f"{name}.wav", columns={"segments": turns}))
-    (table,) = write_csvs(TASKS["sd"], {"train": examples}, tmp_path, None).values()  # type: ignore[arg-type]
-    csv_to_kaldi_dir(table, tmp_path / "kaldi")
-    theirs = DiarizationDataset("train", tmp_path / "kaldi", 2000, frame_shift, num_speakers=2)
-    ours = waves_of(TASKS["sd"], {"train": examples}, frame_shift)
-    assert len(ours) == len(theirs) > 2
-    for wave, item in zip(ours, theirs, strict=True):
-        assert wave_key(wave.load()) == wave_key(torch.from_numpy(item["x"]))  # type: ignore[arg-type]
-
-
-def test_query_by_example_hears_a_file_at_its_own_rate(tmp_path: Path) -> None:
-    """8 kHz, as QUESST14 is: what its search hands to the upstream."""
-    from codecssl.superb.corpora.corpus import Example
-    from codecssl.superb.runner import qbe
-    from codecssl.superb.tasks import TASKS
-
-    soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(6000), 8_000)
-    soundfile.write(tmp_path / "b.wav", 0.1 * np.random.default_rng(0).standard_normal(200), 8_000)
-    examples = [Example(id=name, path=tmp_path / name, columns={}) for name in ("a.wav", "b.wav")]
-    heard: list[torch.Tensor] = []
-
-    def upstream(wavs: list[torch.Tensor]) -> Any:
-        heard.extend(wavs)
-        return {"hidden_states": [torch.randn(1, 5, 2)]}
-
-    qbe._features(examples, upstream, 0, "cpu")
-    waves = waves_of(TASKS["qbe"], {"test": examples})
-    assert [len(wave) for wave in heard] == [12_000, 800]
-    for wave, theirs in zip(waves, heard, strict=True):
-        assert torch.equal(wave.load(), theirs)
-
-
-def test_speaker_verification_drops_silence_in_training_only(corpus: Path) -> None:
-    from codecssl.superb.corpora.corpus import Example
-    from codecssl.superb.tasks import TASKS
-
-    example = Example(id="a", path=corpus / "00.flac", columns={})
-    train, test = waves_of(TASKS["asv"], {"train": [example], "test": [example]})
-    assert [effect[0] for effect in train.effects] == ["channels", "rate", "gain", "silence"]
-    assert train.longest == 8.0
-    assert (test.effects, test.longest) == ((), None)
-
-
-def test_the_command_fills_and_says_so(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from codecssl.superb.cli import main
-
-    arguments = ["cache", "--upstream", "tiny_16khz", "--tasks", "ks,ic", "--data", str(corpus), "--output"]
-    assert main([*arguments, str(tmp_path / "c")]) == 0
-    out = capsys.readouterr().out
-    assert "codes of ks by tiny_16khz: 48 new waves of 48" in out
-    assert "codes of ic by tiny_16khz: 48 new waves of 48" in out  # without keyword spotting's gain
-    assert main([*arguments, str(tmp_path / "c")]) == 0
-    assert "new waves" not in capsys.readouterr().out
-    assert len(TokenCache(tmp_path / "c", load_codec("tiny_16khz").card)) == 96
-
-
-def test_an_upstream_without_codes_is_refused(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from codecssl.superb.cli import main
-
-    assert main(["cache", "--upstream", "fbank", "--data", str(corpus), "--output", str(tmp_path)]) == 1
-    assert "upstream fbank: reads waves, not codes" in capsys.readouterr().err
+    shards = write_shards(tmp_path / "set", codec.card, [(str(i), np.full((8, 3), i), {}) for i in range(200)])
+    keys = KeyedShards(tmp_path / "set", codec.card)
+    for i in range(200):
+        key = shards.utterance(i).source_sha256
+        assert (keys.find(key) == i).all()
+        assert keys.find(key[:-1] + ("1" if key[-1] == "0" else "0")) is None
+    assert keys.find("00" * 32) is None
+    assert keys.find("ff" * 32) is None

@@ -18,8 +18,9 @@ from codecssl.superb.runner.prefill import jobs
 from codecssl.superb.tokens.codec_at_16khz import at_codec_rate, encode
 from codecssl.superb.tokens.fill import CacheJob, fill
 from codecssl.superb.tokens.waves import Wave
-from codecssl.superb.upstreams.expert import UpstreamBuilder, parse
+from codecssl.superb.upstreams.build import UpstreamBuilder
 from codecssl.superb.upstreams.feature_cache import CachedUpstream
+from codecssl.superb.upstreams.names import parse
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.mel import MelSpec, mel_plane
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from codecssl.superb.upstreams.expert import UpstreamBuilder, parse
+from codecssl.superb.upstreams.build import UpstreamBuilder
+from codecssl.superb.upstreams.names import parse
 from codecssl.superb.upstreams.spectral import FLOOR, LogMel, Mfcc
 
 WAVE = 0.3 * np.random.default_rng(0).standard_normal(16_123)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from codecssl.superb.patches import import_patches
-from codecssl.superb.upstreams.expert import UpstreamBuilder, parse
+from codecssl.superb.upstreams.build import UpstreamBuilder
+from codecssl.superb.upstreams.names import parse
 from codecssl.tokenize.common.errors import UserError
 
 SMALL: dict[str, Any] = {

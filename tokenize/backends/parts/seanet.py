@@ -4,8 +4,8 @@ Defossez et al. 2022 (arXiv 2210.13438), section 3.2. The network is causal: a c
 LSTM its state, so nothing is computed twice. Pieces are short, so activations between layers stay in a CPU's cache.
 
 Convolutions run on one wave at a time, as matrix products of one fixed size. The LSTM's weights fit no cache, so it
-runs on several waves (lanes) in parallel, but only on numbers of lanes that give identical bits (`SeanetEncoder.widths`).
-A wave's latents therefore depend on that wave alone.
+runs on several waves (lanes) in parallel, but only on numbers of lanes that give identical bits
+(`SeanetEncoder.widths`). A wave's latents therefore depend on that wave alone.
 """
 
 from __future__ import annotations

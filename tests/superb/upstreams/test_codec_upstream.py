@@ -12,9 +12,11 @@ from helpers import codes_of
 
 from codecssl.superb.patches import import_patches
 from codecssl.superb.tokens.codec_at_16khz import encode
-from codecssl.superb.tokens.codes import CodeCache
-from codecssl.superb.upstreams.expert import CodecExpert, CodeTables, UpstreamBuilder, parse, parse_all
+from codecssl.superb.tokens.token_cache import CachedCodec
+from codecssl.superb.upstreams.build import UpstreamBuilder
+from codecssl.superb.upstreams.codec_upstream import CodecUpstream, CodeTables
 from codecssl.superb.upstreams.feature_cache import CachedUpstream
+from codecssl.superb.upstreams.names import parse
 from codecssl.tokenize.common.errors import UserError
 
 
@@ -65,7 +67,7 @@ def test_batch_equals_one_by_one_for_each_kind_of_model(name: str, codec: Any, w
     small: Any = {"dim": 32, "layers": 2, "heads": 2, "ffn_dim": 64, "conv_kernel": 8, "conv_groups": 4}
     model = untrained(dataclasses.replace(config, **small, **ENCODERS[name]), codec.card, codec.embeddings(), seed=3)
     long = 0.3 * torch.randn(240_000, generator=torch.Generator().manual_seed(1))
-    expert = CodecExpert(codec.card, CodeCache(partial(codes_of, codec)), model)
+    expert = CodecUpstream(codec.card, CachedCodec(partial(codes_of, codec)), model)
     _batch_is_one_by_one(expert, [*waves, long], exact_frames=True)
 
 
@@ -141,7 +143,9 @@ def test_frames_follow_s3prl_at_any_rate(codec: Any, sample_rate: int, hop: int,
     card = replace(codec.card, sample_rate=sample_rate, hop_length=hop)
     frames = math.ceil(math.ceil(samples * sample_rate / 16000) / hop)
     numbers = torch.arange(frames)[None]  # the code of each frame is its number
-    expert = CodecExpert(card, CodeCache(lambda wavs: [numbers]), CodeTables([torch.arange(frames)[:, None].float()]))
+    expert = CodecUpstream(
+        card, CachedCodec(lambda wavs: [numbers]), CodeTables([torch.arange(frames)[:, None].float()])
+    )
     state = expert([torch.zeros(samples)])["hidden_states"][0][0, :, 0]
     assert expert.get_downsample_rates("hidden_states") == rate
     assert len(state) == len(range(0, samples, rate))
@@ -188,7 +192,7 @@ def test_segments_that_overlap_do_not_drift(codec: Any, samples: int) -> None:
     length = math.ceil(samples * 3)
     numbers = torch.arange(card.frames_of(length))[None]
     tables = CodeTables([torch.arange(numbers.shape[1])[:, None].float()])
-    state = CodecExpert(card, CodeCache(lambda wavs: [numbers]), tables)([torch.zeros(samples)])["hidden_states"][0]
+    state = CodecUpstream(card, CachedCodec(lambda wavs: [numbers]), tables)([torch.zeros(samples)])["hidden_states"][0]
     rate = 106  # 106.67 samples at 16 kHz
     for j, number in enumerate(state[0, :, 0].tolist()):
         segment, within = divmod(int(number), 150)
@@ -242,41 +246,9 @@ def test_fbank_is_s3prls(waves: list[torch.Tensor]) -> None:
     assert torch.equal(UpstreamBuilder().build(parse("fbank@s3prl"))(waves[:2])["hidden_states"][0], expected)
 
 
-@pytest.mark.parametrize("name", ["hubert_basse", "random:nowhere", "nowhere/model", "fbank:x"])
-def test_an_unknown_name_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=f"upstream {name}: not known; give"):
-        parse(name)
-
-
 def test_an_unknown_s3prl_name_is_refused() -> None:
     with pytest.raises(UserError, match="upstream nothing@s3prl: s3prl's hub has no nothing"):
         UpstreamBuilder().build(parse("nothing@s3prl"))
-
-
-def test_a_codec_in_the_hubs_format_is_no_model(tmp_path: Path) -> None:
-    """Its folder has a config.json too; and its identity follows its files."""
-    (tmp_path / "config.json").write_text('{"model_type": "encodec"}')
-    upstream = parse(f"codes:encodec_24khz@{tmp_path}")
-    first = upstream.identity()["sha256"]
-    (tmp_path / "config.json").write_text('{"model_type": "dac"}')
-    assert first is not None
-    assert upstream.identity()["sha256"] != first
-    assert parse("codes:tiny_16khz").identity()["sha256"] is None
-    with pytest.raises(UserError, match="not known"):
-        parse(str(tmp_path))
-
-
-def test_bare_baselines_follow_the_first_model(model_folder: Path) -> None:
-    """So that `codes` and `random` share the codec and the architecture of what they stand beside."""
-    named = parse_all(["fbank", "codes", str(model_folder), "random", "codes:tiny_16khz"])
-    assert [u.argument for u in named] == [
-        None,
-        str(model_folder),
-        str(model_folder),
-        str(model_folder),
-        "tiny_16khz",
-    ]
-    assert parse_all(["codes"])[0].argument is None
 
 
 def test_the_codec_runs_once_per_wave(model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]) -> None:
