@@ -19,7 +19,7 @@ from codecssl.pretrain.engine.fp32_state import load_weights
 from codecssl.pretrain.monitor.reference_curves import curve_key, find, verdict
 from codecssl.pretrain.monitor.sanity_checks import check_targets, data_report, model_report
 from codecssl.pretrain.monitor.step_profiler import Tracer
-from codecssl.pretrain.monitor.telemetry import Row, Telemetry
+from codecssl.pretrain.monitor.telemetry import MetricsRow, Telemetry
 from codecssl.pretrain.objectives.objective import Objective
 from codecssl.pretrain.objectives.targets import make_target
 from codecssl.pretrain.training import Training
@@ -81,7 +81,7 @@ class Mute(Telemetry):
     def say(self, text: str) -> None:
         pass
 
-    def log(self, row: Row) -> None:
+    def log(self, row: MetricsRow) -> None:
         pass
 
     warn = say

@@ -18,7 +18,7 @@ from codecssl.pretrain.engine.distributed import PREEMPTED, ProcessGroup
 from codecssl.pretrain.engine.engine import after_update, backward, take_step
 from codecssl.pretrain.monitor.sanity_checks import collapse, training_flops
 from codecssl.pretrain.monitor.step_profiler import Tracer
-from codecssl.pretrain.monitor.telemetry import Row, Telemetry, clock, machine_row
+from codecssl.pretrain.monitor.telemetry import MetricsRow, Telemetry, clock, machine_row
 from codecssl.pretrain.objectives.objective import Scores, merged, summary
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.process import StopSignal, Watchdog
@@ -115,7 +115,7 @@ class Training:
         return total, masked, visible, norm
 
     @torch.no_grad()
-    def validate(self, step: int) -> Row:
+    def validate(self, step: int) -> MetricsRow:
         """Return a row of metrics on the held-out utterances.
 
         Every validation uses the same pieces and masks, and all codebooks. The batches are divided among the ranks.
@@ -207,7 +207,7 @@ class Training:
         means = self._means(masked_scores)
         if visible_scores:
             means |= _of_visible(self._means(visible_scores))
-        row: Row = {
+        row: MetricsRow = {
             "split": "train",
             "step": done,
             "epoch": done / self.train.plan.steps_per_epoch,
@@ -261,7 +261,7 @@ class Training:
         self.telemetry.say(f"stopped by {signal} after step {done}; the same command goes on from there")
         self.group.leave(PREEMPTED)
 
-    def _log(self, row: Row) -> None:
+    def _log(self, row: MetricsRow) -> None:
         self.group.once(lambda: self.telemetry.log(row))
 
     def _draw(self) -> None:

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from codecssl.superb.rows import ResultRow
 from codecssl.tokenize.common.files import write_atomic
-
-Row = dict[str, Any]
 
 FOLDERS = {"runs": "runs/*/*/*", "probes": "probes/*/*"}
 """Where rows are: runs/UPSTREAM/TASK/NAME, probes/NAME/DIGEST. Below these, what other processes train with comes and
@@ -24,13 +23,13 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def read_rows(output: Path, *kinds: str) -> list[Row]:
+def read_rows(output: Path, *kinds: str) -> list[ResultRow]:
     """Rows of finished results under `output`, by name. kinds: runs, probes, or both."""
     found = (path for kind in kinds or FOLDERS for path in output.glob(f"{FOLDERS[kind]}/result.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(found)]
 
 
-def publish(output: Path) -> list[Row]:
+def publish(output: Path) -> list[ResultRow]:
     """Write results.jsonl from all that finished; safe while other processes finish theirs."""
     rows = read_rows(output)
     write_text(output / "results.jsonl", "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))

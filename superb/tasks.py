@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from codecssl.superb.rows import ManifestRow
 from codecssl.tokenize.common.errors import UserError
 
 SPLITS = ("train", "valid", "test")
-Row = dict[str, Any]
-"""A row of manifest.jsonl; sample_corpus.md lists the columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +37,13 @@ class Task:
     """Of the official benchmark."""
     metrics: tuple[Metric, ...]
     """The first one chooses among learning rates, by the validation set."""
-    columns: Callable[[Row], dict[str, Any]]
+    columns: Callable[[ManifestRow], dict[str, Any]]
     splits: tuple[str, ...] = SPLITS
     classes: bool = False
     """True for a closed set of labels: a label that never occurs in training cannot be predicted."""
     work: int = 1
     """A step's cost beside a pooled linear head's, roughly; a budget that lightens divides its steps by it."""
-    rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    lrs: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """Learning rates swept by default under a budget, where they differ from the budget's own."""
     shortest: float = 0.02
     """Seconds; shorter clips are left out and counted."""
@@ -83,10 +82,10 @@ class Budget:
         return max(1, self.evaluations // work) if self.lighten else self.evaluations
 
 
-def _first(column: str, *names: str) -> Callable[[Row], dict[str, Any]]:
+def _first(column: str, *names: str) -> Callable[[ManifestRow], dict[str, Any]]:
     """The first of the manifest's columns that a row has, as s3prl's `column`."""
 
-    def columns(row: Row) -> dict[str, Any]:
+    def columns(row: ManifestRow) -> dict[str, Any]:
         for name in names:
             if row.get(name) is not None:
                 return {column: str(row[name])}
@@ -95,23 +94,23 @@ def _first(column: str, *names: str) -> Callable[[Row], dict[str, Any]]:
     return columns
 
 
-def _keyword(row: Row) -> dict[str, Any]:
+def _keyword(row: ManifestRow) -> dict[str, Any]:
     """A keyword's label; seconds of a longer file where the row has `start` and `end`."""
     place = {"start_sec": row["start"], "end_sec": row["end"]} if row.get("end") is not None else {}
     return {**_first("label", "keyword", "label")(row), **place}
 
 
-def _intent(row: Row) -> dict[str, Any]:
+def _intent(row: ManifestRow) -> dict[str, Any]:
     slots = row["slots"]
     return {"labels": " ; ".join(str(slots[slot]) for slot in ("action", "object", "location"))}
 
 
-def _phones(row: Row) -> dict[str, Any]:
+def _phones(row: ManifestRow) -> dict[str, Any]:
     phones = row["phones"]
     return {"transcription": phones if isinstance(phones, str) else " ".join(phones)}
 
 
-def _slots(row: Row) -> dict[str, Any]:
+def _slots(row: ManifestRow) -> dict[str, Any]:
     """Words and one tag a word. s3prl marks a slot's ends itself, so B- and I- are dropped; its metrics separate
     slots by colon and semicolon, so words lose them.
     """
@@ -123,14 +122,14 @@ def _slots(row: Row) -> dict[str, Any]:
     return {"transcription": " ".join(words), "iob": " ".join(names)}
 
 
-def _segments(row: Row) -> dict[str, Any]:
+def _segments(row: ManifestRow) -> dict[str, Any]:
     segments = [(str(s["speaker"]), float(s["start"]), float(s["end"])) for s in row["segments"]]
     if len({speaker for speaker, _, _ in segments}) > 2:
         raise ValueError("segments name more than two speakers")
     return {"segments": segments}
 
 
-def _search(row: Row) -> dict[str, Any]:
+def _search(row: ManifestRow) -> dict[str, Any]:
     if row["role"] == "query":
         return {"role": "query", "query": str(row["query"])}
     return {"role": "document", "queries": [str(query) for query in row["queries"]]}
@@ -149,7 +148,7 @@ TASKS = {
             corpus="LibriSpeech train-clean-100",
             metrics=(Metric(key="per", label="PER %", higher_better=False),),
             columns=_phones,
-            rates={"smoke": (1e-2,), "quick": (1e-2, 1e-3)},
+            lrs={"smoke": (1e-2,), "quick": (1e-2, 1e-3)},
         ),
         Task(
             name="asr",
@@ -162,7 +161,7 @@ TASKS = {
             ),
             columns=_first("transcription", "text"),
             work=100,
-            rates=HEAVY,
+            lrs=HEAVY,
         ),
         Task(
             name="ks",
@@ -200,7 +199,7 @@ TASKS = {
             columns=_first("spk", "speaker"),
             splits=("train", "test"),
             work=20,
-            rates=HEAVY,
+            lrs=HEAVY,
             shortest=0.5,  # the x-vector's time-delay layers take 14 frames away
         ),
         Task(
@@ -211,7 +210,7 @@ TASKS = {
             metrics=(Metric(key="der", label="DER %", higher_better=False),),
             columns=_segments,
             work=20,
-            rates=HEAVY,
+            lrs=HEAVY,
         ),
         Task(
             name="ic",
@@ -233,7 +232,7 @@ TASKS = {
             ),
             columns=_slots,
             work=100,
-            rates=HEAVY,
+            lrs=HEAVY,
         ),
         Task(
             name="er",
@@ -285,11 +284,11 @@ def choose(names: str) -> list[Task]:
     return [TASKS[name] for name in dict.fromkeys(wanted)]
 
 
-def rates_of(task: Task, budget: Budget) -> tuple[float | None, ...]:
+def lrs_of(task: Task, budget: Budget) -> tuple[float | None, ...]:
     """Learning rates swept where the user names none; None is the official one, or that nothing is trained."""
     if task.problem is None:
         return (None,)
-    return task.rates.get(budget.name, budget.learning_rates) or (None,)
+    return task.lrs.get(budget.name, budget.learning_rates) or (None,)
 
 
 def official_config(task: Task) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def run(args: Namespace) -> int:
         tasks=args.tasks,
         task=args.task,
         workers=args.workers,
-        compress=args.entropy_code,
+        entropy_code=args.entropy_code,
         mel_bands=args.with_mel,
         shard_inputs=args.shard_inputs,
         block_inputs=args.block_inputs,
@@ -41,12 +41,12 @@ def run(args: Namespace) -> int:
     hint = "the same command resumes after the last whole block (--stall-minutes sets how long to wait)"
     with StopSignal() as stop, Watchdog(args.stall_minutes, hint=hint) as watch, _progress() as bar:
 
-        def report(progress: Progress) -> None:
+        def on_progress(progress: Progress) -> None:
             watch.report(f"encoding input {progress.inputs + 1} of this task")
             bar(progress)
 
         try:
-            totals = run(config, report, lambda: stop.asked is not None)
+            totals = run(config, on_progress, lambda: stop.asked is not None)
         except (Stopped, RuntimeError) as error:  # the signal may have ended a worker too
             if stop.asked is None:
                 raise
@@ -89,19 +89,19 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
     with progress_bar("files") as bar:
         began = time.monotonic()
 
-        def report(progress: Progress) -> None:
+        def on_progress(progress: Progress) -> None:
             rate = progress.seconds / max(time.monotonic() - began, 1e-9)
             note = f"{progress.seconds / 3600:.2f} h, {rate:.0f} x real time, {progress.failed} failed"
             bar(progress.inputs, progress.total, note)
 
-        yield report
+        yield on_progress
 
 
 def verify(args: Namespace) -> int:
     from codecssl.tokenize.integrity.verify import examine
 
-    with _shards_bar() as report:
-        found = examine(args.dataset, sample=args.sample, weights=args.weights, report=report)
+    with _shards_bar() as on_progress:
+        found = examine(args.dataset, sample=args.sample, weights=args.weights, on_progress=on_progress)
     damages = [str(damage) for damage in found.damages]
     if args.json:
         print(json.dumps({"whole": not damages, "damages": damages, "notes": found.notes}))
@@ -119,8 +119,8 @@ def verify(args: Namespace) -> int:
 def repair(args: Namespace) -> int:
     from codecssl.tokenize.integrity.repair import repair
 
-    with _shards_bar() as report, _progress() as progress:
-        done = repair(args.dataset, report, workers=args.workers, weights=args.weights, progress=progress)
+    with _shards_bar() as on_progress, _progress() as progress:
+        done = repair(args.dataset, on_progress, workers=args.workers, weights=args.weights, progress=progress)
     if args.json:
         print(json.dumps({"done": done}))
     else:

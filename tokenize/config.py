@@ -22,7 +22,7 @@ class TokenizeConfig:
     task: int = 0
     workers: int | None = None
     """Number of processes that read and, on a CPU, encode. None is one per core, 0 uses this process."""
-    compress: bool = False
+    entropy_code: bool = False
     """Entropy-code the shards, losslessly."""
     mel_bands: int | None = None
     """Number of bands (1 to 256) of the log-mel plane stored next to the codes. None stores no plane."""

@@ -53,7 +53,7 @@ def open_plan(
         "sources": [str(s) for s in config.sources],
         "inputs": inputs,
         "decoding": DECODING,
-        **({"compression": COMPRESSION} if config.compress else {}),
+        **({"compression": COMPRESSION} if config.entropy_code else {}),
         **({"mel": mel.to_dict()} if mel else {}),
     } | {size: getattr(config, size) for size in SIZES}
     path = config.output / "plan.json"
@@ -218,7 +218,7 @@ class _BlockWriter:
 
     def __init__(self, config: TokenizeConfig, card: CodecCard, shard: int) -> None:
         self.config, self.card, self.shard = config, card, shard
-        self.writer = ShardWriter(config.output, shard, card, compress=config.compress)
+        self.writer = ShardWriter(config.output, shard, card, entropy_code=config.entropy_code)
         self._clear()
 
     def _clear(self) -> None:

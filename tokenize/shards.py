@@ -81,7 +81,7 @@ class Shards:
         self._check, self._files = check, ShardFiles(self.path, retry_seconds=retry_seconds)
         self.header = read_header(self.path)
         self.card = CodecCard.from_dict(self.header["codec"])
-        self.compressed = bool(self.header.get("compression"))
+        self.entropy_coded = bool(self.header.get("compression"))
         self.mel_spec = MelSpec.from_dict(self.header["mel"]) if "mel" in self.header else None
         """Spec of the stored log-mel plane, or None."""
         self.frames: NDArray[np.integer] = read_array(self.path / "index.npy", ("<u2", "<u4"))
@@ -135,7 +135,7 @@ class Shards:
         `num_codebooks` keeps the rows of the first codebooks. Raises IndexError for indices out of range.
         """
         kept, stop = self._checked(index, num_codebooks, start, stop)
-        if self.compressed:
+        if self.entropy_coded:
             return from_planes(self._decoded(index, kept, start, stop), self.card)
         stacks = self._unpacked(index, kept, start, stop)
         if len(stacks) == 1 and self._runs[0].rate == 1:
@@ -147,7 +147,7 @@ class Shards:
     ) -> list[NDArray[np.uint16]]:
         """Return, per codebook k, the (stop - start) * codes_per_frame[k] codes of frames start..stop."""
         kept, stop = self._checked(index, num_codebooks, start, stop)
-        if self.compressed:
+        if self.entropy_coded:
             return self._decoded(index, kept, start, stop)
         return [plane for stack in self._unpacked(index, kept, start, stop) for plane in stack]
 

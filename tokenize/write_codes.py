@@ -23,7 +23,7 @@ Item = tuple[str, NDArray[np.integer], dict[str, Any]] | tuple[str, NDArray[np.i
 
 
 def write_shards(
-    path: str | Path, card: CodecCard, items: Iterable[Item], per_shard: int = 8192, *, compress: bool = False
+    path: str | Path, card: CodecCard, items: Iterable[Item], per_shard: int = 8192, *, entropy_code: bool = False
 ) -> Shards:
     """Write existing codes as a dataset. Items are (id, codes [R, T], labels) or (..., scales [segments]).
 
@@ -35,24 +35,24 @@ def write_shards(
         raise UserError(f"{root}: holds a dataset already; give another folder")
     shards = 0
     for shard, group in enumerate(_groups(iter(items), per_shard)):
-        write_shard(root, shard, card, group, compress=compress)
+        write_shard(root, shard, card, group, entropy_code=entropy_code)
         shards = shard + 1
-    finish_written(root, card, shards, compress=compress)
+    finish_written(root, card, shards, entropy_code=entropy_code)
     return Shards(root)
 
 
-def write_shard(root: Path, shard: int, card: CodecCard, items: Sequence[Item], *, compress: bool = False) -> None:
+def write_shard(root: Path, shard: int, card: CodecCard, items: Sequence[Item], *, entropy_code: bool = False) -> None:
     """Write one shard of `write_shards`. Remains of a killed process are overwritten."""
     shutil.rmtree(root / "work" / f"{shard:05d}", ignore_errors=True)
-    writer = ShardWriter(root, shard, card, compress=compress)
+    writer = ShardWriter(root, shard, card, entropy_code=entropy_code)
     writer.add_block(len(items), [_encoded(card, *item) for item in items], [])
     writer.finish(inputs_sha256="")
 
 
-def finish_written(root: Path, card: CodecCard, shards: int, *, compress: bool = False) -> None:
+def finish_written(root: Path, card: CodecCard, shards: int, *, entropy_code: bool = False) -> None:
     """Finish a dataset of the shards 0 .. shards - 1 of `write_shard`."""
     header: dict[str, Any] = {"codec": card.to_dict(), "sources": []}
-    finish_dataset(root, header | ({"compression": COMPRESSION} if compress else {}), shards)
+    finish_dataset(root, header | ({"compression": COMPRESSION} if entropy_code else {}), shards)
     tidy(root)
 
 

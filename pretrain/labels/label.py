@@ -277,7 +277,7 @@ def _label(parts: Sequence[_Part], labeller: Labeller) -> None:
                 _label_shard(part, labeller, lambda: bar(next(done), total, ""))
 
 
-def _label_shard(part: _Part, labeller: Labeller, report: Callable[[], object]) -> None:
+def _label_shard(part: _Part, labeller: Labeller, on_progress: Callable[[], object]) -> None:
     """Label one shard.
 
     Its contribution to the report is written first. Every finished shard therefore has one.
@@ -289,7 +289,7 @@ def _label_shard(part: _Part, labeller: Labeller, report: Callable[[], object]) 
         quality.add(labels, distance)
         quality.add_phones(labels, _phones(utterance.labels, rate, len(labels)))
         items.append((utterance.id, labels[None, :], {}))
-        report()
+        on_progress()
     quality.save(part.counts)
     write_shard(part.folder, part.shard, _card(part.shards, labeller), items)
 

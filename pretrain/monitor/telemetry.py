@@ -16,7 +16,7 @@ from codecssl.tokenize.common.files import atomic_file, write_atomic
 from codecssl.tokenize.common.process import drop_stdout
 from codecssl.tokenize.common.retry import patiently
 
-Row = dict[str, Any]
+MetricsRow = dict[str, Any]
 
 # Dense bf16 peak from the datasheets, FLOP/s. On other devices the utilisation is not reported.
 _PEAK_BF16 = {
@@ -67,14 +67,14 @@ class Telemetry:
             self.unheard = True
             drop_stdout()
 
-    def log(self, row: Row) -> None:
+    def log(self, row: MetricsRow) -> None:
         """Write a row to all outputs except curves.png."""
         self.rows.append(row)
         patiently(lambda: self._append(row), self._path, seconds=self._retry_seconds)
         self._chart(row)
         self.say(console_line(row))
 
-    def _append(self, row: Row) -> None:
+    def _append(self, row: MetricsRow) -> None:
         with self._path.open("ab+") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))
@@ -91,7 +91,7 @@ class Telemetry:
         with suppress(OSError):
             self._board.close()
 
-    def _chart(self, row: Row) -> None:
+    def _chart(self, row: MetricsRow) -> None:
         """Pass a row to TensorBoard. Its writer does not recover from an error and is then replaced by a new one."""
         from torch.utils.tensorboard import SummaryWriter
 
@@ -115,12 +115,12 @@ def _console() -> Any:
     return Plain(highlight=False, soft_wrap=True)
 
 
-def read_rows(path: Path, damaged: list[int] | None = None) -> list[Row]:
+def read_rows(path: Path, damaged: list[int] | None = None) -> list[MetricsRow]:
     """Read the rows of a metrics.jsonl. Invalid lines are skipped; later rows are kept.
 
     damaged: receives the numbers of the invalid lines (from 1), except a last line truncated by a crash.
     """
-    rows, bad = list[Row](), list[int]()
+    rows, bad = list[MetricsRow](), list[int]()
     content = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     lines = content.split("\n")
     for number, line in enumerate(lines, 1):
@@ -138,7 +138,7 @@ def read_rows(path: Path, damaged: list[int] | None = None) -> list[Row]:
 
 
 def draw_curves(
-    rows: Sequence[Row], path: Path, expected: Mapping[str, Sequence[Sequence[float]]] | None = None
+    rows: Sequence[MetricsRow], path: Path, expected: Mapping[str, Sequence[Sequence[float]]] | None = None
 ) -> None:
     """Plot loss, accuracy and perplexity of the predictions over the steps. Codebooks go from dark to light."""
     import matplotlib
@@ -171,9 +171,9 @@ def draw_curves(
     pyplot.close(figure)
 
 
-def machine_row(flops_per_second: float, precision: str) -> Row:
+def machine_row(flops_per_second: float, precision: str) -> MetricsRow:
     """Return memory usage, and utilisation of the device if its peak is known."""
-    row: Row = {"memory_gib": _memory_gib(), "tflops": flops_per_second / 1e12}
+    row: MetricsRow = {"memory_gib": _memory_gib(), "tflops": flops_per_second / 1e12}
     if torch.cuda.is_available() and precision == "bf16":
         name = torch.cuda.get_device_name()
         peaks = [peak for part, peak in _PEAK_BF16.items() if part in name]
@@ -217,5 +217,5 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
-def _rewrite(path: Path, rows: Sequence[Row]) -> None:
+def _rewrite(path: Path, rows: Sequence[MetricsRow]) -> None:
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -45,7 +45,7 @@ def _tasks(arguments: argparse.Namespace) -> None:
     for budget in BUDGETS.values():
         steps = "all" if budget.divisor == 1 else f"1/{budget.divisor} of the official ones, at least {budget.least}"
         steps += "; fewer for heavy heads, tested on a few utterances (asr, sf)" if budget.lighten else ""
-        budgets.add_row(budget.name, steps, ", ".join(f"{rate:g}" for rate in budget.learning_rates) or "official")
+        budgets.add_row(budget.name, steps, ", ".join(f"{lr:g}" for lr in budget.learning_rates) or "official")
     for each in (table, budgets):
         console().print(each)
 

@@ -53,8 +53,8 @@ def _embed(arguments: argparse.Namespace) -> None:
         shard_inputs=arguments.shard_inputs,
         **{name: getattr(arguments, name) for name in names},
     )
-    with progress_bar("inputs") as report:
-        totals = embed(config, report)
+    with progress_bar("inputs") as on_progress:
+        totals = embed(config, on_progress)
     if totals is None:
         print(f"{config.output}: task {config.task} of {config.tasks} done; other tasks' shards are missing")
     else:

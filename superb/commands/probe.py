@@ -58,7 +58,7 @@ def _probe(arguments: argparse.Namespace) -> None:
         jobs=arguments.jobs,
     )
     probes, out = probe.load_probes(arguments.probes), console()
-    rows = probe.run(arguments.upstream, arguments.data, probes, arguments.output, settings, report=out.print)
+    rows = probe.run(arguments.upstream, arguments.data, probes, arguments.output, settings, on_progress=out.print)
     for table in tables.console_tables(rows):
         out.print(table)
     out.print(f"wrote {tables.write_markdown(arguments.output)}", soft_wrap=True)

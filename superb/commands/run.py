@@ -56,7 +56,7 @@ def add_commands(line: CommandLine) -> None:
     run.add_argument("--dry-run", action="store_true", help="list the runs, done or waiting, and exit")
     training = run.add_argument_group("training")
     training.add_argument("--budget", choices=BUDGETS, default="quick", help="share of the official steps to run")
-    training.add_argument("--lr", type=_rates, help="learning rates to sweep, 1e-3,1e-4 (default: those of the budget)")
+    training.add_argument("--lr", type=_lrs, help="learning rates to sweep, 1e-3,1e-4 (default: those of the budget)")
     seeds = training.add_mutually_exclusive_group()
     seeds.add_argument("--seeds", type=integers, default=(0,), help="of heads, order of data, random upstream: 0,1,2")
     seeds.add_argument("--seed", type=int, help="one seed")
@@ -79,14 +79,14 @@ def add_commands(line: CommandLine) -> None:
     speed.add_argument("--feature-cache-gib", type=float, default=2.0, help="memory per job for hidden states; 0: none")
 
 
-def _rates(text: str) -> tuple[float, ...]:
+def _lrs(text: str) -> tuple[float, ...]:
     try:
-        rates = tuple(float(part) for part in text.split(","))
+        lrs = tuple(float(part) for part in text.split(","))
     except ValueError:
-        rates = (0.0,)
-    if not all(0 < rate < 10 for rate in rates):
+        lrs = (0.0,)
+    if not all(0 < lr < 10 for lr in lrs):
         raise argparse.ArgumentTypeError(f"{text}: must be learning rates between 0 and 10, as in 1e-3,1e-4")
-    return rates
+    return lrs
 
 
 def _sweep(arguments: argparse.Namespace) -> "Sweep":
@@ -103,7 +103,7 @@ def _sweep(arguments: argparse.Namespace) -> "Sweep":
         data=SAMPLE if arguments.data == "sample" else root.resolve().name,
         root=root,
         output=arguments.output,
-        rates=arguments.lr,
+        lrs=arguments.lr,
         seeds=arguments.seeds if arguments.seed is None else (arguments.seed,),
         folds=arguments.folds,
         side=arguments.side,
@@ -161,7 +161,7 @@ def _do(arguments: argparse.Namespace, runs: "list[Run]", console: Any) -> dict[
         cache=None if arguments.cache is None else str(arguments.cache),
     )
 
-    def report(run: Run, outcome: Any) -> None:
+    def on_result(run: Run, outcome: Any) -> None:
         if isinstance(outcome, Exception):
             reason = message_on_one_line(outcome)
             console.print(f"{title(run)}  [red]failed[/]: {reason} (see {run.folder / 'run.log'})")
@@ -173,15 +173,15 @@ def _do(arguments: argparse.Namespace, runs: "list[Run]", console: Any) -> dict[
         def begin(run: Run) -> None:
             status.update(f"{title(run)}  (progress: {run.folder / 'run.log'})")
 
-        return run_all(runs, machine, jobs=arguments.jobs, report=report, begin=begin)
+        return run_all(runs, machine, jobs=arguments.jobs, on_result=on_result, begin=begin)
 
 
 def title(run: "Run") -> str:
     """One line that names a run."""
-    rate = "official lr" if run.learning_rate is None else f"lr {run.learning_rate:g}"
-    rate = "no training" if TASKS[run.task].problem is None else rate
+    lr = "official lr" if run.learning_rate is None else f"lr {run.learning_rate:g}"
+    lr = "no training" if TASKS[run.task].problem is None else lr
     fold = f"  fold {run.fold}" if run.fold is not None else ""
-    return f"{run.upstream.name}  {run.task}  {rate}  seed {run.seed}{fold}"
+    return f"{run.upstream.name}  {run.task}  {lr}  seed {run.seed}{fold}"
 
 
 def _figures(run: "Run", row: dict[str, Any]) -> str:

@@ -100,12 +100,12 @@ def _settings(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 
 def _compress(arguments: argparse.Namespace) -> None:
-    from codecssl.superb.task_codec.compress import CompressConfig, compress
+    from codecssl.superb.task_codec.make_codec import TaskCodecConfig, make_task_codec
 
     out = console(soft_wrap=True)
     settings = _settings(arguments, arguments.seed)
-    config = CompressConfig(layer=arguments.layer, rate_bps=arguments.rate_bps, **settings)
-    made = compress(config, report=out.print)["training"]
+    config = TaskCodecConfig(layer=arguments.layer, rate_bps=arguments.rate_bps, **settings)
+    made = make_task_codec(config, report=out.print)["training"]
     out.print(f"{arguments.output}: {made['rate']}; entries in use {made['used_entries']} of {made['entries']}")
     if "test_error_unquantised" in made:
         kept = ", ".join(f"{100 * error:.2f}" for error in made["test_error_by_codebooks"])

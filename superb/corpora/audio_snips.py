@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from codecssl.superb.corpora.place import Place, Row, make_row, read_lines
+from codecssl.superb.corpora.place import Place, make_row, read_lines
+from codecssl.superb.rows import ManifestRow
 from codecssl.tokenize.common.errors import UserError
 
 SNIPS_SPEAKERS = {
@@ -14,7 +15,7 @@ SNIPS_SPEAKERS = {
 PUNCTUATION = "?!.,;-–…"
 
 
-def sf_rows(place: Place) -> list[Row]:
+def sf_rows(place: Place) -> list[ManifestRow]:
     """Audio SNIPS: `text` and `iob`, one tag a word, punctuation dropped; SUPERB's speakers in each split."""
     name = "all.iob.snips.txt"
     corpus = place.corpus("Audio SNIPS", ("SNIPS", "audio_slu", "SNIPS/audio_slu"), ("train", "valid", "test"))

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from codecssl.superb.tasks import TASKS, Row, Task
+from codecssl.superb.rows import ManifestRow
+from codecssl.superb.tasks import TASKS, Task
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.hashing import file_sha256
 
@@ -51,7 +52,7 @@ class TaskCorpus:
             raise UserError(f"data {root}: no such folder; give one with manifest.jsonl, or the word sample")
 
     @functools.cached_property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ManifestRow]:
         """The manifest's rows, with absolute paths."""
         try:
             lines = self.manifest.read_text(encoding="utf-8").splitlines()
@@ -59,7 +60,7 @@ class TaskCorpus:
             raise UserError(f"{self.manifest}: not UTF-8 ({error}); convert it") from error
         return [self._row(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
-    def _row(self, number: int, line: str) -> Row:
+    def _row(self, number: int, line: str) -> ManifestRow:
         try:
             row = json.loads(line)
             return {**row, "path": str((self.root / row["path"]).resolve()), "_line": number}
@@ -67,7 +68,7 @@ class TaskCorpus:
             raise UserError(f"{self.manifest}:{number}: not a JSON object with a path ({error})") from error
 
     @functools.cache  # noqa: B019 - corpora are few and live as long as the process
-    def rows_of(self, task: str) -> list[Row]:
+    def rows_of(self, task: str) -> list[ManifestRow]:
         """Return the rows of a task. Raises UserError if the root has neither a manifest nor the official layout."""
         if not self.official:
             return [row for row in self.rows if task in str(row.get("task", "")).split(",")]
@@ -122,10 +123,10 @@ class TaskCorpus:
         self._check(task, splits)
         return Selection(splits=splits, skipped=dict(skipped))
 
-    def where(self, row: Row) -> str:
+    def where(self, row: ManifestRow) -> str:
         return f"{self.manifest}:{row['_line']}" if "_line" in row else str(row["path"])
 
-    def _split(self, task: Task, row: Row) -> str:
+    def _split(self, task: Task, row: ManifestRow) -> str:
         splits = row.get("splits") or {}
         if not isinstance(splits, dict):
             raise UserError(f'{self.where(row)}: splits is {splits!r}; give an object, {{"{task.name}": "train"}}')
@@ -135,13 +136,13 @@ class TaskCorpus:
             raise UserError(f'{self.where(row)}: splits has "{task.name}": {split!r}; give one of {wanted}')
         return str(split)
 
-    def _unfit(self, task: Task, row: Row) -> str | None:
+    def _unfit(self, task: Task, row: ManifestRow) -> str | None:
         seconds = _seconds(row) if Path(row["path"]).is_file() else task.shortest
         if seconds < task.shortest:
             return f"shorter than {task.shortest:g} s"
         return f"longer than {LONGEST_SECONDS:g} s" if seconds > LONGEST_SECONDS else None
 
-    def _example(self, task: Task, row: Row) -> Example:
+    def _example(self, task: Task, row: ManifestRow) -> Example:
         try:
             columns = task.columns(row)
         except (KeyError, TypeError) as error:
@@ -178,7 +179,7 @@ def _relative(path: Path, root: Path) -> str:
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
-def _seconds(row: Row) -> float:
+def _seconds(row: ManifestRow) -> float:
     if isinstance(row.get("seconds"), int | float):
         return float(row["seconds"])
     import soundfile
@@ -203,7 +204,7 @@ def _never_trained(splits: dict[str, list[Example]]) -> Iterator[tuple[str, str,
             yield from ((split, label, example) for label in _labels(example) if label not in known)
 
 
-def _fold_splits(rows: list[Row], fold: int) -> dict[str, str | None]:
+def _fold_splits(rows: list[ManifestRow], fold: int) -> dict[str, str | None]:
     """Map paths to splits with `fold` as the test set, from the row's `fold_splits` or drawn as in SUPERB."""
     import torch
 

@@ -2,12 +2,13 @@
 
 import csv
 
-from codecssl.superb.corpora.place import Place, Row, check_files, make_row
+from codecssl.superb.corpora.place import Place, check_files, make_row
+from codecssl.superb.rows import ManifestRow
 
 SLOTS = ("action", "object", "location")
 
 
-def ic_rows(place: Place) -> list[Row]:
+def ic_rows(place: Place) -> list[ManifestRow]:
     """Fluent Speech Commands: `slots` (action, object, location), `text` and `speaker`; its own three lists."""
     corpus = place.corpus("Fluent Speech Commands", ("fluent_speech_commands_dataset",), ("wavs", "data"))
     rows = []

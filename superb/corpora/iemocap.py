@@ -3,21 +3,22 @@
 import json
 from pathlib import Path
 
-from codecssl.superb.corpora.place import Place, Row, check_files, make_row
+from codecssl.superb.corpora.place import Place, check_files, make_row
+from codecssl.superb.rows import ManifestRow
 from codecssl.tokenize.common.errors import UserError
 
 SESSIONS = 5
 VALID_SHARE = 0.2
 
 
-def er_rows(place: Place) -> list[Row]:
+def er_rows(place: Place) -> list[ManifestRow]:
     """IEMOCAP's four classes: `label` (neu, hap with exc, ang, sad), `speaker`, `fold` 1 to 5, the session.
 
     `fold_splits` maps the tested fold, as a string, to the split of the row. `splits` holds that of fold 1. A fifth
     of the four other sessions is valid, drawn with SUPERB's generator and seed.
     """
     corpus = place.corpus("IEMOCAP", ("IEMOCAP", "IEMOCAP_full_release"), ("Session1", f"Session{SESSIONS}"))
-    rows: dict[str, Row] = {}
+    rows: dict[str, ManifestRow] = {}
     for fold in range(1, SESSIONS + 1):
         train, test = (_session_list(place, corpus, fold, part) for part in ("train", "test"))
         for split, entries in zip(("train", "valid", "test"), (*_halves(train), test), strict=True):
@@ -53,7 +54,7 @@ def _halves(entries: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[d
     return [entries[i] for i in order[:length]], [entries[i] for i in order[length:]]
 
 
-def _emotion(corpus: Path, entry: dict[str, str]) -> Row:
+def _emotion(corpus: Path, entry: dict[str, str]) -> ManifestRow:
     path = corpus / entry["path"]
     columns = {"label": entry["label"].replace("exc", "hap"), "speaker": path.stem.split("_")[0]}
     return {

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from codecssl.superb.corpora.place import Place, Row, check_files, make_row, read_lines
+from codecssl.superb.corpora.place import Place, check_files, make_row, read_lines
+from codecssl.superb.rows import ManifestRow
 from codecssl.tokenize.common.errors import UserError
 
 KALDI_FILES = ("wav.scp", "segments", "utt2spk", "reco2dur")
 
 
-def sd_rows(place: Place) -> list[Row]:
+def sd_rows(place: Place) -> list[ManifestRow]:
     """Libri2Mix's mixtures from Kaldi folders train, dev and test: `segments` (speaker, start, end), `seconds`."""
     folders = [place.root, place.root / "data", place.root / "Libri2Mix", place.root / "Libri2Mix" / "data"]
     folders = [place.side, place.side / "data", *folders] if place.side else folders
@@ -22,9 +23,9 @@ def sd_rows(place: Place) -> list[Row]:
     return [row for split, part in parts for row in _kaldi(place, split, kaldi[0] / part)]
 
 
-def _kaldi(place: Place, split: str, folder: Path) -> list[Row]:
+def _kaldi(place: Place, split: str, folder: Path) -> list[ManifestRow]:
     waves, durations, speakers = (_table(folder / name) for name in ("wav.scp", "reco2dur", "utt2spk"))
-    segments: dict[str, list[Row]] = {name: [] for name in waves}
+    segments: dict[str, list[ManifestRow]] = {name: [] for name in waves}
     for line in read_lines(folder / "segments"):
         try:
             utterance, name, start, end = line.split()

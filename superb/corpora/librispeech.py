@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from codecssl.superb.corpora.place import Place, Row, make_row, read_lines
+from codecssl.superb.corpora.place import Place, make_row, read_lines
+from codecssl.superb.rows import ManifestRow
 from codecssl.tokenize.common.errors import UserError
 
 LIBRISPEECH = {"train": "train-clean-100", "valid": "dev-clean", "test": "test-clean"}
@@ -10,7 +11,7 @@ LEXICONS = ("librispeech-lexicon-200k-g2p.txt", "librispeech-lexicon-allothers-g
 """Lexicons, read in this order. The first pronunciation of a word is used."""
 
 
-def asr_rows(place: Place) -> list[Row]:
+def asr_rows(place: Place) -> list[ManifestRow]:
     """LibriSpeech: `text` and `speaker`; train-clean-100, dev-clean and test-clean."""
     corpus = place.corpus("LibriSpeech", ("LibriSpeech",), tuple(LIBRISPEECH.values()))
     rows = []
@@ -29,7 +30,7 @@ def _transcripts(folder: Path) -> list[tuple[str, str]]:
     return [(name, text) for name, _, text in (line.partition(" ") for line in lines)]
 
 
-def pr_rows(place: Place) -> list[Row]:
+def pr_rows(place: Place) -> list[ManifestRow]:
     """The rows of asr with `phones`, looked up word by word in the lexicons that SUPERB's PR uses."""
     rows = asr_rows(place)
     corpus = Path(rows[0]["path"]).parents[3] if rows else place.root

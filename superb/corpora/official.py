@@ -30,10 +30,11 @@ from codecssl.superb.corpora import (
     speech_commands,
     voxceleb1,
 )
-from codecssl.superb.corpora.place import Place, Row
+from codecssl.superb.corpora.place import Place
+from codecssl.superb.rows import ManifestRow, TrialLine
 from codecssl.tokenize.common.errors import UserError
 
-READERS: dict[str, Callable[[Place], list[Row]]] = {
+READERS: dict[str, Callable[[Place], list[ManifestRow]]] = {
     "pr": librispeech.pr_rows,
     "asr": librispeech.asr_rows,
     "ks": speech_commands.ks_rows,
@@ -49,7 +50,7 @@ WITHOUT = {"asv": {"valid"}, "qbe": {"train"}}
 """Task -> splits that SUPERB does not have."""
 
 
-def official_rows(task: str, root: Path, side: Path | None = None) -> list[Row]:
+def official_rows(task: str, root: Path, side: Path | None = None) -> list[ManifestRow]:
     """The rows of one task, in the schema of sample_corpus.md, with absolute paths and SUPERB's splits.
 
     `id` is unique within a split and s3prl's own. Raises UserError that names what is missing and where to get it.
@@ -63,6 +64,6 @@ def official_rows(task: str, root: Path, side: Path | None = None) -> list[Row]:
     return rows
 
 
-def official_trials(root: Path, side: Path | None = None) -> list[voxceleb1.Trial]:
+def official_trials(root: Path, side: Path | None = None) -> list[TrialLine]:
     """SUPERB's verification trials: (1 for the same speaker or 0, path, path), paths as in `official_rows`."""
     return voxceleb1.asv_trials(Place(root=Path(root), side=side))

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from codecssl.superb.rows import ManifestRow
 from codecssl.tokenize.common.errors import UserError
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class Place:
         raise UserError(f"{' or '.join(names)}: not in {looked}; get it from {source} and give --side its folder")
 
 
-def make_row(task: str, split: str, path: Path, **columns: Any) -> Row:
+def make_row(task: str, split: str, path: Path, **columns: Any) -> ManifestRow:
     """A row of manifest.jsonl; `path` absolute."""
     return {"path": str(path), "task": task, "splits": {task: split}, **columns}
 

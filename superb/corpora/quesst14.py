@@ -4,13 +4,14 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from codecssl.superb.corpora.place import Place, Row, check_files, make_row, read_lines
+from codecssl.superb.corpora.place import Place, check_files, make_row, read_lines
+from codecssl.superb.rows import ManifestRow
 from codecssl.tokenize.common.errors import UserError
 
 ENGLISH = "nnenglish"  # the part of QUESST14 that SUPERB uses
 
 
-def qbe_rows(place: Place) -> list[Row]:
+def qbe_rows(place: Place) -> list[ManifestRow]:
     """QUESST14's English part: `role` query has its id in `query`, `role` document its query ids in `queries`.
 
     Development queries are valid, evaluation queries test. Both search the same documents. A document has two rows,

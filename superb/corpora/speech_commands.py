@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from codecssl.superb.corpora.place import Place, Row, make_row
+from codecssl.superb.corpora.place import Place, make_row
+from codecssl.superb.rows import ManifestRow
 from codecssl.tokenize.common.errors import UserError
 
 COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
@@ -14,7 +15,7 @@ HASH_BUCKETS = 2**27 - 1
 """Hash range of the split by speaker (Warden 2018, "Speech Commands", section 7)."""
 
 
-def ks_rows(place: Place) -> list[Row]:
+def ks_rows(place: Place) -> list[ManifestRow]:
     """Speech Commands v0.01: `keyword` is one of ten commands, `_unknown_` or `_silence_`.
 
     As in SUPERB: the training tree is split by a hash of the speaker, its hashed test part unused; the test
@@ -35,7 +36,7 @@ def _folders(root: Path) -> list[Path]:
     return sorted(folder for folder in root.absolute().iterdir() if folder.is_dir())
 
 
-def _training(folder: Path) -> Iterator[Row]:
+def _training(folder: Path) -> Iterator[ManifestRow]:
     if folder.name == NOISE:
         for split in ("train", "valid"):
             yield from _labelled(split, folder, SILENCE)
@@ -47,7 +48,7 @@ def _training(folder: Path) -> Iterator[Row]:
             yield make_row("ks", split, path, id=f"{folder.name}/{path.name}", keyword=keyword)
 
 
-def _labelled(split: str, folder: Path, keyword: str) -> Iterator[Row]:
+def _labelled(split: str, folder: Path, keyword: str) -> Iterator[ManifestRow]:
     for path in sorted(folder.glob("*.wav")):
         name = f"{folder.name}/{path.name}"
         if keyword == SILENCE:

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from codecssl.superb.corpora.place import Place, Row, check_files, make_row, read_lines
+from codecssl.superb.corpora.place import Place, check_files, make_row, read_lines
+from codecssl.superb.rows import ManifestRow, TrialLine
 from codecssl.tokenize.common.errors import UserError
 
-Trial = tuple[int, str, str]
 SPLIT_LIST = "iden_split.txt"
 SPLIT_SOURCE = "robots.ox.ac.uk/~vgg/data/voxceleb/meta"
 TRIAL_LISTS = ("voxceleb1_test_v2.txt", "veri_test2.txt")
@@ -15,7 +15,7 @@ ASV_TEST = range(10270, 10310)
 """Numbers of the 40 test speakers of Vox1-O."""
 
 
-def sid_rows(place: Place) -> list[Row]:
+def sid_rows(place: Place) -> list[ManifestRow]:
     """VoxCeleb1 by the official identification split: `speaker` (id10001), `label` (speaker_0, s3prl's name)."""
     return [
         make_row("sid", CODES[code], path, id=_dashed(name), speaker=name[:7], label=_label(name))
@@ -23,7 +23,7 @@ def sid_rows(place: Place) -> list[Row]:
     ]
 
 
-def asv_rows(place: Place) -> list[Row]:
+def asv_rows(place: Place) -> list[ManifestRow]:
     """VoxCeleb1: train is every utterance of the 1,211 development speakers, test those of the 40 others."""
     return [
         make_row("asv", _asv_split(name), path, id=name.replace("/", "-"), speaker=name[:7])
@@ -31,7 +31,7 @@ def asv_rows(place: Place) -> list[Row]:
     ]
 
 
-def asv_trials(place: Place) -> list[Trial]:
+def asv_trials(place: Place) -> list[TrialLine]:
     """Return the cleaned Vox1-O trials (1 for the same speaker or 0, path, path), with absolute paths."""
     corpus = _voxceleb_folder(place)
     source = "openslr.org/49 or VoxCeleb's site (veri_test.txt is the uncleaned list, not SUPERB's)"

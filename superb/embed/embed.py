@@ -13,7 +13,7 @@ batches depend on its inputs only: a run that was killed and resumed leaves the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE
 from codecssl.superb.upstreams.build import UpstreamBuilder
 from codecssl.superb.upstreams.names import Upstream, parse_all
 from codecssl.superb.upstreams.token_reader import TokenReader
+from codecssl.tokenize.common.command_line import OnProgress
 from codecssl.tokenize.common.errors import UserError, check_share
 from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
 from codecssl.tokenize.encode import failure
@@ -39,12 +40,10 @@ from codecssl.tokenize.sources.sources import Input, is_stream, read_sources
 BATCH_SECONDS = 120.0
 """Audio of a batch, padding included."""
 
-Report = Callable[[int, int | None, str], None]
-
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
-    """What `codecssl-superb embed` was asked for."""
+    """Settings of `codecssl-superb embed`."""
 
     sources: tuple[str, ...]
     upstream: str
@@ -76,7 +75,7 @@ class EmbedConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class EmbeddingRow:
     """The embedding of one input."""
 
     id: str
@@ -89,7 +88,7 @@ class Row:
     """[T, D], where every frame is kept."""
 
 
-def embed(config: EmbedConfig, report: Report = lambda done, total, note: None) -> dict[str, int] | None:
+def embed(config: EmbedConfig, on_progress: OnProgress = lambda done, total, note: None) -> dict[str, int] | None:
     """Embed this task's inputs. Return the totals of the dataset, or None while other tasks' shards are missing.
 
     Raises UserError for an unknown upstream or layer, and for an output that holds something else.
@@ -106,7 +105,7 @@ def embed(config: EmbedConfig, report: Report = lambda done, total, note: None) 
             if rows is not None:
                 _write(config, shard, list(rows))
             done = min((shard + 1) * config.shard_inputs, inputs) if inputs is not None else done + config.shard_inputs
-            report(done, inputs, "")
+            on_progress(done, inputs, "")
             last = shard
     found = shards if shards is not None else last + 1
     if any(not _data(config.output, s).exists() for s in range(found)):
@@ -167,11 +166,11 @@ class _Inputs:
     def mine(self, shard: int) -> bool:
         return shard % self.config.tasks == self.config.task and not _data(self.config.output, shard).exists()
 
-    def shards(self, count: int | None) -> Iterator[tuple[int, Iterator[Row | Failure] | None]]:
+    def shards(self, count: int | None) -> Iterator[tuple[int, Iterator[EmbeddingRow | Failure] | None]]:
         """Shard number and its rows; None where it is another task's, or finished."""
         raise NotImplementedError
 
-    def row(self, id: str, path: str, labels: dict[str, Any], seconds: float, pieces: Iterator[States]) -> Row:
+    def row(self, id: str, path: str, labels: dict[str, Any], seconds: float, pieces: Iterator[States]) -> EmbeddingRow:
         pool, kept = TimePooling(self.config.pool), []
         for states in pieces:
             pool.add(states)
@@ -179,7 +178,7 @@ class _Inputs:
                 kept.append(states)
         if not pool.frames:
             raise UserError("no samples")
-        return Row(
+        return EmbeddingRow(
             id=id, path=path, labels=labels, seconds=seconds, num_frames=pool.frames, embedding=pool.value(),
             states=np.concatenate(kept) if kept else None,
         )  # fmt: skip
@@ -204,15 +203,15 @@ class _AudioInputs(_Inputs):
         except IndexError:
             raise UserError(f"--layer {self.config.layer}: {self.config.upstream} has fewer hidden states") from None
 
-    def shards(self, count: int | None) -> Iterator[tuple[int, Iterator[Row | Failure] | None]]:
+    def shards(self, count: int | None) -> Iterator[tuple[int, Iterator[EmbeddingRow | Failure] | None]]:
         items, shard = read_sources(list(self.config.sources)), 0
         while group := list(islice(items, self.config.shard_inputs)):
             yield shard, self._rows(group) if self.mine(shard) else None
             shard += 1
 
-    def _rows(self, group: Sequence[Input]) -> Iterator[Row | Failure]:
+    def _rows(self, group: Sequence[Input]) -> Iterator[EmbeddingRow | Failure]:
         """Short inputs in batches of like length, long ones window by window; in the order of the inputs."""
-        found: dict[int, Row | Failure] = {}
+        found: dict[int, EmbeddingRow | Failure] = {}
         short: list[tuple[int, NDArray[np.float32], float]] = []
         for number, item in enumerate(group):
             try:
@@ -256,7 +255,7 @@ class _AudioInputs(_Inputs):
             raise UserError("no samples")
         return np.concatenate(blocks), samples / SAMPLE_RATE
 
-    def _long(self, item: Input) -> Row:
+    def _long(self, item: Input) -> EmbeddingRow:
         samples = 0
 
         def counted(blocks: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
@@ -268,7 +267,7 @@ class _AudioInputs(_Inputs):
         with item.open() as file:
             reader = AudioReader(file, SAMPLE_RATE, item.start, item.end, channels=1)
             row = self.row(item.id, item.path, item.labels, 0.0, self.states.windows(counted(reader.blocks())))
-        return Row(**vars(row) | {"seconds": samples / SAMPLE_RATE})
+        return EmbeddingRow(**vars(row) | {"seconds": samples / SAMPLE_RATE})
 
 
 class _TokenInputs(_Inputs):
@@ -285,13 +284,13 @@ class _TokenInputs(_Inputs):
         if len(self.data):
             self._states(0, 0, min(int(self.data.frames[0]), self.window))  # tells whether the layer is there
 
-    def shards(self, count: int | None) -> Iterator[tuple[int, Iterator[Row | Failure] | None]]:
+    def shards(self, count: int | None) -> Iterator[tuple[int, Iterator[EmbeddingRow | Failure] | None]]:
         size = self.config.shard_inputs
         for shard in range(-(-len(self.data) // size)):
             indices = range(shard * size, min((shard + 1) * size, len(self.data)))
             yield shard, map(self._row, indices) if self.mine(shard) else None
 
-    def _row(self, index: int) -> Row:
+    def _row(self, index: int) -> EmbeddingRow:
         utterance = self.data.utterance(index)
         seconds = utterance.samples / self.data.card.sample_rate
         return self.row(utterance.id, utterance.path, utterance.labels, seconds, self._pieces(index, utterance.frames))
@@ -337,9 +336,9 @@ def _data(output: Path, shard: int) -> Path:
     return output / "data" / f"{shard:05d}.parquet"
 
 
-def _write(config: EmbedConfig, shard: int, results: Sequence[Row | Failure]) -> None:
+def _write(config: EmbedConfig, shard: int, results: Sequence[EmbeddingRow | Failure]) -> None:
     """Frames and failures first, the Parquet file last: it marks the shard as finished."""
-    rows = [result for result in results if isinstance(result, Row)]
+    rows = [result for result in results if isinstance(result, EmbeddingRow)]
     failures = [result for result in results if isinstance(result, Failure)]
     for name in ("data", "failed", *(["frames"] if config.frames else [])):
         (config.output / name).mkdir(exist_ok=True)
@@ -353,7 +352,7 @@ def _write(config: EmbedConfig, shard: int, results: Sequence[Row | Failure]) ->
     write_atomic(_data(config.output, shard), _parquet(rows))
 
 
-def _parquet(rows: Sequence[Row]) -> bytes:
+def _parquet(rows: Sequence[EmbeddingRow]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from codecssl.superb.mini.manifest import Row
+from codecssl.superb.rows import ManifestRow
 from codecssl.tokenize.sources.audio import read_wave
 
 Wave = NDArray[np.float32]
@@ -25,7 +25,7 @@ class AudioWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def place(self, row: Row) -> str:
+    def place(self, row: ManifestRow) -> str:
         """Return the path of a clip, or of its 16 kHz copy if it has another rate."""
         if row["rate"] == RATE and row["channels"] == 1:
             return str(row["path"])
@@ -35,7 +35,7 @@ class AudioWriter:
             self.write(name, self.read(row))
         return name
 
-    def read(self, row: Row, band: int = RATE) -> Wave:
+    def read(self, row: ManifestRow, band: int = RATE) -> Wave:
         """Read a clip at 16 kHz with the project's resampler, band-limited to `band` / 2 Hz."""
         import soxr
 

@@ -19,8 +19,9 @@ from codecssl.superb.mini import mixtures, queries, recorded_tasks, spliced_task
 from codecssl.superb.mini.audio import AudioWriter
 from codecssl.superb.mini.builder import LackingError, MiniBuilder
 from codecssl.superb.mini.corpus_card import card
-from codecssl.superb.mini.manifest import Row, read_manifest
+from codecssl.superb.mini.manifest import read_manifest
 from codecssl.superb.mini.recipe import Recipe
+from codecssl.superb.rows import ManifestRow
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import alone_in
 
@@ -28,7 +29,7 @@ MARKER = "mini.json"
 """Record of the corpus's inputs, written last."""
 VERSION = 2
 
-BUILDERS: dict[str, Callable[[MiniBuilder], list[Row]]] = {
+BUILDERS: dict[str, Callable[[MiniBuilder], list[ManifestRow]]] = {
     "pr": recorded_tasks.pr,
     "asr": recorded_tasks.asr,
     "ks": spliced_tasks.ks,
@@ -44,23 +45,23 @@ TASKS = ("pr", "asr", "ks", "qbe", "sid", "asv", "sd", "ic", "sf", "er")
 
 
 def build(
-    manifest: Path, output: Path, *, seed: int = 0, recipe: str = "mini", report: Callable[[str], None] = print
+    manifest: Path, output: Path, *, seed: int = 0, recipe: str = "mini", on_progress: Callable[[str], None] = print
 ) -> Path:
     """Build the corpus in the folder `output` and return it. A corpus built from the same inputs is kept.
 
     The content depends only on the manifest, its audio, the seed and the recipe (a name in configs/superb or a YAML
-    file). Tasks without data in the manifest are left out, and listed by `report` and in the card. Raises UserError
-    if `output` holds anything else, or if no task can be built.
+    file). Tasks without data in the manifest are left out, and listed by `on_progress` and in the card. Raises
+    UserError if `output` holds anything else, or if no task can be built.
     """
     if not (manifest / "manifest.jsonl" if manifest.is_dir() else manifest).is_file():
         raise UserError(f"manifest {manifest}: no such file; give a .jsonl with path, task and label columns")
     identity = _identity(manifest, seed, recipe)
     if _built(output) == identity:
-        report(f"{output}: built before from this manifest, seed and recipe; nothing to do")
+        on_progress(f"{output}: built before from this manifest, seed and recipe; nothing to do")
         return output
     _check_free(output)
     with _scratch(output) as folder:
-        _fill(folder, manifest, seed, recipe, identity, report)
+        _fill(folder, manifest, seed, recipe, identity, on_progress)
         if output.is_dir():
             output.rmdir()  # empty, as checked by _check_free
         folder.rename(output)
@@ -108,16 +109,16 @@ def _scratch(output: Path) -> Iterator[Path]:
 
 
 def _fill(
-    folder: Path, manifest: Path, seed: int, recipe: str, identity: dict[str, Any], report: Callable[[str], None]
+    folder: Path, manifest: Path, seed: int, recipe: str, identity: dict[str, Any], on_progress: Callable[[str], None]
 ) -> None:
     data = read_manifest(manifest)
     settings = load_config(Recipe, "superb", recipe)
     builder = MiniBuilder(data=data, recipe=settings, audio=AudioWriter(folder), seed=seed)
-    rows, missing = _build_tasks(builder, folder, report)
+    rows, missing = _build_tasks(builder, folder, on_progress)
     if not rows:
         raise UserError(f"manifest {manifest}: no task can be built from it; {'; '.join(missing.values())}")
     for reason, count in data.dropped.items():
-        report(f"{count} rows of the manifest left out: {reason}")
+        on_progress(f"{count} rows of the manifest left out: {reason}")
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     (folder / "manifest.jsonl").write_text("".join(lines), encoding="utf-8")
     text = card(rows, builder.notes, missing, data, seed, config_path("superb", recipe).stem)
@@ -128,24 +129,26 @@ def _fill(
         os.fsync(file.fileno())
 
 
-def _build_tasks(builder: MiniBuilder, folder: Path, report: Callable[[str], None]) -> tuple[list[Row], dict[str, str]]:
-    rows: list[Row] = []
+def _build_tasks(
+    builder: MiniBuilder, folder: Path, on_progress: Callable[[str], None]
+) -> tuple[list[ManifestRow], dict[str, str]]:
+    rows: list[ManifestRow] = []
     missing: dict[str, str] = {}
     for task in TASKS:
         try:
             made = _asv(builder, folder) if task == "asv" else BUILDERS[task](builder)
         except LackingError as error:
             missing[task] = f"{task} needs {error}"
-            report(f"{task:3}  left out: it needs {error}")
+            on_progress(f"{task:3}  left out: it needs {error}")
             continue
         counts = {split: sum(row["splits"][task] == split for row in made) for split in ("train", "valid", "test")}
         minutes = sum(row["seconds"] for row in made) / 60
-        report(f"{task:3}  {' + '.join(map(str, counts.values()))} utterances, {minutes:.1f} min")
+        on_progress(f"{task:3}  {' + '.join(map(str, counts.values()))} utterances, {minutes:.1f} min")
         rows += made
     return rows, missing
 
 
-def _asv(builder: MiniBuilder, folder: Path) -> list[Row]:
+def _asv(builder: MiniBuilder, folder: Path) -> list[ManifestRow]:
     rows, trials = recorded_tasks.asv(builder)
     (folder / "trials.txt").write_text("".join(f"{label} {one} {other}\n" for label, one, other in trials))
     return rows

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from codecssl.superb.mini.audio import AudioWriter
-from codecssl.superb.mini.manifest import Labelled, Row, Splits, by_speaker, pick
+from codecssl.superb.mini.manifest import LabelledManifest, Splits, by_speaker, pick
 from codecssl.superb.mini.recipe import Recipe
+from codecssl.superb.rows import ManifestRow
 
 TRIPLE = ("train", "valid", "test")
 KEPT = ("speaker", "gender", "origin", "licence")
@@ -25,7 +26,7 @@ class LackingError(Exception):
 class MiniBuilder:
     """Context of the task builders. `notes` are sentences for the corpus card."""
 
-    data: Labelled
+    data: LabelledManifest
     recipe: Recipe
     audio: AudioWriter
     seed: int
@@ -47,16 +48,16 @@ class MiniBuilder:
     def note(self, task: str, text: str) -> None:
         self.notes.setdefault(task, []).append(text)
 
-    def referenced(self, task: str, split: str, row: Row, **columns: Any) -> Row:
+    def referenced(self, task: str, split: str, row: ManifestRow, **columns: Any) -> ManifestRow:
         """Build the manifest row of an unmodified clip."""
         return self.row(task, split, self.audio.place(row), row["seconds"], row, **columns)
 
-    def written(self, task: str, split: str, name: str, wave: Any, source: Row, **columns: Any) -> Row:
+    def written(self, task: str, split: str, name: str, wave: Any, source: ManifestRow, **columns: Any) -> ManifestRow:
         """Write a new clip to `task`/`name`.flac and build its manifest row."""
         path = self.audio.write(f"{task}/{name}.flac", wave)
         return self.row(task, split, path, round(len(wave) / 16_000, 4), source, **columns)
 
-    def row(self, task: str, split: str, path: str, seconds: float, source: Row, **columns: Any) -> Row:
+    def row(self, task: str, split: str, path: str, seconds: float, source: ManifestRow, **columns: Any) -> ManifestRow:
         kept = {name: source[name] for name in KEPT if source.get(name) not in (None, "")}
         head = {"path": path, "seconds": seconds, "sample_rate": 16_000, "task": task, "splits": {task: split}}
         return {**head, **kept, **columns}

@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from codecssl.superb.mini.manifest import Labelled, Row
+from codecssl.superb.mini.manifest import LabelledManifest
+from codecssl.superb.rows import ManifestRow
 
 SPLITS = ("train", "valid", "test")
 TITLES = {
@@ -43,7 +44,12 @@ here (16 kHz FLAC). The licences of the sources hold, row by row, in the column 
 
 
 def card(
-    rows: list[Row], notes: Mapping[str, list[str]], missing: Mapping[str, str], data: Labelled, seed: int, recipe: str
+    rows: list[ManifestRow],
+    notes: Mapping[str, list[str]],
+    missing: Mapping[str, str],
+    data: LabelledManifest,
+    seed: int,
+    recipe: str,
 ) -> str:
     """Return the card as Markdown."""
     parts = [HEAD.format(manifest=data.path, seed=seed, recipe=recipe), "## Contents\n", _contents(rows), ""]
@@ -55,12 +61,12 @@ def card(
     return "\n".join([*parts, "## Left out\n", *(left or ["Nothing."])]) + "\n"
 
 
-def _tasks(rows: list[Row]) -> list[str]:
+def _tasks(rows: list[ManifestRow]) -> list[str]:
     present = {row["task"] for row in rows}
     return [task for task in TITLES if task in present]
 
 
-def _contents(rows: list[Row]) -> str:
+def _contents(rows: list[ManifestRow]) -> str:
     lines = ["| task | what | train | valid | test | minutes | speakers |", "|---|---|--:|--:|--:|--:|--:|"]
     for task in _tasks(rows):
         own = [row for row in rows if row["task"] == task]
@@ -72,7 +78,7 @@ def _contents(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _classes(rows: list[Row]) -> list[str]:
+def _classes(rows: list[ManifestRow]) -> list[str]:
     """List utterances per class, train + valid + test."""
     lines = []
     for task, column in (("ks", "keyword"), ("er", "label")):
@@ -92,6 +98,6 @@ def _classes(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _sources(rows: list[Row]) -> list[str]:
+def _sources(rows: list[ManifestRow]) -> list[str]:
     counted = Counter((row.get("origin", "not said"), row.get("licence", "not said")) for row in rows)
     return [f"- {origin}: {licence} ({count} rows)." for (origin, licence), count in sorted(counted.items())]

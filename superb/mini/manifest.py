@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from codecssl.superb.rows import ManifestRow
 from codecssl.tokenize.common.errors import UserError
 
-Row = dict[str, Any]
-Splits = dict[str, list[Row]]
+Splits = dict[str, list[ManifestRow]]
 Shares = Mapping[str, float]
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -25,24 +25,24 @@ USED = {"asr", "pr", "sid", "asv", "kws", "digits", "env", "er", "ic", "sf"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labelled:
+class LabelledManifest:
     """Rows with absolute paths, by task. `dropped` counts rows left out, by reason."""
 
     path: Path
-    rows: list[Row]
+    rows: list[ManifestRow]
     dropped: Counter[str] = field(default_factory=Counter)
 
-    def of(self, *tasks: str, needs: Iterable[str] = ()) -> list[Row]:
+    def of(self, *tasks: str, needs: Iterable[str] = ()) -> list[ManifestRow]:
         """Return the rows of any of `tasks` with a value in every column of `needs`."""
         return [r for r in self.rows if r["tasks"] & set(tasks) and all(r.get(n) not in (None, "") for n in needs)]
 
-    def speech(self) -> list[Row]:
+    def speech(self) -> list[ManifestRow]:
         """Return English sentences of 1 to 20 s with their text in `plain`. Rows of task lid are other languages."""
         rows = [r for r in self.of("asr", "pr", needs=("text", "speaker")) if "lid" not in r["tasks"]]
         return [r for r in rows if r["plain"] and 1 <= r["seconds"] <= 20]
 
 
-def read_manifest(path: Path) -> Labelled:
+def read_manifest(path: Path) -> LabelledManifest:
     """Read the rows of used tasks whose audio can be opened.
 
     A row has path, task (comma-separated) and the columns of its tasks. Raises UserError if the file is missing, a
@@ -62,19 +62,19 @@ def read_manifest(path: Path) -> Labelled:
     if not kept:
         found = f"{dropped.most_common(1)[0][0]}, {dropped.total()} times" if dropped else "no row of a known task"
         raise UserError(f"manifest {path}: nothing to build from ({found}); tasks are {', '.join(sorted(USED))}")
-    return Labelled(path=path, rows=kept, dropped=dropped)
+    return LabelledManifest(path=path, rows=kept, dropped=dropped)
 
 
-def _row(path: Path, number: int, line: str) -> Row:
+def _row(path: Path, number: int, line: str) -> ManifestRow:
     try:
-        row: Row = json.loads(line)
+        row: ManifestRow = json.loads(line)
         tasks = {NAMES.get(task.strip(), task.strip()) for task in row["task"].split(",")}
         return {**row, "path": str((path.parent / row["path"]).resolve()), "tasks": tasks}
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}:{number}: not a JSON object with path and task ({error})") from error
 
 
-def _unfit(row: Row) -> str | None:
+def _unfit(row: ManifestRow) -> str | None:
     """Return the reason why a row is unusable. Fills in seconds, rate, speaker and plain text if possible."""
     import soundfile
 
@@ -98,13 +98,13 @@ def plain_text(text: str) -> str:
     return joined if re.fullmatch("[A-Z' ]*", joined) else ""
 
 
-def keyword_of(row: Row) -> str:
+def keyword_of(row: ManifestRow) -> str:
     """Return the word of a row's label. Digits are spelled out."""
     label = str(row.get("keyword") or row.get("label"))
     return DIGITS[int(label)] if re.fullmatch("[0-9]", label) else label
 
 
-def by_speaker(rows: Sequence[Row], shares: Shares, rng: np.random.Generator) -> dict[str, str]:
+def by_speaker(rows: Sequence[ManifestRow], shares: Shares, rng: np.random.Generator) -> dict[str, str]:
     """Assign each speaker to one split.
 
     Speakers are taken in an order drawn by `rng`. Each is assigned to the split whose share it exceeds least, and the
@@ -134,7 +134,10 @@ def _least_filled(splits: list[str], filled: Mapping[str, float], shares: Shares
 
 
 def by_utterance(
-    rows: Sequence[Row], shares: Shares, rng: np.random.Generator, labels: Callable[[Row], Iterable[Any]] | None = None
+    rows: Sequence[ManifestRow],
+    shares: Shares,
+    rng: np.random.Generator,
+    labels: Callable[[ManifestRow], Iterable[Any]] | None = None,
 ) -> Splits:
     """Split rows in an order drawn by `rng`. With `labels`, valid and test have no labels that train lacks."""
     order = [rows[i] for i in rng.permutation(len(rows))]
@@ -154,9 +157,9 @@ def by_utterance(
     return {first: order[:taken], **{split: splits[split] for split in others}}
 
 
-def grouped(rows: Iterable[Row], column: str) -> dict[str, list[Row]]:
+def grouped(rows: Iterable[ManifestRow], column: str) -> dict[str, list[ManifestRow]]:
     """Group rows by a column's value, keeping their order."""
-    groups: dict[str, list[Row]] = defaultdict(list)
+    groups: dict[str, list[ManifestRow]] = defaultdict(list)
     for row in rows:
         groups[str(row[column])].append(row)
     return dict(groups)

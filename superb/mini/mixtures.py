@@ -4,7 +4,8 @@ import numpy as np
 
 from codecssl.superb.mini.audio import FRAME, RATE, Wave, active, at_level, spans, trimmed
 from codecssl.superb.mini.builder import TRIPLE, LackingError, MiniBuilder
-from codecssl.superb.mini.manifest import Row, grouped
+from codecssl.superb.mini.manifest import grouped
+from codecssl.superb.rows import ManifestRow
 
 TURNS = (4, 5)
 CLIP_SECONDS = (1.5, 6.0)
@@ -16,7 +17,7 @@ Placed = tuple[int, str, Wave]
 """First sample, speaker and wave of a turn."""
 
 
-def sd(builder: MiniBuilder) -> list[Row]:
+def sd(builder: MiniBuilder) -> list[ManifestRow]:
     """Build mixtures of two speakers of one source. Each speaker is in one split only.
 
     `segments` follow the energy of each clip before mixing. Pauses of at least 0.3 s end a segment.
@@ -39,7 +40,7 @@ def sd(builder: MiniBuilder) -> list[Row]:
     return made
 
 
-def _worlds(rows: list[Row]) -> list[dict[str, list[Row]]]:
+def _worlds(rows: list[ManifestRow]) -> list[dict[str, list[ManifestRow]]]:
     """Group clips by source and speaker, for speakers with at least two clips and sources with two such speakers."""
     sources = grouped([{**row, "source": row.get("origin", "")} for row in rows], "source")
     found = []
@@ -51,7 +52,7 @@ def _worlds(rows: list[Row]) -> list[dict[str, list[Row]]]:
 
 
 def _turns(
-    builder: MiniBuilder, names: list[str], world: dict[str, list[Row]], rng: np.random.Generator
+    builder: MiniBuilder, names: list[str], world: dict[str, list[ManifestRow]], rng: np.random.Generator
 ) -> list[Placed]:
     order = {name: list(rng.permutation(len(world[name]))) for name in names}
     loudness = {name: float(rng.uniform(*LEVELS)) for name in names}
@@ -77,8 +78,8 @@ def _gap(chance: float, shorter: int, rng: np.random.Generator) -> int:
 
 
 def _mixture(
-    builder: MiniBuilder, split: str, number: int, placed: list[Placed], source: Row, rng: np.random.Generator
-) -> Row:
+    builder: MiniBuilder, split: str, number: int, placed: list[Placed], source: ManifestRow, rng: np.random.Generator
+) -> ManifestRow:
     tail = round(float(rng.uniform(*PAUSES)) * RATE)
     length = max(start + len(wave) for start, _, wave in placed) + tail
     mix = 10 ** (NOISE_LEVEL / 20) * rng.standard_normal(length)
@@ -94,7 +95,7 @@ def _mixture(
     return {key: value for key, value in made.items() if key not in ("speaker", "gender")}
 
 
-def overlapped(segments: list[Row]) -> float:
+def overlapped(segments: list[ManifestRow]) -> float:
     """Return the seconds in which segments of both speakers overlap."""
     total = 0.0
     for i, one in enumerate(segments):

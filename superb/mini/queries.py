@@ -6,8 +6,9 @@ import numpy as np
 
 from codecssl.superb.mini.audio import Wave, at_level
 from codecssl.superb.mini.builder import MiniBuilder, require
-from codecssl.superb.mini.manifest import Row, by_speaker, by_utterance, keyword_of, pick
+from codecssl.superb.mini.manifest import by_speaker, by_utterance, keyword_of, pick
 from codecssl.superb.mini.spliced_tasks import band_of, by_word, cut, in_a_row, words_of
+from codecssl.superb.rows import ManifestRow
 
 HALVES = {"valid": 0.5, "test": 0.5}
 FILLERS = 2
@@ -20,20 +21,20 @@ SHORTEST = 1.0
 class SplitWords:
     """Material of a split."""
 
-    clips: dict[str, list[Row]]
+    clips: dict[str, list[ManifestRow]]
     """By word."""
-    sentences: list[Row]
+    sentences: list[ManifestRow]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
     """Consecutive clips and the terms that they contain."""
 
-    rows: list[Row]
+    rows: list[ManifestRow]
     terms: set[str]
 
 
-def qbe(builder: MiniBuilder) -> list[Row]:
+def qbe(builder: MiniBuilder) -> list[ManifestRow]:
     """Build queries and documents.
 
     Queries are single words. Documents are sentences with and without these words. For a word that no sentence
@@ -56,7 +57,7 @@ def _parts(builder: MiniBuilder) -> dict[str, SplitWords]:
     speakers = by_speaker(voiced, HALVES, builder.rng("qbe words")) if voiced else {}
     speech = builder.data.speech()
     voices = by_speaker(speech, HALVES, builder.rng("qbe sentences")) if speech else {}
-    clips: dict[str, dict[str, list[Row]]] = {split: {} for split in HALVES}
+    clips: dict[str, dict[str, list[ManifestRow]]] = {split: {} for split in HALVES}
     for word, rows in words.items():
         unnamed = by_utterance([row for row in rows if not row["speaker"]], HALVES, builder.rng(f"qbe {word}"))
         for split in HALVES:
@@ -66,7 +67,7 @@ def _parts(builder: MiniBuilder) -> dict[str, SplitWords]:
     return {s: SplitWords(clips=clips[s], sentences=[r for r in speech if voices[r["speaker"]] == s]) for s in HALVES}
 
 
-def _searched(builder: MiniBuilder, split: str, terms: list[str], part: SplitWords, band: int) -> list[Row]:
+def _searched(builder: MiniBuilder, split: str, terms: list[str], part: SplitWords, band: int) -> list[ManifestRow]:
     """Build the queries and documents of a split."""
     rng = builder.rng(f"qbe {split}")
     queries = {term: pick(part.clips[term], builder.recipe.qbe_queries, rng) for term in terms}
@@ -91,7 +92,11 @@ def _sound(builder: MiniBuilder, document: Document, band: int, rng: np.random.G
 
 
 def _documents(
-    builder: MiniBuilder, terms: list[str], part: SplitWords, queries: dict[str, list[Row]], rng: np.random.Generator
+    builder: MiniBuilder,
+    terms: list[str],
+    part: SplitWords,
+    queries: dict[str, list[ManifestRow]],
+    rng: np.random.Generator,
 ) -> list[Document]:
     said = [
         Document(rows=[row], terms={term for term in terms if term.upper() in row["plain"].split()})
@@ -109,7 +114,7 @@ def _documents(
     return list(chosen.values())
 
 
-def _spoken(term: str, free: dict[str, list[Row]], rng: np.random.Generator) -> list[Document]:
+def _spoken(term: str, free: dict[str, list[ManifestRow]], rng: np.random.Generator) -> list[Document]:
     """Build documents from the word's own clips. Short ones are placed among clips of other words."""
     others = [name for name in sorted(free) if name != term and free[name]]
     documents = []

@@ -8,16 +8,16 @@ from itertools import combinations
 import numpy as np
 
 from codecssl.superb.mini.builder import TRIPLE, LackingError, MiniBuilder, require
-from codecssl.superb.mini.manifest import Row, Splits, by_speaker, by_utterance, grouped, pick
+from codecssl.superb.mini.manifest import Splits, by_speaker, by_utterance, grouped, pick
+from codecssl.superb.rows import ManifestRow, TrialLine
 
-Trial = tuple[int, str, str]
 FOLDS = 5
 INTENT = ("action", "object", "location")
 """SUPERB's names of an intent's three slots, as s3prl's task reads them."""
 NONE = "none"
 
 
-def pr(builder: MiniBuilder) -> list[Row]:
+def pr(builder: MiniBuilder) -> list[ManifestRow]:
     """Build pr: phones without stress and word position, as in SUPERB's lexicon. No speaker is in two splits."""
     rows = [row for row in builder.data.speech() if row.get("phones")]
     require(rows, "rows of task pr with phones, text and speaker")
@@ -34,7 +34,7 @@ def plain_phones(phones: list[str] | str) -> list[str]:
     return [re.sub(r"\d?(_[BIES])?$", "", phone) for phone in (phones.split() if isinstance(phones, str) else phones)]
 
 
-def asr(builder: MiniBuilder) -> list[Row]:
+def asr(builder: MiniBuilder) -> list[ManifestRow]:
     """Build asr: sentences in capitals. No speaker is in two splits; no test or validation text is in training."""
     rows = builder.data.speech()
     require(rows, "rows of task asr with text and speaker")
@@ -50,14 +50,14 @@ def asr(builder: MiniBuilder) -> list[Row]:
     return [builder.referenced("asr", split, row, text=row["plain"]) for split in TRIPLE for row in splits[split]]
 
 
-def _dealt(rows: list[Row], voices: dict[str, str]) -> Splits:
+def _dealt(rows: list[ManifestRow], voices: dict[str, str]) -> Splits:
     splits: Splits = {split: [row for row in rows if voices[row["speaker"]] == split] for split in TRIPLE}
     for split, found in splits.items():
         require(found, f"speakers enough for a {split} split")
     return splits
 
 
-def _voiced(builder: MiniBuilder, least: int, most: int, task: str, seconds: float) -> list[Row]:
+def _voiced(builder: MiniBuilder, least: int, most: int, task: str, seconds: float) -> list[ManifestRow]:
     """Return at most `most` clips of each speaker with at least `least` clips."""
     rows = [row for row in builder.data.of("sid", "asv", needs=("speaker",)) if row["seconds"] >= seconds]
     speakers = {name: clips for name, clips in grouped(rows, "speaker").items() if len(clips) >= least}
@@ -68,7 +68,7 @@ def _voiced(builder: MiniBuilder, least: int, most: int, task: str, seconds: flo
     return [clip for name in sorted(speakers) for clip in pick(speakers[name], most, builder.rng(f"{task} {name}"))]
 
 
-def sid(builder: MiniBuilder) -> list[Row]:
+def sid(builder: MiniBuilder) -> list[ManifestRow]:
     """Build sid. As in SUPERB, utterances are split and every speaker is in every split."""
     rows = _voiced(builder, builder.recipe.sid_least, builder.recipe.sid_most, "sid", 1.0)
     made = []
@@ -79,14 +79,14 @@ def sid(builder: MiniBuilder) -> list[Row]:
     return sorted(made, key=lambda row: TRIPLE.index(row["splits"]["sid"]))
 
 
-def _note_channels(builder: MiniBuilder, task: str, rows: list[Row]) -> None:
+def _note_channels(builder: MiniBuilder, task: str, rows: list[ManifestRow]) -> None:
     origins = Counter(str(row.get("origin", "one source")) for row in rows)
     if len(origins) > 1:
         counts = ", ".join(f"{count} from {name}" for name, count in sorted(origins.items()))
         builder.note(task, f"Clips come from several recordings' worlds ({counts}); a channel can give a speaker away.")
 
 
-def asv(builder: MiniBuilder) -> tuple[list[Row], list[Trial]]:
+def asv(builder: MiniBuilder) -> tuple[list[ManifestRow], list[TrialLine]]:
     """Build rows and trials of asv. Tested speakers are not in training.
 
     Different speakers of a trial have the same source and, if known for both, the same gender. Neither channel nor
@@ -106,7 +106,7 @@ def asv(builder: MiniBuilder) -> tuple[list[Row], list[Trial]]:
     return sorted(kept, key=lambda row: row["splits"]["asv"] != "train"), trials
 
 
-def _trials(rows: list[Row], most: int, rng: np.random.Generator) -> list[Trial]:
+def _trials(rows: list[ManifestRow], most: int, rng: np.random.Generator) -> list[TrialLine]:
     pairs = list(combinations(rows, 2))
     same = [pair for pair in pairs if pair[0]["speaker"] == pair[1]["speaker"]]
     other = [pair for pair in pairs if pair[0]["speaker"] != pair[1]["speaker"] and _alike(*pair)]
@@ -115,12 +115,12 @@ def _trials(rows: list[Row], most: int, rng: np.random.Generator) -> list[Trial]
     return [(label, pair[0]["path"], pair[1]["path"]) for label, pair in chosen]
 
 
-def _alike(one: Row, other: Row) -> bool:
+def _alike(one: ManifestRow, other: ManifestRow) -> bool:
     genders = {str(row["gender"])[0].lower() for row in (one, other) if row.get("gender")}
     return one.get("origin") == other.get("origin") and len(genders) < 2
 
 
-def er(builder: MiniBuilder) -> list[Row]:
+def er(builder: MiniBuilder) -> list[ManifestRow]:
     """Build er: five folds of speakers with similar numbers of clips. Fold 1 is the test set, fold 2 validates."""
     rows = builder.data.of("er", needs=("label", "speaker"))
     sizes = Counter(row["speaker"] for row in rows)
@@ -138,7 +138,7 @@ def er(builder: MiniBuilder) -> list[Row]:
     return made
 
 
-def ic(builder: MiniBuilder) -> list[Row]:
+def ic(builder: MiniBuilder) -> list[ManifestRow]:
     """Build ic: three slots per utterance, all of which must be correct. Split by utterance: speakers are unknown."""
     rows = [row for row in builder.data.of("ic") if isinstance(row.get("slots"), dict) and row["slots"]]
     if len(rows) < 10:
@@ -148,7 +148,7 @@ def ic(builder: MiniBuilder) -> list[Row]:
         renamed = ", ".join(f"{new} is {old}" for new, old in zip(INTENT, names, strict=False))
         builder.note("ic", f"Of the slots, those with the fewest values serve: {renamed}; `{NONE}` where not said.")
 
-    def slots(row: Row) -> dict[str, str]:
+    def slots(row: ManifestRow) -> dict[str, str]:
         said = {name: str(row["slots"].get(name) or NONE).strip() for name in names}
         return {new: said.get(old, NONE) for new, old in zip(INTENT, (*names, "", "")[:3], strict=True)}
 
@@ -163,7 +163,7 @@ def ic(builder: MiniBuilder) -> list[Row]:
     return [builder.referenced("ic", split, row, slots=slots(row)) for split in TRIPLE for row in splits[split]]
 
 
-def _seen(builder: MiniBuilder, splits: Splits, slots: Callable[[Row], dict[str, str]]) -> Splits:
+def _seen(builder: MiniBuilder, splits: Splits, slots: Callable[[ManifestRow], dict[str, str]]) -> Splits:
     """Remove rows of valid and test with a slot value that train lacks."""
     known = {item for row in splits["train"] for item in slots(row).items()}
     for split in ("valid", "test"):
@@ -174,7 +174,7 @@ def _seen(builder: MiniBuilder, splits: Splits, slots: Callable[[Row], dict[str,
     return splits
 
 
-def _three_slots(rows: list[Row]) -> tuple[str, ...]:
+def _three_slots(rows: list[ManifestRow]) -> tuple[str, ...]:
     values: dict[str, set[str]] = {}
     for row in rows:
         for name, value in row["slots"].items():

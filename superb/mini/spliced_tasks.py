@@ -7,7 +7,8 @@ import numpy as np
 from codecssl.superb.mini import recorded_tasks
 from codecssl.superb.mini.audio import RATE, Wave, at_level, loudest_part, quiet_part, trimmed
 from codecssl.superb.mini.builder import TRIPLE, LackingError, MiniBuilder, require
-from codecssl.superb.mini.manifest import Row, Splits, by_speaker, by_utterance, grouped, keyword_of, pick
+from codecssl.superb.mini.manifest import Splits, by_speaker, by_utterance, grouped, keyword_of, pick
+from codecssl.superb.rows import ManifestRow
 
 SILENCE, UNKNOWN = "_silence_", "_unknown_"
 LONGEST = 1.0
@@ -25,7 +26,7 @@ def band_of(builder: MiniBuilder) -> int:
     return min(RATE, *(row["rate"] for row in words))
 
 
-def words_of(builder: MiniBuilder) -> list[Row]:
+def words_of(builder: MiniBuilder) -> list[ManifestRow]:
     return [row for row in builder.data.of("kws", "digits") if row.get("keyword") or row.get("label") not in (None, "")]
 
 
@@ -48,11 +49,11 @@ def word_splits(builder: MiniBuilder) -> Splits:
     return splits
 
 
-def by_word(rows: list[Row]) -> dict[str, list[Row]]:
+def by_word(rows: list[ManifestRow]) -> dict[str, list[ManifestRow]]:
     return grouped([{**row, "word": keyword_of(row)} for row in rows], "word")
 
 
-def ks(builder: MiniBuilder) -> list[Row]:
+def ks(builder: MiniBuilder) -> list[ManifestRow]:
     """Build ks: words of at most a second, `_unknown_` from running speech, `_silence_` from noises and quiet segments.
 
     All clips have the same band, and `_unknown_` and `_silence_` have the lengths of the words. Neither bandwidth nor
@@ -78,8 +79,8 @@ def ks(builder: MiniBuilder) -> list[Row]:
 
 
 def _spotted(
-    builder: MiniBuilder, split: str, most: int, rows: list[Row], noises: list[Row], band: int
-) -> list[tuple[str, Wave, Row]]:
+    builder: MiniBuilder, split: str, most: int, rows: list[ManifestRow], noises: list[ManifestRow], band: int
+) -> list[tuple[str, Wave, ManifestRow]]:
     """Return (word, wave, source) of a split's clips."""
     rng, clips = builder.rng(f"ks {split}"), by_word(rows)
     chosen = [row for word in sorted(clips) for row in pick(clips[word], most, rng)]
@@ -108,7 +109,7 @@ def cut(wave: Wave) -> Wave:
 
 def _unknown(
     builder: MiniBuilder, split: str, count: int, lengths: list[float], band: int, rng: np.random.Generator
-) -> Iterator[tuple[Wave, Row]]:
+) -> Iterator[tuple[Wave, ManifestRow]]:
     """Yield the loudest segments of this split's sentences without keywords."""
     keywords = {keyword_of(row).upper() for row in words_of(builder)}
     rows = [row for row in builder.data.speech() if builder.voices[row["speaker"]] == split]
@@ -119,13 +120,13 @@ def _unknown(
 
 def _silences(
     builder: MiniBuilder,
-    words: list[Row],
-    noises: list[Row],
+    words: list[ManifestRow],
+    noises: list[ManifestRow],
     count: int,
     lengths: list[float],
     band: int,
     rng: np.random.Generator,
-) -> Iterator[tuple[Wave, Row]]:
+) -> Iterator[tuple[Wave, ManifestRow]]:
     """Yield silence: half quiet environmental noise, half pauses next to the words, as far as available."""
     beside = [(row, builder.audio.read(row, band)) for row in words if row["seconds"] > LONGEST]
     order = rng.permutation(len(beside))
@@ -138,7 +139,7 @@ def _silences(
     yield from found[: count - len(loud)]
 
 
-def ic(builder: MiniBuilder) -> list[Row]:
+def ic(builder: MiniBuilder) -> list[ManifestRow]:
     """Build ic from the manifest's sentences, or from words if there are fewer than the recipe's `ic_least`."""
     sentences = [row for row in builder.data.of("ic") if isinstance(row.get("slots"), dict) and row["slots"]]
     made = [] if len(sentences) >= builder.recipe.ic_least else list(_intents(builder))
@@ -152,7 +153,7 @@ def ic(builder: MiniBuilder) -> list[Row]:
     return made
 
 
-def _intents(builder: MiniBuilder) -> Iterator[Row]:
+def _intents(builder: MiniBuilder) -> Iterator[ManifestRow]:
     """Yield commands KEYWORD DIGIT of words in all splits, each pair equally often. Requires two of each."""
     splits = {split: by_word(rows) for split, rows in word_splits(builder).items()}
     common = set.intersection(*(set(clips) for clips in splits.values())) - {SILENCE, UNKNOWN}
@@ -175,7 +176,7 @@ def _intents(builder: MiniBuilder) -> Iterator[Row]:
             yield builder.written("ic", split, f"{split}-{number:04d}", wave, chosen[0], **columns)
 
 
-def sf(builder: MiniBuilder) -> list[Row]:
+def sf(builder: MiniBuilder) -> list[ManifestRow]:
     """Build sf: text with one IOB tag per word.
 
     Rows with text and iob are used unmodified. Without such rows, two sources are used. Orders whose slot sequence is
@@ -192,7 +193,7 @@ def sf(builder: MiniBuilder) -> list[Row]:
     return sorted(made, key=lambda row: TRIPLE.index(row["splits"]["sf"]))
 
 
-def _orders(builder: MiniBuilder) -> Iterator[Row]:
+def _orders(builder: MiniBuilder) -> Iterator[ManifestRow]:
     groups = builder.recipe.slot_order
     rows = [row for row in builder.data.of("ic") if isinstance(row.get("slots"), dict)]
     known = [row for row in rows if row["slots"] and _in_order(row["slots"], groups)]
@@ -220,7 +221,7 @@ def _in_order(slots: dict[str, str], groups: list[list[str]]) -> bool:
     return sum(named) == len(slots) and max(named, default=0) <= 1
 
 
-def _commands(builder: MiniBuilder) -> Iterator[Row]:
+def _commands(builder: MiniBuilder) -> Iterator[ManifestRow]:
     """KEYWORD DIGIT DIGIT: digits by one speaker, faint noise in the pauses."""
     splits = word_splits(builder)
     if not all("kws" in r["tasks"] for r in splits["train"][:1]) or not builder.data.of("digits"):

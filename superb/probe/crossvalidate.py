@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codecssl.superb.probe.logistic import fit_predict
-from codecssl.superb.results import Row
+from codecssl.superb.rows import ResultRow
 from codecssl.tokenize.common.errors import UserError
 
 GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -41,7 +41,7 @@ class Settings:
             raise UserError(f"C {self.C}: give at least one value, each above 0")
 
 
-def evaluate(features: np.ndarray, labels: np.ndarray, groups: np.ndarray | None, settings: Settings) -> Row:
+def evaluate(features: np.ndarray, labels: np.ndarray, groups: np.ndarray | None, settings: Settings) -> ResultRow:
     """Accuracies of pooled features [N, L, D].
 
     "layers": mean over seeds per layer, with C chosen by the training folds. "best_layer": accuracy with the layer and

@@ -22,6 +22,7 @@ from codecssl.superb import results
 from codecssl.superb.probe.crossvalidate import Settings, evaluate
 from codecssl.superb.probe.features import open_rows
 from codecssl.superb.reporting.comparison import BASELINES
+from codecssl.superb.rows import ResultRow
 from codecssl.superb.upstreams.build import UpstreamBuilder
 from codecssl.superb.upstreams.names import Upstream, parse_all
 from codecssl.tokenize.common.errors import UserError
@@ -87,8 +88,8 @@ def run(
     probes: Sequence[Probe],
     output: Path,
     settings: Settings,
-    report: Callable[[str], None] = print,
-) -> list[results.Row]:
+    on_progress: Callable[[str], None] = print,
+) -> list[ResultRow]:
     """Run every probe on every upstream and return the requested rows.
 
     Finished results in `output` are not computed again.
@@ -108,7 +109,7 @@ def run(
                 results.write_json(path, row)
                 results.publish(output)
             rows.append(json.loads(path.read_text(encoding="utf-8")))
-            report(f"{upstream.name}  {probe.name}  best layer {100 * rows[-1]['best_layer']:.1f} %")
+            on_progress(f"{upstream.name}  {probe.name}  best layer {100 * rows[-1]['best_layer']:.1f} %")
     return rows
 
 
@@ -127,7 +128,7 @@ def _measure(
     probe: Probe,
     features: Callable[[int], list[np.ndarray]],
     settings: Settings,
-) -> results.Row:
+) -> ResultRow:
     chosen = [i for i, row in enumerate(rows) if probe.takes(row)]
     labels = np.array([_column(rows[i], probe, probe.label) for i in chosen])
     groups = np.array([_column(rows[i], probe, probe.group) for i in chosen]) if probe.group else None
@@ -148,7 +149,7 @@ def pool(states: np.ndarray, how: str) -> np.ndarray:
     return mean if how == "mean" else np.concatenate([mean, states.std(axis=0, dtype=np.float64)])
 
 
-def _seen(source: Rows, upstream: Upstream, probe: Probe) -> results.Row:
+def _seen(source: Rows, upstream: Upstream, probe: Probe) -> ResultRow:
     """Count the probe's clips that a pretrained model was trained on: [clips, clips with a known answer].
 
     None if the model has no record. Empty for a baseline.

@@ -13,7 +13,7 @@ from codecssl.superb import results
 from codecssl.superb.paired import LEVEL, sign_flip_p, verdict
 from codecssl.superb.reporting.comparison import BASELINES
 from codecssl.superb.reporting.tables import percent
-from codecssl.superb.results import Row
+from codecssl.superb.rows import ResultRow
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,7 +48,7 @@ class Pair:
         return verdict(self.points, self.p)
 
 
-def pairs(rows: Sequence[Row]) -> list[Pair]:
+def pairs(rows: Sequence[ResultRow]) -> list[Pair]:
     """Pair each model with each baseline that was tested on the same clips in the same folds."""
     names, found = _names(rows), []
     for _, group in _groups(rows):
@@ -60,7 +60,7 @@ def pairs(rows: Sequence[Row]) -> list[Pair]:
     return found
 
 
-def _pair(one: Row, other: Row, names: dict[str, str]) -> Pair:
+def _pair(one: ResultRow, other: ResultRow, names: dict[str, str]) -> Pair:
     difference = _answers(one) - _answers(other)
     points = 100 * difference.sum() / (len(difference) * len(one["right"]))
     return Pair(
@@ -72,13 +72,13 @@ def _pair(one: Row, other: Row, names: dict[str, str]) -> Pair:
     )
 
 
-def _answers(row: Row) -> np.ndarray:
+def _answers(row: ResultRow) -> np.ndarray:
     """Number of right answers for each clip, summed over seeds."""
     seeds = [np.frombuffer(seed.encode(), np.uint8) - ord("0") for seed in row["right"]]
     return np.stack(seeds).sum(axis=0, dtype=np.int64)
 
 
-def sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[str], list[list[str]], str]]:
+def sections(rows: Sequence[ResultRow]) -> Iterator[tuple[str, list[str], list[list[str]], str]]:
     """Title, header, lines and note of each table."""
     names = _names(rows)
     for title, group in _groups(rows):
@@ -95,14 +95,14 @@ def sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[str], list[list[st
                 yield f"Against baselines; {marked}", PAIRED_HEADER, lines, PAIRED_NOTE
 
 
-def _shown(row: Row, of_seen: bool, seen: set[str]) -> bool:
+def _shown(row: ResultRow, of_seen: bool, seen: set[str]) -> bool:
     """True if a row belongs in the table. Baselines are in the second table if a model of their probe is."""
     if _is_baseline(row):
         return not of_seen or row["probe"]["name"] in seen
     return _was_seen(row) == of_seen
 
 
-def _line(row: Row, found: Sequence[Pair], names: dict[str, str]) -> list[str]:
+def _line(row: ResultRow, found: Sequence[Pair], names: dict[str, str]) -> list[str]:
     probe, name, value = row["probe"]["name"], names[_identity(row)], percent(row["best_layer"])
     against = [pair.verdict for pair in found if (pair.probe, pair.model) == (probe, name)]
     if against and set(against) == {"better"}:
@@ -118,7 +118,7 @@ def _paired_line(pair: Pair) -> list[str]:
     return [pair.probe, pair.model, pair.baseline, f"{pair.points:+.1f}", p, pair.verdict]
 
 
-def _in_pretraining(row: Row) -> str:
+def _in_pretraining(row: ResultRow) -> str:
     if _is_baseline(row):
         return ""
     if row.get("in_pretraining") is None:
@@ -127,7 +127,7 @@ def _in_pretraining(row: Row) -> str:
     return f"{count} of {told}" if count else f"none of {told} (unseen)"
 
 
-def summary(rows: Sequence[Row]) -> list[str]:
+def summary(rows: Sequence[ResultRow]) -> list[str]:
     """One line per model and baseline: the number of probes where it is better, worse, or not different."""
     found = sorted(pairs(rows), key=lambda pair: (pair.model, _order(pair.baseline), pair.baseline))
     lines = []
@@ -142,7 +142,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def console_tables(rows: Sequence[Row]) -> "list[Table | str]":
+def console_tables(rows: Sequence[ResultRow]) -> "list[Table | str]":
     """Terminal tables of the requested rows."""
     from rich.table import Table
 
@@ -167,15 +167,15 @@ def write_markdown(output: Path) -> Path:
     return output / "probe.md"
 
 
-def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+def _groups(rows: Sequence[ResultRow]) -> list[tuple[str, list[ResultRow]]]:
     """Group comparable rows into tables, each with its title."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str], list[ResultRow]] = {}
     for row in rows:
         groups.setdefault((_title(row), row["data_fingerprint"]), []).append(row)
     return [(key[0], sorted(group, key=_row_key)) for key, group in sorted(groups.items())]
 
 
-def _title(row: Row) -> str:
+def _title(row: ResultRow) -> str:
     settings = row["settings"]
     strengths = settings["C"] if isinstance(settings["C"], list) else [settings["C"]]
     C = f"C of {' '.join(f'{value:g}' for value in strengths)}" if len(strengths) > 1 else f"C {strengths[0]:g}"
@@ -184,11 +184,11 @@ def _title(row: Row) -> str:
     return f"{Path(row['data']).name}: {pooled}, {C}, {settings['folds']} folds, seeds {seeds}"
 
 
-def _probe_key(row: Row) -> str:
+def _probe_key(row: ResultRow) -> str:
     return str(sorted(row["probe"].items()))
 
 
-def _row_key(row: Row) -> tuple[str, int, str]:
+def _row_key(row: ResultRow) -> tuple[str, int, str]:
     kind = row["upstream"]["kind"]
     return row["probe"]["name"], _order(kind), row["upstream"]["name"]
 
@@ -198,19 +198,19 @@ def _order(name: str) -> int:
     return BASELINES.index(kind) if kind in BASELINES else len(BASELINES)
 
 
-def _is_baseline(row: Row) -> bool:
+def _is_baseline(row: ResultRow) -> bool:
     return row["upstream"]["kind"] in BASELINES
 
 
-def _was_seen(row: Row) -> bool:
+def _was_seen(row: ResultRow) -> bool:
     return bool(row.get("in_pretraining") and row["in_pretraining"][0])
 
 
-def _identity(row: Row) -> str:
+def _identity(row: ResultRow) -> str:
     return str([row["upstream"].get(key) for key in ("name", "argument", "sha256")])
 
 
-def _names(rows: Sequence[Row]) -> dict[str, str]:
+def _names(rows: Sequence[ResultRow]) -> dict[str, str]:
     """Name of each upstream: as typed, or the last part of a folder. Equal names get the sha256."""
     found = {}
     for row in rows:

@@ -12,6 +12,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from codecssl.superb import results
+from codecssl.superb.rows import ResultRow
 from codecssl.superb.tasks import TASKS, Budget, Metric
 from codecssl.tokenize.common.errors import UserError
 
@@ -26,9 +27,9 @@ class Cell:
     """One upstream on one task, over seeds; each seed's figure is the mean over its folds."""
 
     task: str
-    runs: tuple[results.Row, ...]
+    runs: tuple[ResultRow, ...]
     """The winners, one per seed and fold."""
-    rates: tuple[float | None, ...]
+    lrs: tuple[float | None, ...]
     """All learning rates tried."""
 
     @property
@@ -73,7 +74,7 @@ class Cell:
         return centre - half, centre + half
 
 
-def values_of(run: results.Row) -> dict[str, float]:
+def values_of(run: ResultRow) -> dict[str, float]:
     """All metrics of a row. Older rows have only the first one."""
     return dict(run.get("values") or {run["metric"]: run["value"]})
 
@@ -128,17 +129,17 @@ class Comparison:
         return cell.value(column[1].key) if cell else None
 
 
-def compare(rows: Iterable[results.Row]) -> list[Comparison]:
+def compare(rows: Iterable[ResultRow]) -> list[Comparison]:
     """Group rows by data and budget, and select the best run of each sweep."""
-    groups: dict[tuple[str, str, str], list[results.Row]] = {}
+    groups: dict[tuple[str, str, str], list[ResultRow]] = {}
     for row in rows:
         key = (row["data"], str(row["manifest_sha256"]), str(sorted(row["budget"].items())))
         groups.setdefault(key, []).append(row)
     return [_compare(group) for _, group in sorted(groups.items())]
 
 
-def _compare(rows: list[results.Row]) -> Comparison:
-    grouped: dict[tuple[str, str], list[results.Row]] = {}
+def _compare(rows: list[ResultRow]) -> Comparison:
+    grouped: dict[tuple[str, str], list[ResultRow]] = {}
     labels = _labels([row["upstream"] for row in rows])
     for row in rows:
         grouped.setdefault((labels[_identity(row["upstream"])], row["task"]), []).append(row)
@@ -172,20 +173,20 @@ def _order(kind: str) -> int:
     return BASELINES.index(kind) if kind in BASELINES else len(BASELINES)
 
 
-def _cell(task: str, rows: list[results.Row]) -> Cell:
+def _cell(task: str, rows: list[ResultRow]) -> Cell:
     sign = 1 if TASKS[task].higher_better else -1
     winners = {}
     for row in sorted(rows, key=lambda row: _merit(row, sign)):
         winners[row["seed"], row.get("fold") or 0] = row
-    rates = {row["learning_rate"] for row in rows}
+    lrs = {row["learning_rate"] for row in rows}
     return Cell(
         task=task,
         runs=tuple(winners[key] for key in sorted(winners)),
-        rates=tuple(sorted(rates, key=lambda rate: rate or 0.0)),
+        lrs=tuple(sorted(lrs, key=lambda lr: lr or 0.0)),
     )
 
 
-def _merit(row: results.Row, sign: int) -> float:
+def _merit(row: ResultRow, sign: int) -> float:
     """Selection score of a run: its validation metric, or the test metric without one. NaN scores lowest."""
     value = sign * float(row["value"] if row["valid"] is None else row["valid"])
     return -math.inf if math.isnan(value) else value
@@ -193,7 +194,7 @@ def _merit(row: results.Row, sign: int) -> float:
 
 def load(folders: Sequence[Path]) -> list[Comparison]:
     """Load the finished runs of several output folders. Raises UserError if there are none."""
-    rows: list[results.Row] = [row for folder in folders for row in results.read_rows(folder, "runs")]
+    rows: list[ResultRow] = [row for folder in folders for row in results.read_rows(folder, "runs")]
     if not rows:
         raise UserError(
             f"report {' '.join(map(str, folders))}: no finished run; give an --output of codecssl-superb run"

@@ -22,6 +22,7 @@ import numpy as np
 
 from codecssl.superb import results
 from codecssl.superb.corpora.corpus import Example
+from codecssl.superb.rows import ResultRow
 
 FOLDER = "predict"
 ANSWERS, ANSWERS_LM = "answers.json", "answers_lm.json"
@@ -62,15 +63,15 @@ def _answers(task: Any, cached: list[dict[str, Any]]) -> Any:
 
 
 def write_predictions(
-    folder: Path, task: str, tested: Sequence[Example], found: results.Row, *, fold: int | None, rate: int
+    folder: Path, task: str, tested: Sequence[Example], found: ResultRow, *, fold: int | None, stride: int
 ) -> None:
     """Write RUN/predict of a trained run.
 
-    `found`: the run's outcome. `fold`: the tested fold of er. `rate`: the upstream's samples per frame, used by the
+    `found`: the run's outcome. `fold`: the tested fold of er. `stride`: the upstream's samples per frame, used by the
     frame labels of sd.
     """
     if task == "sd":
-        _diarised(folder, tested, rate)
+        _diarised(folder, tested, stride)
     elif task == "asv":
         _verified(folder, found["best_step"])
     else:
@@ -119,12 +120,12 @@ def _verified(folder: Path, step: int) -> None:
         path.unlink()
 
 
-def _diarised(folder: Path, tested: Sequence[Example], rate: int) -> None:
+def _diarised(folder: Path, tested: Sequence[Example], stride: int) -> None:
     import h5py
     import torch
 
     found = folder / "evaluate" / "valid_best" / "test" / "prediction"
-    results.write_text(folder / FOLDER / "sd_public" / "frame_shift", f"{rate}\n")
+    results.write_text(folder / FOLDER / "sd_public" / "frame_shift", f"{stride}\n")
     target = folder / FOLDER / "sd_public" / "scoring" / "predictions"
     target.mkdir(parents=True, exist_ok=True)
     for number, example in enumerate(tested):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from codecssl.superb.reporting.comparison import Comparison, load
 from codecssl.superb.reporting.predictions import FOLDER
-from codecssl.superb.results import Row
+from codecssl.superb.rows import ResultRow
 from codecssl.superb.tasks import TASKS
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import atomic_file
@@ -69,7 +69,7 @@ def _chosen(comparison: Comparison, upstream: str | None) -> str:
     return upstream
 
 
-def _files(folders: Sequence[Path], run: Row) -> dict[str, Path]:
+def _files(folders: Sequence[Path], run: ResultRow) -> dict[str, Path]:
     """Map names in the zip to files."""
     for folder in folders:
         kept = folder / str(run.get("folder")) / FOLDER

@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from codecssl.superb import results
 from codecssl.superb.paired import LEVEL
 from codecssl.superb.reporting.comparison import BASELINES, SAMPLE, Cell, Column, Comparison, compare, load
 from codecssl.superb.reporting.superb_score import PUBLISHED, missing, score
 from codecssl.superb.reporting.verdicts import beyond_noise, paired_p, sentence
+from codecssl.superb.rows import ResultRow
 from codecssl.superb.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -132,9 +132,9 @@ def rates_text(c: Comparison, name: str) -> str:
     won: dict[str, list[str]] = {}
     for task in c.tasks:
         runs = c.cells[name, task].runs if (name, task) in c.cells else ()
-        if rates := sorted({run["learning_rate"] for run in runs if run["learning_rate"] is not None}):
-            won.setdefault("/".join(f"{rate:g}" for rate in rates), []).append(task)
-    return next(iter(won), "") if len(won) < 2 else "; ".join(f"{' '.join(t)}: {rate}" for rate, t in won.items())
+        if lrs := sorted({run["learning_rate"] for run in runs if run["learning_rate"] is not None}):
+            won.setdefault("/".join(f"{lr:g}" for lr in lrs), []).append(task)
+    return next(iter(won), "") if len(won) < 2 else "; ".join(f"{' '.join(t)}: {lr}" for lr, t in won.items())
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -173,7 +173,7 @@ def _spread(c: Comparison) -> list[str]:
     ]
 
 
-def _brief(trained: dict[str, results.Row]) -> list[str]:
+def _brief(trained: dict[str, ResultRow]) -> list[str]:
     """Warning about heads trained for less than one epoch."""
     seen = {t: (run["steps"] * run["batch"], run["utterances"]["train"]) for t, run in trained.items()}
     short = [f"{t} {count} of {whole}" for t, (count, whole) in seen.items() if count < whole]
@@ -193,13 +193,13 @@ def _won(c: Comparison) -> str:
 def _tried(c: Comparison) -> str:
     tried: dict[str, list[str]] = {}
     for task in c.tasks:
-        rates = sorted({r for (_, t), cell in c.cells.items() if t == task for r in cell.rates if r is not None})
-        if rates:
-            tried.setdefault(", ".join(f"{rate:g}" for rate in rates), []).append(task)
-    return "; ".join(f"{rates} ({' '.join(tasks)})" for rates, tasks in tried.items()) or "none"
+        lrs = sorted({r for (_, t), cell in c.cells.items() if t == task for r in cell.lrs if r is not None})
+        if lrs:
+            tried.setdefault(", ".join(f"{lr:g}" for lr in lrs), []).append(task)
+    return "; ".join(f"{lrs} ({' '.join(tasks)})" for lrs, tasks in tried.items()) or "none"
 
 
-def _choices(c: Comparison, runs: list[results.Row]) -> list[str]:
+def _choices(c: Comparison, runs: list[ResultRow]) -> list[str]:
     """Selection criteria, where they are not the validation set alone."""
     found = []
     if "asv" in c.tasks:
@@ -220,7 +220,7 @@ def _choices(c: Comparison, runs: list[results.Row]) -> list[str]:
     return found
 
 
-def _skipped(runs: list[results.Row]) -> list[str]:
+def _skipped(runs: list[ResultRow]) -> list[str]:
     reasons: dict[str, dict[str, int]] = {}
     for run in runs:
         for reason, count in (run.get("skipped") or {}).items():

@@ -143,14 +143,14 @@ def _runs(c: Comparison) -> str:
     header += ["utterances train/valid/test", "s"]
     rows = []
     for name, task, cell in [(n, t, c.cells[n, t]) for n in c.upstreams for t in c.tasks if (n, t) in c.cells]:
-        tried = " ".join(f"{rate:g}" for rate in cell.rates if rate is not None)
+        tried = " ".join(f"{lr:g}" for lr in cell.lrs if lr is not None)
         for run in cell.runs:
             counts = "/".join(str(run["utterances"].get(split, "-")) for split in ("train", "valid", "test"))
             tested = ", ".join(f"{m.label} {percent(values_of(run)[m.key])}" for m in TASKS[task].metrics
                                if m.key in values_of(run))  # fmt: skip
             step = "" if run["best_step"] is None else str(run["best_step"])
-            rate = "" if run["learning_rate"] is None else f"{run['learning_rate']:g}"
-            line = [name, task, tested, percent(run["valid"]), step, f"{run['steps']:,}", rate, tried]
+            lr = "" if run["learning_rate"] is None else f"{run['learning_rate']:g}"
+            line = [name, task, tested, percent(run["valid"]), step, f"{run['steps']:,}", lr, tried]
             rows.append(
                 _row([*line, str(run["seed"]), str(run.get("fold") or ""), counts, f"{run['seconds']:.0f}"], "")
             )

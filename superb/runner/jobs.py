@@ -22,12 +22,12 @@ def run_all(
     machine: Machine,
     *,
     jobs: int = 1,
-    report: Callable[[Run, Any], None],
+    on_result: Callable[[Run, Any], None],
     begin: Callable[[Run], None] = lambda run: None,
 ) -> dict[str, Exception]:
     """Execute the unfinished runs, `jobs` at a time, and write results.jsonl after each.
 
-    `report(run, outcome)` is called once per run with its row or its exception. With one job, `begin(run)` is called
+    `on_result(run, outcome)` is called once per run with its row or its exception. With one job, `begin(run)` is called
     before each run starts. Returns the failures by folder.
     """
     failures: dict[str, Exception] = {}
@@ -35,7 +35,7 @@ def run_all(
         if isinstance(outcome, Exception):
             failures[str(run.folder)] = outcome
         results.publish(run.output)
-        report(run, outcome)
+        on_result(run, outcome)
     return failures
 
 

@@ -5,11 +5,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from codecssl.superb.results import Row
+from codecssl.superb.rows import ResultRow
 from codecssl.superb.tasks import Task
 
 
-def outcome(folder: Path, task: Task) -> Row:
+def outcome(folder: Path, task: Task) -> ResultRow:
     """Return the result row of a finished run: value, values (all metrics), valid, best_step, layer_weights, curves."""
     read = {"asv": _verification, "sd": _diarisation}.get(task.name, _tested)
     found = read(folder, task)
@@ -21,7 +21,7 @@ def outcome(folder: Path, task: Task) -> Row:
             "curves": _curves(folder / "train" / "tb")}  # fmt: skip
 
 
-def _tested(folder: Path, task: Task) -> Row:
+def _tested(folder: Path, task: Task) -> ResultRow:
     """Read the test metrics of the checkpoint with the best validation metric."""
     best = folder / "train" / "valid_best"
     stats = _yaml(best / "training_stats.yaml")
@@ -33,14 +33,14 @@ def _tested(folder: Path, task: Task) -> Row:
     }
 
 
-def _diarisation(folder: Path, task: Task) -> Row:
+def _diarisation(folder: Path, task: Task) -> ResultRow:
     """Select the best of SUPERB's thresholds and median filters on the test set, as s3prl does."""
     score = _yaml(folder / "evaluate" / "valid_best" / "test" / "dscore.yaml")
     chosen = {"threshold": score["threshold"], "median_filter": score["median_filter"]}
     return {**_tested(folder, task), "values": {"der": score["der"] / 100}, "chosen": chosen}
 
 
-def _verification(folder: Path, task: Task) -> Row:
+def _verification(folder: Path, task: Task) -> ResultRow:
     """Select the best of all kept checkpoints on the test set, since SUPERB has no validation set for verification."""
     tested = {
         int(path.parent.name.removeprefix("step_")): _yaml(path)["EER"]

@@ -72,7 +72,7 @@ def fill_all(todo: Sequence[CacheJob], console: Any) -> None:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         for job in waiting:
             bar = progress.add_task(f"codes  {job.card.name}  {job.name}", total=len(job.waves))
-            filled = fill(job, report=lambda done, bar=bar: progress.update(bar, completed=done))  # type: ignore[misc]
+            filled = fill(job, on_progress=lambda done, bar=bar: progress.update(bar, completed=done))  # type: ignore[misc]
             failed = len((filled.shards.path / "failed.jsonl").read_text().splitlines())
             note = f", {failed} that can't be read: see failed.jsonl" if failed else ""
             console.print(f"codes of {job.name} by {job.card.name}: {len(filled)} new waves of {len(job.waves)}{note}")

@@ -21,6 +21,7 @@ import torch
 
 from codecssl.superb import results
 from codecssl.superb.corpora.corpus import Example
+from codecssl.superb.rows import ResultRow
 from codecssl.superb.tokens.waves import load_qbe
 from codecssl.tokenize.common.errors import UserError
 
@@ -75,7 +76,7 @@ def _some(examples: list[Example], count: int, draw: random.Random) -> list[Exam
 
 
 def evaluate(splits: dict[str, list[Example]], upstream: Any, folder: Path, *, pairs: int | None, workers: int = 0,
-             device: str = "cpu") -> results.Row:  # fmt: skip
+             device: str = "cpu") -> ResultRow:  # fmt: skip
     """Return the result row: MTWV of the test queries for the layer that is best on the validation queries.
 
     `best_step` is None. Layers that were searched before are read from `folder`.

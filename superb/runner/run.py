@@ -18,6 +18,7 @@ from codecssl.superb import results
 from codecssl.superb.corpora.corpus import Selection, chance, open_corpus
 from codecssl.superb.patches import decoded_audio, import_patches
 from codecssl.superb.reporting.predictions import write_detections, write_predictions
+from codecssl.superb.rows import ResultRow
 from codecssl.superb.runner.clip_errors import clip_errors
 from codecssl.superb.runner.csvs import write_csvs
 from codecssl.superb.runner.interrupted import prepare_training
@@ -102,7 +103,7 @@ def _sha256(path: Path) -> str:
     return file_sha256(path)
 
 
-def run_one(run: Run, machine: Machine) -> results.Row:
+def run_one(run: Run, machine: Machine) -> ResultRow:
     """Train and test one task's head on one upstream, in this process; returns the row of result.json.
 
     An unfinished run starts its training again; with the official steps it resumes from s3prl's last whole checkpoint,
@@ -114,7 +115,7 @@ def run_one(run: Run, machine: Machine) -> results.Row:
         return row
 
 
-def _run(run: Run, machine: Machine) -> results.Row:
+def _run(run: Run, machine: Machine) -> ResultRow:
     start = time.monotonic()
     task, selection = TASKS[run.task], open_corpus(run.root, run.side).select(TASKS[run.task], run.fold)
     with _into_log(run.folder / "run.log"):
@@ -123,8 +124,8 @@ def _run(run: Run, machine: Machine) -> results.Row:
         before = counts_of(upstream) or {}
         found = _trained(run, machine, task, selection) if task.problem else _searched(run, machine, selection)
         if task.problem:
-            rate = upstream.get_downsample_rates("hidden_states")
-            write_predictions(run.folder, task.name, selection.splits["test"], found, fold=run.fold, rate=rate)
+            stride = upstream.get_downsample_rates("hidden_states")
+            write_predictions(run.folder, task.name, selection.splits["test"], found, fold=run.fold, stride=stride)
             found["errors"] = clip_errors(run.folder, task.name, selection.splits["test"], found["values"])
     utterances = {split: len(examples) for split, examples in selection.splits.items()}
     broken = upstream.count(run.upstream.name, sum(utterances.values()))
@@ -152,7 +153,7 @@ def _tidy(folder: Path) -> None:
     (folder / "train" / "valid_best" / "optimizer.pt").unlink(missing_ok=True)
 
 
-def _trained(run: Run, machine: Machine, task: Task, selection: Selection) -> results.Row:
+def _trained(run: Run, machine: Machine, task: Task, selection: Selection) -> ResultRow:
     """Train and test with s3prl's problem; returns its results and the settings used."""
     config = configure(run, machine)
     interrupted = prepare_training(run.folder, config["train"]["total_steps"], restart=run.budget.divisor > 1)
@@ -177,7 +178,7 @@ def _trained(run: Run, machine: Machine, task: Task, selection: Selection) -> re
     }
 
 
-def _searched(run: Run, machine: Machine, selection: Selection) -> results.Row:
+def _searched(run: Run, machine: Machine, selection: Selection) -> ResultRow:
     """Evaluate query by example, which has no training."""
     import s3prl.hub
 

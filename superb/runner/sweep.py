@@ -6,7 +6,7 @@ from pathlib import Path
 
 from codecssl.superb.corpora.corpus import FOLDS, open_corpus
 from codecssl.superb.runner.run import Run
-from codecssl.superb.tasks import Budget, Task, rates_of
+from codecssl.superb.tasks import Budget, Task, lrs_of
 from codecssl.superb.upstreams.names import Upstream
 from codecssl.tokenize.common.errors import UserError
 
@@ -21,7 +21,7 @@ class Sweep:
     data: str
     root: Path
     output: Path
-    rates: tuple[float, ...] | None = None
+    lrs: tuple[float, ...] | None = None
     """Learning rates; None for those of the budget."""
     seeds: tuple[int, ...] = (0,)
     folds: bool = False
@@ -39,20 +39,20 @@ class Sweep:
         for task in self.tasks:
             corpus.select(task)
         runs = [
-            self._run(upstream, task, rate, seed, fold)
+            self._run(upstream, task, lr, seed, fold)
             for task in self.tasks  # outermost: a stopped sweep compares all upstreams on some tasks
             for upstream in self.upstreams
             for fold in self._folds(task)
             for seed in self._seeds(upstream, task)
-            for rate in (rates_of(task, self.budget) if self.rates is None or task.problem is None else self.rates)
+            for lr in (lrs_of(task, self.budget) if self.lrs is None or task.problem is None else self.lrs)
         ]
         return list(dict.fromkeys(runs))  # duplicates run once
 
-    def _run(self, upstream: Upstream, task: Task, rate: float | None, seed: int, fold: int | None) -> Run:
+    def _run(self, upstream: Upstream, task: Task, lr: float | None, seed: int, fold: int | None) -> Run:
         return Run(
             upstream=upstream,
             task=task.name,
-            learning_rate=rate,
+            learning_rate=lr,
             budget=self.budget,
             seed=seed,
             data=self.data,

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from codecssl.superb.sample.unpack import Row, manifest_rows
+from codecssl.superb.rows import ManifestRow
+from codecssl.superb.sample.unpack import manifest_rows
 from codecssl.tokenize.common.errors import UserError
 
 Array = npt.NDArray[Any]
@@ -32,10 +33,10 @@ class SampleCorpus:
         self.rows = manifest_rows(folder)
         self._frames: dict[str, Array] = {}
 
-    def of(self, task: str, split: str) -> list[Row]:
+    def of(self, task: str, split: str) -> list[ManifestRow]:
         return [row for row in self.rows if row["splits"].get(task) == split]
 
-    def frames(self, row: Row) -> Array:
+    def frames(self, row: ManifestRow) -> Array:
         """Return the log-mel frames [T, 40] of one utterance."""
         if row["path"] not in self._frames:
             import librosa
@@ -46,7 +47,7 @@ class SampleCorpus:
             self._frames[row["path"]] = np.log(mel.T + 1e-8).astype(np.float32)
         return self._frames[row["path"]]
 
-    def pooled(self, rows: list[Row]) -> Array:
+    def pooled(self, rows: list[ManifestRow]) -> Array:
         return np.stack([self.frames(row).mean(axis=0) for row in rows])
 
 
@@ -63,7 +64,7 @@ def accuracy(corpus: SampleCorpus, task: str, column: str) -> tuple[float, float
     return _chance(train, test, column), float(right.mean())
 
 
-def _chance(train: list[Row], test: list[Row], column: str) -> float:
+def _chance(train: list[ManifestRow], test: list[ManifestRow], column: str) -> float:
     """Return the accuracy of always answering the most frequent training label."""
     common = Counter(str(row[column]) for row in train).most_common(1)[0][0]
     return float(np.mean([str(row[column]) == common for row in test]))
@@ -178,7 +179,7 @@ def _stacked(frames: Array) -> Array:
     return frames.reshape(-1, 120)
 
 
-def _symbols(row: Row, task: str) -> list[str]:
+def _symbols(row: ManifestRow, task: str) -> list[str]:
     return list(row["phones"] if task == "pr" else row["text"])
 
 

@@ -19,6 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from codecssl.superb.rows import ManifestRow
 from codecssl.tokenize.common.errors import UserError
 
 ARCHIVE = Path(__file__).with_name("sample_corpus.tar")
@@ -28,8 +29,6 @@ PRETRAIN = "pretrain.jsonl"
 """Rows for pretraining without labels, which are in no task's valid or test split."""
 MARKER = "unpacked.json"
 """File with the sha256 of the archive and the size of every unpacked file. Written last."""
-
-Row = dict[str, Any]
 
 
 def unpack(output: str | Path) -> Path:
@@ -55,7 +54,7 @@ def unpack(output: str | Path) -> Path:
     return output
 
 
-def manifest_rows(path: str | Path) -> list[Row]:
+def manifest_rows(path: str | Path) -> list[ManifestRow]:
     """Read the rows of an unpacked corpus from its folder or manifest, with absolute paths."""
     manifest = Path(path)
     if manifest.is_dir():
@@ -109,10 +108,10 @@ def _extract(folder: Path) -> None:
     with tarfile.open(ARCHIVE) as archive:
         members = {member.name: archive.extractfile(member) for member in archive.getmembers()}
         blobs = {name: stream.read() for name, stream in members.items() if stream is not None}
-    bundles: dict[str, list[Row]] = defaultdict(list)
+    bundles: dict[str, list[ManifestRow]] = defaultdict(list)
     lines, pretrain = [], []
     for line in gzip.decompress(blobs[MANIFEST + ".gz"]).decode().splitlines():
-        row: Row = json.loads(line)
+        row: ManifestRow = json.loads(line)
         # The position in the Opus file is not needed after the cut.
         cut = {"path": row["path"], "start": row.pop("start"), "stop": row.pop("stop")}
         bundles[row.pop("bundle")].append(cut)

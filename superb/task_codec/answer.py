@@ -19,15 +19,15 @@ def answer(codec: Path, data: Path, output: Path) -> int:
 
     Raises UserError if another codec wrote the shards, or if the codec has no head.
     """
-    compressed, shards = load(codec), Shards(data)
+    quantised, shards = load(codec), Shards(data)
     if shards.card.weights_sha256 != file_sha256(codec / "model.safetensors"):
         raise UserError(f"{data}: was not written with {codec}; tokenize with --codec {codec}")
     lines = []
     for utterance in shards.utterances():
         codes = torch.from_numpy(shards.codes(utterance.index).astype(np.int64))[None]
-        logits = compressed.logits(codes, [codes.shape[2]])
-        row: dict[str, Any] = {"id": utterance.id, "answer": compressed.answers(codes, [codes.shape[2]])[0]}
-        if compressed.head.kind == "class":
+        logits = quantised.logits(codes, [codes.shape[2]])
+        row: dict[str, Any] = {"id": utterance.id, "answer": quantised.answers(codes, [codes.shape[2]])[0]}
+        if quantised.head.kind == "class":
             row["score"] = round(float(logits.softmax(dim=-1).max()), 6)
         lines.append(json.dumps(row) + "\n")
     results.write_text(output, "".join(lines))

@@ -29,7 +29,7 @@ MOST_BITS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rate:
+class BitRate:
     """Codes per second and bits per code."""
 
     pool: int
@@ -50,7 +50,7 @@ class Rate:
         return f"{self.bits_per_second:g} bit/s ({shape})"
 
 
-def choose_rate(rate_bps: float, card: CodecCard, frame_rate: float) -> Rate:
+def choose_bit_rate(rate_bps: float, card: CodecCard, frame_rate: float) -> BitRate:
     """Choose the highest rate up to `rate_bps` (bit/s) at about `frame_rate` (Hz).
 
     The rate has as few codebooks as possible, with at most 1024 entries each. Raises UserError if a frame would have
@@ -65,7 +65,7 @@ def choose_rate(rate_bps: float, card: CodecCard, frame_rate: float) -> Rate:
             f"{float(rate):g} or more, or a lower --frame-rate"
         )
     num_codebooks = -(-per_frame // MOST_BITS)
-    return Rate(pool=pool, frame_rate=rate, num_codebooks=num_codebooks, bits=per_frame // num_codebooks)
+    return BitRate(pool=pool, frame_rate=rate, num_codebooks=num_codebooks, bits=per_frame // num_codebooks)
 
 
 class Bottleneck(nn.Module):

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codecssl.superb.task_codec.codec_folder import Compressed
+from codecssl.superb.task_codec.codec_folder import QuantisedModel
 from codecssl.superb.task_codec.codec_folder import load as load_folder
 from codecssl.tokenize.backends.parts.card_fields import versions
 from codecssl.tokenize.backends.parts.chunked_stream import ChunkedStream
@@ -32,15 +32,15 @@ from codecssl.tokenize.registry import load_codec_for
 WHOLE_SECONDS, SEGMENT_SECONDS = 30, 20
 
 
-class MachineCodec:
-    """A base codec and a `Compressed` as a `Codec`."""
+class TaskCodec:
+    """A base codec and a `QuantisedModel` as a `Codec`."""
 
-    def __init__(self, base: Codec, compressed: Compressed, card: CodecCard, device: str = "cpu") -> None:
+    def __init__(self, base: Codec, quantised: QuantisedModel, card: CodecCard, device: str = "cpu") -> None:
         self.base, self.card, self.device = base, card, torch.device(device)
-        self.compressed = compressed.to(device)
+        self.quantised = quantised.to(device)
         frames = card.frame_rate  # of codes; segment bounds are whole frames of codes
-        self.whole = int(WHOLE_SECONDS * frames) * compressed.pool
-        self.segment = max(1, int(SEGMENT_SECONDS * frames)) * compressed.pool
+        self.whole = int(WHOLE_SECONDS * frames) * quantised.pool
+        self.segment = max(1, int(SEGMENT_SECONDS * frames)) * quantised.pool
 
     def encode(self, waves: Sequence[Tensor]) -> list[Encoded]:
         return [Encoded(torch.cat(list(self._pieces(base.codes)), dim=1)) for base in self.base.encode(waves)]
@@ -57,11 +57,11 @@ class MachineCodec:
         if base.shape[1] == 0:
             return torch.zeros(self.card.num_codebooks, 0, dtype=torch.int64, device=self.device)
         with full_precision():
-            codes = self.compressed.codes(base.to(self.device))
+            codes = self.quantised.codes(base.to(self.device))
         return codes[: self.card.num_codebooks]
 
-    def stream(self) -> MachineStream:
-        return MachineStream(self)
+    def stream(self) -> TaskCodecStream:
+        return TaskCodecStream(self)
 
     def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
         raise UserError(
@@ -69,20 +69,20 @@ class MachineCodec:
         )
 
     def embeddings(self) -> list[Tensor]:
-        books = list(self.compressed.bottleneck.rvq.books)[: self.card.num_codebooks]
+        books = list(self.quantised.bottleneck.rvq.books)[: self.card.num_codebooks]
         return [book.up(book.entries).detach().cpu().clone() for book in books]
 
     def latents(self, codes: Tensor) -> Tensor:
         with full_precision():
-            return self.compressed.bottleneck.rvq.dequantise(codes[None].to(self.device))[0].T
+            return self.quantised.bottleneck.rvq.dequantise(codes[None].to(self.device))[0].T
 
 
-class MachineStream(ChunkedStream):
+class TaskCodecStream(ChunkedStream):
     """Streaming encoder of one wave. It buffers the base codec's codes [R, T], not samples."""
 
-    codec: MachineCodec
+    codec: TaskCodec
 
-    def __init__(self, codec: MachineCodec) -> None:
+    def __init__(self, codec: TaskCodec) -> None:
         super().__init__(codec, chunk=codec.segment, needed=codec.whole + 1)
         self.base = codec.base.stream()
 
@@ -103,39 +103,39 @@ class MachineStream(ChunkedStream):
 # ---------------------------------------------------------------- loading
 
 
-def load(name: str, weights: str | None, num_codebooks: int | None, device: str) -> MachineCodec:
+def load(name: str, weights: str | None, num_codebooks: int | None, device: str) -> TaskCodec:
     """Load `machine` from the folder that `codecssl-superb task-codec` wrote (`Codec` loader; see `load_codec`)."""
     if weights is None:
         raise UserError(
             f"codec {name}: has no weights of its own; give the folder that codecssl-superb task-codec wrote"
         )
     folder = Path(weights)
-    compressed = load_folder(folder)
-    base = load_codec_for(compressed.model.card, device=device)
-    available = compressed.bottleneck.rvq.config.num_codebooks
+    quantised = load_folder(folder)
+    base = load_codec_for(quantised.model.card, device=device)
+    available = quantised.bottleneck.rvq.config.num_codebooks
     kept = keep_codebooks(name, num_codebooks, available, available)
-    return MachineCodec(base, compressed, make_card(name, folder, compressed, kept, device), device)
+    return TaskCodec(base, quantised, make_card(name, folder, quantised, kept, device), device)
 
 
-def make_card(name: str, folder: Path, compressed: Compressed, num_codebooks: int, device: str) -> CodecCard:
+def make_card(name: str, folder: Path, quantised: QuantisedModel, num_codebooks: int, device: str) -> CodecCard:
     """Codec card of a compressed model that keeps `num_codebooks` codebooks."""
-    base: CodecCard = compressed.model.card
-    config = compressed.bottleneck.rvq.config
+    base: CodecCard = quantised.model.card
+    config = quantised.bottleneck.rvq.config
     kept = {key: base.policies[key] for key in ("channels", "resample", "padding") if key in base.policies}
     return CodecCard(
         name=name,
         weights=str(folder.resolve()),
         weights_sha256=file_sha256(folder / "model.safetensors"),
         sample_rate=base.sample_rate,
-        hop_length=base.hop_length * compressed.pool,
+        hop_length=base.hop_length * quantised.pool,
         codebook_sizes=(config.codebook_size,) * num_codebooks,
         codes_per_frame=(1,) * num_codebooks,
-        latent_dim=compressed.model.config.dim,
+        latent_dim=quantised.model.config.dim,
         channels=base.channels,
         policies=kept
         | {
             "base": f"{base.name} {base.weights_sha256[:16]}, {base.num_codebooks} codebooks",
-            "layer": str(compressed.layer),
+            "layer": str(quantised.layer),
             "chunk": f"up to {WHOLE_SECONDS} s whole; of more, segments of {SEGMENT_SECONDS} s, each for itself",
             "precision": "float32",
             "device": torch.device(device).type,

@@ -15,7 +15,7 @@ from codecssl.pretrain.engine.fp32_state import load_weights
 from codecssl.pretrain.model.fairseq2_parts import AttentionBiasCache
 from codecssl.pretrain.model.layers import ResidualEncoder
 from codecssl.pretrain.model.model import CodecModel
-from codecssl.superb.task_codec.bottleneck import Bottleneck, Rate, check_layer, later_states
+from codecssl.superb.task_codec.bottleneck import BitRate, Bottleneck, check_layer, later_states
 from codecssl.superb.task_codec.heads import HEADS
 from codecssl.superb.task_codec.rvq import RvqConfig
 from codecssl.tokenize.codec import CodecCard
@@ -26,7 +26,7 @@ MODEL_TYPE, VERSION = "codecssl-machine", 1
 WEIGHTS = "model.safetensors"
 
 
-class Compressed(nn.Module):
+class QuantisedModel(nn.Module):
     """A frozen model, its bottleneck after layer L, and the task's head if there is one."""
 
     def __init__(self, model: CodecModel, layer: int, bottleneck: Bottleneck, head: Any, names: Sequence[str]) -> None:
@@ -84,26 +84,26 @@ def state_at(model: CodecModel, codes: Tensor, frames: Sequence[int], layer: int
 # ---------------------------------------------------------------- on disk
 
 
-def save(compressed: Compressed, folder: Path, rate: Rate, more: dict[str, Any]) -> None:
+def save(quantised: QuantisedModel, folder: Path, bit_rate: BitRate, more: dict[str, Any]) -> None:
     """Write weights, then config.json, without which the folder is not a codec. `more`: the training record."""
     from safetensors.torch import save as to_bytes
 
     from codecssl.tokenize.common.files import write_atomic
 
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().cpu().contiguous() for name, value in compressed.named_parameters()}
-    card = compressed.model.card
-    head = None if compressed.head is None else {"kind": compressed.head.kind, "labels": list(compressed.names)}
+    weights = {name: value.detach().cpu().contiguous() for name, value in quantised.named_parameters()}
+    card = quantised.model.card
+    head = None if quantised.head is None else {"kind": quantised.head.kind, "labels": list(quantised.names)}
     description = {
         "model_type": MODEL_TYPE,
         "version": VERSION,
         "sampling_rate": card.sample_rate,
-        "layer": compressed.layer,
-        "pool": compressed.pool,
-        "rvq": dataclasses.asdict(compressed.bottleneck.rvq.config),
-        "bits_per_second": rate.bits_per_second,
+        "layer": quantised.layer,
+        "pool": quantised.pool,
+        "rvq": dataclasses.asdict(quantised.bottleneck.rvq.config),
+        "bits_per_second": bit_rate.bits_per_second,
         "head": head,
-        "model": dataclasses.asdict(compressed.model.config),
+        "model": dataclasses.asdict(quantised.model.config),
         "codec": card.to_dict(),
         **more,
     }
@@ -124,7 +124,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return description
 
 
-def load(folder: Path) -> Compressed:
+def load(folder: Path) -> QuantisedModel:
     """Load what `save` wrote, on the CPU, in evaluation mode, without gradients."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -136,10 +136,10 @@ def load(folder: Path) -> Compressed:
     states = model.config.layers - description["layer"] + 1
     names = found["labels"] if found else []
     head = HEADS[found["kind"]](model.config.dim, states, len(names)) if found else None
-    compressed = Compressed(model, description["layer"], bottleneck, head, names)
+    quantised = QuantisedModel(model, description["layer"], bottleneck, head, names)
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); compress again") from error
-    load_weights(compressed, weights, folder)
-    return compressed.eval().requires_grad_(False)
+    load_weights(quantised, weights, folder)
+    return quantised.eval().requires_grad_(False)

@@ -11,7 +11,8 @@ import numpy as np
 from codecssl.superb.mini.recorded_tasks import plain_phones
 from codecssl.superb.probe.crossvalidate import assign_folds
 from codecssl.superb.probe.probe import Probe, check, load_probes
-from codecssl.superb.tasks import TASKS, Row
+from codecssl.superb.rows import ManifestRow
+from codecssl.superb.tasks import TASKS
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.shards import Shards
@@ -76,7 +77,7 @@ def examples(shards: Shards, task: str, probes: str, seed: int, fold: int = 0) -
     Phones lose their stress and their position in the word (AA0_B becomes AA). The column `splits` names the parts.
     Without it, the seed draws four folds, `fold` is the test part, and 15 % of the rest are the validation part.
     """
-    rows: list[Row] = [{"path": u.path, **u.labels} for u in shards.utterances()]
+    rows: list[ManifestRow] = [{"path": u.path, **u.labels} for u in shards.utterances()]
     if task == "none":
         return _unlabelled(len(rows), seed)
     probe, answers = _choose(rows, task, probes)
@@ -101,7 +102,7 @@ def _unlabelled(count: int, seed: int) -> Examples:
     return Examples(kind="none", names=(), labels=dict.fromkeys(range(count), ()), parts=parts, folds=1)
 
 
-def _choose(rows: Sequence[Row], task: str, probes: str) -> tuple[Probe, dict[int, tuple[str, ...]]]:
+def _choose(rows: Sequence[ManifestRow], task: str, probes: str) -> tuple[Probe, dict[int, tuple[str, ...]]]:
     """The task's rows, and each one's labels by name."""
     known = {probe.name: probe for probe in load_probes(probes)}
     if task in known:
@@ -122,7 +123,7 @@ def _choose(rows: Sequence[Row], task: str, probes: str) -> tuple[Probe, dict[in
     return probe, found
 
 
-def _superb_label(row: Row, task: str) -> tuple[str, ...]:
+def _superb_label(row: ManifestRow, task: str) -> tuple[str, ...]:
     columns = TASKS[task].columns
     try:
         found = {key: value for key, value in columns(row).items() if key not in ("start_sec", "end_sec")}
@@ -132,7 +133,7 @@ def _superb_label(row: Row, task: str) -> tuple[str, ...]:
     return tuple(plain_phones(label)) if task in SPOKEN else (label,)
 
 
-def _named_parts(rows: Sequence[Row], taken: Sequence[int], task: str) -> dict[str, tuple[int, ...]] | None:
+def _named_parts(rows: Sequence[ManifestRow], taken: Sequence[int], task: str) -> dict[str, tuple[int, ...]] | None:
     named = {i: (rows[i].get("splits") or {}).get(task) for i in taken}
     if not all(part in PARTS for part in named.values()):
         return None
@@ -141,7 +142,7 @@ def _named_parts(rows: Sequence[Row], taken: Sequence[int], task: str) -> dict[s
 
 
 def _drawn_parts(
-    rows: Sequence[Row],
+    rows: Sequence[ManifestRow],
     taken: Sequence[int],
     answers: dict[int, tuple[str, ...]],
     probe: Probe,
@@ -160,7 +161,7 @@ def _drawn_parts(
     return {part: tuple(sorted(taken[i] for i in chosen[part].tolist())) for part in PARTS}
 
 
-def refuse_too_slow(found: Examples, frames: Sequence[int], rate: Any) -> Examples:
+def refuse_too_few_frames(found: Examples, frames: Sequence[int], bit_rate: Any) -> Examples:
     """For ctc, drop utterances with fewer frames of codes than labels and repeats.
 
     A frame gives one label, and a repeat needs a blank before it. Raises UserError if more than 1 % are dropped.
@@ -170,8 +171,8 @@ def refuse_too_slow(found: Examples, frames: Sequence[int], rate: Any) -> Exampl
     short = {i for i, row in found.labels.items() if frames[i] < len(row) + repeats(row)}
     if len(short) > 0.01 * len(found.labels):
         raise UserError(
-            f"rate {rate}: {len(short)} of {len(found.labels)} utterances have fewer frames of codes than labels and "
-            "repeats, which CTC cannot answer; give a higher --frame-rate"
+            f"rate {bit_rate}: {len(short)} of {len(found.labels)} utterances have fewer frames of codes than labels "
+            "and repeats, which CTC cannot answer; give a higher --frame-rate"
         )
     parts = {part: tuple(i for i in rows if i not in short) for part, rows in found.parts.items()}
     return replace(found, parts=parts)

@@ -31,7 +31,7 @@ def steps_of(config: BottleneckTrainConfig, stage: int) -> int:
     return int(getattr(config, f"{STAGES[stage]}_steps"))
 
 
-def rate_of(config: BottleneckTrainConfig, stage: int, step: int) -> float:
+def lr_at(config: BottleneckTrainConfig, stage: int, step: int) -> float:
     """The learning rate of a step."""
     return float(getattr(config, f"{STAGES[stage]}_learning_rate")) * (1 - step / steps_of(config, stage))
 
@@ -113,7 +113,7 @@ def train_head(head: Any, summaries: Summaries, found: Examples, config: Bottlen
     if STAGES[stage] == "b":
         best.offer(error_rate(head, summaries, found, "valid"), {"head": head})
     for step in range(steps_of(config, stage)):
-        optimizer.param_groups[0]["lr"] = rate_of(config, stage, step)
+        optimizer.param_groups[0]["lr"] = lr_at(config, stage, step)
         rows = draw(found, config, stage, step)
         summary, frames = summaries(rows)
         update(optimizer, head.loss(head.read(summary), frames, [found.labels[i] for i in rows]))

@@ -20,7 +20,7 @@ CACHE_BYTES = 2 << 30
 """Largest size of the states kept in memory."""
 
 
-class Kept:
+class CachedStates:
     """A source that computes each utterance once and caches it within a memory limit."""
 
     def __init__(self, source: Source, most_bytes: int = CACHE_BYTES) -> None:

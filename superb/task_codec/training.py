@@ -33,7 +33,7 @@ from codecssl.superb.task_codec.head_training import (
     draw,
     error_rate,
     evaluates,
-    rate_of,
+    lr_at,
     steps_of,
     update,
 )
@@ -102,7 +102,7 @@ class BottleneckTraining:
     def _one(self, log: Callable[[dict[str, Any]], None]) -> None:
         config, steps = self.config, self.steps()
         for group in self.optimizer.param_groups:
-            group["lr"] = rate_of(config, self.stage, self.step)
+            group["lr"] = lr_at(config, self.stage, self.step)
         losses = getattr(self, f"_losses_{STAGES[self.stage]}")(draw(self.found, config, self.stage, self.step))
         update(self.optimizer, losses["loss"])
         self.step += 1

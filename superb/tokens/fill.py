@@ -36,7 +36,7 @@ GROUP_WAVES = 32
 POLL_SECONDS = 0.2
 """Interval between checks of shards locked by other processes."""
 
-Report = Callable[[int], None]
+OnWaves = Callable[[int], None]
 """Callback that receives the number of finished waves."""
 
 
@@ -64,10 +64,10 @@ class CacheJob:
         return codec_folder(self.root, self.card) / f"{self.name}-{digest[:12]}"
 
 
-def fill(job: CacheJob, report: Report = lambda done: None) -> KeyedShards:
+def fill(job: CacheJob, on_progress: OnWaves = lambda done: None) -> KeyedShards:
     """Encode missing waves and return the finished set. Raises UserError if the disk is full or lacks file locks."""
     try:
-        return _fill(job, job.folder, report)
+        return _fill(job, job.folder, on_progress)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"cache {job.root}: disk full; make room and run the same command again") from error
@@ -78,13 +78,13 @@ def fill(job: CacheJob, report: Report = lambda done: None) -> KeyedShards:
         raise
 
 
-def _fill(job: CacheJob, folder: Path, report: Report) -> KeyedShards:
+def _fill(job: CacheJob, folder: Path, on_progress: OnWaves) -> KeyedShards:
     if (folder / "dataset.json").exists():
         return KeyedShards(folder, job.card)
     locks, encoder = folder.with_name(f".{folder.name}.locks"), _Encoder(job)
     while left := _unfinished(job, folder):
-        report(sum(len(_shard(job, s)) for s in range(_count(job)) if s not in left))
-        written = [_fill_shard(job, folder, shard, locks, encoder, report) for shard in left]
+        on_progress(sum(len(_shard(job, s)) for s in range(_count(job)) if s not in left))
+        written = [_fill_shard(job, folder, shard, locks, encoder, on_progress) for shard in left]
         if not any(written):
             time.sleep(POLL_SECONDS)
     with locked(locks / "finish", wait=True):
@@ -108,7 +108,9 @@ def _unfinished(job: CacheJob, folder: Path) -> list[int]:
     return [s for s in range(_count(job)) if not shard_path(folder, s).with_suffix(".json").exists()]
 
 
-def _fill_shard(job: CacheJob, folder: Path, shard: int, locks: Path, encoder: "_Encoder", report: Report) -> bool:
+def _fill_shard(
+    job: CacheJob, folder: Path, shard: int, locks: Path, encoder: "_Encoder", on_progress: OnWaves
+) -> bool:
     """Write the rest of a shard. False if another process holds its lock."""
     with locked(locks / f"{shard:05d}") as free:
         if not free or (folder / "dataset.json").exists():
@@ -123,7 +125,7 @@ def _fill_shard(job: CacheJob, folder: Path, shard: int, locks: Path, encoder: "
             good = [r for r in results if isinstance(r, EncodedUtterance)]
             bad = [r for r in results if isinstance(r, Failure)]
             writer.add_block(len(good) + len(bad), good, bad)
-            report(done := done + len(block))
+            on_progress(done := done + len(block))
         writer.finish(hashlib.sha256(b"".join(wave.digest() for wave in waves)).hexdigest())
         return True
 

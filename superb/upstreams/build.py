@@ -81,7 +81,7 @@ class UpstreamBuilder:
         codec = load_codec(upstream.argument or DEFAULT_CODEC, device=self.device)
         codec, _ = self._codec(codec.card.fingerprint, lambda: codec)
         if upstream.kind == "model":
-            return codec.card, codec.compressed  # type: ignore[attr-defined]  # task codec
+            return codec.card, codec.quantised  # type: ignore[attr-defined]  # task codec
         return codec.card, self._baseline(
             upstream.kind, codec, load_config(RunConfig, "pretrain", DEFAULT_CONFIG).model
         )

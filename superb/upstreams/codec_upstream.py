@@ -53,9 +53,9 @@ class CodecUpstream(FrozenUpstream):
     The codec and the encoder are not submodules. Therefore no parameter reaches an optimiser or a checkpoint, and
     `train()` cannot switch dropout on. `to(device)` still moves them.
 
-    The number of frames is s3prl's: a wave of n samples has ceil(n / rate) frames. If the codec's frame is not a whole
-    number of samples at 16 kHz (24 kHz with a hop of 320: 213.33), `rate` is the integer part, and frame j is the
-    codec's frame at sample j * rate. One frame in 640 then appears twice, and frames do not drift in long waves.
+    The number of frames is s3prl's: a wave of n samples has ceil(n / stride) frames. If the codec's frame is not a
+    whole number of samples at 16 kHz (24 kHz with a hop of 320: 213.33), `stride` is the integer part, and frame j is
+    the codec's frame at sample j * stride. One frame in 640 then appears twice. Frames do not drift in long waves.
     """
 
     def __init__(self, card: CodecCard, codes: Callable[[Sequence[Tensor]], list[Tensor]], encoder: nn.Module) -> None:
@@ -64,7 +64,7 @@ class CodecUpstream(FrozenUpstream):
         self.codes = codes
         self._pool = int(getattr(encoder, "pool", 1))  # frames of states per frame of codes
         self._frame = Fraction(SAMPLE_RATE * card.hop_length, card.sample_rate * self._pool)  # samples at 16 kHz
-        self._rate = frame_shift(card) // self._pool
+        self._stride = frame_shift(card) // self._pool
 
     @property
     def encoder(self) -> Any:
@@ -72,7 +72,7 @@ class CodecUpstream(FrozenUpstream):
 
     def get_downsample_rates(self, key: str) -> int:
         """Samples at 16 kHz per frame of hidden state."""
-        return self._rate
+        return self._stride
 
     @torch.no_grad()
     def forward(self, wavs: Sequence[Tensor], codes: Sequence[Tensor] | None = None) -> dict[str, list[Tensor]]:
@@ -97,8 +97,8 @@ class CodecUpstream(FrozenUpstream):
         return nn.utils.rnn.pad_sequence(planes, batch_first=True).transpose(1, 2)
 
     def _index(self, samples: int, frames: int) -> Tensor:
-        """Index of the codec frame at the first sample of each of s3prl's ceil(samples / rate) frames."""
-        starts = torch.arange(-(-samples // self._rate)) * self._rate
+        """Index of the codec frame at the first sample of each of s3prl's ceil(samples / stride) frames."""
+        starts = torch.arange(-(-samples // self._stride)) * self._stride
         if not self.card.segment_samples:
             return (starts * self._frame.denominator // self._frame.numerator).clamp(max=frames - 1)
         segments, within = self._segment(starts)
@@ -123,5 +123,5 @@ def frames_only(card: CodecCard) -> Callable[[Sequence[Tensor]], list[Tensor]]:
 
 
 def frame_shift(card: CodecCard) -> int:
-    """Whole samples at 16 kHz per frame: the downsample rate reported to s3prl."""
+    """Whole samples at 16 kHz per frame: the stride, which s3prl calls downsample rate."""
     return SAMPLE_RATE * card.hop_length // card.sample_rate

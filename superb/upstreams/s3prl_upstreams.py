@@ -13,7 +13,7 @@ from codecssl.tokenize.common.errors import UserError
 class PlainUpstream(FrozenUpstream):
     """A frozen upstream of s3prl. Its states are unchanged, except for very short waves.
 
-    s3prl's wrapper stops where an upstream has half of the expected ceil(n / rate) frames or fewer (fbank: up to
+    s3prl's wrapper stops where an upstream has half of the expected ceil(n / stride) frames or fewer (fbank: up to
     60 ms). The last frame is repeated there, as the wrapper itself does where fewer frames are missing.
     """
 
@@ -21,10 +21,12 @@ class PlainUpstream(FrozenUpstream):
     def forward(self, wavs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
         """1-D waves at 16 kHz -> {"hidden_states": [[B, T, D], ...]}."""
         self.frozen.eval()
-        states, rates = self.frozen(wavs)["hidden_states"], self.get_downsample_rates("hidden_states")
-        rates = [rates] * len(states) if isinstance(rates, int) else rates
+        states, strides = self.frozen(wavs)["hidden_states"], self.get_downsample_rates("hidden_states")
+        strides = [strides] * len(states) if isinstance(strides, int) else strides
         longest = max(map(len, wavs))
-        return {"hidden_states": [_extended(s, -(-longest // rate)) for s, rate in zip(states, rates, strict=True)]}
+        return {
+            "hidden_states": [_extended(s, -(-longest // stride)) for s, stride in zip(states, strides, strict=True)]
+        }
 
 
 def _extended(state: Tensor, frames: int) -> Tensor:

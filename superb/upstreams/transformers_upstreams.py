@@ -36,7 +36,7 @@ class TransformersUpstream(FrozenUpstream):
         super().__init__(model)
         self.extractor = extractor
         config = model.config
-        self.rate = int(torch.tensor(config.conv_stride).prod())
+        self.stride = int(torch.tensor(config.conv_stride).prod())
         self.least = 1
         for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
             self.least = (self.least - 1) * stride + kernel  # samples for one frame
@@ -44,13 +44,13 @@ class TransformersUpstream(FrozenUpstream):
 
     def get_downsample_rates(self, key: str) -> int:
         """Samples at 16 kHz per frame of hidden state."""
-        return self.rate
+        return self.stride
 
     @torch.no_grad()
     def forward(self, wavs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
         """1-D float waves at 16 kHz -> {"hidden_states": [[B, T, D], ...]}.
 
-        A wave of n samples has ceil(n / rate) frames. As in s3prl, the last frame is repeated if the network gives
+        A wave of n samples has ceil(n / stride) frames. As in s3prl, the last frame is repeated if the network gives
         fewer. Frames beyond are zeros.
         """
         self.frozen.eval()
@@ -89,7 +89,7 @@ class TransformersUpstream(FrozenUpstream):
         return samples
 
     def _index(self, samples: int, frames: int) -> Tensor:
-        return torch.arange(-(-samples // self.rate)).clamp(max=frames - 1)
+        return torch.arange(-(-samples // self.stride)).clamp(max=frames - 1)
 
 
 def load(source: str) -> TransformersUpstream:

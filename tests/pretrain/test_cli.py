@@ -14,7 +14,7 @@ from codecssl.pretrain import run as run_module
 from codecssl.pretrain.cli import main
 from codecssl.pretrain.engine import checkpoint
 from codecssl.pretrain.monitor import status as status_module
-from codecssl.pretrain.monitor.telemetry import Row, Telemetry, read_rows
+from codecssl.pretrain.monitor.telemetry import MetricsRow, Telemetry, read_rows
 
 Make = Callable[..., Path]
 SMALL = [
@@ -82,7 +82,7 @@ def test_mistakes_are_one_line_and_exit_1(
 def test_a_full_disk_is_one_line_wherever_it_strikes(
     make_shards: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Telemetry, row: Row) -> None:
+    def full(self: Telemetry, row: MetricsRow) -> None:
         Path("/dev/full").write_text("row")
 
     monkeypatch.setattr(Telemetry, "log", full)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from codecssl.superb.patches import import_patches
-from codecssl.superb.tasks import BUDGETS, TASKS, choose, official_config, rates_of
+from codecssl.superb.tasks import BUDGETS, TASKS, choose, lrs_of, official_config
 from codecssl.tokenize.common.errors import UserError
 
 
@@ -59,11 +59,11 @@ def test_budgets_scale_steps() -> None:
 
 
 def test_default_learning_rates() -> None:
-    assert rates_of(TASKS["ks"], BUDGETS["full"]) == (None,)
-    assert rates_of(TASKS["ks"], BUDGETS["smoke"]) == (1e-2, 1e-3)
-    assert rates_of(TASKS["asr"], BUDGETS["smoke"]) == (1e-3,)
-    assert rates_of(TASKS["asr"], BUDGETS["full"]) == (None,)
-    assert rates_of(TASKS["qbe"], BUDGETS["smoke"]) == (None,)
+    assert lrs_of(TASKS["ks"], BUDGETS["full"]) == (None,)
+    assert lrs_of(TASKS["ks"], BUDGETS["smoke"]) == (1e-2, 1e-3)
+    assert lrs_of(TASKS["asr"], BUDGETS["smoke"]) == (1e-3,)
+    assert lrs_of(TASKS["asr"], BUDGETS["full"]) == (None,)
+    assert lrs_of(TASKS["qbe"], BUDGETS["smoke"]) == (None,)
 
 
 @pytest.mark.parametrize(

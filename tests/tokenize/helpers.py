@@ -59,6 +59,6 @@ def random_network(seed=0):
     return model.eval()
 
 
-def verify(root, report=lambda done, total: None):
+def verify(root, on_progress=lambda done, total: None):
     """Each damage of a dataset as a line."""
-    return [str(damage) for damage in examine(root, report=report).damages]
+    return [str(damage) for damage in examine(root, on_progress=on_progress).damages]

@@ -34,16 +34,16 @@ def labels_of(number):
     return labels if number % 5 else {"speaker": "none else"}
 
 
-def make(root, rates, compress, segments=False):
+def make(root, rates, entropy_code, segments=False):
     """24 utterances in two shards of three blocks; one is longer than a compressed segment."""
     made, rng = make_card(rates, segments), np.random.default_rng(0)
     for shard in range(2):
-        writer = ShardWriter(root, shard, made, compress=compress)
+        writer = ShardWriter(root, shard, made, entropy_code=entropy_code)
         for block in range(3):
             group = [_encoded(made, 12 * shard + 4 * block + i, rng) for i in range(4)]
             writer.add_block(4, group, [])
         writer.finish("")
-    finish_dataset(root, {"codec": made.to_dict(), "sources": [], "compression": "range" if compress else None}, 2)
+    finish_dataset(root, {"codec": made.to_dict(), "sources": [], "compression": "range" if entropy_code else None}, 2)
     return root
 
 

@@ -154,7 +154,7 @@ def files(root):
 
 
 def test_shards_hold_the_plane_next_to_unchanged_codes(dataset, audio_folder):
-    whole, without, coded = dataset("a"), dataset("b", mel_bands=None), dataset("c", compress=True)
+    whole, without, coded = dataset("a"), dataset("b", mel_bands=None), dataset("c", entropy_code=True)
     with_mel, plain, compressed = Shards(whole), Shards(without), Shards(coded)
     assert plain.mel_spec is None
     assert len(with_mel) == len(plain) > 5
@@ -197,8 +197,8 @@ def test_a_damaged_plane_is_found_named_and_repaired(dataset):
     assert files(root) == before
 
 
-@pytest.mark.parametrize("compress", [False, True])
-def test_a_killed_run_ends_with_the_same_bytes(dataset, tmp_path, monkeypatch, compress):
+@pytest.mark.parametrize("entropy_code", [False, True])
+def test_a_killed_run_ends_with_the_same_bytes(dataset, tmp_path, monkeypatch, entropy_code):
     read = encode_module.read
     monkeypatch.setattr(encode_module, "GROUP_INPUTS", 2)
     for stop_after in (1, 5, 6):
@@ -211,9 +211,9 @@ def test_a_killed_run_ends_with_the_same_bytes(dataset, tmp_path, monkeypatch, c
 
         monkeypatch.setattr(encode_module, "read", dying)
         with pytest.raises(KeyboardInterrupt):
-            dataset("killed", compress=compress)
+            dataset("killed", entropy_code=entropy_code)
     monkeypatch.setattr(encode_module, "read", read)
-    assert files(dataset("killed", compress=compress)) == files(dataset("whole", compress=compress))
+    assert files(dataset("killed", entropy_code=entropy_code)) == files(dataset("whole", entropy_code=entropy_code))
 
 
 def test_long_inputs_and_a_gpus_readers_compute_the_same_plane(audio_folder, hashcodec, monkeypatch):

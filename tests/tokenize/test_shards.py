@@ -40,17 +40,17 @@ def codes_for(card, frames, rng):
     return np.stack([rng.integers(0, size, frames) for size in rows]).astype(np.uint16)
 
 
-@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("entropy_code", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_round_trip_over_random_codebooks_and_lengths(tmp_path, seed, compress):
+def test_round_trip_over_random_codebooks_and_lengths(tmp_path, seed, entropy_code):
     rng = np.random.default_rng(seed)
     count = int(rng.integers(1, 10))
     rates = sorted(rng.choice([1, 2, 4], count).tolist()) if seed % 2 else [1] * count
-    made = card(rng.choice([2, 16, 100, 1000, 1024] + [65536] * (not compress), count).tolist(), rates)
+    made = card(rng.choice([2, 16, 100, 1000, 1024] + [65536] * (not entropy_code), count).tolist(), rates)
     lengths = [*rng.integers(1, 900, 10).tolist(), 1, SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT + 5]
     items = [(f"u{i}", codes_for(made, length, rng), {"n": i}) for i, length in enumerate(lengths)]
-    shards = write_shards(tmp_path / "d", made, items, per_shard=9, compress=compress)
-    assert (len(shards), shards.compressed) == (len(items), compress)
+    shards = write_shards(tmp_path / "d", made, items, per_shard=9, entropy_code=entropy_code)
+    assert (len(shards), shards.entropy_coded) == (len(items), entropy_code)
     assert verify(tmp_path / "d") == []
     rows = np.cumsum([0, *rates])
     for index in rng.permutation(len(items)).tolist():
@@ -83,10 +83,10 @@ def test_rows_of_codebooks_at_different_rates():
     assert np.array_equal(from_planes(planes[:2], made), codes[:3])
 
 
-@pytest.mark.parametrize("compress", [False, True])
-def test_what_is_not_there_is_an_index_error(tmp_path, compress):
+@pytest.mark.parametrize("entropy_code", [False, True])
+def test_what_is_not_there_is_an_index_error(tmp_path, entropy_code):
     made = card([16, 16])
-    shards = write_shards(tmp_path, made, [("a", np.zeros((2, 9), int), {})], compress=compress)
+    shards = write_shards(tmp_path, made, [("a", np.zeros((2, 9), int), {})], entropy_code=entropy_code)
     for arguments in [{"start": -1}, {"stop": 10}, {"start": 5, "stop": 4}, {"num_codebooks": 0}, {"num_codebooks": 3}]:
         with pytest.raises(IndexError):
             shards.codes(0, **arguments)
@@ -98,11 +98,15 @@ def test_what_is_not_there_is_an_index_error(tmp_path, compress):
         write_shards(tmp_path / "other", made, [("a", np.zeros((3, 9), int), {})])
 
 
-@pytest.mark.parametrize("compress", [False, True])
-def test_an_utterance_is_found_by_its_id(tmp_path, compress):
+@pytest.mark.parametrize("entropy_code", [False, True])
+def test_an_utterance_is_found_by_its_id(tmp_path, entropy_code):
     ids = ["a/1", 'quo"ted', "ünï", "a", "a/12"] + [f"x{i}" for i in range(20)]
     shards = write_shards(
-        tmp_path, card([4]), [(id, np.zeros((1, 3), int), {"a": "x99"}) for id in ids], per_shard=4, compress=compress
+        tmp_path,
+        card([4]),
+        [(id, np.zeros((1, 3), int), {"a": "x99"}) for id in ids],
+        per_shard=4,
+        entropy_code=entropy_code,
     )
     assert [shards.find(id) for id in ids] == list(range(len(ids)))
     assert list(shards.ids()) == ids
@@ -110,15 +114,15 @@ def test_an_utterance_is_found_by_its_id(tmp_path, compress):
         shards.find("x99")
 
 
-@pytest.mark.parametrize("compress", [False, True])
-def test_scales_of_segments_are_kept(tmp_path, compress):
+@pytest.mark.parametrize("entropy_code", [False, True])
+def test_scales_of_segments_are_kept(tmp_path, entropy_code):
     made = card([1024], channels=2, segment_samples=3200, segment_stride=3168)
     rng = np.random.default_rng(0)
     frames = [made.frames_of(samples) for samples in (1, 3168, 3169, 20_000)]
     segments = [1, 1, 2, 7]
     scales = [rng.random(n).astype(np.float32) for n in segments]
     items = [(str(i), codes_for(made, t, rng), {}, s) for i, (t, s) in enumerate(zip(frames, scales))]
-    shards = write_shards(tmp_path / "d", made, items, compress=compress)
+    shards = write_shards(tmp_path / "d", made, items, entropy_code=entropy_code)
     for i, expected in enumerate(scales):
         assert shards.utterance(i).scales.tolist() == expected.tolist()
         assert np.array_equal(shards.codes(i), items[i][1])
@@ -177,7 +181,7 @@ def lively(made, frames, rng):
 def test_compressed_files_together_are_below_the_order_0_entropy(tmp_path):
     made, rng = card([256] * 4), np.random.default_rng(0)
     items = [(f"clip_{i:05d}.wav", lively(made, 250, rng), {}) for i in range(400)]
-    write_shards(tmp_path, made, items, compress=True)
+    write_shards(tmp_path, made, items, entropy_code=True)
     stored = sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()) * 8
     entropy = 0.0
     for k in range(4):
@@ -191,10 +195,10 @@ def test_a_compressed_shard_does_not_depend_on_kills(tmp_path):
     utterances = [encoded(str(i), lively(made, int(rng.integers(1, 400)), rng)) for i in range(30)]
     for kills in (False, True):
         root = tmp_path / str(kills)
-        writer = ShardWriter(root, 0, made, compress=True)
+        writer = ShardWriter(root, 0, made, entropy_code=True)
         for block in range(3):
             if kills:
-                writer = ShardWriter(root, 0, made, compress=True)
+                writer = ShardWriter(root, 0, made, entropy_code=True)
                 assert writer.done == 10 * block
             writer.add_block(10, utterances[10 * block : 10 * block + 10], [])
         if kills:  # in the middle of its last file
@@ -222,7 +226,7 @@ def encoded(id, codes):
 def test_what_verify_needs_of_compressed_blocks(tmp_path):
     made, rng = card([64] * 3), np.random.default_rng(0)
     items = [(str(i), lively(made, int(rng.integers(1, 2 * SEGMENT)), rng), {}) for i in range(12)]
-    compressed = write_shards(tmp_path / "c", made, items, per_shard=6, compress=True)
+    compressed = write_shards(tmp_path / "c", made, items, per_shard=6, entropy_code=True)
     write_shards(tmp_path / "p", made, items, per_shard=6)
     for shard in range(2):
         records = [json.loads((tmp_path / d / f"shards/{shard:05d}.json").read_text()) for d in "cp"]
@@ -246,7 +250,7 @@ def test_damage_of_a_compressed_shard_is_a_clear_error(tmp_path, name, check):
     """Without its CRC-32, damage of the codes may give other codes instead."""
     made, rng = card([64] * 3), np.random.default_rng(0)
     items = [(str(i), lively(made, 300, rng), {}) for i in range(4)]
-    write_shards(tmp_path, made, items, compress=True)
+    write_shards(tmp_path, made, items, entropy_code=True)
     path = tmp_path / "shards/00000.tar"
     content = bytearray(path.read_bytes())
     place = json.loads(path.with_suffix(".json").read_text())["blocks"][0]

@@ -248,12 +248,12 @@ def console(**options: Any) -> Any:
     return Quiet(**{"highlight": False, **options})
 
 
-Report = Callable[[int, int | None, str], None]
+OnProgress = Callable[[int, int | None, str], None]
 
 
 @contextmanager
-def progress_bar(unit: str, *, every: float = 0.5) -> Iterator[Report]:
-    """A progress bar on stderr if it is a terminal. Yields report(done, total, note).
+def progress_bar(unit: str, *, every: float = 0.5) -> Iterator[OnProgress]:
+    """A progress bar on stderr if it is a terminal. Yields on_progress(done, total, note).
 
     It is drawn at most once in `every` seconds, by the caller's thread. It starts no thread of its own, so the caller
     may fork.
@@ -273,11 +273,11 @@ def progress_bar(unit: str, *, every: float = 0.5) -> Iterator[Report]:
     with bar:
         task, drawn = bar.add_task(unit, total=None, note=""), 0.0
 
-        def report(done: int, total: int | None, note: str = "") -> None:
+        def on_progress(done: int, total: int | None, note: str = "") -> None:
             nonlocal drawn
             bar.update(task, completed=done, total=total, note=note)
             if time.monotonic() - drawn > every:
                 drawn = time.monotonic()
                 bar.refresh()
 
-        yield report
+        yield on_progress

@@ -26,11 +26,11 @@ from codecssl.tokenize.format.validate import MOST_TEXT, read_members, read_npz
 SAMPLE_CODES = 1 << 25
 """Maximum number of a shard's codes used to fit its tables. It bounds the memory of compression."""
 
-Place = dict[str, int]
+BlockPlace = dict[str, int]
 """Position of a block's codes in its members: count (utterances), codes_offset, codes_bytes, crc32 (of the codes)."""
 
 
-def block_bytes(key: str, utterances: Sequence[EncodedUtterance], card: CodecCard) -> tuple[bytes, Place]:
+def block_bytes(key: str, utterances: Sequence[EncodedUtterance], card: CodecCard) -> tuple[bytes, BlockPlace]:
     """Build the tar members of a block of packed codes."""
     codes = b"".join(pack(plane, bits) for u in utterances for plane, bits in zip(u.codes, card.code_bits))
     planes = [u.mel for u in utterances if u.mel is not None]
@@ -39,7 +39,9 @@ def block_bytes(key: str, utterances: Sequence[EncodedUtterance], card: CodecCar
     return _members(key, _text_columns(utterances), numbers, codes, mel, len(utterances))
 
 
-def _members(key: str, text: bytes, numbers: bytes, codes: bytes, mel: bytes | None, count: int) -> tuple[bytes, Place]:
+def _members(
+    key: str, text: bytes, numbers: bytes, codes: bytes, mel: bytes | None, count: int
+) -> tuple[bytes, BlockPlace]:
     head = tar_member(f"{key}.json.gz", text) + tar_member(f"{key}.npz", numbers)
     place = {
         "count": count,
@@ -185,7 +187,7 @@ def fit_coder(blocks: Callable[[], Iterable[PackedBlock]], card: CodecCard, fram
     return Coder(fit(planes, lengths, card.codebook_sizes), card.codes_per_frame)
 
 
-def compressed_bytes(key: str, block: PackedBlock, coder: Coder) -> tuple[bytes, Place]:
+def entropy_coded_bytes(key: str, block: PackedBlock, coder: Coder) -> tuple[bytes, BlockPlace]:
     """Build the tar members of a block with compressed codes. The place also has the crc32 of the packed codes."""
     streams = []
     for segment in block.segments():

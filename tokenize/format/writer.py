@@ -23,10 +23,10 @@ from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import atomic_file, temporaries, write_atomic
 from codecssl.tokenize.format.blocks import (
+    BlockPlace,
     PackedBlock,
-    Place,
     block_bytes,
-    compressed_bytes,
+    entropy_coded_bytes,
     fit_coder,
     npz_bytes,
     tar_member,
@@ -61,15 +61,15 @@ def to_json(value: object, indent: int | None = 1) -> bytes:
 class ShardWriter:
     """Collects one shard, block by block. `done` restores the blocks that an earlier run finished.
 
-    With `compress`, the codes are compressed when the shard is finished, with tables fitted to all of its codes.
+    With `entropy_code`, the codes are entropy-coded when the shard is finished, with tables fitted to all of its codes.
     Until then its blocks are the same as without.
 
     work/00007/0000-0128.block holds block 0, made of inputs 0..127 of the shard. The .json file of the same name
     holds its place and the failures among those inputs.
     """
 
-    def __init__(self, root: Path, shard: int, card: CodecCard, *, compress: bool = False) -> None:
-        self.root, self.shard, self.card, self.compress = root, shard, card, compress
+    def __init__(self, root: Path, shard: int, card: CodecCard, *, entropy_code: bool = False) -> None:
+        self.root, self.shard, self.card, self.entropy_code = root, shard, card, entropy_code
         self.folder = root / "work" / f"{shard:05d}"
         self.parts: list[dict[str, Any]] = []
         if self.folder.is_dir():
@@ -127,7 +127,7 @@ class ShardWriter:
                 digest.update(content)
                 file.write(content)
         record = {
-            "format_version": FORMAT_VERSION if self.compress else 1,
+            "format_version": FORMAT_VERSION if self.entropy_code else 1,
             "shard": self.shard,
             "sha256": digest.hexdigest(),
             "bytes": offset,
@@ -142,16 +142,16 @@ class ShardWriter:
         write_atomic(target.with_suffix(".json"), to_json(sealed(record), indent=None))
         shutil.rmtree(self.folder, ignore_errors=True)  # a sibling may tidy up at the same time
 
-    def _contents(self) -> Iterator[tuple[bytes, Place | None]]:
+    def _contents(self) -> Iterator[tuple[bytes, BlockPlace | None]]:
         """Yield the parts of the tar, and for each block its place."""
-        if self.compress:
-            yield from self._compressed()
+        if self.entropy_code:
+            yield from self._entropy_coded()
         else:
             for block, part in self._blocks():
                 yield self._read(block), part
         yield bytes(2 * tarfile.BLOCKSIZE), None
 
-    def _compressed(self) -> Iterator[tuple[bytes, Place | None]]:
+    def _entropy_coded(self) -> Iterator[tuple[bytes, BlockPlace | None]]:
         def packed() -> Iterator[PackedBlock]:
             for block, _ in self._blocks():
                 yield PackedBlock.read(self._read(block), self.card)
@@ -161,7 +161,7 @@ class ShardWriter:
         coder = fit_coder(packed, self.card, sum(part["frames"] for part in self.parts))
         yield tar_member(f"{self.shard:05d}.tables.npz", npz_bytes(coder.arrays())), None
         for (block, _), content in zip(self._blocks(), packed()):
-            yield compressed_bytes(self._key(block), content, coder)
+            yield entropy_coded_bytes(self._key(block), content, coder)
 
     def _read(self, block: int) -> bytes:
         path = self._part_path(block, "block")
@@ -175,7 +175,7 @@ class ShardWriter:
         return ((block, part) for block, part in enumerate(self.parts) if part["count"])
 
 
-def _moved(place: Place, offset: int) -> dict[str, int]:
+def _moved(place: BlockPlace, offset: int) -> dict[str, int]:
     """Return the place of a block whose members begin at `offset` of the tar."""
     names = ("codes_bytes", "count", "crc32", "packed_crc32")
     kept = {name: place[name] for name in names if name in place}

@@ -46,7 +46,7 @@ def read_some(root: Path) -> Iterator[Damage]:
 def coder_agrees(root: Path) -> Iterator[Damage]:
     """Check that a compressed dataset's first block decompresses correctly. Another coder version might differ."""
     shards = Shards(root)
-    if not shards.compressed or not len(shards):
+    if not shards.entropy_coded or not len(shards):
         return
     tar = shard_path(root, int(shards.blocks["shard"][0]))
     place = load_json(tar.with_suffix(".json"))["blocks"][0]

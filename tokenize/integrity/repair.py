@@ -21,7 +21,7 @@ from codecssl.tokenize.format.layout import load_json, sealed, shard_path
 from codecssl.tokenize.format.validate import check_plan
 from codecssl.tokenize.format.writer import finish_dataset, to_json
 from codecssl.tokenize.integrity.shard_check import check_shard, read_document
-from codecssl.tokenize.integrity.verify import STDIN, Report, examine, read_statements, version_of
+from codecssl.tokenize.integrity.verify import STDIN, OnShards, examine, read_statements, version_of
 from codecssl.tokenize.registry import load_codec_for, named_source
 from codecssl.tokenize.sources.changes import source_hashes
 from codecssl.tokenize.sources.inputs import Input
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 def repair(
     root: Path,
-    report: Report = lambda done, total: None,
+    on_progress: OnShards = lambda done, total: None,
     *,
     workers: int | None = None,
     weights: str | None = None,
@@ -42,12 +42,12 @@ def repair(
 ) -> list[str]:
     """Repair a dataset. Return one line per action; [] if it was intact.
 
-    report: called with the number of checked shards. progress: called while encoding. workers: as in TokenizeConfig.
-    weights: of the codec, if they have moved. Raises UserError, and changes nothing, if the sources or the codec are
-    missing or differ from those that wrote the dataset.
+    on_progress: called with the number of checked shards. progress: called while encoding. workers: as in
+    TokenizeConfig. weights: of the codec, if they have moved. Raises UserError, and changes nothing, if the sources or
+    the codec are missing or differ from those that wrote the dataset.
     """
     quarantine = Quarantine(root)
-    state = find_damage(root, report)
+    state = find_damage(root, on_progress)
     if state.finished and not (state.damaged or state.files or quarantine.begun):
         return []
     card = state.card
@@ -63,7 +63,7 @@ def repair(
         if "plan.json" in state.files:
             write_atomic(root / "plan.json", to_json(sealed(state.plan)))
         finish_dataset(root, state.plan, read_statements(root).shards)
-    if left := examine(root, report=report).damages:
+    if left := examine(root, on_progress=on_progress).damages:
         raise UserError(f"{root}: still damaged: {left[0]}; what was damaged before is in {quarantine.folder}")
     return [f"{name}: written again" for name in state.files] + list(quarantine.settle(state, card))
 
@@ -90,11 +90,11 @@ class State:
         return CodecCard.from_dict(self.plan["codec"])
 
 
-def find_damage(root: Path, report: Report) -> State:
+def find_damage(root: Path, on_progress: OnShards) -> State:
     """Check a dataset, even one with an unfinished run or repair. Raises UserError if it cannot be identified."""
     if not (root / "dataset.json").exists():
-        return _unfinished(root, report)
-    found, said = examine(root, report=report).damages, read_statements(root)
+        return _unfinished(root, on_progress)
+    found, said = examine(root, on_progress=on_progress).damages, read_statements(root)
     if said.plan is None:
         raise UserError(f"{root}: dataset.json is damaged and there is no plan.json: nobody knows the codec")
     if lost := [damage for damage in found if damage.file == STDIN]:
@@ -110,7 +110,7 @@ def find_damage(root: Path, report: Report) -> State:
     )
 
 
-def _unfinished(root: Path, report: Report) -> State:
+def _unfinished(root: Path, on_progress: OnShards) -> State:
     try:
         plan = read_document(root / "plan.json")
     except (FileNotFoundError, NotADirectoryError):
@@ -124,7 +124,7 @@ def _unfinished(root: Path, report: Report) -> State:
         found = check_shard(root, shard, card, version).damages
         damaged += [shard] if found else []
         unsure += [shard] if any(damage.file.endswith(".json") for damage in found) else []
-        report(done, len(shards))
+        on_progress(done, len(shards))
     return State(plan=plan, damaged=damaged, unsure=unsure, files=[], finished=False)
 
 
@@ -143,7 +143,7 @@ def _config(root: Path, state: State, workers: int | None, weights: str | None) 
         num_codebooks=card.num_codebooks,
         device=card.policies.get("device", "cpu"),
         workers=workers,
-        compress=bool(plan.get("compression")),
+        entropy_code=bool(plan.get("compression")),
         mel_bands=plan["mel"]["bands"] if "mel" in plan else None,
         **{size: plan[size] for size in ("shard_inputs", "block_inputs", "block_seconds") if size in plan},
     )

@@ -45,7 +45,7 @@ PLACE = ("offset", "codes_offset", "codes_bytes", "count", "crc32")
 NAMED = 3
 """Maximum number of reported utterances in a damaged block."""
 
-Columns = tuple[dict[str, Any], dict[str, NDArray[Any]]]
+BlockColumns = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,7 @@ class _Check:
         what = f"codes damaged between offsets {start} and {stop}{named}"
         self._damaged(self.tar, what, block=number, start=start, stop=stop)
 
-    def _check_mel(self, file: BinaryIO, number: int, place: dict[str, int], columns: Columns) -> None:
+    def _check_mel(self, file: BinaryIO, number: int, place: dict[str, int], columns: BlockColumns) -> None:
         """Check the log-mel planes of a damaged tar, utterance by utterance."""
         ids, numbers = columns[0]["id"], columns[1]
         frames = self.card.frames_of(numbers["samples"].astype(np.int64)).tolist()
@@ -206,7 +206,7 @@ class _Check:
                 return
             at += count * bands
 
-    def _check_columns(self, file: BinaryIO, number: int, place: dict[str, int], whole: bool) -> Columns | None:
+    def _check_columns(self, file: BinaryIO, number: int, place: dict[str, int], whole: bool) -> BlockColumns | None:
         """Return the columns of a block, unless they are damaged or do not fit its codes."""
         start, stop = place["offset"], place["codes_offset"]
         try:
@@ -230,7 +230,7 @@ class _Check:
             self._damaged(self.tar, what, block=number, start=start, stop=stop)
         return None
 
-    def _named(self, place: dict[str, int], columns: Columns) -> str:
+    def _named(self, place: dict[str, int], columns: BlockColumns) -> str:
         """List the utterances of a damaged block whose own bytes show the damage."""
         text, numbers = columns
         codes = np.memmap(self.tar, np.uint8, "r", place["codes_offset"], (place["codes_bytes"],))

@@ -33,7 +33,7 @@ STDIN = "stdin.jsonl"
 MADE = ("codec", "sources", "compression", "mel")
 """All plan fields of dataset.json if the codes were imported."""
 
-Report = Callable[[int, int], None]
+OnShards = Callable[[int, int], None]
 """Callback with (shards checked, total shards)."""
 
 
@@ -46,7 +46,7 @@ class Findings:
 
 
 def examine(
-    root: Path, *, sample: int = 0, weights: str | None = None, report: Report = lambda done, total: None
+    root: Path, *, sample: int = 0, weights: str | None = None, on_progress: OnShards = lambda done, total: None
 ) -> Findings:
     """Check everything. For an intact dataset, also encode `sample` utterances again if codec and sources exist.
 
@@ -63,7 +63,7 @@ def examine(
         checked = check_shard(root, shard, card, said.version)
         damages += checked.damages
         beside.take(checked)
-        report(shard + 1, said.shards)
+        on_progress(shard + 1, said.shards)
     damages = beside.settle(damages, said.header) + list(beside.finish(said.header, card))
     damages += _check_list(root, said)
     if damages:

@@ -45,7 +45,7 @@ def stats(root: Path, *, plot: Path | None = None, max_codes: int = MAX_CODES) -
         "codec": card.name,
         "num_codebooks": card.num_codebooks,
         "frame_rate": float(card.frame_rate),
-        "compressed": shards.compressed,
+        "compressed": shards.entropy_coded,
         "mel_bands": shards.mel_spec.bands if shards.mel_spec else None,
         "mel_bytes": mel,
         "utterances": totals["utterances"],

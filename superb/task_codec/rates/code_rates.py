@@ -75,7 +75,7 @@ def stored_bits(utterances: Sequence[Codes], card: CodecCard) -> tuple[int, int]
     """
     with tempfile.TemporaryDirectory() as folder:
         items: Iterator[Item] = ((f"{i:06d}", codes, {}) for i, codes in enumerate(utterances))
-        shards = write_shards(Path(folder) / "shards", card, items, compress=True)
+        shards = write_shards(Path(folder) / "shards", card, items, entropy_code=True)
         streams = int(shards.blocks["codes_bytes"].sum()) * 8
         tables = sum(_tables_bytes(path) for path in (Path(folder) / "shards" / "shards").glob("*.tar")) * 8
     return streams + tables, streams

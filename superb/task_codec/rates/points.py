@@ -21,17 +21,16 @@ from typing import Any
 import numpy as np
 
 from codecssl.superb.task_codec.bottleneck import MOST_BITS
-from codecssl.superb.task_codec.compress import CompressConfig, Prepared, build, new_head, settle
 from codecssl.superb.task_codec.examples import Examples
 from codecssl.superb.task_codec.head_training import STAGES, Summaries, count_errors, train_head
 from codecssl.superb.task_codec.kmeans_baseline import cluster_bottleneck
+from codecssl.superb.task_codec.make_codec import Prepared, TaskCodecConfig, build, new_head, settle
 from codecssl.superb.task_codec.rates.code_rates import Codes, costs
+from codecssl.superb.task_codec.rates.table import Point
 from codecssl.superb.task_codec.states import Source, after, batched, first_codebooks, quantised, tables
 from codecssl.superb.task_codec.training import BottleneckTraining
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.registry import load_codec_for
-
-Point = dict[str, Any]
 
 
 class Shared:
@@ -42,7 +41,7 @@ class Shared:
         self._summaries: dict[tuple[Any, ...], Summaries] = {}
         self._heads: dict[tuple[Any, ...], Any] = {}
 
-    def summaries(self, config: CompressConfig, found: Examples, source: Source, *key: Any) -> Summaries:
+    def summaries(self, config: TaskCodecConfig, found: Examples, source: Source, *key: Any) -> Summaries:
         """Head summaries of a source, cached under the key."""
         if (key := (found.kind, *key)) not in self._summaries:
             states = source(next(iter(found.labels)))
@@ -50,7 +49,7 @@ class Shared:
             self._summaries[key] = Summaries(head, batched(source))
         return self._summaries[key]
 
-    def head(self, config: CompressConfig, found: Examples, summaries: Summaries, *key: Any) -> Any:
+    def head(self, config: TaskCodecConfig, found: Examples, summaries: Summaries, *key: Any) -> Any:
         """A copy of the key's head after its first stage. Only heads of the last fold are cached."""
         key = (config.task, config.train.seed, found.parts["test"], *key)
         if key not in self._heads:
@@ -62,20 +61,20 @@ class Shared:
             self._heads[key] = head
         return copy.deepcopy(self._heads[key])
 
-    def model_head(self, config: CompressConfig, found: Examples) -> Any:
+    def model_head(self, config: TaskCodecConfig, found: Examples) -> Any:
         """The head on the states L, L + 1, ... of the unmodified model."""
         summaries = self.summaries(config, found, after(self.ready.states, config.layer), "model", config.layer)
         return self.head(config, found, summaries, "model", config.layer)
 
 
 def points(
-    configs: Sequence[CompressConfig], shared: Shared, fold: int, found: Examples
+    configs: Sequence[TaskCodecConfig], shared: Shared, fold: int, found: Examples
 ) -> Iterator[tuple[str, Callable[[], list[Point]]]]:
     """Names of a fold's points, and functions that compute them. configs: one per rate, otherwise equal."""
     first, card = configs[0], shared.ready.model.card
     yield "model", partial(_model, first, shared, found)
     for config in configs:
-        yield f"compress-{config.rate_bps:g}", partial(_compressed, config, shared, fold)
+        yield f"compress-{config.rate_bps:g}", partial(_task_codec_points, config, shared, fold)
         yield f"k-means-{config.rate_bps:g}", partial(_clusters, config, shared, found)
     for count in sorted({nearest_count(card, config.rate_bps) for config in configs} - {0}):
         yield f"codebooks-{count}", partial(_base, first, shared, found, count)
@@ -97,7 +96,7 @@ def code_card(base: CodecCard, pool: int, sizes: tuple[int, ...]) -> CodecCard:
 # ---------------------------------------------------------------- kinds of points
 
 
-def _model(config: CompressConfig, shared: Shared, found: Examples) -> list[Point]:
+def _model(config: TaskCodecConfig, shared: Shared, found: Examples) -> list[Point]:
     states, count = shared.ready.states, shared.ready.model.card.num_codebooks
     methods = {
         "model": (after(states, config.layer), "model", config.layer),
@@ -106,7 +105,7 @@ def _model(config: CompressConfig, shared: Shared, found: Examples) -> list[Poin
     return _base_points(methods, f"{count} codebooks", config, shared, found, count)
 
 
-def _base(config: CompressConfig, shared: Shared, found: Examples, count: int) -> list[Point]:
+def _base(config: TaskCodecConfig, shared: Shared, found: Examples, count: int) -> list[Point]:
     ready, device = shared.ready, config.device
     model = after(first_codebooks(ready.model, ready.shards, count, device), config.layer)
     methods = {
@@ -122,7 +121,12 @@ def _tables(ready: Prepared, count: int, device: str) -> Source:
 
 
 def _base_points(
-    methods: dict[str, tuple[Any, ...]], shape: str, config: CompressConfig, shared: Shared, found: Examples, count: int
+    methods: dict[str, tuple[Any, ...]],
+    shape: str,
+    config: TaskCodecConfig,
+    shared: Shared,
+    found: Examples,
+    count: int,
 ) -> list[Point]:
     """Points of the base codec's first codebooks. methods: the source and the cache key of each method."""
     ready, card = shared.ready, shared.ready.model.card
@@ -136,21 +140,21 @@ def _base_points(
     return made
 
 
-def _tested(head: Any, summaries: Summaries, found: Examples, config: CompressConfig) -> tuple[int, int]:
+def _tested(head: Any, summaries: Summaries, found: Examples, config: TaskCodecConfig) -> tuple[int, int]:
     """Number of errors and labels of the test part, after the head's second stage."""
     train_head(head, summaries, found, config.train, STAGES.index("b"))
     return count_errors(head, summaries, found, "test")
 
 
-def _compressed(config: CompressConfig, shared: Shared, fold: int) -> list[Point]:
+def _task_codec_points(config: TaskCodecConfig, shared: Shared, fold: int) -> list[Point]:
     ready = shared.ready
-    found, rate = settle(config, ready, fold)
-    training = build(config, ready, found, rate, shared.model_head(config, found))
+    found, bit_rate = settle(config, ready, fold)
+    training = build(config, ready, found, bit_rate, shared.model_head(config, found))
     training.run(lambda row: None, lambda: None)
-    codes, made, size = _codes(training), [], 1 << rate.bits
-    for k in range(1, rate.num_codebooks + 1):
-        card = code_card(ready.model.card, rate.pool, (size,) * k)
-        shape = f"{k} of {rate.num_codebooks} x {size} at {float(card.frame_rate):g} Hz"
+    codes, made, size = _codes(training), [], 1 << bit_rate.bits
+    for k in range(1, bit_rate.num_codebooks + 1):
+        card = code_card(ready.model.card, bit_rate.pool, (size,) * k)
+        shape = f"{k} of {bit_rate.num_codebooks} x {size} at {float(card.frame_rate):g} Hz"
         wrong = count_errors(training.head, training.summaries(k), found, "test")
         cut = {part: [rows[:k] for rows in given] for part, given in codes.items()}
         dead = [size - len(np.unique(np.concatenate([rows[i] for rows in codes["train"]]))) for i in range(k)]
@@ -161,7 +165,7 @@ def _compressed(config: CompressConfig, shared: Shared, fold: int) -> list[Point
     return made
 
 
-def _clusters(config: CompressConfig, shared: Shared, found: Examples) -> list[Point]:
+def _clusters(config: TaskCodecConfig, shared: Shared, found: Examples) -> list[Point]:
     """k-means with as many centres as the bits of a frame allow, at most 1024. Higher rates are pooled less."""
     ready, base = shared.ready, shared.ready.model.card
     most = settle(config, ready)[1].pool

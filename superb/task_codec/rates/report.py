@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from codecssl.superb import results
-from codecssl.superb.task_codec.compress import CompressConfig, Prepared, prepare, settle
 from codecssl.superb.task_codec.config import BottleneckTrainConfig
 from codecssl.superb.task_codec.examples import FOLDS
+from codecssl.superb.task_codec.make_codec import Prepared, TaskCodecConfig, prepare, settle
 from codecssl.superb.task_codec.rates.plot import draw
 from codecssl.superb.task_codec.rates.points import Point, Shared, points
 from codecssl.superb.task_codec.rates.table import markdown, summary
@@ -19,7 +19,7 @@ from codecssl.tokenize.common.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Grid of points. The other settings are those of `CompressConfig`."""
+    """Grid of points. The other settings are those of `TaskCodecConfig`."""
 
     upstream: Path
     data: Path
@@ -65,7 +65,7 @@ def _all_folds(
     """All points of a task, layer and seed. Each is stored in a file and computed once."""
     plain = {name: getattr(config, name) for name in COMMON} | {"train": replace(config.train, seed=which["seed"])}
     plain |= {"task": which["task"], "layer": which["layer"]}
-    configs = [CompressConfig(**plain, rate_bps=rate) for rate in sorted(config.rates_bps)]
+    configs = [TaskCodecConfig(**plain, rate_bps=rate) for rate in sorted(config.rates_bps)]
     rows: list[Point] = []
     for fold in range(min(config.folds, settle(configs[0], shared.ready)[0].folds)):
         found, _ = settle(configs[0], shared.ready, fold)

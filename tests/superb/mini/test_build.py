@@ -106,7 +106,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     said: list[str] = []
     root = tmp_path_factory.mktemp("built") / "mini"
-    build(source / "manifest.jsonl", root, seed=3, recipe=str(source / "recipe.yaml"), report=said.append)
+    build(source / "manifest.jsonl", root, seed=3, recipe=str(source / "recipe.yaml"), on_progress=said.append)
     assert [line.split()[0] for line in said] == [*TEN, "1"], said
     assert all("utterances, " in line for line in said[:-1]), said
     assert said[-1] == "1 rows of the manifest left out: no such file"
@@ -254,7 +254,7 @@ def test_few_sentences_make_way_for_commands_of_two_words(source: Path, tmp_path
     for least in (sentences, sentences + 1):
         recipe = tmp_path / f"{least}.yaml"
         recipe.write_text(f"{RECIPE}ic_least: {least}\nic_commands: [60, 30, 30]\n")
-        root = build(tmp_path / "words.jsonl", tmp_path / str(least), recipe=str(recipe), report=lambda line: None)
+        root = build(tmp_path / "words.jsonl", tmp_path / str(least), recipe=str(recipe), on_progress=lambda line: None)
         made[least] = of([json.loads(line) for line in (root / "manifest.jsonl").read_text().splitlines()], "ic")
     assert len(made[sentences]) <= sentences
     assert not any(row["path"].startswith("ic/") for row in made[sentences])
@@ -288,9 +288,9 @@ def _content(root: Path) -> dict[str, bytes]:
 
 def test_the_seed_decides_every_byte(source: Path, built: Path, tmp_path: Path) -> None:
     recipe = str(source / "recipe.yaml")
-    again = build(source, tmp_path / "again", seed=3, recipe=recipe, report=lambda line: None)
+    again = build(source, tmp_path / "again", seed=3, recipe=recipe, on_progress=lambda line: None)
     assert _content(again) == _content(built)
-    other = build(source, tmp_path / "other", seed=4, recipe=recipe, report=lambda line: None)
+    other = build(source, tmp_path / "other", seed=4, recipe=recipe, on_progress=lambda line: None)
     changed = {name for name, content in _content(other).items() if _content(built).get(name) != content}
     assert {"manifest.jsonl", "trials.txt", "sd/train-000.flac", "sf/train-0000.flac"} <= changed
     assert any(name.startswith("ks/") for name in changed)
@@ -301,14 +301,14 @@ def test_a_rerun_does_nothing_and_another_recipe_is_refused(
 ) -> None:
     said: list[str] = []
     before = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
-    build(source / "manifest.jsonl", built, seed=3, recipe=str(source / "recipe.yaml"), report=said.append)
+    build(source / "manifest.jsonl", built, seed=3, recipe=str(source / "recipe.yaml"), on_progress=said.append)
     assert said == [f"{built}: built before from this manifest, seed and recipe; nothing to do"]
     named = ["--output", str(built), "--seed", "3", "--recipe", str(source / "recipe.yaml")]
     assert main(["mini", str(source / "manifest.jsonl"), *named]) == 0
     assert capsys.readouterr().out == f"{said[0]}\n{built}\n"
     assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
     with pytest.raises(UserError, match=r"built from another manifest, seed or recipe .*give another folder"):
-        build(source / "manifest.jsonl", built, seed=3, report=said.append)
+        build(source / "manifest.jsonl", built, seed=3, on_progress=said.append)
 
 
 def test_a_kill_leaves_nothing_and_the_next_run_clears_up(
@@ -322,7 +322,7 @@ def test_a_kill_leaves_nothing_and_the_next_run_clears_up(
     (tmp_path / ".mini.partial" / "of a killed run").touch()
     monkeypatch.setitem(mini.BUILDERS, "er", die)
     with pytest.raises(KeyboardInterrupt):
-        build(source, tmp_path / "mini", recipe=str(source / "recipe.yaml"), report=lambda line: None)
+        build(source, tmp_path / "mini", recipe=str(source / "recipe.yaml"), on_progress=lambda line: None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -331,7 +331,7 @@ def test_what_the_manifest_lacks_is_said(source: Path, tmp_path: Path) -> None:
     spoken = [{**row, "path": str(source / row["path"])} for row in lines if row["task"] in ("er", "asr,sid")]
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in spoken))
     said: list[str] = []
-    root = build(tmp_path / "few.jsonl", tmp_path / "few", recipe=str(source / "recipe.yaml"), report=said.append)
+    root = build(tmp_path / "few.jsonl", tmp_path / "few", recipe=str(source / "recipe.yaml"), on_progress=said.append)
     text = (root / "README.md").read_text()
     for task in ("pr", "ks", "qbe", "sid", "ic", "sf"):
         assert any(line.startswith(f"{task:3}  left out: it needs") for line in said)
@@ -459,7 +459,7 @@ def test_real_speech_gives_all_ten(source: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
     text = (Path(mini.__file__).parents[2] / "configs" / "superb" / "mini.yaml").read_text()
     recipe.write_text(text + RECIPE.split("slot_order")[0])
-    root = build(SHARED, tmp_path / "real", recipe=str(recipe), report=lambda line: None)
+    root = build(SHARED, tmp_path / "real", recipe=str(recipe), on_progress=lambda line: None)
     rows = [json.loads(line) for line in (root / "manifest.jsonl").read_text().splitlines()]
     assert list(dict.fromkeys(row["task"] for row in rows)) == list(TEN)
     assert all((root / row["path"]).is_file() for row in rows)

@@ -139,14 +139,14 @@ def test_probing_audio_finds_what_is_there_and_is_not_done_twice(
     pitch = Probe(name="pitch", label="speaker", task="ks")
     said: list[str] = []
     settings = Settings(seeds=(0, 1))
-    rows = probe.run(["fbank"], corpus, [pitch, KS], tmp_path, settings, report=said.append)
+    rows = probe.run(["fbank"], corpus, [pitch, KS], tmp_path, settings, on_progress=said.append)
     assert rows[0]["best_layer"] > 0.95
     assert rows[0]["utterances"] == 48
     assert rows[0]["chance"] == 0.25
     assert len(results.publish(tmp_path)) == 2
     assert "| pitch | fbank |" in tables.write_markdown(tmp_path).read_text()
     monkeypatch.setattr(probe, "_measure", None)
-    assert probe.run(["fbank"], corpus, [pitch, KS], tmp_path, settings, report=said.append) == rows
+    assert probe.run(["fbank"], corpus, [pitch, KS], tmp_path, settings, on_progress=said.append) == rows
     assert len(said) == 4
 
 
@@ -164,8 +164,8 @@ def test_shards_give_what_audio_gives(corpus: Path, model_folder: Path, loads_co
              for row, codes in zip(rows, codes_of(loads_codec, waves), strict=True)]  # fmt: skip
     write_shards(tmp_path / "shards", loads_codec.card, items)
     settings, names = Settings(seeds=(0,)), [str(model_folder), "codes", "random"]
-    from_audio = probe.run(names, corpus, [KS], tmp_path / "a", settings, report=lambda text: None)
-    from_codes = probe.run(names, tmp_path / "shards", [KS], tmp_path / "b", settings, report=lambda text: None)
+    from_audio = probe.run(names, corpus, [KS], tmp_path / "a", settings, on_progress=lambda text: None)
+    from_codes = probe.run(names, tmp_path / "shards", [KS], tmp_path / "b", settings, on_progress=lambda text: None)
     assert [row["layers"] for row in from_audio] == [row["layers"] for row in from_codes]
     assert len(from_audio[0]["layers"]) == 3
     with pytest.raises(UserError, match="upstream fbank: reads audio"):

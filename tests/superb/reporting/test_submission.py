@@ -109,7 +109,7 @@ def test_the_files_are_those_of_s3prls_classic_task(task: str, tmp_path: Path, m
     tested = [example(f"u{i}", path) for i, path in enumerate(paths)]
     kept = {f"utt:u{i}": answer for i, answer in enumerate(ours)}
     results.write_json(run / "evaluate" / "valid_best" / "test" / "answers.json", kept)
-    predictions.write_predictions(run, task, tested, {"values": {}}, fold=2, rate=320)
+    predictions.write_predictions(run, task, tested, {"values": {}}, fold=2, stride=320)
     (made,) = run.glob("predict/*/*")
     assert made.read_text() == theirs.read_text() != ""
     folder = "er_fold2_public" if task == "er" else f"{task}_public"

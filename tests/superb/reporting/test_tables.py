@@ -105,7 +105,7 @@ def test_the_validation_set_chooses_the_learning_rate() -> None:
     for order in (sweep, sweep[::-1]):
         cell = tables.compare(order)[0].cells["fbank", "ks"]
         assert cell.value("accuracy") == 0.5
-        assert cell.rates == (1e-3, 1e-1)
+        assert cell.lrs == (1e-3, 1e-1)
 
 
 def test_seeds_are_averaged_each_with_its_own_choice() -> None:
@@ -120,7 +120,7 @@ def test_seeds_are_averaged_each_with_its_own_choice() -> None:
 
 def of_share(value: float, utterances: int) -> Cell:
     found = row("fbank", "ks", value, utterances={"test": utterances})
-    return Cell(task="ks", runs=(found,), rates=(1.0,))
+    return Cell(task="ks", runs=(found,), lrs=(1.0,))
 
 
 def test_the_interval_is_wilsons() -> None:

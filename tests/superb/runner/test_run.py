@@ -275,7 +275,7 @@ def test_out_of_memory_is_an_error_of_its_own(make: Any, monkeypatch: pytest.Mon
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(running, "_trained", full)
-    failures = run_all([make()], Machine(), report=lambda run, outcome: None)
+    failures = run_all([make()], Machine(), on_result=lambda run, outcome: None)
     (error,) = failures.values()
     assert isinstance(error, UserError)
     assert str(error).startswith("out of memory on cpu (CUDA out of memory.")
@@ -352,11 +352,11 @@ def test_finished_runs_are_skipped_and_failures_do_not_stop_the_rest(
         return {"task": run.task}
 
     monkeypatch.setattr(jobs.one, "run_one", stand_in)
-    failures = run_all(runs, Machine(), report=lambda run, outcome: None)
+    failures = run_all(runs, Machine(), on_result=lambda run, outcome: None)
     assert list(failures) == [str(runs[1].folder)]
     assert "raise RuntimeError" in (runs[1].folder / "run.log").read_text()
     assert [row["task"] for row in results.read_rows(runs[0].output)] == ["ic", "ks"]
-    assert run_all(runs, Machine(), report=lambda run, outcome: None) == {}
+    assert run_all(runs, Machine(), on_result=lambda run, outcome: None) == {}
     assert calls == ["ks", "er", "ic", "er"]
     lines = (runs[0].output / "results.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["task"] for line in lines) == ["er", "ic", "ks"]
@@ -501,7 +501,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(make: Any, monkeypatch: 
     monkeypatch.setattr(files, "PATIENCE", {"here": 0.3, "elsewhere": 0.3})
     run = make("ks")
     with files.alone_in(run.folder):
-        failures = run_all([run], Machine(), report=lambda run, outcome: None)
+        failures = run_all([run], Machine(), on_result=lambda run, outcome: None)
         results.write_json(run.folder / "result.json", {"task": "ks"})
     assert "is at work there" in str(failures[str(run.folder)])
     assert run_one(run, Machine()) == {"task": "ks"}, "what the other one found"
@@ -511,6 +511,6 @@ def test_two_processes_give_what_one_gives(make: Any) -> None:
     runs = [make("er"), make("er", seed=1)]
     alone = [run_one(replace(run, output=run.output / "alone"), Machine(threads=1)) for run in runs]
     outcomes: dict[int, Any] = {}
-    assert run_all(runs, Machine(threads=1), jobs=2, report=lambda run, row: outcomes.update({run.seed: row})) == {}
+    assert run_all(runs, Machine(threads=1), jobs=2, on_result=lambda run, row: outcomes.update({run.seed: row})) == {}
     assert [outcomes[seed]["curves"] for seed in (0, 1)] == [row["curves"] for row in alone]
     assert len(results.read_rows(runs[0].output, "runs")) == 2

@@ -25,7 +25,7 @@ def keys(runs: Any) -> list[tuple[Any, ...]]:
 
 
 def test_rates_and_seeds_multiply_except_where_nothing_is_trained(sweep: Any) -> None:
-    runs = keys(sweep("ks,qbe", rates=(0.1, 0.2), seeds=(0, 1)).runs())
+    runs = keys(sweep("ks,qbe", lrs=(0.1, 0.2), seeds=(0, 1)).runs())
     assert runs == [("fbank", "ks", rate, seed, None) for seed in (0, 1) for rate in (0.1, 0.2)] + [
         ("fbank", "qbe", None, 0, None)
     ]
@@ -35,7 +35,7 @@ def test_rates_and_seeds_multiply_except_where_nothing_is_trained(sweep: Any) ->
 
 def test_a_stopped_sweep_leaves_whole_comparisons_and_nothing_is_listed_twice(sweep: Any) -> None:
     upstreams = [parse("fbank"), parse("random"), parse("fbank")]
-    runs = keys(sweep("er,ks", upstreams=upstreams, rates=(0.1, 0.1), seeds=(0, 0)).runs())
+    runs = keys(sweep("er,ks", upstreams=upstreams, lrs=(0.1, 0.1), seeds=(0, 0)).runs())
     assert [run[:2] for run in runs] == [("fbank", "er"), ("random", "er"), ("fbank", "ks"), ("random", "ks")]
 
 
@@ -45,13 +45,13 @@ def test_default_rates_are_the_tasks(sweep: Any) -> None:
 
 
 def test_emotion_recognition_takes_folds_in_full_or_when_asked(sweep: Any) -> None:
-    assert [run[4] for run in keys(sweep("er", rates=(0.1,)).runs())] == [None]
-    assert [run[4] for run in keys(sweep("er", rates=(0.1,), folds=True).runs())] == [1, 2, 3, 4, 5]
+    assert [run[4] for run in keys(sweep("er", lrs=(0.1,)).runs())] == [None]
+    assert [run[4] for run in keys(sweep("er", lrs=(0.1,), folds=True).runs())] == [1, 2, 3, 4, 5]
     assert [run[4] for run in keys(sweep("er", budget=tasks.BUDGETS["full"]).runs())] == [1, 2, 3, 4, 5]
 
 
 def test_folders_differ(sweep: Any) -> None:
-    runs = sweep("ks,er,qbe", rates=(0.1, 0.2), seeds=(0, 1), folds=True).runs()
+    runs = sweep("ks,er,qbe", lrs=(0.1, 0.2), seeds=(0, 1), folds=True).runs()
     assert len({run.folder for run in runs}) == len(runs) == 4 + 20 + 1
 
 

@@ -34,7 +34,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rows(corpus: Path) -> list[unpack.Row]:
+def rows(corpus: Path) -> list[unpack.ManifestRow]:
     return unpack.manifest_rows(corpus)
 
 
@@ -60,7 +60,7 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
     return stream.read()
 
 
-def _of(rows: list[unpack.Row], task: str, split: str) -> list[unpack.Row]:
+def _of(rows: list[unpack.ManifestRow], task: str, split: str) -> list[unpack.ManifestRow]:
     return [row for row in rows if row["splits"].get(task) == split]
 
 
@@ -68,7 +68,7 @@ def test_archive_is_a_few_megabytes() -> None:
     assert unpack.ARCHIVE.stat().st_size <= 5_000_000
 
 
-def test_every_row_is_one_file_of_its_length_and_rate(corpus: Path, rows: list[unpack.Row]) -> None:
+def test_every_row_is_one_file_of_its_length_and_rate(corpus: Path, rows: list[unpack.ManifestRow]) -> None:
     for row in rows:
         info = soundfile.info(row["path"])
         assert (info.samplerate, info.channels) == (row["sample_rate"], 1) == (16_000, 1)
@@ -76,7 +76,7 @@ def test_every_row_is_one_file_of_its_length_and_rate(corpus: Path, rows: list[u
     assert {Path(row["path"]) for row in rows} == set(corpus.absolute().rglob("*.flac"))
 
 
-def test_no_clip_is_empty_or_clipped(rows: list[unpack.Row]) -> None:
+def test_no_clip_is_empty_or_clipped(rows: list[unpack.ManifestRow]) -> None:
     for row in rows:
         wave, _ = soundfile.read(row["path"])
         assert np.abs(wave).max() < 0.99, row["path"]
@@ -184,7 +184,7 @@ def test_manifest_rows_takes_a_folder_or_a_manifest(small: Path, tmp_path: Path)
         unpack.manifest_rows(tmp_path / "absent")
 
 
-def test_the_plan_is_the_manifest(rows: list[unpack.Row]) -> None:
+def test_the_plan_is_the_manifest(rows: list[unpack.ManifestRow]) -> None:
     """Somebody who edits the grammar or the plan has to remake the archive."""
     items = make.plan()
     assert len(items) == len(rows)
@@ -193,7 +193,7 @@ def test_the_plan_is_the_manifest(rows: list[unpack.Row]) -> None:
 
 
 @pytest.mark.parametrize("task", BY_SPEAKER)
-def test_speakers_of_a_split_are_unseen_by_the_others(rows: list[unpack.Row], task: str) -> None:
+def test_speakers_of_a_split_are_unseen_by_the_others(rows: list[unpack.ManifestRow], task: str) -> None:
     speakers = {}
     for split in ("train", "valid", "test"):
         part = _of(rows, task, split)
@@ -203,7 +203,7 @@ def test_speakers_of_a_split_are_unseen_by_the_others(rows: list[unpack.Row], ta
     assert len(set.union(*speakers.values())) == sum(map(len, speakers.values())) == 20
 
 
-def test_speaker_tasks_split_as_superb_does(rows: list[unpack.Row]) -> None:
+def test_speaker_tasks_split_as_superb_does(rows: list[unpack.ManifestRow]) -> None:
     for split in ("train", "valid", "test"):
         assert len({row["speaker"] for row in _of(rows, "sid", split)}) == 20
     unseen = {row["speaker"] for row in _of(rows, "asv", "test")}
@@ -211,7 +211,7 @@ def test_speaker_tasks_split_as_superb_does(rows: list[unpack.Row]) -> None:
     assert not unseen & {row["speaker"] for row in _of(rows, "asv", "train")}
 
 
-def test_every_class_is_in_every_split(rows: list[unpack.Row]) -> None:
+def test_every_class_is_in_every_split(rows: list[unpack.ManifestRow]) -> None:
     for split in ("train", "valid", "test"):
         keywords = Counter(row["keyword"] for row in _of(rows, "ks", split))
         assert set(keywords) == {*sample_text.KEYWORDS, "_unknown_", "_silence_"}
@@ -225,7 +225,7 @@ def test_every_class_is_in_every_split(rows: list[unpack.Row]) -> None:
     assert {row["fold"] for row in rows if row["task"] == "er"} == {1, 2, 3, 4, 5}
 
 
-def test_words_do_not_give_the_style_or_the_transcript_away(rows: list[unpack.Row]) -> None:
+def test_words_do_not_give_the_style_or_the_transcript_away(rows: list[unpack.ManifestRow]) -> None:
     styles: dict[tuple[str, str], set[str]] = {}
     for row in (row for row in rows if row["task"] == "er"):
         styles.setdefault((row["speaker"], row["text"]), set()).add(row["style"])
@@ -237,7 +237,7 @@ def test_words_do_not_give_the_style_or_the_transcript_away(rows: list[unpack.Ro
     assert len(unseen) <= 2, "the grammar is small: hardly a word of the test is untrained"
 
 
-def test_labels_are_well_formed(rows: list[unpack.Row]) -> None:
+def test_labels_are_well_formed(rows: list[unpack.ManifestRow]) -> None:
     for row in rows:
         assert set(row["task"].split(",")) == set(row["splits"])
         if "pr" in row["splits"]:
@@ -261,7 +261,7 @@ def _slots(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return found
 
 
-def test_queries_have_documents_of_other_speakers(rows: list[unpack.Row]) -> None:
+def test_queries_have_documents_of_other_speakers(rows: list[unpack.ManifestRow]) -> None:
     for split in ("valid", "test"):
         queries = [row for row in _of(rows, "qbe", split) if row["role"] == "query"]
         documents = [row for row in _of(rows, "qbe", split) if row["role"] == "document"]
@@ -274,7 +274,7 @@ def test_queries_have_documents_of_other_speakers(rows: list[unpack.Row]) -> Non
         assert not {row["speaker"] for row in queries} & {row["speaker"] for row in documents}
 
 
-def test_segments_are_where_the_voices_are(rows: list[unpack.Row]) -> None:
+def test_segments_are_where_the_voices_are(rows: list[unpack.ManifestRow]) -> None:
     """Outside of all segments, a mixture is at least 6 dB under its speech (its noise, at least 14 dB)."""
     overlap = speech = 0
     for row in (row for row in rows if row["task"] == "sd"):
@@ -293,7 +293,7 @@ def test_segments_are_where_the_voices_are(rows: list[unpack.Row]) -> None:
 
 
 @needs_espeak
-def test_espeak_still_says_what_the_archive_holds(rows: list[unpack.Row]) -> None:
+def test_espeak_still_says_what_the_archive_holds(rows: list[unpack.ManifestRow]) -> None:
     """The generator and the archive belong together; Opus at 13 kbit/s keeps the waveform to about 10 dB."""
     for index in (5, 38, 61, 70):
         pcm, labels = make.render(index, make.plan()[index])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from codecssl.pretrain.config import ModelConfig
 from codecssl.pretrain.model.model import untrained
-from codecssl.superb.task_codec.bottleneck import Bottleneck, check_layer, choose_rate, later_states, least_squares
+from codecssl.superb.task_codec.bottleneck import Bottleneck, check_layer, choose_bit_rate, later_states, least_squares
 from codecssl.superb.task_codec.codec_folder import state_at
 from codecssl.superb.task_codec.rvq import RvqConfig
 from codecssl.tokenize.common.errors import UserError
@@ -96,16 +96,16 @@ def test_least_squares_equals_numpy():
      (2000, 25, 8, 1024), (125, 12.5, 1, 1024), (200, 12.5, 2, 256)],
 )  # fmt: skip
 def test_published_points(codec, rate, frame_rate, num_codebooks, size):
-    found = choose_rate(rate, codec.card, frame_rate)
+    found = choose_bit_rate(rate, codec.card, frame_rate)
     assert (found.num_codebooks, 1 << found.bits) == (num_codebooks, size)
     assert found.bits_per_second == rate
 
 
 def test_rate_is_never_above_what_was_asked(codec):
     card = dataclasses.replace(codec.card, sample_rate=24_000)  # 75 Hz
-    found = choose_rate(199, card, 12.5)
+    found = choose_bit_rate(199, card, 12.5)
     assert found.pool == 6
     assert float(found.frame_rate) == 12.5
     assert found.bits_per_second == 175
     with pytest.raises(UserError, match="rate 10 bit/s: less than one bit for each of 12.5 frames"):
-        choose_rate(10, card, 12.5)
+        choose_bit_rate(10, card, 12.5)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from codecssl.superb.task_codec import codec as machine
-from codecssl.superb.task_codec.bottleneck import Bottleneck, choose_rate
-from codecssl.superb.task_codec.codec_folder import Compressed, save
+from codecssl.superb.task_codec.bottleneck import Bottleneck, choose_bit_rate
+from codecssl.superb.task_codec.codec_folder import QuantisedModel, save
 from codecssl.superb.task_codec.rvq import RvqConfig
 from codecssl.tokenize import registry
 from codecssl.tokenize.backends import table
@@ -26,7 +26,10 @@ def folder(shipped, shipped_model, tmp_path_factory):
     bottleneck.fit(shipped_model.extract(codes, [codes.shape[2]])[1], [codes.shape[2]], random)
     path = tmp_path_factory.mktemp("machine") / "codec"
     save(
-        Compressed(shipped_model, 1, bottleneck, None, ()), path, choose_rate(150, shipped.card, 12.5), {"training": {}}
+        QuantisedModel(shipped_model, 1, bottleneck, None, ()),
+        path,
+        choose_bit_rate(150, shipped.card, 12.5),
+        {"training": {}},
     )
     return path
 
@@ -72,9 +75,9 @@ def test_long_waves_are_cut_into_segments(folder, short_segments):
     base = codec.base.encode([wave])[0].codes
     assert (base.shape[1], codec.whole, codec.segment) == (351, 148, 100)
     cuts = ((0, 100), (100, 200), (200, 300), (300, 351))
-    parts = [codec.compressed.codes(base[:, a:b]) for a, b in cuts]
+    parts = [codec.quantised.codes(base[:, a:b]) for a, b in cuts]
     assert torch.equal(codec.encode([wave])[0].codes, torch.cat(parts, dim=1))
-    assert not torch.equal(codec.compressed.codes(base), torch.cat(parts, dim=1))
+    assert not torch.equal(codec.quantised.codes(base), torch.cat(parts, dim=1))
 
 
 def test_latents_are_sums_of_embeddings(folder):

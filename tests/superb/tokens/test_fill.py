@@ -70,7 +70,7 @@ def test_every_distinct_wave_is_there_once(
 ) -> None:
     small(monkeypatch)
     seen: list[int] = []
-    done = fill(job(tmp_path / "cache", waves, codec), report=seen.append)
+    done = fill(job(tmp_path / "cache", waves, codec), on_progress=seen.append)
     expected = loaded(waves)
     cache = TokenCache(tmp_path / "cache", codec.card)
     for wave in expected:

@@ -106,7 +106,7 @@ def test_a_model_of_mel_alone_needs_no_codec(
 
 
 def test_the_task_codec_refuses_a_model_that_reads_mel(export_of: Any) -> None:
-    from codecssl.superb.task_codec.compress import load_upstream
+    from codecssl.superb.task_codec.make_codec import load_upstream
 
     with pytest.raises(UserError, match=r"task-codec takes models with model\.input codes"):
         load_upstream(export_of("both"))

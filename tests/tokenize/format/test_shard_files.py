@@ -24,15 +24,15 @@ def codes(count, frames=100, seed=0, sizes=(1024, 60, 2)):
     return [np.stack([rng.integers(0, size, frames) for size in sizes]).astype(np.uint16) for _ in range(count)]
 
 
-def write(path, items, *, compress=False, per_shard=5):
+def write(path, items, *, entropy_code=False, per_shard=5):
     return write_shards(path, card([1024, 60, 2]), [(f"u{i}", c, {}) for i, c in enumerate(items)], per_shard,
-                        compress=compress)  # fmt: skip
+                        entropy_code=entropy_code)  # fmt: skip
 
 
-@pytest.mark.parametrize("compress", [False, True])
-def test_every_bit_of_the_codes_is_checked_when_a_block_is_first_read(tmp_path, compress):
+@pytest.mark.parametrize("entropy_code", [False, True])
+def test_every_bit_of_the_codes_is_checked_when_a_block_is_first_read(tmp_path, entropy_code):
     items = codes(10)
-    write(tmp_path / "d", items, compress=compress)
+    write(tmp_path / "d", items, entropy_code=entropy_code)
     path = tmp_path / "d/shards/00001.tar"
     whole, place = path.read_bytes(), json.loads(path.with_suffix(".json").read_text())["blocks"][0]
     rng = np.random.default_rng(0)
@@ -50,10 +50,10 @@ def test_every_bit_of_the_codes_is_checked_when_a_block_is_first_read(tmp_path, 
     assert all(np.array_equal(shards.codes(i), item) for i, item in enumerate(items))
 
 
-@pytest.mark.parametrize("compress", [False, True])
-def test_an_index_of_other_frames_is_refused(tmp_path, compress):
+@pytest.mark.parametrize("entropy_code", [False, True])
+def test_an_index_of_other_frames_is_refused(tmp_path, entropy_code):
     items = [c[:, : 40 + 7 * i] for i, c in enumerate(codes(10))]
-    write(tmp_path / "d", items, compress=compress)
+    write(tmp_path / "d", items, entropy_code=entropy_code)
     path = tmp_path / "d/index.npy"
     whole = path.read_bytes()
     for at in range(len(whole) - 20, len(whole)):
@@ -141,9 +141,9 @@ def test_a_disk_that_is_away_for_a_moment_is_waited_for(tmp_path):
     assert all(np.array_equal(one, item) for one, item in zip(read, items, strict=True))
 
 
-@pytest.mark.parametrize("compress", [False, True])
-def test_a_disk_that_stays_away_is_an_error_worth_another_try(tmp_path, compress):
-    write(tmp_path / "d", codes(10), compress=compress)
+@pytest.mark.parametrize("entropy_code", [False, True])
+def test_a_disk_that_stays_away_is_an_error_worth_another_try(tmp_path, entropy_code):
+    write(tmp_path / "d", codes(10), entropy_code=entropy_code)
     shards = Shards(tmp_path / "d", retry_seconds=0.4)
     (tmp_path / "d/shards").rename(tmp_path / "away")
     began = time.monotonic()

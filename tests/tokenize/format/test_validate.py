@@ -44,7 +44,7 @@ def whole(request, tmp_path_factory):
     root, rng = tmp_path_factory.mktemp("whole") / "d", np.random.default_rng(0)
     made = card([100, 1024], [1, 2])
     items = [(f"u{i}", rng.integers(0, 100, (3, 5 + i)).astype(np.uint16), {"text": "a"}) for i in range(6)]
-    write_shards(root, made, items, per_shard=4, compress=request.param)
+    write_shards(root, made, items, per_shard=4, entropy_code=request.param)
     header = load_json(root / "dataset.json")
     (root / "plan.json").write_bytes(to_json(sealed(plan_of(header))))
     assert examine(root).damages == []

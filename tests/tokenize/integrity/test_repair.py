@@ -51,7 +51,7 @@ def dataset(audio, tmp_path):
 
 @pytest.fixture(params=[False, True], ids=["packed", "compressed"])
 def any_dataset(request, audio, tmp_path):
-    run(config(audio, tmp_path / "out", compress=request.param))
+    run(config(audio, tmp_path / "out", entropy_code=request.param))
     return tmp_path / "out"
 
 

@@ -37,15 +37,20 @@ def utterance(number, rng):
     )
 
 
-def make(root, compress=False, shards=3):
+def make(root, entropy_code=False, shards=3):
     """A dataset as `run` leaves it: three shards of two blocks, with failures."""
     rng = np.random.default_rng(0)
     plan = {"codec": CARD.to_dict(), "sources": ["audio"], "inputs": 12 * shards}
-    plan |= {"compression": "range" if compress else None, "shard_inputs": 12, "block_inputs": 6, "block_seconds": 7e3}
+    plan |= {
+        "compression": "range" if entropy_code else None,
+        "shard_inputs": 12,
+        "block_inputs": 6,
+        "block_seconds": 7e3,
+    }
     root.mkdir(parents=True)
     (root / "plan.json").write_bytes(to_json(sealed(plan)))
     for shard in range(shards):
-        writer = ShardWriter(root, shard, CARD, compress=compress)
+        writer = ShardWriter(root, shard, CARD, entropy_code=entropy_code)
         for block in range(2):
             utterances = [utterance(12 * shard + 6 * block + i, rng) for i in range(5)]
             failures = [Failure(id=f"bad{shard}{block}", path=f"bad{shard}{block}.wav", reason="cannot decode: ¿")]
@@ -57,7 +62,7 @@ def make(root, compress=False, shards=3):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["packed", "compressed"])
 def made(request, tmp_path_factory):
-    return make(tmp_path_factory.mktemp("made") / "d", compress=request.param)
+    return make(tmp_path_factory.mktemp("made") / "d", entropy_code=request.param)
 
 
 @pytest.fixture
@@ -74,7 +79,7 @@ def flip(path, bit):
 
 def test_a_coder_that_gives_other_codes_is_found(tmp_path):
     """As another version of the library might: all bytes are as they were, the codes are not."""
-    root = make(tmp_path / "d", compress=True)
+    root = make(tmp_path / "d", entropy_code=True)
     assert verify(root) == []
     record = load_json(root / "shards/00000.json")
     record["blocks"][0]["packed_crc32"] ^= 1
@@ -138,8 +143,8 @@ def test_the_utterance_is_named_where_its_codes_show_the_damage(dataset):
     index, tar = 13, dataset / "shards/00001.tar"
     place = blocks_of(dataset, 1)[0]
     sizes = [len(p) for p in shards.planes(index)]
-    offset = place["codes_offset"] + int(shards._offsets(2)[index - 10]) if not shards.compressed else None
-    if shards.compressed:
+    offset = place["codes_offset"] + int(shards._offsets(2)[index - 10]) if not shards.entropy_coded else None
+    if shards.entropy_coded:
         starts, firsts = shards._streams(2)
         offset = place["codes_offset"] + int(starts[firsts[index - 10]])
     content = bytearray(tar.read_bytes())
@@ -148,7 +153,9 @@ def test_the_utterance_is_named_where_its_codes_show_the_damage(dataset):
     [damage] = examine(dataset).damages
     assert damage.block == 0
     assert f"utterance {shards.utterance(index).id} (offsets {offset} to " in damage.what
-    assert ("cannot be decompressed" if shards.compressed else "code 1023 in codebook 0, which has 1000") in damage.what
+    assert (
+        "cannot be decompressed" if shards.entropy_coded else "code 1023 in codebook 0, which has 1000"
+    ) in damage.what
     assert damage.what.count("utterance") == 1
     assert sizes
 

@@ -66,17 +66,17 @@ def test_the_first_code_of_an_utterance_has_none_before_it(tmp_path):
     assert book["bits_given_previous"] < 0.1  # each utterance holds one code
 
 
-@pytest.mark.parametrize("compress", [False, True])
-def test_totals_and_lines(tmp_path, compress):
+@pytest.mark.parametrize("entropy_code", [False, True])
+def test_totals_and_lines(tmp_path, entropy_code):
     rng = np.random.default_rng(3)
     items = [(f"u{i}", np.minimum(rng.geometric(0.05, (2, 500)), 1023), {}) for i in range(30)]
-    write_shards(tmp_path, card([1024, 1024]), items, compress=compress)
+    write_shards(tmp_path, card([1024, 1024]), items, entropy_code=entropy_code)
     found = stats(tmp_path)
     stored = sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()) * 8
     assert found["stored_bits_per_code"] == stored / 30_000
     assert found["ratio_to_pcm16"] == 300 * 16_000 * 16 / stored
     assert found["nominal_bits_per_code"] == 10.0
-    assert (found["stored_bits_per_code"] < 8.5) == compress
+    assert (found["stored_bits_per_code"] < 8.5) == entropy_code
     text = "\n".join(lines(found))
     for part in (
         f"{found['stored_bits_per_code']:.3f} stored in all files, 10.000 nominal",

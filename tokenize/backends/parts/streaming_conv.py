@@ -21,7 +21,7 @@ from codecssl.tokenize.backends.parts.chunked_stream import ChunkedStream
 from codecssl.tokenize.backends.parts.precision import full_precision
 from codecssl.tokenize.codec import CodecCard
 
-Kept = dict[Any, Tensor]
+ConvState = dict[Any, Tensor]
 """State that each layer keeps of a wave between two pieces."""
 
 
@@ -52,7 +52,7 @@ class StreamingConvolution:
         taps = weight.unflatten(2, (-1, 1 if self.depthwise else self.width))
         self.taps = taps.permute(2, 3, 1, 0).flatten(1, 2).contiguous()  # [taps, width * I, O]
 
-    def push(self, rows: Tensor, kept: Kept, last: bool) -> Tensor:
+    def push(self, rows: Tensor, kept: ConvState, last: bool) -> Tensor:
         """Append inputs and return the outputs that are now final. `last`: the wave ends with these inputs."""
         before = kept[self] if self in kept else rows.new_zeros(self.left, rows.shape[1])
         start, end = len(before), len(before) + len(rows)
@@ -92,7 +92,7 @@ class ResidualUnit:
         self.wide, self.snake = StreamingConvolution(wide, Snake(first)), Snake(second)
         self.weight, self.bias = narrow.weight.detach()[..., 0].t().contiguous(), narrow.bias.detach()
 
-    def push(self, rows: Tensor, kept: Kept, last: bool) -> Tensor:
+    def push(self, rows: Tensor, kept: ConvState, last: bool) -> Tensor:
         hidden = self.wide.push(rows, kept, last)
         self.snake(hidden, out=hidden)
         before = kept.get(self, rows[:0])  # pending inputs, bias included, until their `hidden` is final
@@ -140,7 +140,7 @@ class RowStream(ChunkedStream):
         chunk = codec.pace.chunk * codec.card.hop_length
         super().__init__(codec, chunk=chunk, needed=chunk + 1)
         self.piece = codec.pace.piece * codec.card.hop_length
-        self.kept: Kept = {}
+        self.kept: ConvState = {}
 
     def quantize(self, latents: Tensor) -> Tensor:
         """Quantize the next latents [n, D] to codes [R, T]."""

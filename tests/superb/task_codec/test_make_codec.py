@@ -14,11 +14,11 @@ from torch.autograd import gradcheck
 from codecssl.superb.cli import main
 from codecssl.superb.task_codec.bottleneck import later_states
 from codecssl.superb.task_codec.codec_folder import load
-from codecssl.superb.task_codec.compress import CompressConfig, compress, prepare, settle
 from codecssl.superb.task_codec.config import BottleneckTrainConfig
-from codecssl.superb.task_codec.examples import examples, refuse_too_slow, repeats
+from codecssl.superb.task_codec.examples import examples, refuse_too_few_frames, repeats
 from codecssl.superb.task_codec.head_training import Summaries
 from codecssl.superb.task_codec.heads import ClassHead, CtcHead, errors
+from codecssl.superb.task_codec.make_codec import TaskCodecConfig, make_task_codec, prepare, settle
 from codecssl.superb.task_codec.rates.table import markdown, summary
 from codecssl.superb.task_codec.training import distillation
 from codecssl.tokenize.common.errors import UserError
@@ -61,7 +61,7 @@ def shards(manifest, tmp_path_factory):
 
 def config_of(upstream, data, output, **changes):
     options = {"task": "sid", "layer": 1, "rate_bps": 100.0, "codebook_dim": 8, "train": QUICK, **changes}
-    return CompressConfig(upstream=upstream, data=data, output=output, **options)
+    return TaskCodecConfig(upstream=upstream, data=data, output=output, **options)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def made(upstream, shards, tmp_path_factory):
     """A codec for sid of one codebook of 256, its config.json, and what was reported."""
     folder = tmp_path_factory.mktemp("made") / "codec"
     rows = []
-    return folder, compress(config_of(upstream, shards, folder), rows.append), rows
+    return folder, make_task_codec(config_of(upstream, shards, folder), rows.append), rows
 
 
 def test_codec_answers_from_shards_as_from_audio(made, manifest, tmp_path):
@@ -131,23 +131,23 @@ def test_goes_on_bit_for_bit_and_skips_what_is_done(made, upstream, shards, tmp_
     monkeypatch.setattr(compress_train.BottleneckTraining, "_losses_b", killed)
     config = config_of(upstream, shards, tmp_path / "codec")
     with pytest.raises(KeyboardInterrupt):
-        compress(config, lambda text: None)
+        make_task_codec(config, lambda text: None)
     assert not (tmp_path / "codec" / "config.json").exists()
     monkeypatch.setattr(compress_train.BottleneckTraining, "_losses_b", step)
     told = []
-    compress(config, told.append)
+    make_task_codec(config, told.append)
     assert told[0] == "goes on at stage 2, step 15"
     whole, resumed = (load(folder).state_dict() for folder in (made[0], tmp_path / "codec"))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    compress(config, told.append)
+    make_task_codec(config, told.append)
     assert told[-1].endswith("finished before")
     with pytest.raises(UserError, match="made with other settings or data; give another --output"):
-        compress(config_of(upstream, shards, tmp_path / "codec", rate_bps=50.0), told.append)
+        make_task_codec(config_of(upstream, shards, tmp_path / "codec", rate_bps=50.0), told.append)
 
 
 def test_without_labels_there_is_no_head(upstream, shards, tmp_path):
     config = config_of(upstream, shards, tmp_path / "codec", task="none", frame_rate=12.5, rate_bps=150.0)
-    description = compress(config, lambda text: None)
+    description = make_task_codec(config, lambda text: None)
     assert description["head"] is None
     assert description["rvq"]["num_codebooks"] == 2
     rows = [json.loads(line) for line in (tmp_path / "codec" / "metrics.jsonl").read_text().splitlines()]
@@ -164,7 +164,7 @@ def test_without_labels_there_is_no_head(upstream, shards, tmp_path):
 )  # fmt: skip
 def test_refuses_in_one_line(upstream, shards, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        compress(config_of(upstream, shards, tmp_path / "x", **changes))
+        make_task_codec(config_of(upstream, shards, tmp_path / "x", **changes))
 
 
 def test_refuses_folders_of_others(upstream, shards, tmp_path, capsys):
@@ -200,9 +200,9 @@ def test_rates_that_ctc_cannot_use_are_refused(shipped, tmp_path):
     assert found.names[0] == "<blank>"
     assert repeats(found.labels[0]) == 2
     assert found.apart == "speaker"
-    assert refuse_too_slow(found, [12] * 20, "r") == found
+    assert refuse_too_few_frames(found, [12] * 20, "r") == found
     with pytest.raises(UserError, match="rate r: 20 of 20 utterances have fewer frames .* higher --frame-rate"):
-        refuse_too_slow(found, [11] * 20, "r")
+        refuse_too_few_frames(found, [11] * 20, "r")
 
 
 def test_parts_keep_speakers_apart_and_follow_the_seed(shipped, tmp_path):
@@ -333,7 +333,7 @@ def test_ctc_end_to_end(upstream, corpus, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in chosen))
     train = dataclasses.replace(QUICK, head_steps=10, a_steps=10, b_steps=10, batch_size=4)
     config = config_of(upstream, path, tmp_path / "codec", task="pr", rate_bps=100.0, train=train)
-    description = compress(config, lambda text: None)
+    description = make_task_codec(config, lambda text: None)
     assert description["training"]["rate"] == "100 bit/s (1 x 16 at 25 Hz)"
     assert description["head"] == {"kind": "ctc", "labels": ["<blank>", "H", "L", "M"]}
     assert 0 < description["training"]["test_error_by_codebooks"][0] < 10

@@ -15,14 +15,14 @@ from codecssl.pretrain.export.export import load_pretrained
 from codecssl.pretrain.model.model import CodecModel
 from codecssl.superb import results
 from codecssl.superb.task_codec import codec_folder
-from codecssl.superb.task_codec.bottleneck import Bottleneck, Rate, check_layer, choose_rate
-from codecssl.superb.task_codec.codec_folder import Compressed
+from codecssl.superb.task_codec.bottleneck import BitRate, Bottleneck, check_layer, choose_bit_rate
+from codecssl.superb.task_codec.codec_folder import QuantisedModel
 from codecssl.superb.task_codec.config import BottleneckTrainConfig
-from codecssl.superb.task_codec.examples import SPOKEN, Examples, examples, open_shards, refuse_too_slow
+from codecssl.superb.task_codec.examples import SPOKEN, Examples, examples, open_shards, refuse_too_few_frames
 from codecssl.superb.task_codec.head_training import STAGES, Summaries, error_rate, train_head
 from codecssl.superb.task_codec.heads import HEADS
 from codecssl.superb.task_codec.rvq import RvqConfig
-from codecssl.superb.task_codec.states import Kept, Source, after, batched, whole_model
+from codecssl.superb.task_codec.states import CachedStates, Source, after, batched, whole_model
 from codecssl.superb.task_codec.training import BottleneckTraining, load_state, save_state
 from codecssl.tokenize.backends.parts.weights import local
 from codecssl.tokenize.common.errors import UserError
@@ -34,7 +34,7 @@ OWN_FILES = {"config.json", "model.safetensors", "README.md", "metrics.jsonl", "
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressConfig:
+class TaskCodecConfig:
     """Settings of `codecssl-superb task-codec`."""
 
     upstream: Path
@@ -78,40 +78,40 @@ def prepare(upstream: Path, data: Path, work: Path, device: str) -> Prepared:
     model = load_upstream(upstream)
     shards = open_shards(data, model.card, work, device)
     model = model.to(device)
-    return Prepared(model=model, shards=shards, states=Kept(whole_model(model, shards, device)))
+    return Prepared(model=model, shards=shards, states=CachedStates(whole_model(model, shards, device)))
 
 
-def settle(config: CompressConfig, ready: Prepared, fold: int = 0) -> tuple[Examples, Rate]:
+def settle(config: TaskCodecConfig, ready: Prepared, fold: int = 0) -> tuple[Examples, BitRate]:
     """The task's utterances and the chosen rate. Raises a one-line UserError for impossible settings."""
     check_layer(ready.model, config.layer)
     spoken = config.task in (*SPOKEN, "none")
-    rate = choose_rate(config.rate_bps, ready.model.card, config.frame_rate or FRAME_RATE[spoken])
+    bit_rate = choose_bit_rate(config.rate_bps, ready.model.card, config.frame_rate or FRAME_RATE[spoken])
     found = examples(ready.shards, config.task, config.probes, config.train.seed, fold)
-    return refuse_too_slow(found, [-(-int(n) // rate.pool) for n in ready.shards.frames], rate), rate
+    return refuse_too_few_frames(found, [-(-int(n) // bit_rate.pool) for n in ready.shards.frames], bit_rate), bit_rate
 
 
-def compress(config: CompressConfig, report: Callable[[str], None] = print) -> dict[str, Any]:
+def make_task_codec(config: TaskCodecConfig, on_progress: Callable[[str], None] = print) -> dict[str, Any]:
     """Train and write the codec. Return its config.json. A killed run is resumed.
 
     Raises UserError for impossible settings, and for a folder with other contents.
     """
     _refuse_foreign(config.output)
     ready = prepare(config.upstream, config.data, config.output / "work", config.device)
-    found, rate = settle(config, ready)
+    found, bit_rate = settle(config, ready)
     identity = _identity(config, ready, found)
     if (config.output / "config.json").is_file():
         done = codec_folder.read_config(config.output)
         if done["training"]["identity"] != identity:
             raise UserError(f"{config.output}: holds a codec made with other settings or data; give another --output")
-        report(f"{config.output}: finished before")
+        on_progress(f"{config.output}: finished before")
         return done
-    training = build(config, ready, found, rate, first_head(config, ready, found))
-    _run(training, config.output, identity, report)
-    compressed = Compressed(ready.model, config.layer, training.bottleneck, training.head, found.names).eval()
+    training = build(config, ready, found, bit_rate, first_head(config, ready, found))
+    _run(training, config.output, identity, on_progress)
+    quantised = QuantisedModel(ready.model, config.layer, training.bottleneck, training.head, found.names).eval()
     measured = _measure(training, config)
-    more = {"training": {"identity": identity, **measured, "settings": _plain(config), "rate": str(rate)}}
-    results.write_text(config.output / "README.md", _readme(config, ready, rate, measured))
-    codec_folder.save(compressed, config.output, rate, more)
+    more = {"training": {"identity": identity, **measured, "settings": _plain(config), "rate": str(bit_rate)}}
+    results.write_text(config.output / "README.md", _readme(config, ready, bit_rate, measured))
+    codec_folder.save(quantised, config.output, bit_rate, more)
     return codec_folder.read_config(config.output)
 
 
@@ -121,19 +121,19 @@ def _refuse_foreign(output: Path) -> None:
         raise UserError(f"{output}: holds {foreign[0]}, which is none of compress; give a new folder as --output")
 
 
-def _plain(config: CompressConfig) -> dict[str, Any]:
+def _plain(config: TaskCodecConfig) -> dict[str, Any]:
     values = asdict(config)
     return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
 
-def _identity(config: CompressConfig, ready: Prepared, found: Examples) -> str:
+def _identity(config: TaskCodecConfig, ready: Prepared, found: Examples) -> str:
     settings = {k: v for k, v in _plain(config).items() if k not in ("upstream", "data", "output", "device")}
     weights = hashlib.sha256((config.upstream / "model.safetensors").read_bytes()).hexdigest()
     parts = [settings, weights, ready.shards.fingerprint, found.names, found.parts]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def first_head(config: CompressConfig, ready: Prepared, found: Examples) -> Any:
+def first_head(config: TaskCodecConfig, ready: Prepared, found: Examples) -> Any:
     """Train the head on the unmodified states of the model. None without labels."""
     if found.kind == "none":
         return None
@@ -142,43 +142,47 @@ def first_head(config: CompressConfig, ready: Prepared, found: Examples) -> Any:
     return head
 
 
-def build(config: CompressConfig, ready: Prepared, found: Examples, rate: Rate, head: Any) -> BottleneckTraining:
+def build(
+    config: TaskCodecConfig, ready: Prepared, found: Examples, bit_rate: BitRate, head: Any
+) -> BottleneckTraining:
     """A bottleneck initialized from the seed, and its training with a copy of `first_head`."""
     dim = ready.model.config.dim
     sizes = RvqConfig(
-        num_codebooks=rate.num_codebooks, codebook_size=1 << rate.bits, codebook_dim=min(config.codebook_dim, dim)
+        num_codebooks=bit_rate.num_codebooks,
+        codebook_size=1 << bit_rate.bits,
+        codebook_dim=min(config.codebook_dim, dim),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        bottleneck = Bottleneck(dim, rate.pool, sizes).to(config.device)
+        bottleneck = Bottleneck(dim, bit_rate.pool, sizes).to(config.device)
     source = after(ready.states, config.layer)
     return BottleneckTraining(ready.model, config.layer, bottleneck, head, found, source, config.train)
 
 
-def new_head(config: CompressConfig, found: Examples, dim: int, states: int) -> Any:
+def new_head(config: TaskCodecConfig, found: Examples, dim: int, states: int) -> Any:
     """A head for S states [B, T, D], initialized from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         return HEADS[found.kind](dim, states, len(found.names)).to(config.device)
 
 
-def _run(training: BottleneckTraining, output: Path, identity: str, report: Callable[[str], None]) -> None:
+def _run(training: BottleneckTraining, output: Path, identity: str, on_progress: Callable[[str], None]) -> None:
     path = output / "work" / "state.pt"
     if (state := load_state(path, identity)) is not None:
         training.load(state)
-        report(f"goes on at stage {training.stage}, step {training.step}")
+        on_progress(f"goes on at stage {training.stage}, step {training.step}")
     output.mkdir(parents=True, exist_ok=True)
     with (output / "metrics.jsonl").open("a", encoding="utf-8") as file:
 
         def log(row: dict[str, Any]) -> None:
             file.write(json.dumps(row) + "\n")
             file.flush()
-            report("  ".join(f"{key} {value}" for key, value in row.items()))
+            on_progress("  ".join(f"{key} {value}" for key, value in row.items()))
 
         training.run(log, lambda: save_state(path, identity, training.state()))
 
 
-def _measure(training: BottleneckTraining, config: CompressConfig) -> dict[str, Any]:
+def _measure(training: BottleneckTraining, config: TaskCodecConfig) -> dict[str, Any]:
     """Codebook usage and error rates on the test part, per number of codebooks and for the unmodified model."""
     found, bottleneck, source = training.found, training.bottleneck, training.source
     books = bottleneck.rvq.config
@@ -203,13 +207,13 @@ def _measure(training: BottleneckTraining, config: CompressConfig) -> dict[str, 
     return measured | {"test_error_by_codebooks": by_count, "test_error_unquantised": whole}
 
 
-def _readme(config: CompressConfig, ready: Prepared, rate: Rate, measured: dict[str, Any]) -> str:
+def _readme(config: TaskCodecConfig, ready: Prepared, bit_rate: BitRate, measured: dict[str, Any]) -> str:
     """Human-readable card of the codec."""
     model = config.upstream.resolve().name
     lines = [
         f"# Codes for a machine: {config.task}",
         "",
-        f"Layer {config.layer} of `{model}` (which reads {ready.model.card.name}), quantised at {rate}, nominal.",
+        f"Layer {config.layer} of `{model}` (which reads {ready.model.card.name}), quantised at {bit_rate}, nominal.",
         f"Entries in use on the training part, by codebook: {measured['used_entries']} of {measured['entries']}.",
         f"Utterances: {', '.join(f'{n} {part}' for part, n in measured['parts'].items())}"
         + (f"; test has no {measured['apart']} of train." if measured["apart"] else "."),

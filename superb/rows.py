@@ -1,0 +1,10 @@
+"""Rows of the JSON files that superb reads and writes."""
+
+from typing import Any
+
+ManifestRow = dict[str, Any]
+"""An utterance of manifest.jsonl with its labels; sample_corpus.md lists the columns."""
+ResultRow = dict[str, Any]
+"""A finished run or probe, as in results.jsonl."""
+TrialLine = tuple[int, str, str]
+"""A line of a trial list of speaker verification: 1 for the same speaker, else 0, and the two files."""
