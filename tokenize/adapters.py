@@ -8,7 +8,7 @@
     dataset = as_hf_dataset("DIR", streaming=True).with_format("numpy")
 
 `datasets.load_dataset("webdataset", data_files=...)` also opens packed shards. It yields blocks, which `utterances`
-splits. It refuses compressed shards, whose tars begin with another kind of member.
+splits. It refuses entropy-coded shards, whose tars begin with another kind of member.
 
 `Shards` is a map-style torch Dataset: it has a length, pickles to worker processes, and reads only the requested codes.
 
@@ -79,7 +79,7 @@ def _mel_planes(mel: bytes, numbers: Mapping[str, NDArray[Any]], card: CodecCard
 def block_codes(
     codes: bytes, numbers: Mapping[str, NDArray[Any]], card: CodecCard, coder: Coder | None = None
 ) -> Iterator[NDArray[np.uint16]]:
-    """Yield codes [R, T] of each utterance of a block from KEY.codes and KEY.npz. Compressed shards need `coder`."""
+    """Yield codes [R, T] of each utterance of a block from KEY.codes and KEY.npz. Entropy-coded shards need `coder`."""
     packed, words = np.frombuffer(codes, np.uint8), iter(numbers.get("stream_words", np.zeros(0, int)).tolist())
     offset = 0
     for frames in card.frames_of(numbers["samples"].astype(np.int64)).tolist():

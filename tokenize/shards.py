@@ -274,7 +274,7 @@ class Shards:
         return stacks
 
     def _decoded(self, index: int, kept: int, start: int, stop: int) -> list[NDArray[np.uint16]]:
-        """Decode the planes of a compressed utterance from the segments that hold them."""
+        """Decode the planes of an entropy-coded utterance from the segments that hold them."""
         first, rates = start // SEGMENT_FRAMES, self.card.codes_per_frame
         segments = [self._segment(index, s, kept) for s in range(first, -(-stop // SEGMENT_FRAMES))]
         if start == stop:
@@ -299,7 +299,7 @@ class Shards:
             return coder.decode(np.frombuffer(words, "<u4"), frames, kept)
         except (AssertionError, IndexError) as error:  # not a valid stream
             raise UserError(
-                f"{shard_path(self.path, shard)}: utterance {index} cannot be decompressed; "
+                f"{shard_path(self.path, shard)}: utterance {index} cannot be decoded; "
                 f"run `codecssl-tokenize verify {self.path}`"
             ) from error
 

@@ -118,7 +118,7 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
 
 
 def make_card(name: str, folder: Path, quantised: QuantisedModel, num_codebooks: int, device: str) -> CodecCard:
-    """Codec card of a compressed model that keeps `num_codebooks` codebooks."""
+    """Codec card of a quantised model that keeps `num_codebooks` codebooks."""
     base: CodecCard = quantised.model.card
     config = quantised.bottleneck.rvq.config
     kept = {key: base.policies[key] for key in ("channels", "resample", "padding") if key in base.policies}

@@ -57,7 +57,7 @@ class QuantisedModel(nn.Module):
     def logits(self, codes: Tensor, frames: Sequence[int]) -> Tensor:
         """Logits of the task's head for codes [B, k, T'] (see `heads`). Raises UserError without a head."""
         if self.head is None:
-            raise UserError("this codec was made with --task none: it has no head; compress for a task")
+            raise UserError("this codec was made with --task none: it has no head; make one with a --task")
         found: Tensor = self.head(self.extract(codes, frames), [n * self.pool for n in frames])
         return found
 
@@ -120,7 +120,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if description.get("model_type") != MODEL_TYPE:
         raise UserError(f"{folder}: is no codec of codecssl-superb task-codec (its config.json says otherwise)")
     if description["version"] != VERSION:
-        raise UserError(f"{folder}: version {description['version']}, this codecssl reads {VERSION}; compress again")
+        raise UserError(f"{folder}: version {description['version']}, this codecssl reads {VERSION}; make it again")
     return description
 
 
@@ -140,6 +140,6 @@ def load(folder: Path) -> QuantisedModel:
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); compress again") from error
+        raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); make it again") from error
     load_weights(quantised, weights, folder)
     return quantised.eval().requires_grad_(False)

@@ -118,7 +118,9 @@ def make_task_codec(config: TaskCodecConfig, on_progress: Callable[[str], None] 
 def _refuse_foreign(output: Path) -> None:
     found = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if foreign := sorted(name for name in found - OWN_FILES if not name.startswith(".")):
-        raise UserError(f"{output}: holds {foreign[0]}, which is none of compress; give a new folder as --output")
+        raise UserError(
+            f"{output}: holds {foreign[0]}, which codecssl-superb task-codec did not write; give a new folder as --output"
+        )
 
 
 def _plain(config: TaskCodecConfig) -> dict[str, Any]:

@@ -262,7 +262,7 @@ def test_damage_of_a_compressed_shard_is_a_clear_error(tmp_path, name, check):
         try:
             assert not np.array_equal(shards.codes(i), items[i][1])
         except UserError as error:
-            assert re.search("tables are damaged|cannot be decompressed|the codes of utterances 0 to 3", str(error))
+            assert re.search("tables are damaged|cannot be decoded|the codes of utterances 0 to 3", str(error))
             refused += 1
     assert refused == 4 if check else refused > 0
 

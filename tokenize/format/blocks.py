@@ -1,4 +1,4 @@
-"""Blocks of utterances: three tar members each. Codes are packed first and compressed when a shard is finished."""
+"""Blocks of utterances: three tar members each. Codes are packed first and entropy-coded when a shard is finished."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from codecssl.tokenize.format.records import EncodedUtterance
 from codecssl.tokenize.format.validate import MOST_TEXT, read_members, read_npz
 
 SAMPLE_CODES = 1 << 25
-"""Maximum number of a shard's codes used to fit its tables. It bounds the memory of compression."""
+"""Maximum number of a shard's codes used to fit its tables. It bounds the memory of entropy coding."""
 
 BlockPlace = dict[str, int]
 """Position of a block's codes in its members: count (utterances), codes_offset, codes_bytes, crc32 (of the codes)."""
@@ -121,7 +121,7 @@ def npz_bytes(columns: Mapping[str, NDArray[Any]]) -> bytes:
     return buffer.getvalue()
 
 
-# ---------------------------------------------------------------- compressing
+# ---------------------------------------------------------------- entropy coding
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def fit_coder(blocks: Callable[[], Iterable[PackedBlock]], card: CodecCard, fram
 
 
 def entropy_coded_bytes(key: str, block: PackedBlock, coder: Coder) -> tuple[bytes, BlockPlace]:
-    """Build the tar members of a block with compressed codes. The place also has the crc32 of the packed codes."""
+    """Build the tar members of a block with entropy-coded codes. The place also has the crc32 of the packed codes."""
     streams = []
     for segment in block.segments():
         words = coder.encode(segment)

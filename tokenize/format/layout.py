@@ -185,7 +185,7 @@ def read_numbers(file: BinaryIO, offset: int, *names: str) -> dict[str, NDArray[
 
 
 def read_coder(path: Path, card: CodecCard) -> Coder:
-    """Read the tables at the beginning of a compressed shard. Raises UserError if they are missing or damaged."""
+    """Read the tables at the beginning of an entropy-coded shard. Raises UserError if they are missing or damaged."""
     try:
         with path.open("rb") as file:
             coder = Coder.from_bytes(read_members(file, 0, 1)[0], card.codes_per_frame)

@@ -21,7 +21,7 @@ def suspects(
 ) -> Iterator[tuple[int, int, int, str]]:
     """Yield (place in the block, first byte, last byte + 1, description) of utterances that are certainly damaged.
 
-    codes: KEY.codes. coder: of a compressed shard. A flipped bit that turns a code into another valid one is detected
+    codes: KEY.codes. coder: of an entropy-coded shard. A flipped bit that turns a code into another valid one is detected
     only by the block's crc32.
     """
     frames = card.frames_of(numbers["samples"].astype(np.int64))
@@ -56,7 +56,7 @@ def _compressed(own: NDArray[np.uint8], frames: int, card: CodecCard, coder: Cod
         words = np.frombuffer(own[offset : offset + size].tobytes(), "<u4")
         offset += size
         if not _is_canonical(words, min(SEGMENT_FRAMES, frames - first), card, coder):
-            wrong = wrong or f"segment {segment} cannot be decompressed"
+            wrong = wrong or f"segment {segment} cannot be decoded"
     return wrong
 
 

@@ -44,7 +44,7 @@ def read_some(root: Path) -> Iterator[Damage]:
 
 
 def coder_agrees(root: Path) -> Iterator[Damage]:
-    """Check that a compressed dataset's first block decompresses correctly. Another coder version might differ."""
+    """Check that an entropy-coded dataset's first block decodes correctly. Another coder version might differ."""
     shards = Shards(root)
     if not shards.entropy_coded or not len(shards):
         return
@@ -59,7 +59,7 @@ def coder_agrees(root: Path) -> Iterator[Damage]:
     except AssertionError:  # the coder rejects streams that it cannot have written
         found = None
     if found != place["packed_crc32"]:
-        what = "its first block does not decompress to the codes that were compressed"
+        what = "its first block does not decode to the codes that were encoded"
         yield Damage(file=tar.relative_to(root).as_posix(), what=what, shard=int(shards.blocks["shard"][0]))
 
 

@@ -244,7 +244,7 @@ class _Check:
         return "".join(f"; utterance {each}" for each in named)
 
     def _check_tables(self, record: dict[str, Any]) -> None:
-        """Check the tables at the beginning of a compressed shard."""
+        """Check the tables at the beginning of an entropy-coded shard."""
         stop = record["blocks"][0]["offset"] if record["blocks"] else 0
         if not stop:
             return

@@ -21,7 +21,7 @@ SMOOTHING = (0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 def costs(train: Sequence[Codes], held_out: Sequence[Codes], card: CodecCard) -> dict[str, float]:
     """Bits of held-out codes by kind.
 
-    `filled_bits`: without compression. `cross_entropy_bits`: under a model of the training codes. `streams_bits`: the
+    `filled_bits`: without entropy coding. `cross_entropy_bits`: under a model of the training codes. `streams_bits`: the
     entropy coder's streams. `stored_bits`: streams and tables; for few codes the tables exceed the savings.
     """
     stored, streams = stored_bits(held_out, card)
@@ -69,7 +69,7 @@ def contexts_and_codes(utterances: Sequence[Codes], k: int, sizes: Sequence[int]
 
 
 def stored_bits(utterances: Sequence[Codes], card: CodecCard) -> tuple[int, int]:
-    """Bits of the codes in compressed shards: streams and tables together, and the streams alone.
+    """Bits of the codes in entropy-coded shards: streams and tables together, and the streams alone.
 
     Ids, hashes and labels are not counted, because every dataset has them.
     """

@@ -1,6 +1,6 @@
 """Points of a report: errors and bits on the test part of one fold.
 
-Each point has its own head, trained by one procedure (`head_training`). The heads of compress and k-means start from
+Each point has its own head, trained by one procedure (`head_training`). The heads of task codecs and k-means start from
 the head of model.
 
     model         the unmodified model, its states L, L + 1, ...; rate: the base codec's, all codebooks

@@ -1,4 +1,4 @@
-"""A compressed model as a codec: pieces, prefixes, cards; on untrained weights."""
+"""A quantised model as a codec: pieces, prefixes, cards; on untrained weights."""
 
 import dataclasses
 import json
@@ -103,7 +103,7 @@ def test_refuses_what_is_no_codec(folder, tmp_path):
         load_codec("machine")
     description = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(description))
-    with pytest.raises(UserError, match="cannot be read .* compress again"):
+    with pytest.raises(UserError, match="cannot be read .* make it again"):
         load_codec(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(description | {"version": 2}))
     with pytest.raises(UserError, match="version 2, this codecssl reads 1"):

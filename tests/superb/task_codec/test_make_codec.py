@@ -153,7 +153,7 @@ def test_without_labels_there_is_no_head(upstream, shards, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "codec" / "metrics.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rows} == {"a"}
     assert rows[-1]["distance"] < 0.2  # of layer-normed states, whose own square is 1
-    with pytest.raises(UserError, match="has no head; compress for a task"):
+    with pytest.raises(UserError, match="has no head; make one with a --task"):
         load(tmp_path / "codec").logits(torch.zeros(1, 2, 3, dtype=torch.int64), [3])
 
 
@@ -171,7 +171,7 @@ def test_refuses_folders_of_others(upstream, shards, tmp_path, capsys):
     (tmp_path / "letter.txt").write_text("dear")
     arguments = ["task-codec", "--upstream", str(upstream), "--layer", "1", "--data", str(shards)]
     assert main([*arguments, "--output", str(tmp_path)]) == 1
-    assert "letter.txt, which is none of compress" in capsys.readouterr().err
+    assert "letter.txt, which codecssl-superb task-codec did not write" in capsys.readouterr().err
 
 
 def test_reads_audio_too(upstream, manifest, shards, tmp_path):

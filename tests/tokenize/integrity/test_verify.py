@@ -84,7 +84,7 @@ def test_a_coder_that_gives_other_codes_is_found(tmp_path):
     record = load_json(root / "shards/00000.json")
     record["blocks"][0]["packed_crc32"] ^= 1
     (root / "shards/00000.json").write_bytes(to_json(sealed(record), indent=None))
-    assert verify(root) == ["shard 00000: its first block does not decompress to the codes that were compressed"]
+    assert verify(root) == ["shard 00000: its first block does not decode to the codes that were encoded"]
 
 
 def blocks_of(dataset, shard):
@@ -153,9 +153,7 @@ def test_the_utterance_is_named_where_its_codes_show_the_damage(dataset):
     [damage] = examine(dataset).damages
     assert damage.block == 0
     assert f"utterance {shards.utterance(index).id} (offsets {offset} to " in damage.what
-    assert (
-        "cannot be decompressed" if shards.entropy_coded else "code 1023 in codebook 0, which has 1000"
-    ) in damage.what
+    assert ("cannot be decoded" if shards.entropy_coded else "code 1023 in codebook 0, which has 1000") in damage.what
     assert damage.what.count("utterance") == 1
     assert sizes
 
