@@ -105,7 +105,7 @@ def _compress(arguments: argparse.Namespace) -> None:
     out = console(soft_wrap=True)
     settings = _settings(arguments, arguments.seed)
     config = TaskCodecConfig(layer=arguments.layer, rate_bps=arguments.rate_bps, **settings)
-    made = make_task_codec(config, report=out.print)["training"]
+    made = make_task_codec(config, on_progress=out.print)["training"]
     out.print(f"{arguments.output}: {made['rate']}; entries in use {made['used_entries']} of {made['entries']}")
     if "test_error_unquantised" in made:
         kept = ", ".join(f"{100 * error:.2f}" for error in made["test_error_by_codebooks"])

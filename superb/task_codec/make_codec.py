@@ -119,7 +119,7 @@ def _refuse_foreign(output: Path) -> None:
     found = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if foreign := sorted(name for name in found - OWN_FILES if not name.startswith(".")):
         raise UserError(
-            f"{output}: holds {foreign[0]}, which codecssl-superb task-codec did not write; give a new folder as --output"
+            f"{output}: holds {foreign[0]}, which codecssl-superb task-codec did not write; give a new --output"
         )
 
 

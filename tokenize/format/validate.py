@@ -211,7 +211,9 @@ def ids_of(text: bytes, count: int) -> list[str]:
 
 
 def read_streams(file: BinaryIO, offset: int, segments: int, codes_bytes: int) -> NDArray[np.unsignedinteger]:
-    """Read the words of each stream of an entropy-coded block, one stream per segment. Together they must fill the block.
+    """Read the words of each stream of an entropy-coded block, one stream per segment.
+
+    Together they must fill the block.
 
     offset: of the block's first member. Raises ValueError.
     """

@@ -21,8 +21,8 @@ def suspects(
 ) -> Iterator[tuple[int, int, int, str]]:
     """Yield (place in the block, first byte, last byte + 1, description) of utterances that are certainly damaged.
 
-    codes: KEY.codes. coder: of an entropy-coded shard. A flipped bit that turns a code into another valid one is detected
-    only by the block's crc32.
+    codes: KEY.codes. coder: of an entropy-coded shard. A flipped bit that turns a code into another valid one is
+    detected only by the block's crc32.
     """
     frames = card.frames_of(numbers["samples"].astype(np.int64))
     ends = np.cumsum(stored_bytes(numbers, frames, card))

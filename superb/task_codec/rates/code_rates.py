@@ -21,8 +21,8 @@ SMOOTHING = (0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 def costs(train: Sequence[Codes], held_out: Sequence[Codes], card: CodecCard) -> dict[str, float]:
     """Bits of held-out codes by kind.
 
-    `filled_bits`: without entropy coding. `cross_entropy_bits`: under a model of the training codes. `streams_bits`: the
-    entropy coder's streams. `stored_bits`: streams and tables; for few codes the tables exceed the savings.
+    `filled_bits`: without entropy coding. `cross_entropy_bits`: under a model of the training codes. `streams_bits`:
+    the entropy coder's streams. `stored_bits`: streams and tables; for few codes the tables exceed the savings.
     """
     stored, streams = stored_bits(held_out, card)
     bits = sum(bits * count for bits, count in zip(card.code_bits, card.codes_per_frame))

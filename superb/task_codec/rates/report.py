@@ -12,8 +12,8 @@ from codecssl.superb.task_codec.config import BottleneckTrainConfig
 from codecssl.superb.task_codec.examples import FOLDS
 from codecssl.superb.task_codec.make_codec import Prepared, TaskCodecConfig, prepare, settle
 from codecssl.superb.task_codec.rates.plot import draw
-from codecssl.superb.task_codec.rates.points import Point, Shared, points
-from codecssl.superb.task_codec.rates.table import markdown, summary
+from codecssl.superb.task_codec.rates.points import Shared, points
+from codecssl.superb.task_codec.rates.table import Point, markdown, summary
 from codecssl.tokenize.common.errors import UserError
 
 
