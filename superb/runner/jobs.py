@@ -1,18 +1,15 @@
 """Execute many runs in parallel. Finished runs are skipped, and a failure does not stop the others."""
 
-import os
-import signal
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import active_children, get_context, parent_process
-from multiprocessing.connection import wait
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 from codecssl.superb import results
 from codecssl.superb.runner import run as one
 from codecssl.superb.runner.run import Machine, Run
+from codecssl.superb.runner.workers import WorkerDiedError, in_workers
 from codecssl.superb.upstreams.names import Upstream
 from codecssl.tokenize.common.errors import UserError
 
@@ -31,17 +28,18 @@ def run_all(
     before each run starts. Returns the failures by folder.
     """
     failures: dict[str, Exception] = {}
-    for run, outcome in _outcomes([run for run in runs if not run.finished], machine, jobs, begin):
-        if isinstance(outcome, Exception):
-            failures[str(run.folder)] = outcome
-        results.publish(run.output)
-        on_result(run, outcome)
+    with closing(_outcomes([run for run in runs if not run.finished], machine, jobs, begin)) as outcomes:
+        for run, outcome in outcomes:
+            if isinstance(outcome, Exception):
+                failures[str(run.folder)] = outcome
+            results.publish(run.output)
+            on_result(run, outcome)
     return failures
 
 
 def _outcomes(
     runs: Sequence[Run], machine: Machine, jobs: int, begin: Callable[[Run], None]
-) -> Iterator[tuple[Run, Any]]:
+) -> Generator[tuple[Run, Any], None, None]:
     """Yield the outcome of each run. Runs of one upstream and task share a process and its cached features."""
     if jobs == 1:
         for run in runs:
@@ -51,38 +49,16 @@ def _outcomes(
     units: dict[tuple[Upstream, str], list[Run]] = {}
     for run in runs:
         units.setdefault((run.upstream, run.task), []).append(run)
-    context = get_context("spawn")  # CUDA and threads can't be forked
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with_parent) as pool:
-        futures = {pool.submit(_attempt_all, unit, machine): unit for unit in units.values()}
-        try:
-            for future in as_completed(futures):
-                unit, died = futures[future], future.exception()
-                yield from zip(unit, [died] * len(unit) if died else future.result(), strict=True)
-        except BaseException:
-            for process in active_children():  # their runs resume, as after a kill
-                process.terminate()
-            pool.shutdown(cancel_futures=True)
-            raise
+    with closing(in_workers(partial(_attempt_all, machine=machine), list(units.values()), jobs)) as outcomes:
+        for unit, outcome in outcomes:
+            if isinstance(outcome, WorkerDiedError):
+                yield from ((run, outcome) for run in unit if not run.finished)
+            else:
+                yield outcome
 
 
-def end_with_parent() -> None:
-    """End this process when its parent ends, and leave Ctrl-C to the parent.
-
-    Otherwise, after a kill of the parent, it would continue runs that the next command restarts in the same folders.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _attempt_all(runs: Sequence[Run], machine: Machine) -> list[Any]:
-    return [_attempt(run, machine) for run in runs]
+def _attempt_all(runs: Sequence[Run], machine: Machine) -> Iterator[tuple[Run, Any]]:
+    return ((run, _attempt(run, machine)) for run in runs)
 
 
 def _attempt(run: Run, machine: Machine) -> Any:

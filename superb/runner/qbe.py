@@ -10,9 +10,8 @@ import contextlib
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 from codecssl.superb import results
 from codecssl.superb.corpora.corpus import Example
 from codecssl.superb.rows import ResultRow
+from codecssl.superb.runner.workers import in_workers
 from codecssl.superb.tokens.waves import load_qbe
 from codecssl.tokenize.common.errors import UserError
 
@@ -125,8 +125,9 @@ def scores(queries: Sequence[np.ndarray], documents: Sequence[np.ndarray], worke
 
     Scores of each query have mean 0 and deviation 1 (s3prl's normalisation). `workers` processes share the queries.
     """
-    with _shared(documents) as folder, _mapper(workers) as apply:
-        found = np.array(list(apply(_row, queries, [folder] * len(queries))))
+    with _shared(documents) as folder:
+        rows = _rows_in_workers(queries, folder, workers) if workers else [_row(query, folder) for query in queries]
+    found = np.array(rows)
     return (found - found.mean(1, keepdims=True)) / np.clip(found.std(1, keepdims=True), 1e-9, np.inf)
 
 
@@ -139,13 +140,18 @@ def _shared(documents: Sequence[np.ndarray]) -> Iterator[Path]:
         yield Path(name)
 
 
-@contextlib.contextmanager
-def _mapper(workers: int) -> Iterator[Any]:
-    if not workers:
-        yield map
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield pool.map
+def _rows_in_workers(queries: Sequence[np.ndarray], folder: Path, workers: int) -> list[np.ndarray]:
+    rows = [np.empty(0)] * len(queries)
+    with contextlib.closing(in_workers(partial(_numbered_row, folder), list(enumerate(queries)), workers)) as outcomes:
+        for (number, _), outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+            rows[number] = outcome
+    return rows
+
+
+def _numbered_row(folder: Path, item: tuple[int, np.ndarray]) -> Iterator[np.ndarray]:
+    yield _row(item[1], folder)
 
 
 def _row(query: np.ndarray, folder: Path) -> np.ndarray:
