@@ -223,10 +223,10 @@ def encode_inputs(
     """Yield results of all `items` in order. `workers` processes read and, on a CPU, encode; 0 uses this process."""
     if device.device == "cpu":
         groups = _groups(items, GROUP_INPUTS)
-        for results in _loader(_CpuWorker(device, codec if not workers else None, mel), groups, workers, 2):
+        for results in load_in_order(_CpuWorker(device, codec if not workers else None, mel), groups, workers, 2):
             yield from results
         return
-    loaded = _loader(_Reader(codec.card, mel), items, workers, 64)
+    loaded = load_in_order(_Reader(codec.card, mel), items, workers, 64)
     for window in _groups(loaded, WINDOW_INPUTS):
         yield from _by_length(codec, window, mel)
 
@@ -274,8 +274,8 @@ def _samples(loaded: Any) -> int:
     return 0 if loaded.wave is None else int(loaded.wave.shape[-1])
 
 
-def _loader(dataset: Dataset[Any], sampler: Iterable[Any], workers: int, prefetch: int) -> Iterator[Any]:
-    """Iterate a DataLoader with prefetching, in order. Its workers end with the main process."""
+def load_in_order(dataset: Dataset[Any], sampler: Iterable[Any], workers: int, prefetch: int = 2) -> Iterator[Any]:
+    """Yield dataset[i] for each i of `sampler`, in order. Each worker loads up to `prefetch` items ahead."""
     return iter(
         DataLoader(
             dataset,

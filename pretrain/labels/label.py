@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from codecssl.pretrain.data.hashed_random import permuted, smallest, uniform
-from codecssl.pretrain.labels.kmeans import Clustering, Features, Quality, fit
+from codecssl.pretrain.labels.clustering import Clustering, Features, Quality, fit
 from codecssl.pretrain.labels.labellers import ByCentroids, Extractor, FromFile, Labeller
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.command_line import progress_bar

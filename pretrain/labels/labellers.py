@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from codecssl.pretrain.data.corpus import with_codebooks
-from codecssl.pretrain.labels.kmeans import Clustering, Features
+from codecssl.pretrain.labels.clustering import Clustering, Features
 from codecssl.tokenize.backends.parts.weights import state_sha256
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from codecssl.superb.task_codec.bottleneck import Bottleneck
 from codecssl.superb.task_codec.rvq import RvqConfig
+from codecssl.tokenize.common.kmeans import fit_centroids
 
 MOST_FRAMES = 10_000
 """Largest number of frames to which centres are fitted."""
@@ -24,17 +25,11 @@ class Clusters(nn.Module):
 
     @torch.no_grad()
     def fit(self, frames: Tensor, generator: torch.Generator, wanted: Tensor | None = None) -> None:
-        """Run scikit-learn's Lloyd algorithm from k-means++. Few frames give as many centres as frames.
-
-        `wanted` is ignored.
-        """
-        from sklearn.cluster import KMeans
-
+        """Fit the centres by k-means. Few frames give as many centres as frames. `wanted` is ignored."""
         picks = torch.randperm(len(frames), generator=generator)[:MOST_FRAMES]
         count = min(len(self.centres), len(picks))
-        kmeans = KMeans(count, n_init=1, max_iter=30, random_state=generator.initial_seed() % 2**32)
-        kmeans.fit(frames[picks.to(frames.device)].cpu().numpy())
-        self.centres[:count] = torch.from_numpy(kmeans.cluster_centers_)
+        taken = frames[picks.to(frames.device)].cpu().numpy()
+        self.centres[:count] = torch.from_numpy(fit_centroids(taken, count, seed=generator.initial_seed() % 2**32))
         self.centres[count:] = self.centres[0]  # never chosen: the first of equal centres wins
 
     def encode(self, x: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codecssl.tokenize.backends.parts.lloyd import lloyd
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.kmeans import lloyd
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE, at_codec_rate, encode_at_codec_rate
 from codecssl.superb.tokens.token_cache import KeyedShards, TokenCache, codec_folder, wave_key
@@ -24,6 +24,7 @@ from codecssl.superb.tokens.waves import Wave
 from codecssl.tokenize.codec import Codec, CodecCard, Encoded
 from codecssl.tokenize.common.errors import UserError, one_line
 from codecssl.tokenize.common.files import NO_LOCKS, locked
+from codecssl.tokenize.encode import load_in_order
 from codecssl.tokenize.format.layout import shard_path, to_planes
 from codecssl.tokenize.format.records import EncodedUtterance, Failure
 from codecssl.tokenize.format.writer import ShardWriter, finish_dataset
@@ -157,24 +158,13 @@ class _Encoder(Dataset[Any]):
     def encode(self, blocks: Sequence[Sequence[Wave]]) -> Iterator[list[EncodedUtterance | Failure]]:
         """Yield the results of each block."""
         groups = [block[at : at + GROUP_WAVES] for block in blocks for at in range(0, len(block), GROUP_WAVES)]
-        results = iter(self._loader(groups))
+        results = load_in_order(self, groups, min(self.job.workers, len(groups)))
         for block in blocks:
             found: list[EncodedUtterance | Failure] = []
             for _ in range(0, len(block), GROUP_WAVES):
                 group = next(results)
                 found += self._encoded(group) if self.here else group
             yield [r for r in found if isinstance(r, Failure) or self._is_new(r.id)]
-
-    def _loader(self, groups: Sequence[Sequence[Wave]]) -> Any:
-        workers = min(self.job.workers, len(groups))
-        return DataLoader(
-            self,
-            sampler=groups,  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            multiprocessing_context="spawn" if workers else None,
-        )
 
     def __getitem__(self, group: Any) -> Any:
         loaded = [load_wave(wave) for wave in group]
@@ -198,10 +188,6 @@ class _Encoder(Dataset[Any]):
         new = key not in self._seen
         self._seen.add(key)
         return new
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
 
 
 def load_wave(wave: Wave) -> LoadedWave | Failure | None:

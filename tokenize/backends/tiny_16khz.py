@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from codecssl.tokenize.backends.encodec import EncodecCodec, from_encodec, make_card
-from codecssl.tokenize.backends.parts.lloyd import lloyd
 from codecssl.tokenize.codec import keep_codebooks
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.hashing import file_sha256
+from codecssl.tokenize.common.kmeans import lloyd
 
 SAMPLE_RATE = 16_000
 NUM_CODEBOOKS = 8

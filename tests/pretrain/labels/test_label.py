@@ -18,7 +18,7 @@ from codecssl.pretrain.cli import main
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.export.export import export, load_pretrained
 from codecssl.pretrain.labels import label as label_module
-from codecssl.pretrain.labels.kmeans import Clustering, Quality, fit, phone_measures
+from codecssl.pretrain.labels.clustering import Clustering, Quality, fit, phone_measures
 from codecssl.pretrain.labels.label import LabelConfig, label
 from codecssl.pretrain.labels.labellers import Extractor, windows
 from codecssl.pretrain.monitor.telemetry import read_rows

@@ -1,4 +1,4 @@
-"""K-means over frames of features, and quality measures of its clusters.
+"""A clustering of frames of features, and quality measures of its clusters.
 
 One clustering labels both training and validation data. With two different ones the validation loss would rise.
 """
@@ -14,11 +14,9 @@ import numpy.typing as npt
 
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import write_atomic
+from codecssl.tokenize.common.kmeans import fit_centroids
 
 Features = npt.NDArray[np.float32]
-
-BATCH = 10_000
-"""Frames of a k-means minibatch, as in HuBERT."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,7 @@ class Clustering:
 
 
 def fit(batches: Iterable[Features], clusters: int, *, frames: int, seed: int) -> Features:
-    """Fit centroids [clusters, D] to at most `frames` frames of `batches`, with scikit-learn's MiniBatchKMeans.
-
-    Settings are HuBERT's: k-means++ with 20 starts, minibatches of 10,000. Raises UserError for too few frames.
-    """
-    from sklearn.cluster import MiniBatchKMeans
-
+    """Fit centroids [clusters, D] to at most `frames` frames of `batches`. Raises UserError for too few frames."""
     taken, count = np.zeros((0, 0), dtype=np.float32), 0
     for batch in batches:
         if not count:
@@ -73,11 +66,7 @@ def fit(batches: Iterable[Features], clusters: int, *, frames: int, seed: int) -
             break
     if count < clusters:
         raise UserError(f"--clusters {clusters}: only {count} frames to cluster; ask for fewer, or give more data")
-    means = MiniBatchKMeans(
-        clusters, batch_size=BATCH, n_init=20, max_no_improvement=100, reassignment_ratio=0.0, random_state=seed
-    )
-    means.fit(taken[:count])
-    return np.asarray(means.cluster_centers_, dtype=np.float32)
+    return fit_centroids(taken[:count], clusters, seed=seed, minibatches=True)
 
 
 class Quality:
