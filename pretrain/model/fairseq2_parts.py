@@ -37,6 +37,8 @@ from fairseq2.models.transformer import (  # noqa: E402
     TransformerEncoder,
     TransformerNormOrder,
 )
+from fairseq2.models.transformer.attention_bias import maybe_get_attention_bias_tensor  # noqa: E402
+from fairseq2.models.transformer.sdpa.base import SDPA  # noqa: E402
 from fairseq2.models.transformer.sdpa.torch import TorchSDPA  # noqa: E402
 from fairseq2.models.wav2vec2.position_encoder import Wav2Vec2PositionEncoder  # noqa: E402
 from fairseq2.nn import BatchLayout, Linear, RotaryEncoder, StandardLayerNorm  # noqa: E402
@@ -48,6 +50,7 @@ NATIVE_DATA = not getattr(fairseq2n, "IS_STUB", False)
 
 __all__ = [
     "NATIVE_DATA",
+    "SDPA",
     "AttentionBiasCache",
     "BatchLayout",
     "DataPipeline",
@@ -67,6 +70,7 @@ __all__ = [
     "TriStageLR",
     "Wav2Vec2PositionEncoder",
     "init_bert_projection",
+    "maybe_get_attention_bias_tensor",
     "read_sequence",
     "unsharded",
 ]

@@ -4,17 +4,16 @@ import torch
 from torch import Tensor, nn
 
 from codecssl.pretrain.config import ModelConfig
+from codecssl.pretrain.model.attention import DotProductAttention
 from codecssl.pretrain.model.fairseq2_parts import (
     AttentionBiasCache,
     BatchLayout,
-    IdentityBias,
     RotaryEncoder,
     StandardFeedForwardNetwork,
     StandardLayerNorm,
     StandardMultiheadAttention,
     StandardTransformerEncoder,
     StandardTransformerEncoderLayer,
-    TorchSDPA,
     TransformerEncoder,
     TransformerNormOrder,
     init_bert_projection,
@@ -133,7 +132,7 @@ def _attention(config: ModelConfig, rotary: RotaryEncoder | None) -> StandardMul
     return StandardMultiheadAttention(
         config.dim,
         config.heads,
-        TorchSDPA(IdentityBias(), dropout_p=config.attention_dropout),
+        DotProductAttention(config.attention_dropout),
         qkv_proj_init_fn=init_bert_projection,
         pos_encoder=rotary,
         output_proj_init_fn=init_bert_projection,
