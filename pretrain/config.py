@@ -249,6 +249,9 @@ class MaeConfig:
     """EnCodecMAE's decoder and loss (arXiv 2309.07391, released configuration)."""
 
     decoder_layers: int = 2
+    decoder_dim: int | None = None
+    """Width of the decoder's layers, whose heads are as wide as the encoder's; null is `model.dim`. A narrow decoder
+    saves time, and leaves the work to the encoder (He et al. 2022, arXiv 2111.06377, section 3)."""
     masked_weight: float = 0.9
     """Weight of the loss at masked frames; visible frames have weight 1 - `masked_weight`."""
     mask_token: Literal["learned", "zeros"] = "learned"
@@ -256,6 +259,8 @@ class MaeConfig:
 
     def __post_init__(self) -> None:
         _at_least("mae.decoder_layers", self.decoder_layers, 1)
+        if self.decoder_dim is not None:
+            _at_least("mae.decoder_dim", self.decoder_dim, 1)
         if not 0.0 <= self.masked_weight <= 1.0:
             raise UserError(f"mae.masked_weight: {self.masked_weight}, must be between 0 and 1")
 
@@ -362,6 +367,11 @@ class RunConfig:
     def _check_encodecmae(self) -> None:
         if self.objective.target == "online":
             raise UserError("objective.target: online, but encodecmae predicts codes or labels")
+        width = self.model.dim // self.model.heads
+        if (self.mae.decoder_dim or width) % width:
+            raise UserError(
+                f"mae.decoder_dim: {self.mae.decoder_dim}, must be a multiple of the width of a head ({width})"
+            )
         if self.model.positions != "sinusoidal":
             raise UserError(
                 f"model.positions: {self.model.positions}, but encodecmae removes frames; use sinusoidal, which are"

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from codecssl.pretrain.config import MaeConfig, ObjectiveConfig
+from codecssl.pretrain.config import MaeConfig, ModelConfig, ObjectiveConfig
 from codecssl.pretrain.data.loader import Batch
 from codecssl.pretrain.model.fairseq2_parts import BatchLayout, Linear
 from codecssl.pretrain.model.layers import SinusoidalPositions, make_encoder
@@ -39,12 +39,14 @@ class EncodecMae(Objective):
     def __init__(self, model: CodecModel, target: Target, objective: ObjectiveConfig, config: MaeConfig) -> None:
         super().__init__()
         self.model, self.target, self.sizes, self.config = model, target, target.sizes, config
-        dim = model.config.dim
+        decoder = decoder_config(model.config, config)
+        dim = decoder.dim
+        self.narrow = None if dim == model.config.dim else Linear(model.config.dim, dim, bias=True)
         self.mask_token = nn.Parameter(torch.randn(dim) * 0.02, requires_grad=config.mask_token == "learned")
         if config.mask_token == "zeros":
             nn.init.zeros_(self.mask_token)
         self.positions = SinusoidalPositions(dim)
-        self.decoder = make_encoder(replace(model.config, layers=config.decoder_layers, layerdrop=0.0))
+        self.decoder = make_encoder(decoder)
         self.mel_weight = objective.mel_weight
         if objective.mel_weight:
             assert model.mel_spec is not None, "RunConfig checks it"
@@ -83,7 +85,8 @@ class EncodecMae(Objective):
         return frames_at(output, slots)
 
     def decode(self, encoded: Tensor, batch: Batch) -> Tensor:
-        """Decode [V, D] at visible frames and the mask token at masked frames -> [B, T, D]."""
+        """Decode [V, D] at visible frames and the mask token at masked frames -> [B, T, decoder_dim]."""
+        encoded = encoded if self.narrow is None else self.narrow(encoded)
         shape = tuple(batch.mask.shape)
         full = self.mask_token.to(encoded.dtype).expand(batch.mask.numel(), -1)
         full = full.index_copy(0, batch.visible, encoded).unflatten(0, shape)
@@ -100,14 +103,30 @@ class EncodecMae(Objective):
         seen = batch.visible_frames
         front = 6.0 * self.model.front_parameters() * sum(batch.frames)
         heads = 6.0 * parameters(self.heads) * sum(batch.frames)
+        if self.narrow is not None:
+            heads += 6.0 * parameters(self.narrow) * sum(seen)
         return front + heads + encoder_flops(self.model.encoder, seen) + encoder_flops(self.decoder, batch.frames)
 
     def head_parameters(self) -> int:
-        return parameters(self.heads) + parameters(self.decoder)
+        narrow = 0 if self.narrow is None else parameters(self.narrow)
+        return parameters(self.heads) + parameters(self.decoder) + narrow
 
     def _score(self, hidden: Tensor, labels: Tensor, where: Tensor, detailed: bool) -> Scores:
         own = frames_at(labels, where)
         return score(self.heads(frames_at(hidden, where), own), own, self.sizes, detailed)
+
+
+def decoder_config(model: ModelConfig, config: MaeConfig) -> ModelConfig:
+    """Return the shape of the decoder: the encoder's layers, as wide as `mae.decoder_dim`."""
+    dim = config.decoder_dim or model.dim
+    return replace(
+        model,
+        layers=config.decoder_layers,
+        layerdrop=0.0,
+        dim=dim,
+        heads=dim * model.heads // model.dim,
+        ffn_dim=dim * model.ffn_dim // model.dim,
+    )
 
 
 def _packed(counts: Sequence[int]) -> Tensor:

@@ -109,9 +109,12 @@ def test_sinusoids_are_vaswanis() -> None:
             assert float(made[t, 2 * i + 1]) == pytest.approx(math.cos(t / 10_000 ** (2 * i / 16)), abs=1e-5)
 
 
-@pytest.mark.parametrize("mask_token", ["learned", "zeros"])
-def test_loss_equals_a_naive_float64_loop_over_single_items(mask_token: str) -> None:
-    made, given = objective(mask_token=mask_token), batch([21, 12, 16])
+@pytest.mark.parametrize(("mask_token", "width"), [("learned", 16), ("zeros", 16), ("learned", 24), ("learned", 8)])
+def test_loss_equals_a_naive_float64_loop_over_single_items(mask_token: str, width: int) -> None:
+    made = objective(mask_token=mask_token, decoder_dim=None if width == 16 else width)
+    given = batch([21, 12, 16])
+    assert made.decoder.layers[0].self_attn.num_heads == width // 8
+    assert (made.narrow is None) == (width == 16)
     loss = float(made(given).total)
     made = made.double()
     weight, bias = made.heads.weight.detach().numpy(), made.heads.bias.detach().numpy()
@@ -124,10 +127,12 @@ def test_loss_equals_a_naive_float64_loop_over_single_items(mask_token: str) -> 
             x = x + made.model.positions.scale * sinusoids(frames, 16, x.device)
             seen = x[:, ~mask]
             encoded = made.model.encoder(seen, BatchLayout((1, seen.shape[1]), [seen.shape[1]]))
-            full = torch.zeros(1, frames, 16, dtype=torch.float64)
+            if made.narrow is not None:
+                encoded = encoded @ made.narrow.weight.t() + made.narrow.bias
+            full = torch.zeros(1, frames, width, dtype=torch.float64)
             full[0, mask] = made.mask_token
             full[0, ~mask] = encoded[0]
-            full = full + made.positions.scale * sinusoids(frames, 16, x.device)
+            full = full + made.positions.scale * sinusoids(frames, width, x.device)
             hidden = made.decoder(full, BatchLayout((1, frames), [frames]))[0].numpy()
             for t in range(frames):
                 logits = weight @ hidden[t] + bias
@@ -230,3 +235,9 @@ def test_a_short_run_learns_and_its_export_gives_hidden_states(
     states = load_pretrained(tmp_path / "model").extract(torch.zeros(1, 3, 30, dtype=torch.int64), [30])
     assert len(states) == config.model.layers + 1
     assert all(state.isfinite().all() for state in states)
+
+
+def test_a_decoder_of_half_a_head_is_refused() -> None:
+    model = replace(MODEL, dim=64, heads=4)
+    with pytest.raises(UserError, match=r"mae\.decoder_dim: 24, must be a multiple of the width of a head \(16\)"):
+        RunConfig(model=model, objective=ObjectiveConfig(name="encodecmae"), mae=MaeConfig(decoder_dim=24))
