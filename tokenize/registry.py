@@ -166,12 +166,13 @@ def identify(path: Path) -> str:
         for name, entry in known.items():
             if kind and entry.model_type == kind and (not entry.sample_rates or rate in entry.sample_rates):
                 return name
-        raise UserError(f"{path}: model_type {kind!r} at {rate} Hz is no codec of ours; have {', '.join(known)}")
     for name, entry in known.items():
         if path.is_dir() and entry.contains and any(path.rglob(entry.contains)):
             return name
         if path.is_file() and entry.file and path.match(entry.file):
             return name
+    if config.exists():
+        raise UserError(f"{path}: model_type {kind!r} at {rate} Hz is no codec of ours; have {', '.join(known)}")
     raise UserError(f"{path}: no codec recognised; say which with NAME@{path}, NAME one of {', '.join(known)}")
 
 

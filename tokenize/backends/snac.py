@@ -27,7 +27,7 @@ from codecssl.tokenize.backends.parts.streaming_conv import (
     Snake,
     StreamingConvolution,
 )
-from codecssl.tokenize.backends.parts.weights import ask_hub, fill, missing, state_sha256
+from codecssl.tokenize.backends.parts.weights import fill, hub_file, missing, state_sha256
 from codecssl.tokenize.codec import CodecCard, Encoded, encode_each, keep_codebooks
 from codecssl.tokenize.common.errors import UserError, one_line
 
@@ -180,21 +180,7 @@ def _files(name: str, source: str) -> tuple[Path, Path]:
         if config.exists() and state.exists():
             return config, state
         raise missing(name, source)
-    try:
-        return _from_hub(source, "config.json"), _from_hub(source, "pytorch_model.bin")
-    except (OSError, ValueError) as error:  # the hub's errors are one or the other
-        raise missing(name, source) from error
-
-
-def _from_hub(repository: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repository, file, local_files_only=True))
-    except LocalEntryNotFoundError:
-        ask_hub(repository)
-        return Path(hf_hub_download(repository, file))
+    return hub_file(name, source, "config.json"), hub_file(name, source, "pytorch_model.bin")
 
 
 def make_card(name: str, weights: str, net: Any, num_codebooks: int, device: str) -> CodecCard:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from codecssl.tokenize.backends.parts.card_fields import policies, versions
-from codecssl.tokenize.backends.parts.chunked_stream import ChunkedStream
 from codecssl.tokenize.backends.parts.precision import full_precision
+from codecssl.tokenize.backends.parts.segments import SegmentStream, chunk_policy
 from codecssl.tokenize.backends.parts.weights import load_pretrained, state_sha256
 from codecssl.tokenize.codec import CodecCard, Encoded, encode_each, keep_codebooks
 from codecssl.tokenize.common.errors import UserError
@@ -47,8 +47,8 @@ class XcodecCodec:
         self.back = nn.Sequential(*encoder.block[2:], encoder.snake1, encoder.conv2)
         self.quantizers = list(model.quantizer.quantizers)[: card.num_codebooks]
 
-    def stream(self) -> XcodecStream:
-        return XcodecStream(self)
+    def stream(self) -> SegmentStream:
+        return SegmentStream(self, WHOLE_SECONDS, SEGMENT_SECONDS)
 
     def encode(self, waves: Sequence[Tensor]) -> list[Encoded]:
         return encode_each(self, waves)
@@ -112,19 +112,6 @@ class XcodecCodec:
         return found[0]
 
 
-class XcodecStream(ChunkedStream):
-    """Streaming encoder of one wave. It encodes a segment at a time while more than `WHOLE_SECONDS` remain."""
-
-    codec: XcodecCodec
-
-    def __init__(self, codec: XcodecCodec) -> None:
-        whole, segment = (seconds * codec.card.sample_rate for seconds in (WHOLE_SECONDS, SEGMENT_SECONDS))
-        super().__init__(codec, chunk=segment, needed=whole + 1)
-
-    def encode_chunk(self, audio: Tensor, last: bool) -> Tensor:
-        return self.codec.encode_segment(audio)
-
-
 # ---------------------------------------------------------------- loading
 
 
@@ -169,7 +156,7 @@ def make_card(name: str, weights: str, model: Any, num_codebooks: int, device: s
         codes_per_frame=(1,) * num_codebooks,
         latent_dim=config.codebook_dim,
         policies=policies(
-            f"up to {WHOLE_SECONDS} s whole; of more, segments of {SEGMENT_SECONDS} s, each for itself",
+            chunk_policy(WHOLE_SECONDS, SEGMENT_SECONDS),
             device,
             loudness="none",
         ),

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from codecssl.tokenize.backends.table import BACKENDS
 from codecssl.tokenize.common.errors import UserError, one_line
@@ -91,11 +92,97 @@ def fill(model: nn.Module, path: Path, name: str) -> None:
         raise UserError(f"{path}: not the weights of {name} ({one_line(error)})") from error
 
 
-def state_sha256(model: nn.Module) -> str:
-    """sha256 over names and bytes of a state dict, independent of its storage format."""
+def find_weights(name: str, source: str | None, repository: str, file: str, pattern: str) -> Path:
+    """Find a codec's checkpoint: the file `source`, the only match of `pattern` in a folder, or `file` on the hub.
+
+    Raises UserError if there is none, or if a folder has several.
+    """
+    if source is None:
+        return hub_file(name, repository, file)
+    path = Path(source)
+    if not path.exists():
+        raise missing(name, source)
+    if path.is_file():
+        return path
+    found = sorted(p for p in path.rglob(pattern) if p.is_file())
+    if not found:
+        raise missing(name, source, f" (no {pattern} in it)")
+    if len(found) > 1:
+        raise UserError(f"codec {name}: {path} holds {len(found)} of {pattern}; give one of them, as {found[0]}")
+    return found[0]
+
+
+def hub_file(name: str, repository: str, file: str) -> Path:
+    """Return a file of a hub repository, from the hub's cache if it is there. Raises UserError if it is not found."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        try:
+            return Path(hf_hub_download(repository, file, local_files_only=True))
+        except LocalEntryNotFoundError:
+            ask_hub(repository)
+            return Path(hf_hub_download(repository, file))
+    except (OSError, ValueError) as error:  # the hub's errors are one or the other
+        raise missing(name, f"{repository}/{file}") from error
+
+
+def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
+    """Read the tensors of a .safetensors file or a `torch.save` file, without running code from it.
+
+    Of a Lightning checkpoint, that is its `state_dict`. The tensors of nested dictionaries have keys joined by dots.
+    Raises UserError for any other content.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # an unrelated pickle may raise any error
+        raise UserError(f"{path}: not the weights of {name} ({one_line(error)})") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    tensors = dict(_flat(state))
+    if not tensors:
+        raise UserError(f"{path}: not the weights of {name} (no tensors in it)")
+    return tensors
+
+
+def _flat(state: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for key, value in state.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, Tensor):
+            yield f"{prefix}{key}", value
+
+
+def fill_part(module: nn.Module, state: dict[str, Tensor], prefix: str, path: Path, name: str) -> None:
+    """Load the tensors of `state` under `prefix` into `module`. Raises UserError if they are missing or do not match.
+
+    Tensors of the checkpoint that the module does not have are ignored.
+    """
+    part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    try:
+        lacking = module.load_state_dict(part, strict=False).missing_keys
+    except RuntimeError as error:
+        what = str(error).splitlines()[-1].strip()  # torch lists the tensors after a title
+        raise UserError(f"{path}: not the weights of {name} ({what})") from error
+    if lacking:
+        raise UserError(f"{path}: not the weights of {name} (lacks {prefix}{lacking[0]})")
+
+
+def fold_weight_norm(model: nn.Module) -> None:
+    """Replace the weight norm of every layer by the plain weight that it computes."""
+    for module in model.modules():
+        if hasattr(module, "weight_g"):
+            nn.utils.remove_weight_norm(module)
+
+
+def state_sha256(model: nn.Module, *more: Tensor) -> str:
+    """sha256 over names and bytes of a state dict, independent of its storage format, and over `more` tensors."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    for value in more:
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -111,33 +198,41 @@ def downloaded(url: str) -> Path:
 
 
 def download(url: str) -> Path:
-    """Fetch a file once into the cache, atomically.
+    """Fetch a file once into the cache, atomically. `URL#sha256=HEX` also checks the content.
 
-    Only for a URL given by the user. Raises UserError if it cannot be fetched or has more than MOST_BYTES.
+    Only for a URL given by the user. Raises UserError if it cannot be fetched, has more than MOST_BYTES, or has
+    another sha256.
     """
     target = downloaded(url)
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    address, _, fragment = url.partition("#")
+    expected = fragment.removeprefix("sha256=").lower() if fragment.startswith("sha256=") else ""
     try:
-        with atomic_file(target) as file, urllib.request.urlopen(url, timeout=60) as answer:
-            _copy(answer, file, url)
+        with atomic_file(target) as file, urllib.request.urlopen(address, timeout=60) as answer:
+            found = _copy(answer, file, address)
+            if expected and found != expected:
+                raise UserError(f"{address}: its sha256 is {found}, not {expected}; check the address and the sha256")
     except (http.client.HTTPException, OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{url}: cannot be fetched ({error}); fetch it by hand and give the file") from error
+        raise UserError(f"{address}: cannot be fetched ({error}); fetch it by hand and give the file") from error
     return target
 
 
-def _copy(answer: Any, file: BinaryIO, url: str) -> None:
-    announced, size = answer.headers.get("Content-Length"), 0
+def _copy(answer: Any, file: BinaryIO, url: str) -> str:
+    """Copy an answer to `file` and return its sha256."""
+    announced, size, digest = answer.headers.get("Content-Length"), 0, hashlib.sha256()
     while block := answer.read(1 << 20):
         size += len(block)
         if size > MOST_BYTES:
             raise UserError(f"{url}: more than {MOST_BYTES >> 30} GiB; fetch it by hand and give the file")
         file.write(block)
+        digest.update(block)
     if announced is not None and int(announced) != size:
         raise OSError(f"{size} of {announced} bytes came")
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -1,6 +1,9 @@
 """Weights from the disk, from the hub when it answers, and from neither."""
 
+import hashlib
+
 import pytest
+import torch
 
 from codecssl.tokenize.backends.parts import weights
 from codecssl.tokenize.common.errors import UserError
@@ -52,3 +55,31 @@ def test_of_a_folder_the_hub_knows_nothing(model, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no weights at"):
         weights.load_pretrained("mimi", model, str(tmp_path))
     assert model.asked == ["disk"]
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_a_url_with_its_sha256_is_checked(tmp_path, good):
+    (tmp_path / "weights.bin").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights" if good else b"other").hexdigest()
+    url = f"{(tmp_path / 'weights.bin').as_uri()}#sha256={digest}"
+    if good:
+        assert weights.download(url).read_bytes() == b"weights"
+    else:
+        with pytest.raises(UserError, match=f"its sha256 is .*, not {digest}"):
+            weights.download(url)
+        assert not weights.downloaded(url).exists()
+    assert weights.downloaded(url).name == "weights.bin"
+
+
+@pytest.mark.parametrize("names", [[], ["a.pt", "b.pt"]])
+def test_a_folder_without_a_single_checkpoint_is_refused(tmp_path, names):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"holds 2 of \*.pt; give one" if names else r"no \*.pt in it"):
+        weights.find_weights("mimi", str(tmp_path), "someone/codec", "a.pt", "*.pt")
+
+
+def test_tensors_of_nested_dictionaries_and_of_lightning(tmp_path):
+    path, tensor = tmp_path / "x.ckpt", torch.ones(2)
+    torch.save({"state_dict": {"a.b": tensor, "c": {"d": tensor}, "e": 1}, "epoch": tensor}, path)
+    assert sorted(weights.read_tensors(path, "mimi")) == ["a.b", "c.d"]
