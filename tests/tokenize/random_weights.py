@@ -4,6 +4,8 @@ import json
 
 import helpers
 import torch
+import transformers
+from safetensors.torch import save_file
 
 from codecssl.tokenize.backends import hificodec, speechtokenizer, wavtokenizer
 from codecssl.tokenize.backends.parts.noncausal_seanet import build_encoder
@@ -11,12 +13,15 @@ from codecssl.tokenize.backends.parts.vocos import Backbone, FourierHead
 
 
 def entries_of(latents, count, size, seed=0):
-    """Codebooks [count, size, D] drawn from what they have to code: latents [D, T] and what is left of them."""
+    """Codebooks [count, size, D] drawn from what they have to code: latents [D, T] and what is left of them.
+
+    No two entries are alike, so that rounding decides no code.
+    """
     generator = torch.Generator().manual_seed(seed)
     residual, tables = latents.t(), []
     for _ in range(count):
         picked = residual[torch.randint(len(residual), (size,), generator=generator)]
-        table = picked + 1e-3 * picked.std() * torch.randn(picked.shape, generator=generator).to(picked)
+        table = 0.8 * picked + 0.2 * picked.std() * torch.randn(picked.shape, generator=generator).to(picked)
         residual = residual - table[torch.cdist(residual, table).argmin(1)]
         tables.append(table)
     return torch.stack(tables)
@@ -114,7 +119,46 @@ def write_hificodec(folder, seed=0):
     return path
 
 
+def mimi_model(seed=0, **changes):
+    """A narrow transformers.MimiModel whose layers all matter, with codebooks drawn from what they quantize."""
+    torch.manual_seed(seed)
+    config = transformers.MimiConfig(
+        **{"num_filters": 4, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 30, "upsample_groups": 32}
+        | {"codebook_size": 64, "codebook_dim": 16, "vector_quantization_hidden_dimension": 16, "num_quantizers": 6}
+        | changes
+    )
+    model = transformers.MimiModel(config).eval().requires_grad_(False)
+    for layer in model.encoder_transformer.layers:
+        layer.self_attn_layer_scale.scale.uniform_(0.5, 1)
+        layer.mlp_layer_scale.scale.uniform_(0.5, 1)
+    audio = helpers.wave(48_000, rate=24_000)[None, None]
+    hidden = model.encoder_transformer(model.encoder(audio).transpose(1, 2))[0].transpose(1, 2)
+    latents = model.downsample(hidden)
+    split = model.quantizer
+    for part in (split.semantic_residual_vector_quantizer, split.acoustic_residual_vector_quantizer):
+        tables = entries_of(part.input_proj(latents)[0], len(part.layers), config.codebook_size, seed)
+        for layer, table in zip(part.layers, tables):
+            layer.codebook.embed_sum.copy_(table)
+            layer.codebook.cluster_usage.fill_(1)
+            layer.codebook._embed = None
+    return model
+
+
+def write_qwen3_tts(folder, seed=0):
+    """As the hub has it: a Mimi without decoder under `encoder.`, another decoder, 4 of 6 codebooks valid."""
+    model = mimi_model(seed)
+    decoder = ("decoder", "decoder_transformer", "upsample")
+    state = {k: v for k, v in model.state_dict().items() if k.partition(".")[0] not in decoder}
+    state = {f"encoder.{key}": value.clone() for key, value in state.items()} | {"decoder.pre_conv.bias": torch.ones(1)}
+    save_file(state, folder / "model.safetensors")
+    config = {"model_type": "qwen3_tts_tokenizer_12hz", "encoder_config": model.config.to_dict()}
+    (folder / "config.json").write_text(json.dumps(config | {"encoder_valid_num_quantizers": 4}))
+    return folder
+
+
 WRITERS = {
+    "qwen3_tts_12hz": write_qwen3_tts,
     "hificodec_16khz": write_hificodec,
     "speechtokenizer": write_speechtokenizer,
     "wavtokenizer": write_wavtokenizer,

@@ -65,7 +65,7 @@ class MimiCodec:
         split = strided[SHALLOW_DOWNSAMPLINGS - 1] + 1
         self.shallow, self.deep = _chain(layers[:split]), _chain(layers[split:])
         self.transformer = Transformer(model.encoder_transformer)
-        self.decoder_transformer = Transformer(model.decoder_transformer)
+        self.decoder_transformer = None if model.decoder is None else Transformer(model.decoder_transformer)
         self.downsample = MimiConvolution(model.downsample)
         self.quantizers = list(_quantizers(model.quantizer, card.num_codebooks))
 
@@ -142,7 +142,9 @@ class MimiCodec:
 
     @full_precision()
     def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
-        """Decode the whole utterance at once: memory grows with its length."""
+        """Decode the whole utterance at once: memory grows with its length. Raises UserError without a decoder."""
+        if self.decoder_transformer is None:
+            raise UserError(f"codec {self.card.name}: encodes only; decode its codes with the package of its authors")
         hidden, past = self.model.upsample(self.latents(codes)[None]).transpose(1, 2), Past()
         parts = hidden.split(CHUNK_FRAMES * 2, dim=1)
         hidden = torch.cat([self.decoder_transformer(part, past) for part in parts], dim=1)

@@ -60,6 +60,12 @@ BACKENDS = {
         model_type="mimi",
         sample_rates=(24_000,),
     ),
+    "qwen3_tts_12hz": Backend(
+        module="codecssl.tokenize.backends.qwen3_tts",
+        summary="24 kHz, 12.5 Hz, 16 x 2048, 2.2 kbps, Mimi's encoder; encodes only (Qwen3-TTS-Tokenizer-12Hz)",
+        weights=_hub("Qwen/Qwen3-TTS-Tokenizer-12Hz"),
+        model_type="qwen3_tts_tokenizer_12hz",
+    ),
     "xcodec": Backend(
         module="codecssl.tokenize.backends.xcodec",
         summary="16 kHz, 50 Hz, up to 8 x 1024, 0.5 kbps a codebook, HuBERT inside (Ye et al. 2024)",
