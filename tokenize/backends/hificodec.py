@@ -125,7 +125,8 @@ class Network(nn.Module):
         shapes = {}
         for part in ("encoder", "generator"):
             kernels = [state[f"{part}.ups.{i}.weight_v"].shape[2] for i in range(len(STRIDES))]
-            blocks, first = [], f"{part}.resblocks.{{}}.convs1.0.weight_v"
+            blocks: list[int] = []
+            first = f"{part}.resblocks.{{}}.convs1.0.weight_v"
             while first.format(len(blocks)) in state:
                 blocks.append(state[first.format(len(blocks))].shape[2])
             shapes[part] = {"kernels": kernels, "block_kernels": blocks[: len(blocks) // len(STRIDES)]}

@@ -53,7 +53,7 @@ def build_decoder(*, lstm_layers: int, **shape: Any) -> SEANetDecoder:
 
 def codebooks(state: dict[str, Tensor], key: str, path: Path, name: str) -> Tensor:
     """Stack the tensors `key.format(0)`, `key.format(1)`, ... of a checkpoint to codebooks [K, V, D], float32."""
-    tables = []
+    tables: list[Tensor] = []
     while (found := state.get(key.format(len(tables)))) is not None:
         tables.append(found.float())
     if not tables or any(table.dim() != 2 or table.shape != tables[0].shape for table in tables):
