@@ -57,7 +57,13 @@ def test_imports_follow_the_layers_and_have_no_cycle(tmp_path):
 
 UNDECLARED = {"semanticodec"}
 """Imported where the user installed it; in no registry."""
-OPTIONAL = {"ai_edge_litert": "ai-edge-litert", "flashlight": "flashlight-text", "kenlm": "kenlm", "snac": "snac"}
+OPTIONAL = {
+    "ai_edge_litert": "ai-edge-litert",
+    "flashlight": "flashlight-text",
+    "kenlm": "kenlm",
+    "mteb": "mteb",
+    "snac": "snac",
+}
 """Of the extras, which may not be installed here."""
 
 

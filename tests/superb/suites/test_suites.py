@@ -1,0 +1,136 @@
+"""Encoders for evaluation suites: each passes its suite's own validator, where that is installed."""
+
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from codecssl.pretrain.export.pretrained import from_pretrained
+from codecssl.superb.suites import hear_2021, x_ares, xares_llm
+from codecssl.superb.suites.wave_features import WaveFeatures
+from codecssl.tokenize.common.errors import UserError
+
+MODEL = "laptop_16khz"
+
+
+def test_features_are_the_models_states() -> None:
+    """The oracle is `from_pretrained` on each wave alone."""
+    waves = [0.1 * torch.randn(n) for n in (16_000, 7_777)]
+    model = from_pretrained(MODEL)
+    for layer, expected in ((None, lambda s: torch.stack(s).mean(0)), (2, lambda s: s[2])):
+        for wave, frames in zip(waves, WaveFeatures(MODEL, layer)(waves)):
+            states = expected(model(wave, sampling_rate=16_000).hidden_states)
+            torch.testing.assert_close(frames, states[0], rtol=0, atol=1e-5)
+
+
+def test_the_environment_names_upstream_and_layer(monkeypatch: pytest.MonkeyPatch, upstream: Path) -> None:
+    monkeypatch.setenv("CODECSSL_UPSTREAM", str(upstream))
+    monkeypatch.setenv("CODECSSL_LAYER", "1")
+    wave = 0.1 * torch.randn(4_000)
+    assert torch.equal(x_ares.CodecSSLEncoder()(wave)[0], WaveFeatures(str(upstream), 1)([wave])[0])
+    monkeypatch.setenv("CODECSSL_LAYER", "9")
+    with pytest.raises(UserError, match="layer 9: .* has fewer hidden states"):
+        x_ares.CodecSSLEncoder()
+    monkeypatch.setenv("CODECSSL_LAYER", "last")
+    with pytest.raises(UserError, match="CODECSSL_LAYER last: give a number, or mean"):
+        x_ares.CodecSSLEncoder()
+
+
+def test_long_waves_are_cut_into_windows() -> None:
+    features = WaveFeatures("logmel")
+    wave = 0.1 * torch.randn(40 * 16_000)
+    [whole] = features([wave])
+    assert whole.shape == (4_000, 80)
+    assert torch.equal(whole[:100], features([wave[:16_400]])[0][:100])
+
+
+def test_x_ares_own_checker_takes_the_encoder() -> None:
+    checker = pytest.importorskip("xares.audio_encoder_checker", reason="pip install codecssl[xares]")
+    from xares.utils import attr_from_py_path
+
+    kind = attr_from_py_path("codecssl/superb/suites/x_ares.py", endswith="Encoder")
+    encoder = kind(MODEL)
+    assert checker.check_audio_encoder(encoder)
+    assert encoder.hop_size_in_ms == 20.0
+    encoder.output_dim += 1
+    assert not checker.check_audio_encoder(encoder)
+
+
+def test_xares_llm_masks_are_those_of_each_wave() -> None:
+    """Its contract: 1 keeps, 0 masks, `mask.size(-1) == features.size(1)`; the mask of samples may be None."""
+    encoder = xares_llm.CodecSSLEncoder(MODEL)
+    waves = 0.1 * torch.randn(3, 16_000)
+    frames, mask = encoder(waves, None)
+    assert frames.shape == (3, 50, encoder.output_dim)
+    assert mask.all()
+    samples = torch.arange(16_000) < torch.tensor([16_000, 8_000, 4_100])[:, None]
+    frames, mask = encoder(waves, samples.long())
+    assert mask.sum(1).tolist() == [50, 25, 13]
+    torch.testing.assert_close(frames[2, :13], encoder(waves[2:, :4_100])[0][0], rtol=0, atol=1e-5)
+    assert not frames[2, 13:].any()
+
+
+def test_hears_own_validator_takes_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The validator imports tensorflow to tell tensorflow's models apart; a stand-in class is enough for ours."""
+    tensorflow = types.ModuleType("tensorflow")
+    tensorflow.Module = type("Module", (), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorflow", tensorflow)
+    validate = pytest.importorskip("hearvalidator.validate", reason="pip install --no-deps hearvalidator")
+    validate.ValidateModel("codecssl.superb.suites.hear_2021", MODEL, "cpu")()
+    wrong = hear_2021.load_model(MODEL)
+    wrong.scene_embedding_size += 1
+    monkeypatch.setattr(hear_2021, "load_model", lambda path="": wrong)
+    with pytest.raises(validate.ModelError, match="Output embedding size"):
+        validate.ValidateModel("codecssl.superb.suites.hear_2021", MODEL, "cpu")()
+
+
+def test_hear_times_are_even_and_close() -> None:
+    model = hear_2021.load_model(MODEL)
+    frames, times = hear_2021.get_timestamp_embeddings(0.1 * torch.randn(2, 8_001), model)
+    assert times[0].tolist() == [10 + 20 * i for i in range(26)]
+    assert frames.shape == (2, 26, 256)
+    slow = hear_2021.HearModel("logmel")
+    slow.repeats, slow.step_ms = 2, 40.0  # as of a codec with frames of 80 ms
+    frames, times = hear_2021.get_timestamp_embeddings(0.1 * torch.randn(1, 800), slow)
+    assert times[0].tolist() == [20 + 40 * i for i in range(10)]
+    assert torch.equal(frames[0, 0::2], frames[0, 1::2])
+
+
+def test_mteb_evaluates_the_encoder() -> None:
+    """MTEB's own evaluation of an audio task, whose two classes differ in pitch."""
+    mteb = pytest.importorskip("mteb", reason="pip install codecssl[mteb]")
+    from datasets import Dataset, DatasetDict
+    from mteb.abstasks.classification import AbsTaskClassification
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    from codecssl.superb.suites import maeb
+
+    random = np.random.default_rng(0)
+
+    def split(count: int) -> Dataset:
+        waves = [np.sin(np.arange(8_000) * (0.05 + 0.2 * (i % 2)) + random.random()) / 2 for i in range(count)]
+        audio = [{"array": wave.astype(np.float32), "sampling_rate": 16_000} for wave in waves]
+        return Dataset.from_dict({"audio": audio, "label": [i % 2 for i in range(count)]})
+
+    class Pitch(AbsTaskClassification):
+        metadata = TaskMetadata(
+            name="Pitch", description="Two pitches.", reference=None, dataset={"path": "none", "revision": "none"},
+            type="AudioClassification", category="a2c", eval_splits=["test"], eval_langs=["zxx-Zxxx"],
+            main_score="accuracy", modalities=["audio"],
+        )  # fmt: skip
+        input_column_name = "audio"
+        n_experiments = 2
+
+        def load_data(self, **_: object) -> None:
+            self.dataset = DatasetDict(train=split(20), test=split(6))
+            self.data_loaded = True
+
+    model = maeb.load(MODEL)
+    meta = model.mteb_model_meta
+    assert (meta.embed_dim, meta.modalities) == (256, ["audio"])
+    assert isinstance(model, mteb.models.EncoderProtocol)
+    scores = Pitch().evaluate(model, "test", encode_kwargs={"batch_size": 4})
+    assert scores["default"]["accuracy"] == 1.0
