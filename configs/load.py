@@ -1,13 +1,14 @@
 """The config loader: defaults in the code < a YAML file by name or path < dotted overrides.
 
-A config is a tree of frozen dataclasses. Keys are checked here against the fields. An unknown key is an error on one
-line with a suggestion. Types are checked by jsonargparse and ranges by the dataclasses.
+A config is a tree of frozen dataclasses. Keys are checked here against the fields: an unknown key is an error of one
+line with a suggestion. jsonargparse merges the values and checks their types. The dataclasses check ranges.
 """
 
 import dataclasses
 import difflib
+import json
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,20 +42,23 @@ def load_config(kind: type[C], stage: str, name: str, overrides: Sequence[str] =
     path = config_path(stage, name)
     values = _read_yaml(path)
     check_keys(kind, values, str(path))
-    changes = parse_overrides(overrides)
-    check_keys(kind, changes, "command line")
-    return from_dict(kind, _merge(values, _listed(kind, changes)))
+    options = _options(kind, overrides)
+    return _build(kind, lambda parser: parser.parse_args(options, namespace=parser.parse_object(values)))
 
 
 def from_dict(kind: type[C], values: Mapping[str, Any]) -> C:
     """Build a `kind` from nested plain values and defaults. Raises UserError for a wrong key or type."""
+    check_keys(kind, values, "config")
+    return _build(kind, lambda parser: parser.parse_object(dict(values)))
+
+
+def _build(kind: type[C], parse: Callable[[Any], Any]) -> C:
     from jsonargparse import ArgumentError, ArgumentParser
 
-    check_keys(kind, values, "config")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
     try:
-        parsed = parser.instantiate(parser.parse_object(dict(values)))
+        parsed = parser.instantiate(parse(parser))
     except (ArgumentError, TypeError) as error:
         raise UserError("config: " + " ".join(str(error).split())) from None
     return kind(**{field.name: parsed[field.name] for field in dataclasses.fields(typing.cast(Any, kind))})
@@ -71,9 +75,9 @@ def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     return {key: (flat_old[key], flat_new[key]) for key in flat_new if flat_old[key] != flat_new[key]}
 
 
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """Parse ["--section.key", "value"] or ["--section.key=value"] to nested values. Values are read as YAML."""
-    nested: dict[str, Any] = {}
+def _options(kind: Any, arguments: Sequence[str]) -> list[str]:
+    """Check the keys of overrides and return ["--section.key=value", ...]. A lone value of a tuple becomes a list."""
+    options: list[str] = []
     rest = list(arguments)
     while rest:
         key, equals, text = rest.pop(0).partition("=")
@@ -83,8 +87,23 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"override {key}: has no value; give {key} VALUE")
             text = rest.pop(0)
-        _put(nested, key[2:].split("."), _yaml_value(key, text))
-    return nested
+        *sections, name = key[2:].split(".")
+        nested: Any = {name: text}
+        for section in reversed(sections):
+            nested = {section: nested}
+        check_keys(kind, nested, "command line")
+        value = _yaml_value(key, text)
+        if typing.get_origin(_type_of(kind, key[2:])) is tuple and not isinstance(value, list):
+            text = json.dumps([value])
+        options.append(f"{key}={text}")
+    return options
+
+
+def _type_of(kind: Any, key: str) -> Any:
+    """Annotated type of a dotted key."""
+    for name in key.split("."):
+        kind = typing.get_type_hints(kind)[name]
+    return kind
 
 
 def check_keys(kind: Any, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
@@ -97,18 +116,6 @@ def check_keys(kind: Any, values: Mapping[str, Any], source: str, prefix: str = 
             if not isinstance(value, Mapping):
                 raise UserError(f"{source}: '{prefix}{key}' is a section, and was given {value!r}")
             check_keys(hints[key], value, source, f"{prefix}{key}.")
-
-
-def _listed(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert single values of tuple fields to lists: `--data.labels DIR`."""
-    hints, listed = typing.get_type_hints(kind), {}
-    for key, value in values.items():
-        if dataclasses.is_dataclass(hints[key]):
-            value = _listed(hints[key], value)
-        elif typing.get_origin(hints[key]) is tuple and not isinstance(value, list | tuple):
-            value = [value]
-        listed[key] = value
-    return listed
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -126,22 +133,6 @@ def _yaml_value(key: str, text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"override {key}: {text!r} is not a YAML value") from None
-
-
-def _put(nested: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        nested = nested.setdefault(key, {})
-        if not isinstance(nested, dict):
-            raise UserError(f"override --{'.'.join(keys)}: '{key}' was already given a value")
-    nested[keys[-1]] = value
-
-
-def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in changes.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,6 @@ from codecssl.configs.load import (
     from_dict,
     load_config,
     names,
-    parse_overrides,
     to_yaml,
 )
 from codecssl.tokenize.common.errors import UserError
@@ -50,7 +49,7 @@ def test_yaml_round_trip(file: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["--inner.widht", "3"], "unknown key 'inner.widht'; did you mean 'inner.width'?"),
         (["--iner.width=3"], "unknown key 'iner'; did you mean 'inner'?"),
@@ -61,10 +60,10 @@ def test_yaml_round_trip(file: str) -> None:
         (["width=3"], "overrides are --section.key value"),
     ],
 )
-def test_mistakes_are_told_on_one_line(file: str, overrides: list[str], told: str) -> None:
+def test_mistakes_are_errors_of_one_line(file: str, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError) as error:
         load_config(Outer, "pretrain", file, overrides)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -88,10 +87,11 @@ def test_a_lone_value_on_the_command_line_is_a_list_of_one(file: str) -> None:
     assert load_config(Outer, "pretrain", file, ["--inner.tags=[one, two]"]).inner.tags == ("one", "two")
 
 
-def test_overrides_do_not_overwrite_their_own_section() -> None:
-    assert parse_overrides(["--a.b", "1", "--a.c=2"]) == {"a": {"b": 1, "c": 2}}
-    with pytest.raises(UserError, match="already given a value"):
-        parse_overrides(["--a", "1", "--a.c=2"])
+def test_overrides_of_one_section_are_merged(file: str) -> None:
+    overrides = ["--inner.tags", "a, b", "--inner.most=3", "--inner.most", "null", "--seed", "7"]
+    assert load_config(Outer, "pretrain", file, overrides) == Outer(
+        seed=7, inner=Inner(width=8, rate=0.25, tags=("a, b",), most=None)
+    )
 
 
 def test_differences_name_the_dotted_key() -> None:
