@@ -1,6 +1,7 @@
 """The shape of the project: what would break imports, a wheel, or the README if it slipped in."""
 
 import ast
+import importlib.util
 import os
 import re
 import shutil
@@ -10,7 +11,9 @@ import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -112,6 +115,8 @@ def test_no_file_names_a_registry():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
+    if missing := [name for name in ("pip", "setuptools", "wheel") if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"no build backend: {' and '.join(missing)} not installed")
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(source)], check=True)
@@ -165,6 +170,52 @@ def test_a_regular_install_runs(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     assert str(tmp_path) in done.stdout
     assert "8 True ['codec2vec_" in done.stdout
+
+
+ORIGINS = """
+import pickle, sys
+from contextlib import closing
+from codecssl.superb.runner.jobs import _attempt_all
+from codecssl.superb.runner.workers import in_workers
+from codecssl.tokenize.config import TokenizeConfig
+
+def origins(value):
+    yield [module.__file__ for name, module in sys.modules.items() if name.startswith("codecssl.") and module.__file__]
+
+if __name__ == "__main__":
+    sent = [(_attempt_all, TokenizeConfig(sources=("a",), output="b"))]
+    with closing(in_workers(origins, sent, 1)) as outcomes:
+        for _, files in outcomes:
+            print(*files, sep="\\n")
+"""
+
+
+def test_spawned_workers_of_a_regular_install_find_its_modules(wheel, tmp_path):
+    """Workers unpickle functions and settings by module name; encode, and write the same shards as one process."""
+    site, script = tmp_path / "site", tmp_path / "origins.py"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": str(site)}
+
+    def run(*words):
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    script.write_text(ORIGINS)
+    files = run(str(script)).split()
+    assert len(files) > 20
+    assert all(name.startswith(str(site)) for name in files)
+    (tmp_path / "audio").mkdir()
+    for i in range(4):
+        soundfile.write(tmp_path / f"audio/{i}.wav", np.random.default_rng(i).normal(0, 0.1, 8000), 16_000)
+    for workers in ("0", "2"):
+        options = ("--codec", "tiny_16khz", "--workers", workers, "--output", f"shards{workers}")
+        run("-m", "codecssl.tokenize", "run", "audio", *options)
+    alone, shared = (tmp_path / f"shards{workers}/shards/00000.tar" for workers in ("0", "2"))
+    assert alone.read_bytes() == shared.read_bytes()
 
 
 @pytest.mark.parametrize("command", ["codecssl-tokenize", "codecssl-pretrain", "codecssl-superb"])
