@@ -208,7 +208,7 @@ def _add_label(line: CommandLine) -> None:
     features.add_argument("--layer", type=int, default=-1, metavar="L", help="0: input of the first; -1: the last")
     features.add_argument("--device", default="cpu", help="device of the model")
     features.add_argument(
-        "--codec-weights", metavar="PATH", help="the codec's weights, for latents, where they have moved"
+        "--codec-weights", metavar="PATH", help="path of the codec's weights, for latents, if they have moved"
     )
     kmeans = label.add_argument_group("k-means")
     kmeans.add_argument("--clusters", type=int, default=500, metavar="C", help="number of clusters")

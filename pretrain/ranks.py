@@ -65,7 +65,7 @@ def find_meeting(environment: Mapping[str, str] = os.environ) -> tuple[str, int]
     address = environment.get("MASTER_ADDR") or _slurm_address(environment)
     nodes = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
     if environment.get("MASTER_ADDR") in _LOOPBACK and nodes > 1:
-        raise UserError(f"MASTER_ADDR {address}: every one of the step's {nodes} nodes would meet itself; unset it")
+        raise UserError(f"MASTER_ADDR {address}: each of the step's {nodes} nodes would connect to itself; unset it")
     return address, int(port)
 
 

@@ -26,7 +26,7 @@ from codecssl.pretrain.training import Training
 from codecssl.tokenize.common.process import StopSignal, Watchdog
 from codecssl.tokenize.common.retry import patiently
 
-_STUCK = "the same command goes on from the newest checkpoint (log.stall_minutes says how long to wait)"
+_STUCK = "the same command resumes from the newest checkpoint (log.stall_minutes sets how long to wait)"
 
 
 def run(config: RunConfig, output: Path, *, profile: bool = False, stop: StopSignal | None = None) -> None:
@@ -65,7 +65,7 @@ def run(config: RunConfig, output: Path, *, profile: bool = False, stop: StopSig
         watch = stack.enter_context(Watchdog(config.log.stall_minutes, rank=group.rank, hint=_STUCK, beat=beat))
         tracer = stack.enter_context(Tracer(output / "profile")) if profile and group.first else None
         if tracer and config.optim.steps - int(state["step"]) < Tracer.STEPS:
-            telemetry.warn(f"--profile: no trace, it wants {Tracer.STEPS} steps and fewer are left; raise optim.steps")
+            telemetry.warn(f"--profile: no trace, it needs {Tracer.STEPS} steps and fewer are left; raise optim.steps")
         Training(config, output, engine, train, valid, telemetry, group, stop, watch, tracer).to_the_end(state)
         rows = [(row["step"], row["loss"]) for row in telemetry.rows if row["split"] == "valid"]
         if curve and (line := verdict(curve, rows)):
@@ -120,7 +120,7 @@ def _claim(
     found, corrupt = checkpoint.newest_intact(output / "checkpoints")
     changes = run_folder.claim(output, config, data, step=int(checkpoint.read_state(found)["step"]) if found else 0)
     warnings = [
-        f"{path.name}: {checkpoint.damage(path)} is corrupt; the run goes on from {found and found.name}, and it is now"
+        f"{path.name}: {checkpoint.damage(path)} is corrupt; the run resumes from {found and found.name}, and it is now"
         f" {checkpoint.set_aside(path).name}"
         for path in corrupt
     ]
@@ -154,5 +154,5 @@ def _engine_report(config: RunConfig, group: ProcessGroup, found: Path | None) -
     engine = config.engine
     return (
         f"engine: {group.world_size} process(es), {engine.accumulation} micro-batch(es) each, {engine.precision},"
-        f" ZeRO stage {zero_stage(config)}; " + (f"goes on from {found.name}" if found else "starts at step 0")
+        f" ZeRO stage {zero_stage(config)}; " + (f"resumes from {found.name}" if found else "starts at step 0")
     )

@@ -98,7 +98,7 @@ class Training:
         Returns this rank's part of the loss, its scores at masked frames, its scores at visible frames if they are part
         of the loss, and the norm of the whole gradient. detailed: also count accuracy and usage in the scores.
         """
-        # Dropout and layerdrop are seeded anew every step. A resumed run therefore needs no generator state.
+        # Dropout and layerdrop are seeded again at every step. A resumed run therefore needs no generator state.
         torch.manual_seed(int(hashed(self.config.seed, _DROPOUT, step, self.group.rank)[0] >> np.uint64(1)))
         total, norm = torch.zeros((), device=self.engine.device), None
         masked: list[Scores] = []
@@ -258,7 +258,7 @@ class Training:
         if done != self.saved:
             self._save(done)
         signal = self.stop.asked or "a signal to another rank"
-        self.telemetry.say(f"stopped by {signal} after step {done}; the same command goes on from there")
+        self.telemetry.say(f"stopped by {signal} after step {done}; the same command resumes from there")
         self.group.leave(PREEMPTED)
 
     def _log(self, row: MetricsRow) -> None:

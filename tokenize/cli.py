@@ -17,7 +17,7 @@ SOURCES = (
 )
 CODEC = "a codec of `codecssl-tokenize codecs`, the path or URL of its weights, or NAME@PATH"
 CODEBOOKS = "keep the first K codebooks (default: the codec's own number)"
-WEIGHTS = "the codec's weights, where they have moved"
+WEIGHTS = "path of the codec's weights, if they have moved"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -51,7 +51,7 @@ def run(args: Namespace) -> int:
             if stop.asked is None:
                 raise
             kind = "after a whole block" if isinstance(error, Stopped) else "within a block"
-            print(f"stopped by {stop.asked} {kind}; the same command goes on from there", file=sys.stderr)
+            print(f"stopped by {stop.asked} {kind}; the same command resumes from there", file=sys.stderr)
             return PREEMPTED
     wall = time.monotonic() - began
     if totals is None:
@@ -124,7 +124,7 @@ def repair(args: Namespace) -> int:
     if args.json:
         print(json.dumps({"done": done}))
     else:
-        print("\n".join(done) or f"{args.dataset}: whole, nothing to repair")
+        print("\n".join(done) or f"{args.dataset}: intact, nothing to repair")
     return 0
 
 

@@ -83,7 +83,7 @@ class Todo:
             how = f"`codecssl-tokenize repair {root}`" if (root / "dataset.json").exists() else "run again"
             raise UserError(
                 f"{root}: {changed} changed since it was encoded; put it back, or remove {written} and {how} to encode "
-                "it anew, or give another --output"
+                "it again, or give another --output"
             )
 
     def left(self, inputs: int | None) -> int | None:

@@ -85,5 +85,5 @@ def _samples_of(frames: int, card: CodecCard) -> int:
     """Return the maximum length of a wave with `frames` frames."""
     samples = bisect_right(range(frames * card.hop_length + 1), frames, key=card.frames_of) - 1
     if card.frames_of(samples) != frames:
-        raise UserError(f"{frames} frames: no wave has so many with {card.name}, whose segments overlap")
+        raise UserError(f"{frames} frames: no wave has that many with {card.name}, whose segments overlap")
     return samples

@@ -116,7 +116,7 @@ def _matching(shards: Sequence[Shards], labels: Sequence[Shards]) -> list[Shards
         if len(given) != len(data) or not np.array_equal(given.frames, data.frames):
             raise UserError(f"{given.path}: not as many frames as {data.path}; label at the codes' frame rate")
         if given.card.weights_sha256 != labels[0].card.weights_sha256:
-            raise UserError(f"{given.path}: clustered otherwise than {labels[0].path}; use one clustering")
+            raise UserError(f"{given.path}: clustering differs from that of {labels[0].path}; use one clustering")
     return list(labels)
 
 

@@ -133,7 +133,7 @@ def newest_intact(folder: Path) -> tuple[Path | None, list[Path]]:
             return path, corrupt
         corrupt.append(path)
     if corrupt:
-        older = "no older one is whole" if len(corrupt) > 1 else "there is no older checkpoint"
+        older = "no older one is complete" if len(corrupt) > 1 else "there is no older checkpoint"
         raise UserError(f"{corrupt[0]}: {damage(corrupt[0])} is corrupt, and {older}; bring it back from a backup, or"
                         f" delete {folder} to start from step 0")  # fmt: skip
     return None, []

@@ -44,7 +44,7 @@ def export(run_dir: str | Path, output_dir: str | Path, *, half: bool = False) -
     config = run_folder.read_config(run)
     newest, corrupt = checkpoint.newest_intact(run / "checkpoints")
     for path in corrupt:
-        print(f"warning: {path}: {checkpoint.damage(path)} is corrupt; an older checkpoint is taken", file=sys.stderr)
+        print(f"warning: {path}: {checkpoint.damage(path)} is corrupt; an older checkpoint is used", file=sys.stderr)
     if newest is None:
         raise UserError(f"{run}: has no complete checkpoint yet; let codecssl-pretrain run reach one")
     if output.exists() and names_in(output) - _FILES:

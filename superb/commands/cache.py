@@ -61,7 +61,7 @@ def _cache(arguments: argparse.Namespace) -> None:
     options: dict[str, Any] = {"device": arguments.device, "workers": arguments.workers}
     out = console(soft_wrap=True)
     fill_all(list(jobs(upstreams, tasks, corpus, arguments.output, **options)), out)
-    out.print(f"{arguments.output}: whole for {', '.join(task.name for task in tasks)}")
+    out.print(f"{arguments.output}: complete for {', '.join(task.name for task in tasks)}")
 
 
 def _named(name: str) -> str:

@@ -58,4 +58,4 @@ def check_files(paths: Iterable[Path], listed_in: Path) -> None:
     """Raise UserError with the number of listed files that the corpus lacks."""
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise UserError(f"{missing[0]}: listed in {listed_in} and not there ({len(missing)} such); complete the corpus")
+        raise UserError(f"{missing[0]}: listed in {listed_in} but missing ({len(missing)} in all); complete the corpus")

@@ -88,7 +88,7 @@ def _check_free(output: Path) -> None:
     if (output / MARKER).is_file():
         raise UserError(f"{output}: built from another manifest, seed or recipe (see {MARKER}); give another folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: exists and is no mini-SUPERB; give a new or an empty folder")
+        raise UserError(f"{output}: exists and is not a mini-SUPERB corpus; give a new or an empty folder")
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ HEAD = """# mini-SUPERB
 
 SUPERB's ten tasks in small, built by `codecssl-superb mini` from `{manifest}` (seed {seed}, recipe `{recipe}`).
 
-No figure from it is a SUPERB result, nor may stand beside a published one: the corpora are others, and small. It
+No figure from it is a SUPERB result, nor can be compared with a published one: the corpora are others, and small. It
 compares upstreams with each other on the same rows. Give several seeds of the heads, and the spread.
 
 Rows of `manifest.jsonl` name the audio where it lies, by absolute path; paths without a leading slash are audio made
@@ -54,7 +54,7 @@ def card(
     """Return the card as Markdown."""
     parts = [HEAD.format(manifest=data.path, seed=seed, recipe=recipe), "## Contents\n", _contents(rows), ""]
     parts += ["## Splits\n", *(f"- {task}: {RULES[task]}." for task in _tasks(rows)), ""]
-    parts += ["## What to know\n", *(f"- {task}: {note}" for task in _tasks(rows) for note in notes.get(task, [])), ""]
+    parts += ["## Notes\n", *(f"- {task}: {note}" for task in _tasks(rows) for note in notes.get(task, [])), ""]
     parts += ["## Classes\n", *_classes(rows), "", "## Sources\n", *_sources(rows), ""]
     left = [*(f"- {text}." for text in missing.values())]
     left += [f"- {count} rows of the manifest: {reason}." for reason, count in data.dropped.items()]
@@ -99,5 +99,5 @@ def _classes(rows: list[ManifestRow]) -> list[str]:
 
 
 def _sources(rows: list[ManifestRow]) -> list[str]:
-    counted = Counter((row.get("origin", "not said"), row.get("licence", "not said")) for row in rows)
+    counted = Counter((row.get("origin", "unknown"), row.get("licence", "unknown")) for row in rows)
     return [f"- {origin}: {licence} ({count} rows)." for (origin, licence), count in sorted(counted.items())]

@@ -146,7 +146,8 @@ def ic(builder: MiniBuilder) -> list[ManifestRow]:
     names = _three_slots(rows)
     if names != INTENT:
         renamed = ", ".join(f"{new} is {old}" for new, old in zip(INTENT, names, strict=False))
-        builder.note("ic", f"Of the slots, those with the fewest values serve: {renamed}; `{NONE}` where not said.")
+        note = f"Of the slots, those with the fewest values are used: {renamed}; `{NONE}` where a slot is not spoken."
+        builder.note("ic", note)
 
     def slots(row: ManifestRow) -> dict[str, str]:
         said = {name: str(row["slots"].get(name) or NONE).strip() for name in names}

@@ -98,7 +98,7 @@ def _check_free(output: Path) -> None:
     if not output.exists() or (output.is_dir() and (output / MARKER).exists()):
         return
     if not output.is_dir() or any(output.iterdir()):
-        raise UserError(f"{output}: exists and is no unpacked sample corpus; give a new or an empty folder")
+        raise UserError(f"{output}: exists and is not an unpacked sample corpus; give a new or an empty folder")
 
 
 def _extract(folder: Path) -> None:

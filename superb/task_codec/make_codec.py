@@ -172,7 +172,7 @@ def _run(training: BottleneckTraining, output: Path, identity: str, on_progress:
     path = output / "work" / "state.pt"
     if (state := load_state(path, identity)) is not None:
         training.load(state)
-        on_progress(f"goes on at stage {training.stage}, step {training.step}")
+        on_progress(f"resumes at stage {training.stage}, step {training.step}")
     output.mkdir(parents=True, exist_ok=True)
     with (output / "metrics.jsonl").open("a", encoding="utf-8") as file:
 

@@ -429,11 +429,11 @@ def test_a_corrupt_checkpoint_is_warned_of_and_the_one_before_taken(
     before, model = tensors(folder / "step-00000004"), folder / "step-00000004" / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-1] + b"?")
     export(tmp_path / "run", tmp_path / "model")
-    assert "step-00000004: model.safetensors is corrupt; an older checkpoint is taken" in capsys.readouterr().err
+    assert "step-00000004: model.safetensors is corrupt; an older checkpoint is used" in capsys.readouterr().err
     assert json.loads((tmp_path / "model" / "config.json").read_text())["training"]["step"] == 2
     run(config, tmp_path / "run")
     said = capsys.readouterr().out
-    assert "warning: step-00000004: model.safetensors is corrupt; the run goes on from step-00000002" in said
+    assert "warning: step-00000004: model.safetensors is corrupt; the run resumes from step-00000002" in said
     assert_same(before, tensors(folder / "step-00000004"))
 
 
@@ -454,7 +454,7 @@ def test_a_signal_saves_and_ends_with_75(
     with pytest.raises(SystemExit) as ended:
         run(config, tmp_path / "run")
     assert ended.value.code == PREEMPTED == 75
-    assert f"stopped by {number.name} after step 3; the same command goes on from there" in capsys.readouterr().out
+    assert f"stopped by {number.name} after step 3; the same command resumes from there" in capsys.readouterr().out
     assert [path.name for path in checkpoint.whole(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR2)] == handlers
     run(config, tmp_path / "run")
@@ -493,7 +493,7 @@ def test_a_profile_shows_some_steps(
     steps = {event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep")}
     assert len(steps) == 4
     run(small_config(tmp_path / "shards", optim={"steps": 3}), tmp_path / "short", profile=True)
-    assert "--profile: no trace, it wants 9 steps" in capsys.readouterr().out
+    assert "--profile: no trace, it needs 9 steps" in capsys.readouterr().out
     assert "addmm" in (tmp_path / "run" / "profile" / "table.txt").read_text()
 
 

@@ -237,12 +237,12 @@ def test_a_truncated_newest_checkpoint_is_named_and_the_only_one_is_an_error(
     capsys.readouterr()
     run(config, tmp_path / "run")
     said = capsys.readouterr().out
-    assert "warning: step-00000004: model.safetensors is corrupt; the run goes on from step-00000002" in said
+    assert "warning: step-00000004: model.safetensors is corrupt; the run resumes from step-00000002" in said
     assert all((before[name] == value).all() for name, value in load_file(weights).items())
     metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     for path in checkpoint.whole(folder):
         os.truncate(path / "model.safetensors", 1000)
-    with pytest.raises(UserError, match="step-00000004: model.safetensors is corrupt, and no older one is whole"):
+    with pytest.raises(UserError, match="step-00000004: model.safetensors is corrupt, and no older one is complete"):
         run(config, tmp_path / "run")
     shutil.rmtree(folder / "step-00000002")
     (folder / "step-00000004" / "whole.json").unlink()

@@ -127,7 +127,7 @@ def test_two_nodes_survive_a_warning_a_sigkill_and_a_dead_node(cluster, folder, 
     cluster.mend_node("n2")
     cluster.wait(job, seconds=LONG)
     assert EVERY <= warned < killed < failed < STEPS, "each interruption came in the middle"
-    assert log.read_text().count("goes on from step-") == 3
+    assert log.read_text().count("resumes from step-") == 3
     assert (folder / "done").exists()
 
     assert reference.wait(LONG) == 0, (folder / "whole.log").read_text()

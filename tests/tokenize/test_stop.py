@@ -63,7 +63,7 @@ def test_a_signal_ends_the_command_with_75_after_its_block(
                "--shard-inputs", "8", "--block-inputs", "2"]  # fmt: skip
     assert main(command) == PREEMPTED == 75
     said = capsys.readouterr().err
-    assert f"stopped by {number.name} after a whole block; the same command goes on from there" in said
+    assert f"stopped by {number.name} after a whole block; the same command resumes from there" in said
     assert blocks(tmp_path / "out") == 1
     assert signal.getsignal(number) == before
     monkeypatch.undo()

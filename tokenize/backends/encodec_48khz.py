@@ -171,7 +171,7 @@ class Encodec48Codec:
         lengths = range(1, frames * self.net.hop_length + 1)
         at = bisect_left(lengths, frames, key=self.card.frames_of)
         if at == len(lengths) or self.card.frames_of(lengths[at]) != frames:
-            raise UserError(f"{frames} frames: no wave has so many; give the codes of a whole wave")
+            raise UserError(f"{frames} frames: no wave has that many; give the codes of a whole wave")
         return [-(-(stop - start) // self.net.hop_length) for start, stop in self._bounds(lengths[at])]
 
     def embeddings(self) -> list[Tensor]:

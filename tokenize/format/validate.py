@@ -191,7 +191,7 @@ def check_columns(text: Any, numbers: Mapping[str, NDArray[Any]], count: int) ->
     if any(not isinstance(column, list) or len(column) != count for column in lists):
         raise ValueError(f"a column of its text has not {count} values")
     if not all(isinstance(name, str) for column in lists[:2] for name in column):
-        raise ValueError("an id or a path is no text")
+        raise ValueError("an id or a path is not text")
     for name, kind in NUMBERS.items():
         if numbers[name].shape != (count,) or numbers[name].dtype.kind != kind:
             raise ValueError(f"column {name} has shape {numbers[name].shape} and dtype {numbers[name].dtype}")

@@ -138,7 +138,7 @@ class Expected:
     def end(self) -> None:
         """Check that the file ends here."""
         if not self.damage and self.file.read(1):
-            self._damaged(f"goes on after offset {self.at}, where the shards end", start=self.at)
+            self._damaged(f"continues after offset {self.at}, where the shards end", start=self.at)
 
     # ------------------------------------------------------------ .npy
 

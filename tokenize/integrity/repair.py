@@ -135,7 +135,7 @@ def _config(root: Path, state: State, workers: int | None, weights: str | None) 
     card, plan = state.card, state.plan
     if not plan.get("sources"):
         damaged = ", ".join(f"{shard:05d}" for shard in state.damaged[:5])
-        raise UserError(f"{root}: shards {damaged} were not made from audio; write the dataset anew")
+        raise UserError(f"{root}: shards {damaged} were not made from audio; write the dataset again")
     return TokenizeConfig(
         sources=tuple(plan["sources"]),
         output=root,

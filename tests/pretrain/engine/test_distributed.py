@@ -302,7 +302,7 @@ def test_resume_is_bit_exact(sessions: Sessions, world: int, stage: int, precisi
     name = f"exact-{world}-{stage}-{precision}"
     for part in (name, f"{name}-resumed"):
         assert {outcome["error"] for outcome in sessions.outcomes(part)} == {None}
-    assert "goes on from step-00000004" in sessions.outcomes(f"{name}-resumed")[0]["out"]
+    assert "resumes from step-00000004" in sessions.outcomes(f"{name}-resumed")[0]["out"]
     assert sessions.rows(name) == sessions.rows(f"{name}-resumed")
     whole, resumed = sessions.tensors(name), sessions.tensors(f"{name}-resumed")
     assert any(key.startswith("extra/") for key in whole)

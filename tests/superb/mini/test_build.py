@@ -378,7 +378,7 @@ def test_a_bad_manifest_is_one_clear_line(
 def test_a_folder_that_holds_something_else_is_left_alone(source: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(UserError, match="exists and is no mini-SUPERB"):
+    with pytest.raises(UserError, match="exists and is not a mini-SUPERB corpus"):
         build(source, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 

@@ -136,7 +136,7 @@ def test_goes_on_bit_for_bit_and_skips_what_is_done(made, upstream, shards, tmp_
     monkeypatch.setattr(compress_train.BottleneckTraining, "_losses_b", step)
     told = []
     make_task_codec(config, told.append)
-    assert told[0] == "goes on at stage 2, step 15"
+    assert told[0] == "resumes at stage 2, step 15"
     whole, resumed = (load(folder).state_dict() for folder in (made[0], tmp_path / "codec"))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     make_task_codec(config, told.append)

@@ -184,7 +184,7 @@ def test_what_cannot_be_decoded_is_refused():
     codec, codes = as_codec(small_model()), torch.zeros(8, 151, dtype=torch.int64)
     with pytest.raises(UserError, match="3 scales for 151 frames, which are 2 segments"):
         codec.decode(codes, torch.ones(3))
-    with pytest.raises(UserError, match="0 frames: no wave has so many"):
+    with pytest.raises(UserError, match="0 frames: no wave has that many"):
         codec.decode(codes[:, :0])
 
 

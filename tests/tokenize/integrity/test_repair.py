@@ -299,7 +299,7 @@ def test_codes_made_elsewhere(hashcodec, tmp_path):
     assert repair(tmp_path / "d") == ["index.npy: written again"]
     assert contents(tmp_path / "d") == before
     flip(tmp_path / "d/shards/00001.tar")
-    with pytest.raises(UserError, match="shards 00001 were not made from audio; write the dataset anew"):
+    with pytest.raises(UserError, match="shards 00001 were not made from audio; write the dataset again"):
         repair(tmp_path / "d")
     with pytest.raises(UserError, match="not a folder of token shards"):
         repair(tmp_path)
