@@ -142,7 +142,7 @@ def test_nothing_heavy_is_imported_before_the_arguments_are_read() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_a_killed_run_goes_on_by_the_same_command(make_shards: Make, tmp_path: Path) -> None:
+def test_the_same_command_resumes_a_killed_run(make_shards: Make, tmp_path: Path) -> None:
     """kill -9 at a moment nobody chose; the finished run has every step once."""
     run, shards = tmp_path / "run", make_shards()
     command = [

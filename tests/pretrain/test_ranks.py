@@ -109,7 +109,7 @@ def test_no_meeting_place_is_one_line(environment, says):
     ("gpus", "asked", "backend"),
     [(0, None, "gloo"), (0, "cpu", "gloo"), (8, None, "nccl"), (8, "cuda", "nccl"), (8, "cpu", "gloo")],
 )
-def test_the_backend_follows_the_gpus_unless_told_otherwise(gpus, asked, backend):
+def test_the_backend_follows_the_gpus_unless_given(gpus, asked, backend):
     assert choose_backend(gpus, {} if asked is None else {"DS_ACCELERATOR": asked}) == backend
 
 

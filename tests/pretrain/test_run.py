@@ -117,7 +117,7 @@ def test_a_short_run_learns_and_repeats_bit_for_bit(make_shards: Make, small_con
         assert (tmp_path / "a" / name).exists(), name
 
 
-def test_the_engine_does_what_a_plain_torch_loop_does(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
+def test_the_engine_matches_a_plain_torch_loop(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
     """DeepSpeed, accumulation, clipping and schedule against torch.optim.AdamW on whole batches, by hand."""
     config = small_config(
         make_shards(count=50), engine={"accumulation": 3},
@@ -241,7 +241,7 @@ def test_a_model_needs_neither_deepspeed_nor_fairseq2s_native_part(
     assert torch.equal(torch.load(state), expected)
 
 
-def test_from_pretrained_gives_what_the_model_gives(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
+def test_from_pretrained_matches_the_model(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
     run(small_config(make_shards(), optim={"steps": 1}), tmp_path / "run")
     export(tmp_path / "run", tmp_path / "model")
     model, codes = from_pretrained(tmp_path / "model"), torch.randint(0, 8, (2, 3, 11))

@@ -136,7 +136,7 @@ def test_the_pipeline_is_a_chain_in_which_each_job_waits_for_the_one_before(tmp_
     assert not (tmp_path / "work").exists()
 
 
-def test_the_pipeline_goes_on_after_what_is_done_and_refuses_other_settings(tmp_path):
+def test_the_pipeline_skips_finished_stages_and_refuses_other_settings(tmp_path):
     done = tmp_path / "work" / "done"
     done.mkdir(parents=True)
     for stage in ("shards", "run-0", "labels-1"):

@@ -172,7 +172,7 @@ def test_a_warning_between_two_programs_is_not_lost(job):
     assert (code, job.requeues, (job.folder / "started").exists()) == (-signal.SIGTERM, 1, False)
 
 
-def test_what_finishes_in_spite_of_a_warning_is_done(job):
+def test_a_job_that_finishes_after_a_warning_is_done(job):
     assert signalled(job, WAITS.format(trap="exit 0"), signal.SIGUSR2)[0] == 0
     assert (job.folder / "done/run").exists()
     assert job.requeues == 0
@@ -185,7 +185,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(job):
     assert (job.folder / "saved").exists()
 
 
-def test_where_requeueing_is_forbidden_the_log_says_what_to_do(job):
+def test_without_requeueing_the_log_names_the_remedy(job):
     job._tool("scontrol", "exit 1")
     code, said = job.run("exit 75")
     assert code == 75

@@ -64,6 +64,6 @@ def test_the_command_prints_a_line_of_json_per_task(
         ({"utterances": -1}, "utterances -1: at least 1"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(options: dict[str, Any], says: str) -> None:
+def test_impossible_benchmarks_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         SuperbBenchConfig(**{"codec": "x", "tasks": "ks", "utterances": 1, "rounds": 1, **options})

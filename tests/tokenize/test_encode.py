@@ -87,12 +87,12 @@ def test_a_wave_that_breaks_the_codec_costs_itself_only(audio: Path, monkeypatch
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("full"), OSError(28, "disk"), KeyError("bug")])
-def test_what_is_not_the_files_fault_stops_the_run(error: Exception) -> None:
+def test_errors_not_caused_by_a_file_stop_the_run(error: Exception) -> None:
     with pytest.raises(type(error)):
         failure(Input(id="a", path="a", file="a"), error)
 
 
-def test_check_codec_counts_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_codec_counts_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     codec = random_codec(num_codebooks=2)
     waves = synthetic_waves(codec.card)[:6]
     found = check_codec(codec, waves)

@@ -311,7 +311,7 @@ def test_tasks_that_begin_and_end_at_the_same_moment(parent, audio, tmp_path, ha
 
 
 @pytest.mark.parametrize("how", ["renamed", "exchanged", "another codec"])
-def test_what_changed_since_a_kill_is_refused(parent, audio, tmp_path, hashed, how):
+def test_changes_since_a_kill_are_refused(parent, audio, tmp_path, hashed, how):
     """Killed with half of the first shard done. Times of files do not matter, their names and order do."""
     folder, output = tmp_path / "audio", tmp_path / "out"
     shutil.copytree(audio, folder)

@@ -303,7 +303,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(capsys, arguments, says):
     assert error.count("\n") == 1
 
 
-def test_help_tells_defaults_where_there_are_some(capsys):
+def test_help_shows_defaults(capsys):
     with pytest.raises(SystemExit):
         main(["run", "--help"])
     text = " ".join(capsys.readouterr().out.split())

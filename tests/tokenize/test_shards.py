@@ -84,7 +84,7 @@ def test_rows_of_codebooks_at_different_rates():
 
 
 @pytest.mark.parametrize("entropy_code", [False, True])
-def test_what_is_not_there_is_an_index_error(tmp_path, entropy_code):
+def test_missing_utterances_are_an_index_error(tmp_path, entropy_code):
     made = card([16, 16])
     shards = write_shards(tmp_path, made, [("a", np.zeros((2, 9), int), {})], entropy_code=entropy_code)
     for arguments in [{"start": -1}, {"stop": 10}, {"start": 5, "stop": 4}, {"num_codebooks": 0}, {"num_codebooks": 3}]:
@@ -223,7 +223,7 @@ def encoded(id, codes):
     )
 
 
-def test_what_verify_needs_of_compressed_blocks(tmp_path):
+def test_verify_reads_streams_of_entropy_coded_blocks(tmp_path):
     made, rng = card([64] * 3), np.random.default_rng(0)
     items = [(str(i), lively(made, int(rng.integers(1, 2 * SEGMENT)), rng), {}) for i in range(12)]
     compressed = write_shards(tmp_path / "c", made, items, per_shard=6, entropy_code=True)
@@ -267,7 +267,7 @@ def test_damage_of_a_compressed_shard_is_a_clear_error(tmp_path, name, check):
     assert refused == 4 if check else refused > 0
 
 
-def test_finishing_holds_one_shard_in_memory_and_writes_what_numpy_writes(tmp_path):
+def test_finishing_holds_one_shard_in_memory_and_matches_numpy(tmp_path):
     made = card([16])
     writer = ShardWriter(tmp_path, 0, made)
     utterances = [encoded(str(i), np.zeros((1, frames), int)) for i, frames in enumerate((3, 70_000, 5))]

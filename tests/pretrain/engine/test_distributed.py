@@ -355,7 +355,7 @@ def test_trouble_on_one_rank_stops_all_with_one_line(
     assert found == (["latest", *(f"step-{step:08d}" for step in saved)] if saved else [])
 
 
-def test_an_error_of_nccl_is_told_by_the_rank_that_has_it(sessions: Sessions) -> None:
+def test_the_rank_with_an_nccl_error_reports_it(sessions: Sessions) -> None:
     """All ranks live: "another process has ended" on each of them would hide the cause."""
     first, second = sessions.outcomes("nccl-0")
     assert "error: rank 1: exchanging data with the other ranks failed: NCCL error in: x.cpp:3," in second["err"]

@@ -10,7 +10,7 @@ from codecssl.pretrain.export import sources
 from codecssl.tokenize.shards import Shards
 
 
-def test_files_of_the_training_shards_are_told_from_others(make_shards: Callable[..., Path], tmp_path: Path) -> None:
+def test_files_of_the_training_shards_are_recognised(make_shards: Callable[..., Path], tmp_path: Path) -> None:
     shards = [Shards(make_shards("a", seed=1)), Shards(make_shards("b", seed=2)), Shards(make_shards("c", seed=1))]
     sources.write_sources(shards, tmp_path)
     told = sources.seen_sources(tmp_path)

@@ -218,7 +218,7 @@ def sliced(
     )
 
 
-def test_a_killed_label_goes_on_and_tasks_share_the_work(
+def test_a_killed_label_resumes_and_tasks_share_the_work(
     sliced: LabelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = label(sliced)
@@ -287,7 +287,7 @@ def test_tasks_at_the_same_time(sliced: LabelConfig, tmp_path: Path) -> None:
     assert contents(tmp_path / "shared") == contents(sliced.output)
 
 
-def test_what_failed_as_it_began_may_be_mended(sliced: LabelConfig, tmp_path: Path) -> None:
+def test_settings_of_a_failed_start_can_be_corrected(sliced: LabelConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="frames to cluster; ask for fewer"):
         label(replace(sliced, clusters=5000))
     assert label(sliced) is not None
@@ -382,7 +382,7 @@ def test_phones_with_times_are_scored(tmp_path: Path) -> None:
         (["nowhere", "--device", "tpu"], "device 'tpu': give cpu"),
     ],
 )
-def test_what_cannot_be_labelled_is_told_on_one_line(
+def test_invalid_label_settings_are_errors_of_one_line(
     make_shards: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -100,7 +100,7 @@ def copy_weights(ours: CodecModel, theirs: nn.Module) -> None:
 
 @pytest.mark.parametrize("positions", ["conv", "rotary"])
 @pytest.mark.parametrize("norm", ["post", "pre"])
-def test_an_utterance_alone_gives_what_it_gives_in_a_batch(positions: str, norm: str) -> None:
+def test_an_utterance_has_equal_states_alone_and_in_a_batch(positions: str, norm: str) -> None:
     made, drawn = model(positions=positions, norm=norm), codes(3, 50)
     together = made.extract(drawn, [50, 31, 12])
     alone = made.extract(drawn[1:2, :, :31], [31])

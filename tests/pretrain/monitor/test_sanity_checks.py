@@ -12,7 +12,7 @@ from codecssl.pretrain.objectives.targets import make_target
 from codecssl.tokenize.codec import CodecCard
 
 
-def test_collapse_is_told_after_the_start_and_only_then() -> None:
+def test_collapse_is_reported_only_after_the_start() -> None:
     many = [90.0, 80.0]
     assert "one code for every frame" in str(collapse(5000, 10_000, [1.0, 1.1], many))
     assert collapse(5000, 10_000, [1.0, 40.0], many) is None

@@ -76,7 +76,7 @@ def test_a_rank_that_ended_without_a_word_is_gone(run: Path) -> None:
 
 
 @pytest.mark.parametrize("state", ["stopped", "failed", "stuck", "ended"])
-def test_how_it_ended_is_told_however_long_ago(run: Path, state: str) -> None:
+def test_status_shows_how_a_run_ended_long_ago(run: Path, state: str) -> None:
     for rank in range(2):
         beat(run, rank, age=9_000.0, state=state, started=time.time() - 9_500)
     assert status(run)["state"] == state

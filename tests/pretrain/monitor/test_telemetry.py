@@ -21,7 +21,7 @@ def row(step: int, loss: float, split: str = "train") -> dict[str, object]:
     }
 
 
-def test_a_resumed_run_tells_no_step_twice(tmp_path: Path) -> None:
+def test_a_resumed_run_logs_no_step_twice(tmp_path: Path) -> None:
     first = Telemetry(tmp_path, step=0)
     for step in range(1, 6):
         first.log(row(step, loss=1.0))
@@ -55,7 +55,7 @@ def test_curves_are_a_picture_also_of_an_empty_run(tmp_path: Path) -> None:
     assert drawn != empty
 
 
-def test_the_console_line_says_what_matters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_console_line_has_the_main_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Telemetry(tmp_path, step=0).log(row(7, 3.25))
     said = capsys.readouterr().out
     for part in ("step      7", "loss 3.2500", "accuracy 37.50 % (codebook 0: 50.00 %)", "left 1:01:01"):

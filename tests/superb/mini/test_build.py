@@ -326,7 +326,7 @@ def test_a_kill_leaves_nothing_and_the_next_run_clears_up(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_the_manifest_lacks_is_said(source: Path, tmp_path: Path) -> None:
+def test_missing_material_is_named(source: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (source / "manifest.jsonl").read_text().splitlines()]
     spoken = [{**row, "path": str(source / row["path"])} for row in lines if row["task"] in ("er", "asr,sid")]
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in spoken))
@@ -341,7 +341,7 @@ def test_what_the_manifest_lacks_is_said(source: Path, tmp_path: Path) -> None:
     assert present == {"asr", "asv", "sd", "er"}
 
 
-def test_the_card_counts_what_is_there(built: Path, rows: Rows) -> None:
+def test_the_cards_counts_match_the_files(built: Path, rows: Rows) -> None:
     text = (built / "README.md").read_text()
     for task in TEN:
         counts = [len(of(rows, task, split)) for split in ("train", "valid", "test")]

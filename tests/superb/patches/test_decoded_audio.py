@@ -29,7 +29,7 @@ def path(tmp_path: Path) -> str:
     return str(tmp_path / "a.wav")
 
 
-def test_each_part_at_each_rate_is_decoded_once_and_is_what_librosa_gives(path: str) -> None:
+def test_each_part_at_each_rate_is_decoded_once_and_matches_librosa(path: str) -> None:
     genuine = CountingLibrosa()
     once = DecodedOnce(genuine, limit_bytes=1 << 20)
     for options in ({"sr": 16_000}, {"sr": 16_000, "offset": 0.5, "duration": 0.25}, {"sr": 8_000}) * 2:
@@ -40,7 +40,7 @@ def test_each_part_at_each_rate_is_decoded_once_and_is_what_librosa_gives(path: 
     assert len(genuine.loaded) == 3
 
 
-def test_a_file_that_was_written_anew_is_read_anew(path: str) -> None:
+def test_a_rewritten_file_is_read_again(path: str) -> None:
     once = DecodedOnce(librosa, limit_bytes=1 << 20)
     assert once.load(path, sr=8_000)[0].any()
     soundfile.write(path, np.zeros(8_000), 8_000)

@@ -77,7 +77,7 @@ def test_every_patch_has_its_reason_and_its_proof() -> None:
     assert all(len(patch.reason) > 40 for patch in import_patches.PATCHES)
 
 
-def test_a_patch_leaves_alone_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patch_keeps_existing_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torchaudio that still has these functions keeps them."""
     import torchaudio
 
@@ -89,7 +89,7 @@ def test_a_patch_leaves_alone_what_is_there(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(getattr(torchaudio, name) is function for name, function in own.items())
 
 
-def test_load_raises_what_is_no_matter_of_ffmpeg(tmp_path: Path) -> None:
+def test_load_raises_errors_unrelated_to_ffmpeg(tmp_path: Path) -> None:
     import torchaudio
 
     import_patches.install()
@@ -98,7 +98,7 @@ def test_load_raises_what_is_no_matter_of_ffmpeg(tmp_path: Path) -> None:
         torchaudio.load(str(tmp_path / "a.wav"))
 
 
-def test_an_absent_package_says_so_when_used() -> None:
+def test_using_an_absent_package_names_it() -> None:
     absent = import_patches._Absent("sed_eval")
     with pytest.raises(ModuleNotFoundError, match="pip install sed_eval"):
         absent.SegmentBasedMetrics()

@@ -39,7 +39,7 @@ def test_a_pickle_that_calls_something_is_one_line(call, tmp_path: Path, monkeyp
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_s3prl_itself_pickles_comes_back(tmp_path: Path) -> None:
+def test_pickles_of_s3prl_itself_are_loaded(tmp_path: Path) -> None:
     from s3prl.dataio.encoder.category import CategoryEncoder, CategoryEncoders
     from s3prl.dataio.encoder.tokenizer import load_tokenizer
 

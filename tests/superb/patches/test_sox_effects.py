@@ -127,7 +127,7 @@ def test_an_unknown_effect_is_refused(effect: list[str]) -> None:
         apply_effects(torch.zeros(1, 10), 16_000, [effect])
 
 
-def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_text("a letter")
     with pytest.raises(UserError, match=r"a\.wav: cannot be read"):
         apply_effects_file(tmp_path / "a.wav", ASV)

@@ -63,7 +63,7 @@ def scikit_learn(C: float) -> Any:
 
 
 @pytest.mark.parametrize(("rows", "columns", "classes"), [(150, 20, 3), (60, 90, 4), (120, 10, 2)])
-def test_the_solver_predicts_what_scikit_learn_predicts(rows: int, columns: int, classes: int) -> None:
+def test_the_solver_matches_scikit_learn(rows: int, columns: int, classes: int) -> None:
     """More rows than columns, fewer, and two classes (one weight vector there, two here); a constant column too."""
     from sklearn.datasets import make_classification
 
@@ -77,7 +77,7 @@ def test_the_solver_predicts_what_scikit_learn_predicts(rows: int, columns: int,
     assert (found[0] != found[1]).mean() > 0.05
 
 
-def test_accuracy_is_what_scikit_learn_says() -> None:
+def test_accuracy_matches_scikit_learn() -> None:
     """Of one layer and one C: cross_val_predict of the same pipeline on the same folds."""
     from sklearn.datasets import make_classification
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -132,9 +132,7 @@ def test_patterns_of_columns(where: Any, values: list[str]) -> None:
     assert taken == values
 
 
-def test_probing_audio_finds_what_is_there_and_is_not_done_twice(
-    corpus: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_probing_audio_finds_the_classes_and_is_not_repeated(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Tones of four pitches: fbank names them; a second call computes nothing."""
     pitch = Probe(name="pitch", label="speaker", task="ks")
     said: list[str] = []
@@ -150,7 +148,7 @@ def test_probing_audio_finds_what_is_there_and_is_not_done_twice(
     assert len(said) == 4
 
 
-def test_shards_give_what_audio_gives(corpus: Path, model_folder: Path, loads_codec: Any, tmp_path: Path) -> None:
+def test_shards_and_audio_give_equal_rows(corpus: Path, model_folder: Path, loads_codec: Any, tmp_path: Path) -> None:
     """The codes in the shards are the ones that the expert makes of the files."""
     import torch
 

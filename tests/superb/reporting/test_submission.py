@@ -194,7 +194,7 @@ def test_the_winners_of_the_lowest_seed_are_packed(tmp_path: Path, capsys: Any) 
     assert capsys.readouterr().err == "error: --of: give one of other, tiny; a zip holds one upstream\n"
 
 
-def test_what_can_not_be_submitted_is_one_line_and_no_zip(tmp_path: Path) -> None:
+def test_an_incomplete_submission_is_an_error_of_one_line_without_a_zip(tmp_path: Path) -> None:
     def refusal(folder: Path) -> str:
         with pytest.raises(UserError) as stopped:
             write_zip([folder], tmp_path / "predict.zip")

@@ -168,14 +168,14 @@ def test_a_difference_beyond_chance_is_marked() -> None:
     assert tables.difference(of_share(0.46, 100), of_share(0.594, 100), "accuracy") == "-13.4"
 
 
-def test_what_can_not_be_compared_is_kept_apart() -> None:
+def test_incomparable_runs_are_in_separate_tables() -> None:
     """Other data, another version of the same data, another budget: a table each."""
     others = [row("fbank", "ks", 0.1, data="x"), row("fbank", "ks", 0.1, manifest_sha256="1"),
               row("fbank", "ks", 0.1, budget={**rows()[0]["budget"], "divisor": 7})]  # fmt: skip
     assert len(tables.compare([*rows(), *others])) == 4
 
 
-def test_models_of_one_name_are_told_apart() -> None:
+def test_models_of_one_name_are_distinguished() -> None:
     def model(path: str, digest: str) -> dict[str, Any]:
         return row(path, "ks", 0.5, upstream={"name": path, "kind": "model", "argument": path, "sha256": digest})
 
@@ -298,7 +298,7 @@ def test_all_ten_tasks_in_one_table() -> None:
     assert Page(html([comparison])).open == []
 
 
-def test_a_full_row_has_a_score_and_stands_beside_published_ones() -> None:
+def test_a_full_row_has_a_score_next_to_published_ones() -> None:
     (comparison,) = tables.compare(official())
     header, body = tables.lines(comparison)
     values = {(task, key): 100 * value for task, found in TESTED.items() for key, value in found.items()}
@@ -371,7 +371,7 @@ def test_emotion_without_a_fold_is_no_score() -> None:
     assert {"tiny has no score: er missing.", "er of tiny: without fold 4, 5."} <= set(tables.notes(comparison))
 
 
-def test_what_was_skipped_is_said() -> None:
+def test_skipped_utterances_are_reported() -> None:
     skipped = {"longer than 300 s": 2}
     (comparison,) = tables.compare([row("fbank", "ks", 0.5, skipped=skipped)])
     assert "Utterances left out or emptied: longer than 300 s: ks 2." in tables.notes(comparison)

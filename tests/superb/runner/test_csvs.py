@@ -119,7 +119,7 @@ def test_the_seed_reaches_the_head(corpus: Path, tmp_path: Path) -> None:
         ("asr", "transcription", ["1", "2"]),
     ],
 )
-def test_what_a_csv_would_change_is_refused(
+def test_text_that_csv_would_change_is_refused(
     name: str, column: str, values: list[str], corpus: Path, tmp_path: Path
 ) -> None:
     examples = [Example(id=str(i), path=Path("a.wav"), columns={column: value}) for i, value in enumerate(values)]

@@ -409,7 +409,7 @@ def test_another_spelling_of_a_models_path_or_a_moved_disk_is_the_same_run(
 
 
 @pytest.mark.parametrize("torn", ["", "step_20/model/state_dict.pt", "valid_best/task/state.pt", "step_20/config.yaml"])
-def test_a_run_killed_while_saving_goes_on(torn: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_killed_while_saving_resumes(torn: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint cut short is dropped, and the run ends like one that was never killed."""
     run = make()
     whole = run_one(replace(run, output=run.output / "whole"), Machine())
@@ -431,7 +431,7 @@ def test_a_run_killed_while_saving_goes_on(torn: str, make: Any, monkeypatch: py
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_run_killed_in_training_gives_the_same_figure_or_says_so(
+def test_a_run_killed_in_training_gives_the_same_figure_or_records_it(
     full: bool, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """s3prl would begin the epoch again, with other batches. Only official trainings are too long to restart."""
@@ -507,7 +507,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(make: Any, monkeypatch: 
     assert run_one(run, Machine()) == {"task": "ks"}, "what the other one found"
 
 
-def test_two_processes_give_what_one_gives(make: Any) -> None:
+def test_two_processes_match_one(make: Any) -> None:
     runs = [make("er"), make("er", seed=1)]
     alone = [run_one(replace(run, output=run.output / "alone"), Machine(threads=1)) for run in runs]
     outcomes: dict[int, Any] = {}

@@ -63,6 +63,6 @@ def test_parts_are_all_runs_and_none_twice(sweep: Any) -> None:
         part(runs, 3, 3)
 
 
-def test_a_missing_language_model_is_said_at_once(sweep: Any, tmp_path: Path) -> None:
+def test_a_missing_language_model_is_an_error_at_once(sweep: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file; give a 4-gram model"):
         sweep("asr", language_model=tmp_path / "none.arpa")

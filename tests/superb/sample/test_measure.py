@@ -37,7 +37,7 @@ def tones(tmp_path: Path) -> measure.SampleCorpus:
     return measure.SampleCorpus(tmp_path)
 
 
-def test_accuracy_finds_what_is_there_and_no_more(tones: measure.SampleCorpus) -> None:
+def test_accuracy_is_high_only_where_labels_are_audible(tones: measure.SampleCorpus) -> None:
     assert measure.accuracy(tones, "t", "pitch") == (0.5, 1.0)
     assert 0.2 < measure.accuracy(tones, "t", "coin")[1] < 0.8
     # All of a dict label must be right: one slot is audible, the other is a coin.

@@ -293,7 +293,7 @@ def test_segments_are_where_the_voices_are(rows: list[unpack.ManifestRow]) -> No
 
 
 @needs_espeak
-def test_espeak_still_says_what_the_archive_holds(rows: list[unpack.ManifestRow]) -> None:
+def test_espeak_reproduces_the_archive(rows: list[unpack.ManifestRow]) -> None:
     """The generator and the archive belong together; Opus at 13 kbit/s keeps the waveform to about 10 dB."""
     for index in (5, 38, 61, 70):
         pcm, labels = make.render(index, make.plan()[index])

@@ -101,7 +101,7 @@ def test_published_points(codec, rate, frame_rate, num_codebooks, size):
     assert found.bits_per_second == rate
 
 
-def test_rate_is_never_above_what_was_asked(codec):
+def test_the_bit_rate_never_exceeds_the_limit(codec):
     card = dataclasses.replace(codec.card, sample_rate=24_000)  # 75 Hz
     found = choose_bit_rate(199, card, 12.5)
     assert found.pool == 6

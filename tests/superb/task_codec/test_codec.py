@@ -92,13 +92,13 @@ def test_latents_are_sums_of_embeddings(folder):
     torch.testing.assert_close(one.latents(codes[:1]), tables[0][codes[0]].T)
 
 
-def test_says_that_there_is_no_sound(folder):
+def test_decoding_a_task_codec_is_an_error(folder):
     codec = load_codec(str(folder))
     with pytest.raises(UserError, match="hold a task's answer, not the sound"):
         codec.decode(torch.zeros(2, 3, dtype=torch.int64))
 
 
-def test_refuses_what_is_no_codec(folder, tmp_path):
+def test_other_folders_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match="has no weights of its own; give the folder"):
         load_codec("machine")
     description = json.loads((folder / "config.json").read_text())

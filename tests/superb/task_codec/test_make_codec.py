@@ -113,7 +113,7 @@ def test_reports_use_and_errors(made):
     assert "12.5 Hz" in (folder / "README.md").read_text()
 
 
-def test_goes_on_bit_for_bit_and_skips_what_is_done(made, upstream, shards, tmp_path, monkeypatch):
+def test_resumes_bit_for_bit_and_skips_finished_stages(made, upstream, shards, tmp_path, monkeypatch):
     from codecssl.superb.task_codec import training as compress_train
 
     calls = 0
@@ -249,7 +249,7 @@ def test_ctc_head_ignores_padding_and_edits_are_counted():
     assert errors([[1, 1, 2], [3]], [(1, 2), (4,)]) == (2, 3)
 
 
-def test_class_head_means_what_each_frame_gives():
+def test_the_class_head_averages_over_frames():
     """The mean over time before the linear maps is the mean after them; padding has no part."""
     torch.manual_seed(0)
     head, states = ClassHead(6, 2, 3).double(), [torch.randn(2, 5, 6, dtype=torch.float64) for _ in range(2)]
@@ -312,7 +312,7 @@ def test_report_table_and_plot(tmp_path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_kept_of_a_guess_means_nothing():
+def test_kept_accuracy_is_undefined_at_chance():
     rows = [point("model", 0, 0, 40, 4000.0), point("compress", 0, 0, 30)]  # 20 %, as the commonest answer
     assert "means nothing: the commonest answer alone has 20.0 %" in markdown(summary(rows))
 

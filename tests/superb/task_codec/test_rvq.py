@@ -146,14 +146,14 @@ def test_fewer_codebooks_are_a_prefix():
             assert torch.equal(found.codes, codes)
 
 
-def test_quantizer_dropout_draws_what_it_says():
+def test_quantizer_dropout_draws_the_stated_distribution():
     kept = quantizer_dropout(20_000, 4, 0.5, seeded())
     shares = torch.bincount(kept, minlength=5) / len(kept)
     assert shares.tolist() == pytest.approx([0, 0.125, 0.125, 0.125, 0.625], abs=0.01)
     assert quantizer_dropout(50, 4, 0.0, seeded()).tolist() == [4] * 50
 
 
-def test_kmeans_finds_what_is_there():
+def test_kmeans_finds_separate_clusters():
     """Three directions, found whatever the lengths of their vectors; each entry is the mean of its own."""
     directions = torch.eye(3, dtype=torch.float64)
     lengths = torch.rand(90, 1, dtype=torch.float64, generator=seeded()) + 0.5
@@ -209,7 +209,7 @@ def test_refuses_sizes():
         RvqConfig(codebook_size=1)
 
 
-def test_start_looks_at_what_is_wanted():
+def test_initialization_uses_the_wanted_directions():
     """Of three directions, the smallest is lost in a lookup of two, unless it is the wanted one."""
     x = torch.randn(400, 3, dtype=torch.float64, generator=seeded()) * torch.tensor([3.0, 2.0, 0.1])
     wanted = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)

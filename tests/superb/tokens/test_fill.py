@@ -227,7 +227,9 @@ def test_workers_give_the_same_set(many: list[Wave], codec_file: Path, tmp_path:
     assert sets[0].fingerprint == sets[1].fingerprint
 
 
-def test_a_full_disk_is_told(waves: list[Wave], codec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_of_one_line(
+    waves: list[Wave], codec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import errno
 
     def full(*arguments: Any) -> None:
@@ -238,7 +240,7 @@ def test_a_full_disk_is_told(waves: list[Wave], codec: Any, tmp_path: Path, monk
         fill(job(tmp_path / "cache", waves, codec))
 
 
-def test_waves_are_what_s3prl_loads(corpus: Path) -> None:
+def test_waves_match_those_of_s3prl(corpus: Path) -> None:
     """Keyword spotting: sample by sample what the problem's own dataset hands to the upstream."""
     from codecssl.superb.corpora.corpus import open_corpus
     from codecssl.superb.patches import import_patches
@@ -317,7 +319,7 @@ def test_speaker_verification_drops_silence_in_training_only(corpus: Path) -> No
     assert (test.effects, test.longest) == ((), None)
 
 
-def test_the_command_fills_and_says_so(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_fills_and_reports(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from codecssl.superb.cli import main
 
     arguments = ["cache", "--upstream", "tiny_16khz", "--tasks", "ks,ic", "--data", str(corpus), "--output"]

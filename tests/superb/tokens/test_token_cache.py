@@ -44,7 +44,7 @@ def test_a_full_memory_still_answers(codec: Any, waves: list[torch.Tensor]) -> N
     assert len(waves) < cache.encoded < 2 * len(waves)
 
 
-def test_what_is_on_disk_never_reaches_the_codec(codec: Any, waves: list[torch.Tensor], tmp_path: Path) -> None:
+def test_waves_on_disk_never_reach_the_codec(codec: Any, waves: list[torch.Tensor], tmp_path: Path) -> None:
     """A wave cut by one sample is another wave."""
     _write(tmp_path, codec, waves[:3])
     asked: list[int] = []

@@ -218,7 +218,7 @@ def test_s3prl_takes_it(model_folder: Path, loads_codec: Any) -> None:
     assert mixed.shape == (3, 50, 32)
 
 
-def test_s3prls_hub_says_what_is_missing(model_folder: Path) -> None:
+def test_s3prls_hub_names_the_missing_option(model_folder: Path) -> None:
     from codecssl.superb import hubconf
 
     with pytest.raises(UserError, match="give -k MODEL"):

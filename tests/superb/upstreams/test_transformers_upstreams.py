@@ -88,7 +88,7 @@ def test_equals_s3prls_own_upstream(
         assert all(torch.equal(a, b) for a, b in zip(mine[1], other[1], strict=True))
 
 
-def test_hidden_states_are_what_the_docstring_says(folders: dict[str, Path], waves: list[torch.Tensor]) -> None:
+def test_hidden_states_match_the_docstring(folders: dict[str, Path], waves: list[torch.Tensor]) -> None:
     """Post-norm: 0 is normalised; pre-norm: 0 is not and the last one is. Each state leads to the next by its layer."""
     from transformers import AutoModel
 
@@ -133,7 +133,7 @@ def test_without_a_preprocessor_waves_are_normalised(folders: dict[str, Path], t
     torch.testing.assert_close(loud, quiet, rtol=1e-3, atol=1e-3)
 
 
-def test_what_is_no_such_checkpoint_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_other_checkpoints_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"a checkpoint of transformers; give hf:{folders['hubert']}"):
         parse(str(folders["hubert"]))
     with pytest.raises(UserError, match="upstream hf:/nowhere/at/all: cannot be loaded"):

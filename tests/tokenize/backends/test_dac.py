@@ -128,7 +128,7 @@ def test_any_cut_of_the_stream_and_any_batch_give_the_same_codes():
             assert torch.equal(through_stream(codec, audio, most), codes)
 
 
-def test_what_a_stream_keeps_does_not_grow():
+def test_the_state_of_a_stream_does_not_grow():
     codec = as_codec(random_model(), pace=dac.Pace(chunk=4, piece=2))
     stream, sizes = codec.stream(), []
     for i in range(30):
@@ -234,7 +234,7 @@ def test_missing_weights_say_how_to_get_them(source, tmp_path):
         load_codec(source.format(tmp_path))
 
 
-def test_stream_is_the_same_whatever_came_before():
+def test_a_stream_does_not_depend_on_earlier_ones():
     """A finished stream starts afresh, and no state leaks between two streams that run side by side."""
     codec = as_codec(random_model(), pace=dac.Pace(chunk=3, piece=2))
     first, second = wave(5_000, 1), wave(5_000, 2)

@@ -140,7 +140,7 @@ def codec16():
 
 
 @pytest.mark.parametrize("width", [2, 3, 7, 13, 32])
-def test_latents_do_not_depend_on_the_lanes_beside(codec24, width):
+def test_latents_do_not_depend_on_other_lanes(codec24, width):
     encoder = codec24.encoder
     waves = [wave(0.6, 24_000, seed) for seed in range(width)]
     with torch.inference_mode():
@@ -301,7 +301,7 @@ def test_the_packages_own_file_loads(tmp_path):
         ("dac_16khz@{folder}", "no weights at .*codec_of_a_friend \\(.+\\); get them by"),
     ],
 )
-def test_what_cannot_be_loaded_says_what_to_do(spec, says, tmp_path):
+def test_loading_errors_name_the_remedy(spec, says, tmp_path):
     letter, folder = tmp_path / "letter.th", tmp_path / "codec_of_a_friend"
     letter.write_text("Dear friend, here is my codec.")
     folder.mkdir()

@@ -134,7 +134,7 @@ def test_any_cut_and_any_batch_give_the_same_codes(pooled, monkeypatch):
             assert torch.equal(scales, alone.scales)
 
 
-def test_pooled_segments_have_one_shape_whatever_their_number(monkeypatch):
+def test_pooled_segments_have_one_shape_for_any_number(monkeypatch):
     """Else rounding would depend on it."""
     monkeypatch.setattr(encodec_48khz, "CUDA_GROUP", 3)
     codec, shapes = as_codec(small_model(), pooled=True), []
@@ -173,14 +173,14 @@ def test_decode_gives_the_whole_segment_where_the_package_fails():
     torch.testing.assert_close(ours[:, :STRIDE], model._decode_frame(frames[0])[0, :, :STRIDE])
 
 
-def test_the_number_of_frames_tells_the_segments():
+def test_the_number_of_frames_determines_the_segments():
     codec = as_codec(small_model())
     for samples in [*range(1, 2 * SEGMENT, 53), *range(STRIDE - 5, SEGMENT + 5), *range(2 * STRIDE - 5, 2 * SEGMENT)]:
         lengths = [-(-min(SEGMENT, samples - at) // HOP) for at in range(0, samples, STRIDE)]
         assert codec._segment_frames_of(sum(lengths)) == lengths
 
 
-def test_what_cannot_be_decoded_is_refused():
+def test_invalid_codes_are_refused():
     codec, codes = as_codec(small_model()), torch.zeros(8, 151, dtype=torch.int64)
     with pytest.raises(UserError, match="3 scales for 151 frames, which are 2 segments"):
         codec.decode(codes, torch.ones(3))

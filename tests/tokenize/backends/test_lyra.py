@@ -14,7 +14,7 @@ SHARED = Path(__file__).parents[3] / "shared"
 WEIGHTS = SHARED / "weights" / "lyra_v2"
 
 
-def test_without_weights_the_error_says_how_to_get_them():
+def test_without_weights_the_error_names_their_source():
     with pytest.raises(UserError, match="lyra_v2: weights are not shipped; give the folder"):
         load_codec("lyra_v2")
 

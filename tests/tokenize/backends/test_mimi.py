@@ -152,7 +152,7 @@ def test_a_codes_past_is_all_that_it_depends_on(model):
     assert torch.equal(codec.encode([audio])[0].codes[:, :70], codec.encode([audio[: 70 * HOP]])[0].codes)
 
 
-def test_what_a_stream_carries_does_not_grow(model):
+def test_the_carried_state_of_a_stream_does_not_grow(model):
     def carried(past):
         return sum(t.numel() for value in past.values() for t in (value if isinstance(value, tuple) else [value]))
 
@@ -230,7 +230,7 @@ def test_weights_in_the_hubs_format_load(model, tmp_path):
         ({"use_causal_conv": False}, 4, "mimi is causal, mono, at 24000 Hz"),
     ],
 )
-def test_what_does_not_fit_is_refused(tmp_path, changes, count, says):
+def test_mismatched_weights_are_refused(tmp_path, changes, count, says):
     small_model().save_pretrained(tmp_path)
     config = transformers.MimiConfig.from_pretrained(tmp_path)
     config.update(changes)

@@ -282,7 +282,7 @@ def test_there_are_no_tables_that_sum_to_the_latent(folders):
 
 
 @pytest.mark.parametrize("width", GRIDS)
-def test_the_codebook_says_which_network_it_is(folders, width, capsys):
+def test_the_codebook_determines_the_network(folders, width, capsys):
     codec, grid = load(folders[width]), GRIDS[width]
     card = codec.card
     assert codec.package.token_rate == grid.token_rate
@@ -296,7 +296,7 @@ def test_the_codebook_says_which_network_it_is(folders, width, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_sha256_is_over_what_determines_codes(folders, tmp_path):
+def test_the_sha256_covers_the_files_that_determine_codes(folders, tmp_path):
     before = load(folders[768]).card.weights_sha256
     save(tmp_path / "same")
     (tmp_path / "same" / "semanticodec_tokenrate_100" / "decoder.ckpt").unlink()

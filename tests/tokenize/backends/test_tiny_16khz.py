@@ -15,7 +15,7 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.registry import load_codec, load_codec_for
 
 
-def test_the_shipped_codec_is_what_its_name_says():
+def test_the_shipped_codec_matches_its_name():
     card = load_codec("tiny_16khz").card
     assert (card.sample_rate, card.hop_length, card.frame_rate) == (16_000, 320, 50)
     assert card.codebook_sizes == (1024,) * 8
@@ -37,7 +37,7 @@ def test_a_card_refuses_other_weights(codec_file):
         load_codec_for(card, weights=str(codec_file))
 
 
-def test_folded_weights_compute_what_the_trained_network_does(tmp_path):
+def test_folded_weights_match_the_trained_network(tmp_path):
     torch.manual_seed(0)
     model = tiny_16khz.build_network(weight_norm=True)
     for parameter in model.parameters():  # values that float16 holds, so that only the folding can differ

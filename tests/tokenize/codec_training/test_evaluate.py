@@ -5,7 +5,7 @@ import numpy as np
 from codecssl.tokenize.codec_training.evaluate import align, mel_distance, si_sdr
 
 
-def test_si_sdr_is_the_ratio_of_signal_to_orthogonal_noise_whatever_the_gain():
+def test_si_sdr_is_the_ratio_of_signal_to_orthogonal_noise_at_any_gain():
     rng = np.random.default_rng(0)
     x, n = rng.standard_normal(16_000), rng.standard_normal(16_000)
     n -= x * (x @ n) / (x @ x)

@@ -27,7 +27,7 @@ def test_a_file_is_not_there_until_it_is_whole(tmp_path):
     assert temporaries(tmp_path) == []
 
 
-def test_what_fails_leaves_the_old_file(tmp_path):
+def test_a_failed_write_leaves_the_old_file(tmp_path):
     write_atomic(tmp_path / "x", b"old")
     with pytest.raises(TypeError), atomic_file(tmp_path / "x") as file:
         file.writelines([b"new", None])

@@ -37,7 +37,7 @@ def test_a_crash_has_its_own_exit_code_and_its_traceback(capsys):
         guarded(lambda: sys.exit(2))
 
 
-def test_what_a_process_does_is_noted_while_it_runs_and_at_its_end(tmp_path: Path, monkeypatch):
+def test_the_state_of_a_process_is_recorded_until_its_end(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(process, "BEAT_SECONDS", 0.05)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")

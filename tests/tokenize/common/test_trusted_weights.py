@@ -43,7 +43,7 @@ def test_no_address_of_a_card_is_asked(monkeypatch):
         load_codec_for(card_of("http://127.0.0.1:9/weights.th"))
 
 
-def test_the_hub_is_not_asked_for_what_only_a_card_names(monkeypatch):
+def test_weights_named_only_by_a_card_are_not_downloaded(monkeypatch):
     asked = []
     monkeypatch.setattr("huggingface_hub.model_info", lambda repository, timeout: asked.append(repository))
     card = dataclasses.replace(card_of("someone/evil"), name="mimi")
@@ -68,7 +68,7 @@ def test_a_path_that_the_user_gave_once_is_known_until_it_changes(codec_file, tm
     assert load_codec_for(card).card == card
 
 
-def test_weights_that_the_user_gives_beside_the_card_are_taken_and_remembered(codec_file):
+def test_weights_given_by_the_user_are_used_and_remembered(codec_file):
     card = load_codec("tiny_16khz").card
     theirs = dataclasses.replace(load_codec(str(codec_file)).card, weights="/nowhere/moved.safetensors")
     assert load_codec_for(theirs, weights=str(codec_file)).card.weights_sha256 == theirs.weights_sha256
@@ -96,7 +96,7 @@ def test_a_download_is_the_users_own_and_has_a_limit(codec_file, monkeypatch, ca
 
 
 @pytest.mark.parametrize("weights", ["file:///etc/passwd", "http://127.0.0.1:9/x", "/etc/passwd"])
-def test_no_command_reads_what_a_dataset_names(weights, tmp_path, capsys, cache):
+def test_no_command_reads_files_named_by_a_dataset(weights, tmp_path, capsys, cache):
     import numpy as np
 
     from codecssl.tokenize.write_codes import write_shards

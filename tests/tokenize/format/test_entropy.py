@@ -72,7 +72,7 @@ CODECS = {
 
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("frames", [1, 2, 70])
-def test_streams_are_what_the_description_says(name, frames):
+def test_streams_match_their_description(name, frames):
     sizes, rates, sources = CODECS[name]
     rng = np.random.default_rng(frames)
     coder = Coder([random_book(rng, size, s) for size, s in zip(sizes, sources)], rates)

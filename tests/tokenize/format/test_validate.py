@@ -243,6 +243,6 @@ def test_commands_end_with_one_line(copied, command, capsys):
     assert "Traceback" not in said
 
 
-def test_what_is_whole_is_read(whole):
+def test_intact_files_are_read(whole):
     assert json.dumps(Shards(whole).utterance(4).labels) == '{"text": "a"}'
     assert [u.id for u in Shards(whole).utterances()] == list(Shards(whole).ids())

@@ -97,7 +97,7 @@ def test_a_damaged_shard_is_encoded_again_and_no_other(any_dataset, kind):
 
 @pytest.mark.parametrize("name", ["index.npy", "blocks.npy", "failed.jsonl", "dataset.json", "plan.json"])
 @pytest.mark.parametrize("kind", ["flipped", "cut", "gone"])
-def test_files_beside_the_shards_are_written_again_without_encoding(dataset, hashcodec, monkeypatch, name, kind):
+def test_index_files_are_written_again_without_encoding(dataset, hashcodec, monkeypatch, name, kind):
     before, path = contents(dataset), dataset / name
     encoded = []
     real = hashcodec.codes_of
@@ -134,7 +134,7 @@ def test_all_at_once(dataset):
     assert contents(dataset) == before
 
 
-def test_what_cannot_be_repaired_is_left_as_it_is(dataset, audio, hashcodec, monkeypatch):
+def test_an_impossible_repair_changes_nothing(dataset, audio, hashcodec, monkeypatch):
     flip(dataset / "shards/00001.tar")
     before = contents(dataset)
 
@@ -159,7 +159,7 @@ def test_what_cannot_be_repaired_is_left_as_it_is(dataset, audio, hashcodec, mon
     assert repair(dataset, workers=0) == ["shard 00001: encoded again, byte for byte as it was"]
 
 
-def test_a_file_of_a_manifest_that_is_gone_is_told_before_anything_is_moved(audio, tmp_path):
+def test_a_missing_source_is_reported_before_anything_is_moved(audio, tmp_path):
     manifest = tmp_path / "list.jsonl"
     manifest.write_text("".join(json.dumps({"path": f"audio/{i}.wav"}) + "\n" for i in range(10)))
     run(config(manifest, tmp_path / "out"))
@@ -194,7 +194,7 @@ def test_sources_named_from_a_folder_are_looked_for_from_there(audio, tmp_path, 
     assert contents(tmp_path / "out") == whole
 
 
-def test_a_source_that_changed_and_a_codec_that_rounds_otherwise_are_told(dataset, audio, hashcodec, monkeypatch):
+def test_changed_sources_and_other_rounding_are_reported(dataset, audio, hashcodec, monkeypatch):
     damaged = dataset / "damaged/00001.tar"
     flip(dataset / "shards/00001.tar", 0.9)
     content = (dataset / "shards/00001.tar").read_bytes()
@@ -213,7 +213,7 @@ def test_a_source_that_changed_and_a_codec_that_rounds_otherwise_are_told(datase
     assert "shard 00002: encoded again, but it is not what it was: it was made with hash 1, now 2" in line
 
 
-def test_a_repair_interrupted_anywhere_goes_on(audio, tmp_path, monkeypatch):
+def test_an_interrupted_repair_resumes_anywhere(audio, tmp_path, monkeypatch):
     run(config(audio, tmp_path / "whole"))
     before, operations = contents(tmp_path / "whole"), 0
     for suffix in (".tar", ".json"):
@@ -266,7 +266,7 @@ def test_an_unfinished_run_is_checked_and_completed(audio, tmp_path, monkeypatch
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_damaged_list_from_standard_input_is_told_and_not_guessed(audio, tmp_path):
+def test_a_damaged_list_from_standard_input_is_an_error(audio, tmp_path):
     rows = "".join(json.dumps({"path": f"{audio}/{i}.wav"}) + "\n" for i in range(10))
     (tmp_path / "out").mkdir()
     (tmp_path / "out/stdin.jsonl").write_text(rows)

@@ -169,7 +169,7 @@ def test_missing_cut_and_longer_files_are_found(dataset, name):
     assert verify(dataset) == []
 
 
-def test_a_cut_tar_says_how_much_is_lost(dataset):
+def test_damage_of_a_cut_tar_names_the_lost_blocks(dataset):
     tar = dataset / "shards/00002.tar"
     content = tar.read_bytes()
     cut = blocks_of(dataset, 2)[1]["codes_offset"]
@@ -200,7 +200,7 @@ def test_exchanged_shards_and_values_that_disagree(dataset):
         assert {d.file for d in examine(dataset).damages} == {"shards/00002.json"}, key
 
 
-def test_several_damages_are_all_told(dataset):
+def test_several_damages_are_all_reported(dataset):
     flip(dataset / "shards/00000.tar", 8 * (blocks_of(dataset, 0)[0]["codes_offset"] + 5))
     flip(dataset / "shards/00002.tar", 8 * (blocks_of(dataset, 2)[1]["codes_offset"] + 5))
     flip(dataset / "index.npy", 8 * 140)
@@ -264,7 +264,7 @@ def test_a_sample_is_encoded_again(encoded):
     assert examine(encoded).notes == []
 
 
-def test_other_sources_and_missing_ones_are_told(encoded, audio_folder, codec_file):
+def test_changed_and_missing_sources_are_reported(encoded, audio_folder, codec_file):
     soundfile.write(audio_folder / "u3.wav", np.zeros(16_000), 16_000)
     (audio_folder / "u4.wav").write_bytes(b"")
     found = examine(encoded, sample=99)

@@ -65,7 +65,7 @@ def test_a_segment_outside_the_file_is_refused(tmp_path, start, stop, says):
         list(AudioReader(path, 16_000, start, stop).blocks())
 
 
-def test_what_is_no_whole_audio_is_refused_with_a_reason(tmp_path):
+def test_incomplete_audio_is_refused_with_a_reason(tmp_path):
     path = tmp_path / "x.flac"
     soundfile.write(path, noise(2, 16_000), 16_000)
     whole = path.read_bytes()
@@ -176,7 +176,7 @@ def encoded(kind, seconds=2, **options):
 
 
 @pytest.mark.parametrize("kind", ["WAV", "WAVEX", "AIFF", "AU", "W64", "RF64", "NIST", "FLAC", "MP3"])
-def test_a_file_that_ends_before_its_header_says_is_refused(kind):
+def test_a_file_shorter_than_its_header_states_is_refused(kind):
     """libsndfile reads the first half of most formats as if it were all."""
     whole = encoded(kind)
     assert len(read(BytesIO(whole))[0]) == 32_000
@@ -223,7 +223,7 @@ def test_a_flac_of_unknown_length_is_read_to_its_end():
 
 
 @pytest.mark.parametrize("junk", [b"\0" * 100, b"icy metadata" * 9])
-def test_an_mp3_that_begins_with_junk_is_read_whatever_its_name(tmp_path, junk):
+def test_an_mp3_that_begins_with_junk_is_read_under_any_name(tmp_path, junk):
     path = tmp_path / "radio.mp3"
     path.write_bytes(junk + encoded("MP3"))
     expected = read(path)
@@ -249,7 +249,7 @@ def test_a_segment_of_a_format_that_cannot_seek(monkeypatch):
     assert np.array_equal(part, read(BytesIO(content))[0][8000:20_000])
 
 
-def test_a_file_without_a_header_is_told(tmp_path):
+def test_a_file_without_a_header_is_reported(tmp_path):
     (tmp_path / "x.raw").write_bytes(bytes(1000))
     assert read(tmp_path / "x.raw") == "cannot decode: .raw files have no header to tell their rate; make it a .wav"
 

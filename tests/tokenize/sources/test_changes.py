@@ -102,7 +102,7 @@ def test_the_same_content_with_another_date_is_no_change(config, audio, tmp_path
     assert contents(tmp_path / "out") == before
 
 
-def test_what_nobody_touched_is_not_read_again(config, audio, monkeypatch):
+def test_unchanged_files_are_not_read_again(config, audio, monkeypatch):
     monkeypatch.setattr(unchanged, "SKEW_SECONDS", 0.0)
     run(config())
     (audio / "4.wav").touch()
@@ -130,7 +130,7 @@ def test_a_changed_member_of_a_tar_is_refused(config, audio, tmp_path):
         run(wanted)
 
 
-def test_a_repair_needs_no_source_of_what_is_whole(config, audio, tmp_path):
+def test_a_repair_needs_no_source_of_intact_shards(config, audio, tmp_path):
     run(config())
     soundfile.write(audio / "0.wav", noise(10), 16_000)
     (tmp_path / "out/shards/00001.tar").write_bytes(b"")

@@ -69,7 +69,7 @@ WHOLE = "vbr.mp3 low.mp3 cbr.mp3 a.opus a.ogg a.m4a a.webm a.mp2 a.wv a.flac mp3
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_whole_file_is_what_ffmpeg_decodes(media, name):
+def test_a_whole_file_matches_ffmpeg(media, name):
     expected, (found, _) = by_ffmpeg(media / name), ours(media / name)
     assert len(found) == len(expected) >= 6 * RATE
     assert np.abs(found - expected).max() < (0.02 if "opus" in name or "webm" in name else 2e-4)

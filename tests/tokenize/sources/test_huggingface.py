@@ -112,7 +112,7 @@ def test_labels_are_names_numbers_and_short_lists(parquets, kind):
     assert inputs(f"{kind}:{parquets}:train?labels=")[2].labels == {}
 
 
-def test_a_stream_gives_what_the_files_give_and_carries_its_audio(parquets):
+def test_a_stream_matches_the_files_and_carries_its_audio(parquets):
     listed, streamed = inputs(f"hf:{parquets}:train"), inputs(f"hf-stream:{parquets}:train")
     for field in ("id", "path", "labels", "size"):
         assert [getattr(a, field) for a in listed] == [getattr(b, field) for b in streamed]
@@ -277,14 +277,14 @@ def test_the_digest_follows_the_row_and_the_audio(tmp_path):
         ("hf:{}:train?labels=text,x", "labels 'x': the columns are"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line(parquets, spec, says):
+def test_mistakes_are_errors_of_one_line(parquets, spec, says):
     with pytest.raises(UserError, match=r"source 'hf:.*") as caught:
         inputs(spec.format(parquets))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_which_column_is_audio_may_have_to_be_said(tmp_path):
+def test_an_ambiguous_audio_column_must_be_named(tmp_path):
     two = dataset(2).rename_column("audio", "mix")
     two.add_column("clean", two.with_format("arrow")[:]["mix"].to_pylist()).cast_column("clean", Audio()).save_to_disk(
         str(tmp_path / "two")
@@ -297,7 +297,7 @@ def test_which_column_is_audio_may_have_to_be_said(tmp_path):
         inputs(f"hf:{tmp_path / 'none'}:train")
 
 
-def test_a_stream_that_breaks_off_says_where_and_what_to_do(parquets):
+def test_the_error_of_an_interrupted_stream_names_place_and_remedy(parquets):
     second = parquets / "train-00001.parquet"
     second.write_bytes(second.read_bytes()[:-3000])
     stream = read_sources([f"hf-stream:{parquets}:train"])

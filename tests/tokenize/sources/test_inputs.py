@@ -41,7 +41,7 @@ def test_a_part_of_a_file_behaves_as_a_file_of_its_own(tmp_path, monkeypatch, he
     assert ours.closed
 
 
-def test_what_cannot_be_opened_says_why(tmp_path):
+def test_inputs_that_cannot_be_opened_have_a_reason(tmp_path):
     (tmp_path / "x").write_bytes(b"12345")
     for changes, says in (
         ({"file": str(tmp_path / "gone")}, "cannot read: No such file"),
@@ -55,7 +55,7 @@ def test_what_cannot_be_opened_says_why(tmp_path):
             item(**changes).open()
 
 
-def test_the_digest_changes_with_what_is_encoded_and_not_with_where_it_lies():
+def test_the_digest_depends_on_content_and_not_on_location():
     base = item()
     assert base.digest() == item(file="/elsewhere/a.wav").digest() == pickle.loads(pickle.dumps(base)).digest()
     # as written into the shards of version 0.1.0: finished datasets stay finished

@@ -87,7 +87,7 @@ def test_ids_that_are_numbers_and_labels_of_all_kinds(tmp_path):
         ("x.csv", "path\n", "no rows in it"),
     ],
 )
-def test_a_bad_table_is_told_with_its_line(tmp_path, name, text, says):
+def test_an_invalid_table_is_an_error_with_its_line(tmp_path, name, text, says):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=says) as caught:
         rows(tmp_path / name)
@@ -95,7 +95,7 @@ def test_a_bad_table_is_told_with_its_line(tmp_path, name, text, says):
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
-def test_a_table_in_another_encoding_is_told(tmp_path, name):
+def test_a_table_in_another_encoding_is_an_error(tmp_path, name):
     (tmp_path / name).write_bytes('path,text\n{"path": "ä.wav"}\n'.encode("latin-1"))
     with pytest.raises(UserError, match=rf"{name}: not UTF-8 .* at byte"):
         rows(tmp_path / name)
@@ -174,7 +174,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
         (None, "list.jsonl: no such file"),
     ],
 )
-def test_rows_that_are_none_are_named(tmp_path, text, message):
+def test_invalid_rows_are_named(tmp_path, text, message):
     path = tmp_path / "list.jsonl"
     if text is not None:
         path.write_text(text)

@@ -44,7 +44,7 @@ def test_every_file_is_in_a_shard_or_in_failed_and_none_in_both(dataset, failed)
 
 
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="no ffmpeg")
-def test_what_was_written_is_all_that_ffmpeg_decodes(dataset):
+def test_the_written_samples_are_all_that_ffmpeg_decodes(dataset):
     compared = 0
     for utterance in list(Shards(dataset).utterances())[::3]:
         if utterance.path.startswith(ODD_FLACS):  # Debian's ffmpeg reads less of these than libFLAC does

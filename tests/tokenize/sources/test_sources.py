@@ -81,7 +81,7 @@ def test_tables_with_labels_and_segments(tree):
 
 
 @pytest.mark.parametrize("name", ["gone", "c", "*.ogg"])
-def test_a_source_without_audio_says_so(tree, name):
+def test_a_source_without_audio_is_an_error(tree, name):
     with pytest.raises(UserError, match="no audio found|no such file or folder"):
         ids(tree / name)
 
@@ -114,7 +114,7 @@ def test_names_that_are_not_utf8_stay_apart(tree):
         (["read.me"], r"files must end in .*\.caf"),
     ],
 )
-def test_a_folder_without_audio_tells_what_it_holds(tmp_path, files, says):
+def test_the_error_of_a_folder_without_audio_names_its_contents(tmp_path, files, says):
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -136,7 +136,7 @@ def test_a_folder_that_cannot_be_listed_is_one_line(tree, monkeypatch):
     assert ids(tree) == ["a.flac", "a.wav", "b", "b.wav", "Ä.mp3"], "the others are not lost with it"
 
 
-def test_what_a_folder_leaves_out_is_counted_and_other_audio_is_taken(tree):
+def test_files_left_out_of_a_folder_are_counted(tree):
     for name in ("x.m4a", "x.webm", "x.mp2", "x.wv1", "x.wave", "._a.wav", "clip.mp4", "clip.MOV"):
         (tree / name).touch()
     sources.left_out.clear()

@@ -53,7 +53,7 @@ def found(source, skip=0):
     return list(read_sources([str(source)], skip))
 
 
-def test_ids_audio_and_labels_are_what_webdataset_reads(tars):
+def test_ids_audio_and_labels_match_webdataset(tars):
     ours = found(f"wds:{tars}/train-{{000..001}}.tar")
     assert [item.id for item in ours] == [
         *(f"train-000.tar/part/u{i}" for i in range(3)),
@@ -244,7 +244,7 @@ def test_patterns(tars):
         ("{}/train-000.tar?adio=wav", "unknown option 'adio'; there are audio"),
     ],
 )
-def test_what_is_wrong_is_told(tars, pattern, says):
+def test_mistakes_are_errors(tars, pattern, says):
     with pytest.raises(UserError, match=says):
         found("wds:" + pattern.format(tars))
 
