@@ -15,7 +15,7 @@ os.environ["XDG_CACHE_HOME"] = _CACHE.name  # tests remember no weights in the u
 
 @pytest.fixture(scope="session")
 def write_learnable() -> Callable[[Path, int], None]:
-    """Writes shards of so many utterances whose codes stay for some frames and depend on one another."""
+    """Write shards of `count` utterances whose codes last several frames and depend on each other."""
     from codecssl.tokenize.codec import CodecCard
     from codecssl.tokenize.write_codes import write_shards
 

@@ -1,4 +1,4 @@
-"""The shape of the project: what would break imports, a wheel, or the README if it slipped in."""
+"""The structure of the project: imports, layers, wheel, declared packages."""
 
 import ast
 import importlib.util
@@ -26,7 +26,7 @@ STAGES = ("tokenize", "pretrain", "superb", "configs", "slurm")
 
 @pytest.mark.parametrize("folder", [*STAGES, "tests"])
 def test_no_stage_shadows_the_standard_library(folder):
-    """A top-level `tokenize` package, or a `queue.py` on sys.path, breaks `import torch` for whoever runs there."""
+    """A top-level `tokenize` package, or a `queue.py` on sys.path, breaks `import torch` in that folder."""
     assert not list((ROOT / folder).rglob("__init__.py"))
     if folder in STAGES:
         sources = list((ROOT / folder).rglob("*.py"))
@@ -35,7 +35,7 @@ def test_no_stage_shadows_the_standard_library(folder):
 
 
 def test_folders_and_files_are_small():
-    """15 source files in a folder, 400 lines in a file: then the tree and a file can be taken in at once."""
+    """At most 15 source files in a folder and 400 lines in a file."""
     for stage in STAGES:
         for folder in {path.parent for path in (ROOT / stage).rglob("*.py")}:
             files = sorted(folder.glob("*.py"))
@@ -59,7 +59,7 @@ def test_imports_follow_the_layers_and_have_no_cycle(tmp_path):
 
 
 UNDECLARED = {"semanticodec"}
-"""Imported where the user installed it; in no registry."""
+"""Imported if the user installed it from its repository."""
 OPTIONAL = {
     "ai_edge_litert": "ai-edge-litert",
     "flashlight": "flashlight-text",
@@ -67,11 +67,11 @@ OPTIONAL = {
     "mteb": "mteb",
     "snac": "snac",
 }
-"""Of the extras, which may not be installed here."""
+"""Packages of the extras, which may be missing here."""
 
 
 def test_every_imported_package_is_declared():
-    """What another package brings along today may be gone with its next release."""
+    """A package installed only as a dependency of another may disappear with the next release of the latter."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
     declared = {_normalized(re.match(r"[\w.-]+", line)[0]) for line in lines}
@@ -138,14 +138,14 @@ def wheel(tmp_path_factory):
 
 
 def test_every_folder_with_sources_is_a_listed_package():
-    """Else a wheel lacks the folder; and a listed folder that is gone breaks the build."""
+    """A wheel lacks folders that are not listed. A listed folder that does not exist breaks the build."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {path.parent.relative_to(ROOT) for stage in STAGES for path in (ROOT / stage).rglob("*.py")}
     assert set(settings["packages"]) == {"codecssl." + ".".join(folder.parts) for folder in folders}
 
 
 def test_a_regular_install_holds_every_tracked_file_of_the_stages(wheel):
-    """What is missing from the wheel is only noticed by users: an editable install reads the checkout."""
+    """An editable install reads the checkout and does not show files that the wheel lacks."""
     inside = set(zipfile.ZipFile(wheel).namelist())
     tracked = subprocess.run(["git", "ls-files", *STAGES], cwd=ROOT, capture_output=True, text=True, check=True)
     missing = [name for name in tracked.stdout.split() if f"codecssl/{name}" not in inside]

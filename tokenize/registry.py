@@ -172,7 +172,7 @@ def identify(path: Path) -> str:
         if path.is_file() and entry.file and path.match(entry.file):
             return name
     if config.exists():
-        raise UserError(f"{path}: model_type {kind!r} at {rate} Hz is no codec of ours; have {', '.join(known)}")
+        raise UserError(f"{path}: model_type {kind!r} at {rate} Hz is not a known codec; known are {', '.join(known)}")
     raise UserError(f"{path}: no codec recognised; say which with NAME@{path}, NAME one of {', '.join(known)}")
 
 

@@ -1,4 +1,4 @@
-"""Whole runs: they learn, repeat bit for bit, resume bit for bit, and refuse what would be wrong."""
+"""Whole runs: they learn, repeat and resume bit for bit, and refuse contradictory settings."""
 
 import json
 import re

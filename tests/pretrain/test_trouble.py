@@ -1,4 +1,7 @@
-"""What files, disks and signals do to a run: it waits, saves, names the cause, and exits with the right code."""
+"""Damaged files, full disks and signals during a run.
+
+The run waits or saves, names the cause, and exits with the right code.
+"""
 
 import json
 import os
@@ -156,7 +159,7 @@ def test_the_output_disk_may_be_away_for_a_moment(
 def test_a_moved_disk_and_other_spellings_resume(
     shards: Path, small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Folders are told apart by their fingerprints and weights by their sha256, not by the spelling of their paths."""
+    """Folders are identified by fingerprints and weights by sha256, not by the spelling of paths."""
     monkeypatch.chdir(tmp_path)
     small = small_config(shards, optim={"steps": 1})
     run(small, tmp_path / "first")

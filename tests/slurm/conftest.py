@@ -98,7 +98,7 @@ class Cluster:
         self._kill_all()  # slurmstepd of what had not ended
 
     def fail_node(self, node: str) -> None:
-        """As a power cut: its daemon and all that runs there are gone, and Slurm is told."""
+        """Simulate a power cut: kill the node's daemon and its processes, and report the node as down."""
         self._kill(self.root / "run" / f"{node}.pid", signal.SIGKILL)
         self._kill_all(f"SLURMD_NODENAME={node}")
         self.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
@@ -112,16 +112,16 @@ class Cluster:
         return len(found)
 
     def warn(self, *marks: str) -> int:
-        """What --signal=B:USR2@... does some time before the limit: the signal goes to the batch script alone."""
+        """Send the signal of --signal=B:USR2@... to the batch script alone, as Slurm does before the limit."""
         return self.kill(signal.SIGUSR2, *marks, program="bash")
 
     def mend_node(self, node: str) -> None:
-        """It comes back by itself, as ReturnToService says, when its daemon is there."""
+        """Start the node's daemon. ReturnToService makes the node available again."""
         self.start_node(node)
         self.until(lambda: self.call("sinfo", "-h", "-n", node, "-t", "idle,alloc,mix") != "", 60, f"{node} to be back")
 
     def call(self, *command: str, cwd: Path | None = None, **environment: str) -> str:
-        """What the command says; its failure fails the test with what it said."""
+        """Return the output of a command. If it fails, the test fails with that output."""
         done = subprocess.run(
             command, env=self.environment | environment, cwd=cwd, capture_output=True, text=True, timeout=120
         )
@@ -161,7 +161,7 @@ class Cluster:
             time.sleep(every)
 
     def logs(self) -> str:
-        """The ends of what jobs and daemons said."""
+        """Ends of the logs of jobs and daemons."""
         files = [*sorted(self.root.glob("work*/**/*.out")), self.root / "log" / "slurmctld.log"]
         return "\n".join(f"--- {file}\n" + "\n".join(file.read_text(errors="replace").splitlines()[-15:])
                          for file in files if file.exists())  # fmt: skip

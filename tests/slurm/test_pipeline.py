@@ -86,6 +86,6 @@ def test_audio_to_report_by_dependent_jobs_and_a_second_call_submits_nothing(clu
 
 
 def pipeline(cluster, folder: Path) -> str:
-    """What it says."""
+    """Output of the pipeline."""
     script = Path(__file__).resolve().parents[2] / "slurm/pipeline.sh"
     return cluster.call("bash", "-c", f"bash {script} settings.sh 2>&1", cwd=folder)

@@ -28,7 +28,7 @@ SIZES = (1024,) * 8
 
 
 def large(folder: Path, utterances: int) -> Path:
-    """A dataset of so many utterances (rounded up to whole blocks), one block a shard, all links to one file."""
+    """A dataset of `count` utterances (rounded up to whole blocks), one block per shard, all links to one file."""
     card = CodecCard(
         name="synthetic", weights="none", weights_sha256="0" * 64, sample_rate=16_000, hop_length=320,
         codebook_sizes=SIZES, codes_per_frame=(1,) * len(SIZES), latent_dim=12,
@@ -118,7 +118,7 @@ def test_1024_ranks_take_every_piece_of_an_epoch_exactly_once():
 
 
 def test_each_rank_reads_its_own_share(tmp_path):
-    """What the loaders of some of 1,024 ranks read is what `cut` gave them, in their places."""
+    """Loaders of some of 1,024 ranks read exactly the pieces that `cut` assigned to them."""
     shards = large(tmp_path, 40_000)
     ranks = [0, 1, 511, RANKS - 1]
     made = [open_data(config(shards, 6.0), Ranks(rank=r, world_size=RANKS, local_rank=0))[0] for r in ranks]

@@ -70,7 +70,7 @@ def test_pretrain_asks_for_a_process_per_gpu_on_each_node(tmp_path):
 
 
 def test_an_array_beyond_the_clusters_limit_folds_several_tasks_into_an_element(tmp_path):
-    """1,001 is Slurm's own MaxArraySize, taken where no cluster tells another."""
+    """1,001 is Slurm's default MaxArraySize, used if the cluster reports no other."""
     (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")  # the real one looks for a cluster for a minute
     (tmp_path / "scontrol").chmod(0o755)
     array, finish = dry("tokenize.sbatch", "audio", "-o", "shards", "--tasks", "2500", "--throttle", "50",

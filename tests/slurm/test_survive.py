@@ -1,4 +1,4 @@
-"""How a batch script meets signals, crashes and hangs. No Slurm is needed: a scontrol of ours takes the requeues."""
+"""Signals, crashes and hangs in a batch script. A substitute for scontrol records the requeues; no Slurm is needed."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ class SlurmJob:
         )
 
     def run(self, program: str) -> tuple[int, str]:
-        """(its exit code, what it said)."""
+        """Exit code and output of the script."""
         process = self.start(program)
         said, _ = process.communicate(timeout=60)
         return process.returncode, said
@@ -112,7 +112,7 @@ def test_a_new_checkpoint_counts_as_progress(job):
 
 
 def test_of_an_arrays_element_only_its_own_blocks_are_progress(tmp_path):
-    """Of 8 tasks in 4 elements, element 1 has tasks 1 and 5: shards 1, 5, 9, 13, ..."""
+    """With 8 tasks in 4 elements, element 1 has tasks 1 and 5: shards 1, 5, 9, 13, ..."""
     job = SlurmJob(tmp_path, "tokenize.sbatch", "--tasks", "8", "--elements", "4", "audio", "--output", "out")
     job.environment["SLURM_ARRAY_TASK_ID"] = "1"
     write = "mkdir -p out/shards out/work/{0}; touch out/work/{0}/{1}.json; exit 76"

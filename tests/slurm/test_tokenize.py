@@ -17,7 +17,7 @@ SIZES = ("--shard-inputs", str(SHARD), "--block-inputs", "2")
 
 @pytest.fixture(scope="module")
 def manifest(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first utterances of the sample corpus, and one file that is none."""
+    """The first utterances of the sample corpus, and one file that is not audio."""
     folder = tmp_path_factory.mktemp("some")
     (folder / "letter.wav").write_text("not a sound")
     rows = [json.loads(row) for row in (sample / "pretrain.jsonl").read_text().splitlines()[: SHARD * SHARDS - 1]]
@@ -59,7 +59,7 @@ def contents(dataset: Path) -> dict[str, bytes]:
 
 
 def started(shards: Path, task: int) -> bool:
-    """Whether the task has a whole block, and is not done."""
+    """True if the task has finished a block but not all of its shards."""
     return any((shards / f"work/{s:05d}/00000.json").exists() for s in range(task, SHARDS, TASKS))
 
 

@@ -24,11 +24,11 @@ def codec() -> Any:
 
 @pytest.fixture
 def loads_codec(codec: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Whatever codec is asked for, the untrained one comes; returns it."""
-    from codecssl.superb.upstreams import expert
+    """Replace every loaded codec by the untrained one, and return it."""
+    from codecssl.superb.upstreams import build
 
-    monkeypatch.setattr(expert, "load_codec", lambda *arguments, **options: codec)
-    monkeypatch.setattr(expert, "load_codec_for", lambda *arguments, **options: codec)
+    monkeypatch.setattr(build, "load_codec", lambda *arguments, **options: codec)
+    monkeypatch.setattr(build, "load_codec_for", lambda *arguments, **options: codec)
     return codec
 
 
@@ -64,13 +64,13 @@ def exported(codec: Any, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def model_folder(codec: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the untrained codec."""
+    """A model of the untrained codec."""
     return exported(codec, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
 def shipped_model(shipped: Any) -> Any:
-    """Of the shipped codec."""
+    """A model of the shipped codec."""
     return small_model(shipped)
 
 

@@ -66,7 +66,7 @@ def no_hub(monkeypatch):
 
 @pytest.fixture
 def hashcodec(monkeypatch):
-    """The module beside this file, known as the codec hash_16khz; and a disk that nobody pulls the plug of."""
+    """Register the module next to this file as the codec hash_16khz, and skip fsync."""
     monkeypatch.setitem(table.BACKENDS, "hash_16khz", HASHCODEC)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     return importlib.import_module("hashcodec")

@@ -5,7 +5,7 @@ import torch
 from codecssl.tokenize.codec import CodecCard, Encoded
 
 VERSION = "1"
-"""Of the library that computes the codes; another one gives others."""
+"""Version of the library that computes the codes; another version gives other codes."""
 
 
 class HashCodec:

@@ -1,4 +1,4 @@
-"""What tests are made of: cards of codecs that there are not, and waves like speech."""
+"""Helpers of tests: cards of imaginary codecs, and speech-like waves."""
 
 import numpy as np
 import torch
@@ -60,5 +60,5 @@ def random_network(seed=0):
 
 
 def verify(root, on_progress=lambda done, total: None):
-    """Each damage of a dataset as a line."""
+    """Damages of a dataset, one line each."""
     return [str(damage) for damage in examine(root, on_progress=on_progress).damages]

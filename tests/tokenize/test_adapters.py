@@ -35,7 +35,7 @@ def labels_of(number):
 
 
 def make(root, rates, entropy_code, segments=False):
-    """24 utterances in two shards of three blocks; one is longer than a compressed segment."""
+    """24 utterances in two shards of three blocks; one is longer than a segment of the entropy coder."""
     made, rng = make_card(rates, segments), np.random.default_rng(0)
     for shard in range(2):
         writer = ShardWriter(root, shard, made, entropy_code=entropy_code)

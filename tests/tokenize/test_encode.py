@@ -1,4 +1,4 @@
-"""Groups and windows of inputs: the same results in the same order, whoever is encoded with whom."""
+"""Groups and windows of inputs: the same results in the same order for any grouping."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def same(left: list[EncodedUtterance | Failure], right: list[EncodedUtterance | 
 
 
 def test_windows_by_length_give_the_same_results_in_order(audio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU gets: batches of like length out of a window; here on the CPU with tiny windows and batches."""
+    """Batches of similar length from a window, as for a GPU; here on the CPU with tiny windows and batches."""
     codec = random_codec()
     items = list(read_sources([str(audio)]))
     alone = [encode_loaded(codec, [read(item, codec.card)])[0] for item in items]

@@ -36,7 +36,7 @@ MS_REMOUNT, MS_REC, MS_PRIVATE = 32, 1 << 14, 1 << 18
 
 
 def serve():
-    """Fork a child that does what a line of stdin says; kill it or wait, as the next line says; print its status."""
+    """Fork a child for the command in a line of stdin. Kill it or wait, by the next line. Print its status."""
     import hashcodec  # noqa: F401  # beside this file
     import torch
 
@@ -257,7 +257,7 @@ def test_twenty_sigkills_at_random_moments(parent, more_audio, tmp_path):
 
 
 def written(root):
-    """Where a kill fell, roughly."""
+    """Approximate place of a kill."""
     if not (root / "plan.json").exists():
         return "start"
     records, parts = (len(list(root.glob(pattern))) for pattern in ("shards/*.json", "work/*/*.json"))
@@ -303,7 +303,7 @@ def test_a_real_file_system_that_is_full_at_every_page(parent, audio, tmp_path, 
 
 
 def test_tasks_that_begin_and_end_at_the_same_moment(parent, audio, tmp_path, hashed):
-    """Two have shards to encode, two have none, and whoever sees the last one finished writes dataset.json."""
+    """Two tasks have shards to encode, two have none. The last task to finish writes dataset.json."""
     for attempt in range(20):
         output = tmp_path / str(attempt)
         assert parent.run(arguments(audio, output, "hash_16khz"), tasks=4) == 0, parent.log

@@ -1,4 +1,4 @@
-"""tokenize run, end to end: resume, tasks, failures, damage; the same bytes whatever happened on the way."""
+"""`tokenize run` from end to end: resuming, tasks, failures and damage always give the same bytes."""
 
 import hashlib
 import json

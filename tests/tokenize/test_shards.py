@@ -84,7 +84,7 @@ def test_rows_of_codebooks_at_different_rates():
 
 
 @pytest.mark.parametrize("entropy_code", [False, True])
-def test_missing_utterances_are_an_index_error(tmp_path, entropy_code):
+def test_places_out_of_range_are_an_index_error(tmp_path, entropy_code):
     made = card([16, 16])
     shards = write_shards(tmp_path, made, [("a", np.zeros((2, 9), int), {})], entropy_code=entropy_code)
     for arguments in [{"start": -1}, {"stop": 10}, {"start": 5, "stop": 4}, {"num_codebooks": 0}, {"num_codebooks": 3}]:
@@ -223,7 +223,7 @@ def encoded(id, codes):
     )
 
 
-def test_verify_reads_streams_of_entropy_coded_blocks(tmp_path):
+def test_records_of_entropy_coded_blocks_hold_the_packed_crc32(tmp_path):
     made, rng = card([64] * 3), np.random.default_rng(0)
     items = [(str(i), lively(made, int(rng.integers(1, 2 * SEGMENT)), rng), {}) for i in range(12)]
     compressed = write_shards(tmp_path / "c", made, items, per_shard=6, entropy_code=True)

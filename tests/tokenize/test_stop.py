@@ -1,4 +1,4 @@
-"""A run that is asked to stop does so between two blocks, loses none, and goes on to the same bytes."""
+"""A run stopped by a signal ends between two blocks, loses none, and resumes to the same bytes."""
 
 import signal
 import subprocess

@@ -48,7 +48,7 @@ def test_batches_have_equal_frames() -> None:
 
 
 def test_batches_hold_like_lengths() -> None:
-    """Padding is what bucketing is for: without it this data would be padded by a fifth and more."""
+    """Without bucketing, this data would need 20 % padding or more."""
     made = plan(lengths(2000), crop=400)
     padded = [len(b) * b.frames.max() for b in map(made.batch, range(made.steps_per_epoch))]
     assert 1.0 - made.frames_per_epoch / sum(padded) < 0.03

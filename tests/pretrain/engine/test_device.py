@@ -1,5 +1,7 @@
-"""Steps on torch's meta device, which knows shapes but no values: what would make a step wait for a GPU (`x[mask]`,
-`.item()`), and most mixing of devices, is an error there. And no GPU is needed to find it."""
+"""Training steps on torch's meta device, which has shapes but no values.
+
+Operations that make a step wait for a GPU (`x[mask]`, `.item()`) and most mixing of devices are errors there. The
+tests need no GPU."""
 
 from dataclasses import replace
 from typing import Any

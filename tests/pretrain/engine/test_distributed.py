@@ -79,7 +79,7 @@ def _fork(rank: int, world: int, jobs: list[Job], port: int, outcomes: Path) -> 
 
 
 def _work(job: Job, rank: int) -> dict[str, Any]:
-    """Do a run as the command line would; what it said, how it ended, and which codes it read at each step."""
+    """Execute a run as the command line does. Return its output, its end, and the codes read at each step."""
     from codecssl.configs.load import from_dict
     from codecssl.pretrain.config import RunConfig
     from codecssl.pretrain.run import run
@@ -166,7 +166,7 @@ def config(shards: Path, **sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def same(shards: Path, stage: int, *, steps: int = STEPS, accumulation: int = 1) -> dict[str, Any]:
-    """Runs that must agree however they are divided: no dropout, which every rank draws for itself."""
+    """Runs that must agree for any division among ranks. They have no dropout, which each rank draws separately."""
     return config(
         shards, model=NO_DROPOUT, engine={"zero_stage": stage, "accumulation": accumulation},
         optim={"steps": steps}, log={"valid_every": steps, "checkpoint_every": steps // 2},
@@ -174,7 +174,7 @@ def same(shards: Path, stage: int, *, steps: int = STEPS, accumulation: int = 1)
 
 
 def exact(shards: Path, stage: int, precision: str) -> dict[str, Any]:
-    """Runs that must repeat bit for bit: dropout, accumulation, and averages beside the weights."""
+    """Runs that must repeat bit for bit, with dropout, accumulation and averaged weights."""
     return config(
         shards, engine={"zero_stage": stage, "precision": precision, "accumulation": 2},
         objective={"target": "online"}, online={"top_layers": 2, "clusters": 8}, log={"log_every": 3},
@@ -207,7 +207,7 @@ class Sessions:
         subprocess.run([sys.executable, __file__, str(file)], env=environment, check=True, cwd=self.folder, timeout=900)
 
     def outcomes(self, run: str) -> list[dict[str, Any]]:
-        """Of each rank."""
+        """Outcomes of all ranks."""
         session, world, number = self._places[run]
         return [json.loads((self.folder / f"{session}-{rank}").read_text())[number] for rank in range(world)]
 
@@ -273,7 +273,7 @@ def assert_close(left: dict[str, Any], right: dict[str, Any], tolerance: float) 
      ("four-from-two", STEPS)],
 )  # fmt: skip
 def test_the_same_global_batches_train_the_same_model(sessions: Sessions, name: str, steps: int) -> None:
-    """However many ranks and micro-batches, whatever the stage, also when they change half-way."""
+    """For any number of ranks and micro-batches, at any ZeRO stage, also if these change in the middle."""
     assert {outcome["error"] for outcome in sessions.outcomes(name)} == {None}
     alone = "one" if steps == STEPS else "short"
     one, other = sessions.rows(alone), sessions.rows(name)
@@ -356,7 +356,7 @@ def test_trouble_on_one_rank_stops_all_with_one_line(
 
 
 def test_the_rank_with_an_nccl_error_reports_it(sessions: Sessions) -> None:
-    """All ranks live: "another process has ended" on each of them would hide the cause."""
+    """All ranks are alive. "another process has ended" on each of them would hide the cause."""
     first, second = sessions.outcomes("nccl-0")
     assert "error: rank 1: exchanging data with the other ranks failed: NCCL error in: x.cpp:3," in second["err"]
     assert "Xid 94 on n7" in second["err"]

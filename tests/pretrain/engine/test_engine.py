@@ -97,7 +97,7 @@ def test_data_that_cannot_fill_all_ranks_are_refused(make_shards: Callable[..., 
 def test_compile_compiles_every_layer_for_any_length(
     make_shards: Callable[..., Path], small_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the compiler makes of them is torch's business, and costs a minute."""
+    """The compiler itself is replaced. It is part of torch and takes a minute."""
     config = small_config(make_shards(), engine={"compile": True}, model={"norm": "pre"})
     objective = build(config, TokenCorpus(config.data.dirs), fresh=True)
     compiled: list[tuple[object, dict[str, object]]] = []

@@ -1,4 +1,4 @@
-"""Waves through `from_pretrained`: the states of the shards' tokens, whatever the batch; mistakes are one line."""
+"""Waves through `from_pretrained`: equal states as from token shards in any batch; errors of one line."""
 
 from collections.abc import Callable
 from dataclasses import replace

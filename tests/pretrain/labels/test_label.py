@@ -158,7 +158,7 @@ def test_labels_are_the_nearest_centroids_of_the_layer_and_can_be_trained_on(
 def test_a_model_of_the_first_codebooks_labels_shards_with_more(
     make_shards: Callable[..., Path], small_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """EnCodecMAE reads 8 of 32 codebooks; what lies in the others must not matter, nor stop its self-training."""
+    """EnCodecMAE reads 8 of 32 codebooks. The other codebooks must not affect or prevent its self-training."""
     run(small_config(make_shards("data"), data={"num_codebooks": 2}, optim={"steps": 1}), tmp_path / "run")
     data, first = Shards(tmp_path / "data"), np.array([[1], [1], [0]])
     found = label(LabelConfig(source=str(tmp_path / "run"), data=(data.path,), output=tmp_path / "a", clusters=9))
@@ -195,7 +195,7 @@ def test_a_sample_may_be_spread_over_many_utterances(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """What every file holds; of the centroids' safetensors shuffles the metadata."""
+    """Contents of all files. safetensors writes the metadata of the centroids in any order."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.suffix != ".safetensors" else b""
         for path in folder.rglob("*")

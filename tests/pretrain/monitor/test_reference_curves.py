@@ -1,6 +1,6 @@
-"""Every objective's first steps against stored losses: what changes the numbers by accident shows here.
+"""First steps of every objective against stored losses, to detect accidental changes of the numbers.
 
-`python tests/pretrain/test_expected.py` writes them anew, after a change that is meant to change them.
+After an intended change, `python tests/pretrain/monitor/test_reference_curves.py` writes the losses again.
 """
 
 import json

@@ -64,7 +64,7 @@ def test_a_root_that_is_missing_or_is_no_corpus(tmp_path: Path) -> None:
 
 
 def make(root: Path, rows: list[dict[str, Any]], seconds: dict[str, float] | None = None) -> TaskCorpus:
-    """A manifest with a tenth of a second of silence, or so many seconds, for each path."""
+    """A manifest with 0.1 s of silence for each path, or the given number of seconds."""
     for row in rows:
         wave = np.zeros(int(16_000 * (seconds or {}).get(row["path"], 0.1)), "f4")
         soundfile.write(root / row["path"], wave, 16_000)

@@ -1,4 +1,4 @@
-"""Official folders become rows: miniature trees of each layout, compared with the CSVs that s3prl writes.
+"""Rows of official corpora: miniature trees of each layout, compared with the CSVs that s3prl writes.
 
 The audio is cut from the sample corpus. Where s3prl would download a list, the list is put where it looks.
 """

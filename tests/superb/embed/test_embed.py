@@ -129,7 +129,7 @@ def test_windows_keep_every_frame_once(samples, block):
 
 
 def test_long_token_utterances_are_cut_into_windows(upstream, tmp_path, audio):
-    """With windows of 1 s most frames have other context than in the whole, but none is lost or repeated."""
+    """With windows of 1 s, most frames have less context than in the whole input. No frame is lost or repeated."""
     run(TokenizeConfig(sources=(str(audio),), output=tmp_path / "shards", workers=0))
     base = {"sources": (str(tmp_path / "shards"),), "upstream": "codes", "frames": True}
     embed(EmbedConfig(output=tmp_path / "whole", **base))

@@ -74,7 +74,7 @@ def test_s3prls_loader_reads_a_file_once(path: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("content", ["a letter", None])
 def test_a_file_that_cannot_be_used_is_named(content: str | None, tmp_path: Path) -> None:
-    """No audio, or samples that are no numbers."""
+    """A file without audio, or with samples that are NaN."""
     path = tmp_path / "a.wav"
     if content is None:
         soundfile.write(path, np.array([0.1, np.nan, 0.1], "f4"), 16_000, subtype="FLOAT")

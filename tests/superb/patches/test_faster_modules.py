@@ -1,4 +1,4 @@
-"""What is faster gives what torch and s3prl give, gradients too."""
+"""The faster modules match those of torch and s3prl, gradients included."""
 
 import copy
 

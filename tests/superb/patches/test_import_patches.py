@@ -51,7 +51,7 @@ for name, code in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Of what s3prl does, with all patches (under "") and with one of them left out: the error."""
+    """Errors of s3prl with all patches (key "") and with one of them left out."""
     folder = tmp_path_factory.mktemp("patches")
     soundfile.write(folder / "a.wav", np.zeros(800), 16_000)
     codes = [("", "\n".join(NEEDED.values())), *NEEDED.items()]

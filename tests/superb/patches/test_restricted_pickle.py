@@ -76,7 +76,7 @@ def test_a_damaged_pickle_is_one_line(content: bytes, tmp_path: Path) -> None:
 
 
 def test_fine_tuning_is_refused() -> None:
-    """Frozen results would pass as fine-tuned ones."""
+    """Otherwise frozen results could be mistaken for fine-tuned ones."""
     from argparse import Namespace
 
     from codecssl.superb import hubconf

@@ -19,7 +19,7 @@ needs_sox = pytest.mark.skipif(shutil.which("sox") is None, reason="compares wit
 
 
 def bursts(seconds: float, rate: int, seed: int) -> Any:
-    """int16 speech-like bursts between pauses whose level lies around silence's threshold."""
+    """int16 speech-like bursts between pauses at about the threshold of the silence effect."""
     rng = np.random.default_rng(seed)
     count, wave = int(seconds * rate), np.zeros(0)
     while len(wave) < count:

@@ -78,7 +78,7 @@ def test_the_solver_matches_scikit_learn(rows: int, columns: int, classes: int) 
 
 
 def test_accuracy_matches_scikit_learn() -> None:
-    """Of one layer and one C: cross_val_predict of the same pipeline on the same folds."""
+    """One layer and one C, against cross_val_predict of the same pipeline on the same folds."""
     from sklearn.datasets import make_classification
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 

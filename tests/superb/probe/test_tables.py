@@ -98,7 +98,7 @@ def test_probed_clips_of_the_pretraining_set_stand_in_a_table_of_their_own(tmp_p
 
 
 def test_rows_of_other_settings_stand_in_another_table(tmp_path: Path) -> None:
-    """A row of an older version, with a fixed C, the mean alone and no answers, is kept, and compared with none."""
+    """A row of an older version (fixed C, mean alone, no answers) is kept but not compared with others."""
     older = row("model", ["1" * 30])
     older["settings"] = {"folds": 4, "seeds": [0], "C": 0.1, "max_iterations": 1000}
     older.pop("right")

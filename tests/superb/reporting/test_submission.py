@@ -1,4 +1,4 @@
-"""The leaderboard's zip: what s3prl's classic tasks would have written. That it is what was answered: test_run.py."""
+"""The leaderboard's zip against the files of s3prl's classic tasks. test_run.py checks the answers themselves."""
 
 import zipfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Reports: what is chosen, how it is called, and a page that stands alone."""
+"""Reports: choice of runs, names, and a self-contained web page."""
 
 import json
 import math
@@ -163,7 +163,7 @@ def test_only_a_full_budget_on_its_own_corpora_is_called_superb(budget: str, dat
 
 
 def test_a_difference_beyond_chance_is_marked() -> None:
-    """As the unpaired test of two proportions does it: here z = 2.00 and z = 1.91."""
+    """The unpaired test of two proportions gives z = 2.00 and z = 1.91 here."""
     assert tables.difference(of_share(0.60, 100), of_share(0.46, 100), "accuracy") == "+14.0*"
     assert tables.difference(of_share(0.46, 100), of_share(0.594, 100), "accuracy") == "-13.4"
 
@@ -186,7 +186,7 @@ def test_models_of_one_name_are_distinguished() -> None:
 
 
 class Page(HTMLParser):
-    """What a page would fetch, whether its tags match, and its text."""
+    """Resources, unmatched tags and text of a page."""
 
     void = ("meta", "br", "line", "rect", "circle")
 
@@ -361,7 +361,7 @@ def test_folds_are_averaged_within_a_seed() -> None:
 
 
 def test_emotion_without_a_fold_is_no_score() -> None:
-    """Of five; a seed that lacks one is enough."""
+    """One seed without one of the five folds is sufficient."""
     others = [found for found in official() if found["task"] != "er"]
     (er,) = [found for found in official() if found["task"] == "er"]
     folds = [{**er, "fold": fold, "seed": seed} for fold in range(1, 6) for seed in (0, 1)]

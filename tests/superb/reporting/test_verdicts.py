@@ -1,4 +1,4 @@
-"""Who wins, and whether by more than noise."""
+"""Best upstreams, and their paired significance."""
 
 from typing import Any
 

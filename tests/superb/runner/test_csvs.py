@@ -52,7 +52,7 @@ def test_s3prl_reads_every_utterance_with_its_label(name: str, corpus: Path, tmp
 
 @pytest.mark.parametrize("name", ["pr", "asr", "sf"])
 def test_s3prl_reads_every_text(name: str, corpus: Path, tmp_path: Path) -> None:
-    """Tokens decode to the manifest's text; slots stand where the tags say."""
+    """Tokens decode to the manifest's text, with slots at their tags."""
     problem, csvs, _ = prepared(name, corpus, tmp_path)
     config = official_config(TASKS[name])
     places = (tmp_path, tmp_path)

@@ -1,4 +1,4 @@
-"""Decoding with a language model: it changes what is heard where the letters alone are unsure."""
+"""Decoding with a language model changes words whose letters alone are uncertain."""
 
 import gzip
 from pathlib import Path

@@ -40,7 +40,7 @@ def test_scores_are_s3prls(tmp_path: Path) -> None:
 
 
 class SpectrumLayers(torch.nn.Module):
-    """Layer 0 says nothing of the pitch, layer 1 is a spectrum."""
+    """Layer 0 is independent of the pitch, layer 1 is a spectrum."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Runs: s3prl trains and tests; results appear whole, finished ones are skipped, torn ones dropped."""
+"""Runs: s3prl trains and tests; results appear whole, finished runs are skipped, truncated checkpoints dropped."""
 
 import csv
 import json
@@ -128,7 +128,7 @@ def test_every_sequence_task_runs(
 
 
 def _check_probabilities(run: Run) -> None:
-    """Of two speakers, for each 20 ms of the 2.3 s of the one recording that is tested."""
+    """Check the activity of two speakers in each 20 ms of the tested recording of 2.3 s."""
     import h5py
 
     (path,) = (run.folder / "predict" / "sd_public" / "scoring" / "predictions").iterdir()
@@ -219,7 +219,7 @@ def test_a_fold_tests_its_rows(make: Any) -> None:
 
 
 def test_odd_clips_are_run_or_counted(tmp_path: Path) -> None:
-    """30 ms, silence, ten minutes (by its row) and noise beside plain ones: none ends a run."""
+    """30 ms, silence, ten minutes (by its row) and noise among normal clips do not end a run."""
     import soundfile
 
     rows, noise = [], np.random.default_rng(0)
@@ -434,7 +434,7 @@ def test_a_run_killed_while_saving_resumes(torn: str, make: Any, monkeypatch: py
 def test_a_run_killed_in_training_gives_the_same_figure_or_records_it(
     full: bool, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """s3prl would begin the epoch again, with other batches. Only official trainings are too long to restart."""
+    """s3prl itself repeats the epoch with other batches. Only official trainings are too long to restart."""
     run = make()
     whole = run_one(replace(run, output=run.output / "whole"), Machine())
     assert "interrupted" not in whole

@@ -49,7 +49,7 @@ def test_fbank_on_our_runner_is_s3prls_own_fbank(corpus: Path, tmp_path: Path) -
 
 
 def test_a_cached_run_is_the_uncached_one_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
-    """Keyword spotting on tiny_16khz: every loss, the value, the trained head; the row says where codes came from."""
+    """Keyword spotting on tiny_16khz: equal losses, value and trained head. The row counts the codes by origin."""
     import torch
 
     from codecssl.superb.corpora.corpus import open_corpus

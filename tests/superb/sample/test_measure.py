@@ -22,7 +22,7 @@ def test_edit_distance_is_torchaudios() -> None:
 
 @pytest.fixture
 def tones(tmp_path: Path) -> measure.SampleCorpus:
-    """Sines: `pitch` can be told from a spectrum, `coin` cannot."""
+    """Sines: a spectrum determines `pitch`, but not `coin`."""
     rng = np.random.default_rng(0)
     lines = []
     for index in range(60):

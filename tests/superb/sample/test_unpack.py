@@ -1,4 +1,4 @@
-"""The sample corpus: unpacking is all or nothing, and the manifest tells the truth about the audio."""
+"""The sample corpus: unpacking is atomic, and the manifest matches the audio."""
 
 from __future__ import annotations
 

@@ -312,7 +312,7 @@ def test_report_table_and_plot(tmp_path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_kept_accuracy_is_undefined_at_chance():
+def test_kept_accuracy_has_no_meaning_where_the_model_guesses():
     rows = [point("model", 0, 0, 40, 4000.0), point("compress", 0, 0, 30)]  # 20 %, as the commonest answer
     assert "means nothing: the commonest answer alone has 20.0 %" in markdown(summary(rows))
 

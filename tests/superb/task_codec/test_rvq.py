@@ -154,7 +154,7 @@ def test_quantizer_dropout_draws_the_stated_distribution():
 
 
 def test_kmeans_finds_separate_clusters():
-    """Three directions, found whatever the lengths of their vectors; each entry is the mean of its own."""
+    """Three directions are found for vectors of any length. Each entry is the mean of its frames."""
     directions = torch.eye(3, dtype=torch.float64)
     lengths = torch.rand(90, 1, dtype=torch.float64, generator=seeded()) + 0.5
     points = directions.repeat(30, 1) * lengths
@@ -210,7 +210,7 @@ def test_refuses_sizes():
 
 
 def test_initialization_uses_the_wanted_directions():
-    """Of three directions, the smallest is lost in a lookup of two, unless it is the wanted one."""
+    """A lookup of two dimensions loses the smallest of three directions, unless it is the wanted one."""
     x = torch.randn(400, 3, dtype=torch.float64, generator=seeded()) * torch.tensor([3.0, 2.0, 0.1])
     wanted = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)
     lost = {}

@@ -1,4 +1,4 @@
-"""The token cache: filled once by any number of processes, whole after kills, and of no effect on a result."""
+"""Filling the token cache: once by any number of processes, complete after kills, without effect on results."""
 
 import json
 import multiprocessing
@@ -29,7 +29,7 @@ GAIN = (("channels", "1"), ("rate", "16000"), ("gain", "-3.0"))
 
 @pytest.fixture
 def waves(tmp_path: Path) -> list[Wave]:
-    """Nine files, of which two are the same sound, one is no sound, and one is cut at random."""
+    """Nine files: two have the same audio, one has none, and one is cut at random."""
     rng, folder, found = np.random.default_rng(0), tmp_path / "audio", []
     folder.mkdir()
     for i in range(9):
@@ -86,7 +86,7 @@ def test_every_distinct_wave_is_there_once(
 def test_a_set_is_a_dataset_of_the_tokenize_stage(
     waves: list[Wave], codec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """verify finds it whole, its readers read it, and nothing else lies about."""
+    """`verify` finds no damage, the readers read it, and no other files are left."""
     import webdataset
 
     small(monkeypatch)

@@ -1,4 +1,4 @@
-"""Codes by content: from the token cache, from memory, from the codec, and how often each."""
+"""Codes by content, from the token cache, from memory or from the codec, and counts of each."""
 
 from functools import partial
 from pathlib import Path

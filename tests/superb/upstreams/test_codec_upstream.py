@@ -117,7 +117,7 @@ def test_random_has_the_models_shape_but_not_its_weights(
 
 
 def test_nothing_can_train_it(model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]) -> None:
-    """No parameter, no gradient, no dropout, whatever mode s3prl puts it in."""
+    """No parameter, no gradient and no dropout, in any mode that s3prl sets."""
     expert = UpstreamBuilder().build(parse(str(model_folder)))
     expert.train()
     states = expert(waves)["hidden_states"]
@@ -185,7 +185,7 @@ def test_codes_do_not_depend_on_torchs_threads(codec: Any) -> None:
 
 @pytest.mark.parametrize("samples", [1, 16000, 16000 * 7 + 123])
 def test_segments_that_overlap_do_not_drift(codec: Any, samples: int) -> None:
-    """A codec of segments of 1 s every 0.99 s (EnCodec 48 kHz) gives more frames than its rate says."""
+    """A codec of segments of 1 s every 0.99 s (EnCodec 48 kHz) gives more frames than its nominal rate."""
     from dataclasses import replace
 
     card = replace(codec.card, sample_rate=48000, hop_length=320, segment_samples=48000, segment_stride=47520)
@@ -201,7 +201,7 @@ def test_segments_that_overlap_do_not_drift(codec: Any, samples: int) -> None:
 
 
 def test_s3prl_takes_it(model_folder: Path, loads_codec: Any) -> None:
-    """As a plain user of s3prl would: through its hub, its wrapper and its featurizer."""
+    """Through the hub, the wrapper and the featurizer of s3prl."""
     import_patches.install()
     from s3prl.nn import Featurizer, S3PRLUpstream
 

@@ -92,12 +92,12 @@ def test_states_are_those_of_the_plane_and_of_the_token_cache(
 def test_a_model_of_mel_alone_needs_no_codec(
     name: str, export_of: Any, waves: list[Wave], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from codecssl.superb.upstreams import expert
+    from codecssl.superb.upstreams import build
 
     def refuse(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a codec was loaded")
 
-    monkeypatch.setattr(expert, "load_codec_for", refuse)
+    monkeypatch.setattr(build, "load_codec_for", refuse)
     upstream = parse(name.replace("MODEL", str(export_of("mel"))))
     states = UpstreamBuilder().build(upstream)([wave.load() for wave in waves])["hidden_states"]
     assert states[0].shape[:2] == (3, 50)

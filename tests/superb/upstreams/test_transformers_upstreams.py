@@ -144,7 +144,7 @@ def test_other_checkpoints_are_refused(folders: dict[str, Path], tmp_path: Path)
 
 
 def test_why_s3prls_own_batches_are_not_taken(folders: dict[str, Path], waves: list[torch.Tensor]) -> None:
-    """With group normalisation its features of a wave change with the longest wave beside it; ours do not."""
+    """With group normalisation, s3prl's features depend on the longest wave of the batch. Ours do not."""
     import_patches.install()
     import s3prl.hub
 

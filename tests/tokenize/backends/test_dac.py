@@ -49,7 +49,7 @@ def random_model(name="dac_16khz", num_codebooks=6, seed=0, width=4):
 
 
 def spread(model):
-    """Centre and scale each level's projection on some audio, else all frames would have one code."""
+    """Centre and scale each level's projection on some audio. Otherwise all frames have the same code."""
     residual = model.encoder(wave(16_384, 99)[None, None])
     for level in model.quantizer.quantizers:
         level.in_proj.weight.div_(level.in_proj(residual).std())
@@ -97,7 +97,7 @@ def test_pieces_equal_the_whole_wave_of_the_reference(name, pace):
 
 
 def test_a_padded_batch_of_the_reference_would_not_do():
-    """What the carried layers are for: the reference's own batch changes frames at the shorter wave's end."""
+    """The reference's own padded batch changes frames at the end of the shorter wave."""
     model = random_model().double()
     audio = wave(320 * 40).double()
     alone = model.encode(audio[None, None]).audio_codes[0]

@@ -22,7 +22,7 @@ def wave(seconds, rate, seed=0):
 
 
 def spread_codebooks(model):
-    """K-means would take long for 32: spread entries are enough for the maths."""
+    """K-means of 32 codebooks takes long. Spread entries are sufficient here."""
     for layer in model.quantizer.vq.layers:
         layer._codebook.embed.normal_(std=0.02)
     tiny_16khz.mark_initialised(model)

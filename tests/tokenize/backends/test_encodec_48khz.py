@@ -86,7 +86,7 @@ def streamed(codec, audio, seed=0):
 
 @pytest.mark.parametrize("samples", [*range(1, 12), 300, 641, 20_000, SEGMENT])
 def test_latents_equal_the_packages_in_float64(samples):
-    """Where rounding cannot hide a wrong row; the shortest ones are what the package pads specially."""
+    """In float64, where rounding cannot hide a wrong row. The package pads the shortest waves in a special way."""
     model = small_model().double()
     try:
         audio = wave(samples, seed=samples).double()
@@ -135,7 +135,7 @@ def test_any_cut_and_any_batch_give_the_same_codes(pooled, monkeypatch):
 
 
 def test_pooled_segments_have_one_shape_for_any_number(monkeypatch):
-    """Else rounding would depend on it."""
+    """Otherwise rounding depends on the number of segments."""
     monkeypatch.setattr(encodec_48khz, "CUDA_GROUP", 3)
     codec, shapes = as_codec(small_model(), pooled=True), []
     before, recur = codec.before, codec.lstm.forward

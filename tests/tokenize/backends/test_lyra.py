@@ -1,4 +1,4 @@
-"""Lyra v2, where its weights lie beside the project: a trained codec through the same protocol."""
+"""Lyra v2, a trained codec, through the same protocol. Skipped where its weights are missing."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def test_embeddings_sum_to_its_own_dequantiser(lyra, speech):
 
 
 def test_decoded_speech_follows_the_original(lyra, speech):
-    """Its level over time correlates with the original's: a scrambled code order would not."""
+    """The level over time correlates with that of the original, unlike that of codes in another order."""
     codes = lyra.encode([speech])[0].codes
     output = lyra.decode(codes)
     assert output.shape == (101 * 320,)

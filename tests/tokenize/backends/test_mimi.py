@@ -93,7 +93,7 @@ def model():
 
 @pytest.mark.parametrize("changes", [{}, {"use_conv_shortcut": True, "num_residual_layers": 2}])
 def test_chunks_equal_the_whole_wave_in_float64(changes):
-    """Where rounding cannot hide a wrong position: 150 frames are three chunks, 300 positions ten windows."""
+    """Rounding cannot hide a wrong position here. 150 frames are three chunks, 300 positions ten windows."""
     net = small_model(**changes).double()
     codec = as_codec(net)
     audio = wave(150 * HOP).double()
@@ -130,7 +130,7 @@ def test_any_cut_and_any_batch_give_the_same_codes(model, lanes):
 
 @pytest.mark.parametrize(("lanes", "rest"), [(1, 22), (2, 64)])
 def test_the_shapes_do_not_depend_on_pushes_and_mates(model, monkeypatch, lanes, rest):
-    """Else rounding would."""
+    """Otherwise rounding depends on them."""
     codec, audio, shapes = as_codec(model, lanes=lanes), wave(150 * HOP - 3), []
     advance = codec.advance
     monkeypatch.setattr(codec, "advance", lambda chunk, past: shapes.append(chunk.shape) or advance(chunk, past))
@@ -164,7 +164,7 @@ def test_the_carried_state_of_a_stream_does_not_grow(model):
 
 
 def test_low_precision_set_for_the_process_changes_no_code(model):
-    """On a CPU that has bfloat16 products, "medium" would take them."""
+    """ "medium" uses bfloat16 products on CPUs that have them."""
     codec, audio = as_codec(model), wave(64 * HOP)
     codes = codec.encode([audio])[0].codes
     torch.set_float32_matmul_precision("medium")

@@ -159,7 +159,7 @@ def test_a_row_is_a_band_and_a_frame_a_column(bands, codebooks, columns):
 
 @pytest.mark.parametrize("width", GRIDS)
 def test_the_grids_agree_with_the_rates(width):
-    """token_rate counts both codes of a cell; a cell joins as many patches as its width says."""
+    """token_rate counts both codes of a cell; a cell joins as many patches as its width."""
     grid, (columns, bands) = GRIDS[width], JOINED[GRIDS[width].token_rate]
     assert grid.token_rate * grid.hop_length == 2 * grid.bands * 16_000
     assert (grid.hop_length, grid.bands) == (2560 * columns, 8 // bands)

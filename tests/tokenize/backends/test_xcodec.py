@@ -29,7 +29,7 @@ wave = partial(helpers.wave, rate=16_000, levels=(0.1, 0.9), noise=0.5)
 
 
 def random_model(seed=0, **changes):
-    """As hf-audio/xcodec-hubert-librispeech, narrow; codebooks of 32 entries drawn from what they have to code."""
+    """hf-audio/xcodec-hubert-librispeech with narrow layers; codebooks of 32 entries drawn from their inputs."""
     torch.manual_seed(seed)
     ratios = [8, 5, 4, 2]
     acoustic = transformers.DacConfig(
@@ -72,7 +72,7 @@ def fit_codebooks(model):
 
 
 def latents_of(model, audio):
-    """What transformers' own encode gives its quantizer, [1, D, T]."""
+    """Input [1, D, T] of the quantizer in transformers' own encode."""
     caught = []
     own, model.quantizer.encode = model.quantizer.encode, lambda z, _: caught.append(z) or torch.zeros(8, 1, z.shape[2])
     try:
@@ -87,7 +87,7 @@ def as_codec(model, count=8):
 
 
 def plainly(model, audio):
-    """As the documentation of transformers says: the feature extractor, then encode."""
+    """Codes by the documentation of transformers: the feature extractor, then encode."""
     extractor = transformers.DacFeatureExtractor(sampling_rate=16_000, hop_length=HOP)
     inputs = extractor(raw_audio=audio.numpy(), sampling_rate=16_000, return_tensors="pt").input_values
     return model.encode(torch.as_tensor(inputs, dtype=model.dtype)).audio_codes[0]

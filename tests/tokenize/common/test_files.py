@@ -35,7 +35,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_two_writers_at_a_time_do_not_meet(tmp_path):
-    """Numbers of processes do not tell them apart: those of two containers are the same, as here."""
+    """Process ids are not sufficient: they may be equal in two containers, as here."""
     with atomic_file(tmp_path / "x") as first:
         first.write(b"whole")
         first.flush()

@@ -121,7 +121,7 @@ def entropy_bits(p):
 
 
 def markov(rng, size, frames, stay):
-    """Codes that stay with a probability and are drawn anew else; and the bits that they take by that rule."""
+    """Codes that repeat with a probability and are otherwise drawn at random, and their entropy in bits."""
     moves = rng.random(frames) >= stay
     moves[0] = True
     codes = rng.integers(0, size, frames)[np.maximum.accumulate(np.where(moves, np.arange(frames), 0))]

@@ -86,7 +86,7 @@ def test_a_block_is_checked_once_and_only_if_asked(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("frames", [100, 30_000])
 def test_pieces_of_long_utterances_equal_the_whole(tmp_path, frames):
-    """Of a long utterance only the bytes of a piece are read, plane by plane."""
+    """Only the bytes of the requested piece of a long utterance are read, plane by plane."""
     rng = np.random.default_rng(0)
     [item] = codes(1, frames)
     shards = write(tmp_path / "d", [item])
@@ -153,7 +153,7 @@ def test_a_disk_that_stays_away_is_an_error_worth_another_try(tmp_path, entropy_
 
 
 def test_a_stale_handle_is_opened_again(tmp_path, monkeypatch):
-    """What NFS gives after the server's restart: the old descriptor never works again."""
+    """After a restart of an NFS server, the old file descriptor remains invalid."""
     items = codes(10)
     shards, pread, stale = Shards(write(tmp_path / "d", items).path, retry_seconds=5.0), os.pread, set()
     shards.codes(0)

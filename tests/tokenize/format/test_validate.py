@@ -65,7 +65,7 @@ def copied(whole, tmp_path):
 
 
 def use(root):
-    """All that reads a dataset; whatever is wrong must be a UserError in one line."""
+    """Read a dataset in every way. Any error must be a UserError of one line."""
     for reader in (read, lambda root: examine(root), lambda root: status(root, 3)):
         try:
             reader(root)

@@ -1,4 +1,4 @@
-"""After a repair a dataset has the bytes that it had before the damage, whatever was damaged or interrupted."""
+"""A repaired dataset is byte for byte the original, after any damage and interruption."""
 
 import hashlib
 import json

@@ -78,7 +78,7 @@ def flip(path, bit):
 
 
 def test_a_coder_that_gives_other_codes_is_found(tmp_path):
-    """As another version of the library might: all bytes are as they were, the codes are not."""
+    """Another version of the library may decode intact bytes to other codes."""
     root = make(tmp_path / "d", entropy_code=True)
     assert verify(root) == []
     record = load_json(root / "shards/00000.json")
@@ -138,7 +138,7 @@ def test_a_flipped_bit_is_narrowed_down(dataset):
 
 
 def test_the_utterance_is_named_where_its_codes_show_the_damage(dataset):
-    """Codebook 0 has 1000 entries of 10 bits: all ones is none of them. A damaged stream gives other words."""
+    """Codebook 0 has 1000 entries of 10 bits, so that ten ones are invalid. A damaged stream gives other words."""
     shards = Shards(dataset)
     index, tar = 13, dataset / "shards/00001.tar"
     place = blocks_of(dataset, 1)[0]
@@ -222,7 +222,7 @@ def test_strangers_and_unfinished_folders_are_refused(dataset, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_shards(tmp_path):
-    """Hard links to a few files stand for many: a tar does not know its number."""
+    """Many shards are hard links to a few files, because a tar does not contain its number."""
     peaks = []
     for count in (10, 100):
         root = make(tmp_path / str(count), shards=1)

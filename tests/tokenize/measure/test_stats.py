@@ -26,7 +26,7 @@ def test_the_order_0_entropy_is_not_that_of_the_sample():
 
 
 def test_a_conditional_entropy_of_little_data_pretends_nothing():
-    """1,000 codes under 1,000 contexts: the histograms alone would say that a code costs next to nothing."""
+    """1,000 codes under 1,000 contexts: the histograms alone give an entropy near zero."""
     rng = np.random.default_rng(1)
     codes, contexts, utterance = rng.integers(0, 64, 1000), rng.integers(0, 1000, 1000), np.arange(1000) // 10
     assert 5.9 < conditional_entropy(codes, contexts, utterance, 64) < 6.3

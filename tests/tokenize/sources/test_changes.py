@@ -1,4 +1,4 @@
-"""A run goes on only from the audio that it encoded: other content is refused, another date is not."""
+"""A run resumes only with the audio that it encoded: changed content is refused, a changed date is not."""
 
 import os
 import re
@@ -87,7 +87,7 @@ def test_other_content_is_refused_when_its_block_is_finished(config, audio, tmp_
 
 
 def test_the_same_content_with_another_date_is_no_change(config, audio, tmp_path):
-    """As when a corpus is copied anew, when somebody takes the right to write away, and when it was deleted since."""
+    """A corpus that was copied again, made read-only, or deleted."""
     run(config())
     before = contents(tmp_path / "out")
     for path in audio.iterdir():

@@ -1,4 +1,4 @@
-"""Lengths and samples against the ffmpeg command line: whole, joined, torn and cut files of many formats."""
+"""Lengths and samples against the ffmpeg command line: whole, joined, truncated and cut files of many formats."""
 
 import io
 import shutil
@@ -27,7 +27,7 @@ def sh(*command, stdin=None):
 
 
 def by_ffmpeg(path):
-    """float32 [n], whatever ffmpeg makes of it."""
+    """Samples float32 [n], decoded by ffmpeg."""
     command = ["ffmpeg", "-v", "quiet", "-i", str(path), "-map", "0:a:0", "-ac", "1", "-f", "f32le", "-"]
     return np.frombuffer(subprocess.run(command, capture_output=True, timeout=60).stdout, "<f4")
 

@@ -1,4 +1,4 @@
-"""Audio WebDatasets: written and read by webdataset, and by us; torn ones."""
+"""Audio WebDatasets: written and read by webdataset and by codecssl; truncated tars."""
 
 import gzip
 import hashlib
@@ -41,7 +41,7 @@ def sample(i):
 
 @pytest.fixture
 def tars(tmp_path):
-    """Two tars of 3 and 2 samples whose keys begin anew in each."""
+    """Two tars of 3 and 2 samples. The keys start from 0 in each."""
     for number, count in enumerate([3, 2]):
         with webdataset.TarWriter(str(tmp_path / f"train-{number:03d}.tar")) as writer:
             for i in range(count):

@@ -1,4 +1,4 @@
-"""What codes cost, against loops and sources whose entropy is known."""
+"""Bits of codes, against loops and sources of known entropy."""
 
 import math
 
