@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from codecssl.superb.embed.states import Layers, WaveStates
+from codecssl.superb.embed.states import LayerChoice, WaveStates
 from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE
-from codecssl.superb.upstreams.expert import Shelf, parse
+from codecssl.superb.upstreams.build import UpstreamBuilder
+from codecssl.superb.upstreams.names import parse
 from codecssl.tokenize.common.errors import UserError
 
 DEFAULT = "laptop_16khz"
@@ -39,10 +40,10 @@ class WaveFeatures(nn.Module):
     def __init__(self, upstream: str | None = None, layer: int | None = None) -> None:
         super().__init__()
         name, chosen = (upstream, layer) if upstream is not None else from_environment()
-        self.expert = Shelf().build_unnormalised(parse(name))
+        self.expert = UpstreamBuilder().build_unnormalised(parse(name))
         self.register_buffer("place", torch.zeros(0), persistent=False)  # its device is the module's
         options = {"window_seconds": 30.0, "overlap_seconds": 1.0}
-        self._states = WaveStates(self.expert, Layers(chosen), "cpu", **options)
+        self._states = WaveStates(self.expert, LayerChoice(chosen), "cpu", **options)
         self.hop = self._states.shift
         """Samples at 16 kHz per frame."""
         try:

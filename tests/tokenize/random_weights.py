@@ -49,7 +49,7 @@ SPEECHTOKENIZER = {
 def speechtokenizer_state(seed=0):
     """As the authors' package stores it."""
     torch.manual_seed(seed)
-    network = livened(speechtokenizer.Network(speechtokenizer.DEFAULTS | SPEECHTOKENIZER), seed)
+    network = livened(speechtokenizer.SpeechTokenizerNetwork(speechtokenizer.DEFAULTS | SPEECHTOKENIZER), seed)
     with torch.no_grad():
         latents = network.encoder(helpers.wave(32_000, rate=16_000)[None, None])[0]
     state = network.state_dict() | {"transform.weight": torch.randn(12, 16), "transform.bias": torch.randn(12)}

@@ -116,7 +116,7 @@ class Generator(nn.Module):
         return torch.tanh(self.conv_post(F.leaky_relu(x, SLOPE)))
 
 
-class Network(nn.Module):
+class HificodecNetwork(nn.Module):
     """Encoder and generator with the sizes of a checkpoint. Raises KeyError if a tensor is missing."""
 
     def __init__(self, state: dict[str, Tensor]) -> None:
@@ -137,7 +137,7 @@ class Network(nn.Module):
 class HifiCodec(SegmentCodec):
     """HiFi-Codec as a `Codec`."""
 
-    network: Network
+    network: HificodecNetwork
     quantizer: ResidualQuantizer
 
     def encode_latents(self, audio: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
     path = find_weights(name, weights, REPOSITORY, file, "HiFi-Codec-*")
     state = read_tensors(path, name)
     try:
-        network = Network(state)
+        network = HificodecNetwork(state)
     except (KeyError, ValueError, IndexError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: not the weights of {name} ({type(error).__name__}: {error})") from error
     fill_part(network.encoder, state, "encoder.", path, name)

@@ -46,7 +46,7 @@ DEFAULTS = {
 """The published configuration. A config.json next to the checkpoint overrides it."""
 
 
-class Network(nn.Module):
+class SpeechTokenizerNetwork(nn.Module):
     """Encoder and decoder."""
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ class Network(nn.Module):
 class SpeechTokenizerCodec(SegmentCodec):
     """SpeechTokenizer as a `Codec`."""
 
-    network: Network
+    network: SpeechTokenizerNetwork
 
     def encode_latents(self, audio: Tensor) -> Tensor:
         found: Tensor = self.network.encoder(audio[None, None])
@@ -86,7 +86,7 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
     path = find_weights(name, weights, REPOSITORY, FILE, "*.pt")
     state, config = read_tensors(path, name), read_config(path)
     try:
-        network = Network(config)
+        network = SpeechTokenizerNetwork(config)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path.with_name('config.json')}: not the configuration of {name} ({error})") from error
     fill_part(network.encoder, state, "encoder.", path, name)

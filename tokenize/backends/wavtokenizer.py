@@ -33,7 +33,7 @@ SAMPLE_RATE = 24_000
 ENCODER, QUANTIZER = "feature_extractor.encodec.encoder.", "feature_extractor.encodec.quantizer."
 
 
-class Network(nn.Module):
+class WavTokenizerNetwork(nn.Module):
     """Encoder and decoder with the sizes of a checkpoint. Raises KeyError if a tensor is missing."""
 
     def __init__(self, state: dict[str, Tensor]) -> None:
@@ -55,7 +55,7 @@ class Network(nn.Module):
 class WavTokenizerCodec(SegmentCodec):
     """WavTokenizer as a `Codec`."""
 
-    network: Network
+    network: WavTokenizerNetwork
 
     def encode_latents(self, audio: Tensor) -> Tensor:
         found: Tensor = self.network.encoder(audio[None, None])
@@ -80,10 +80,10 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
     return WavTokenizerCodec(network, ResidualQuantizer(tables[:kept].to(device)), card, device)
 
 
-def build(state: dict[str, Tensor], path: Path, name: str) -> tuple[Network, Tensor]:
+def build(state: dict[str, Tensor], path: Path, name: str) -> tuple[WavTokenizerNetwork, Tensor]:
     """Build the network of a checkpoint and its codebooks [K, V, D]. Raises UserError if it is another model's."""
     try:
-        network = Network(state)
+        network = WavTokenizerNetwork(state)
     except (KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: not the weights of {name} ({type(error).__name__}: {error})") from error
     fill_part(network.encoder, state, ENCODER, path, name)
@@ -93,7 +93,7 @@ def build(state: dict[str, Tensor], path: Path, name: str) -> tuple[Network, Ten
 
 
 def make_card(
-    name: str, weights: str, network: Network, digest: str, tables: Tensor, num_codebooks: int, device: str
+    name: str, weights: str, network: WavTokenizerNetwork, digest: str, tables: Tensor, num_codebooks: int, device: str
 ) -> CodecCard:
     """Build the card of a network with codebooks [K, V, D]."""
     return CodecCard(
