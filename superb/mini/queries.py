@@ -80,8 +80,8 @@ def _searched(builder: MiniBuilder, split: str, terms: list[str], part: SplitWor
             made.append(builder.written("qbe", split, name, wave, row, role="query", query=term))
     for number, document in enumerate(documents):
         wave, first = _sound(builder, document, band, rng), document.rows[0]
-        said = {"text": first["plain"]} if first["plain"] else {}
-        columns = {"role": "document", "queries": sorted(document.terms), **said}
+        text = {"text": first["plain"]} if first["plain"] else {}
+        columns = {"role": "document", "queries": sorted(document.terms), **text}
         made.append(builder.written("qbe", split, f"{split}-document-{number:03d}", wave, first, **columns))
     return made
 
@@ -98,7 +98,7 @@ def _documents(
     queries: dict[str, list[ManifestRow]],
     rng: np.random.Generator,
 ) -> list[Document]:
-    said = [
+    sentences = [
         Document(rows=[row], terms={term for term in terms if term.upper() in row["plain"].split()})
         for row in part.sentences
     ]
@@ -106,10 +106,10 @@ def _documents(
     free = {term: [row for row in part.clips[term] if row["path"] not in asked] for term in terms}
     chosen: dict[str, Document] = {}
     for term in terms:
-        having = [document for document in said if term in document.terms] or _spoken(term, free, rng)
+        having = [document for document in sentences if term in document.terms] or _spoken(term, free, rng)
         for document in pick(having, builder.recipe.qbe_documents, rng):
             chosen[document.rows[0]["path"]] = document
-    for document in pick([d for d in said if not d.terms], builder.recipe.qbe_distractors, rng):
+    for document in pick([d for d in sentences if not d.terms], builder.recipe.qbe_distractors, rng):
         chosen[document.rows[0]["path"]] = document
     return list(chosen.values())
 

@@ -150,8 +150,8 @@ def ic(builder: MiniBuilder) -> list[ManifestRow]:
         builder.note("ic", note)
 
     def slots(row: ManifestRow) -> dict[str, str]:
-        said = {name: str(row["slots"].get(name) or NONE).strip() for name in names}
-        return {new: said.get(old, NONE) for new, old in zip(INTENT, (*names, "", "")[:3], strict=True)}
+        values = {name: str(row["slots"].get(name) or NONE).strip() for name in names}
+        return {new: values.get(old, NONE) for new, old in zip(INTENT, (*names, "", "")[:3], strict=True)}
 
     known = all(row["speaker"] for row in rows)
     if known and len({row["speaker"] for row in rows}) >= FOLDS:

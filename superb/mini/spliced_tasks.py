@@ -128,9 +128,9 @@ def _silences(
     rng: np.random.Generator,
 ) -> Iterator[tuple[Wave, ManifestRow]]:
     """Yield silence: half quiet environmental noise, half pauses next to the words, as far as available."""
-    beside = [(row, builder.audio.read(row, band)) for row in words if row["seconds"] > LONGEST]
-    order = rng.permutation(len(beside))
-    quiet = [(quiet_part(beside[i][1], float(rng.choice(lengths))), beside[i][0]) for i in order]
+    long_words = [(row, builder.audio.read(row, band)) for row in words if row["seconds"] > LONGEST]
+    order = rng.permutation(len(long_words))
+    quiet = [(quiet_part(long_words[i][1], float(rng.choice(lengths))), long_words[i][0]) for i in order]
     found = [(wave, row) for wave, row in quiet if wave is not None]
     loud = pick(noises, count - min(len(found), count // 2), rng)
     for row in loud:
@@ -210,7 +210,7 @@ def _orders(builder: MiniBuilder) -> Iterator[ManifestRow]:
             spoken = [
                 (name, str(row["slots"][name]).split()) for group in groups for name in group if name in row["slots"]
             ]
-            words = [(word, name, i) for name, said in spoken for i, word in enumerate(said)]
+            words = [(word, name, i) for name, text in spoken for i, word in enumerate(text)]
             tags = " ".join(f"{'I' if i else 'B'}-{name}" for _, name, i in words)
             text = " ".join(word.upper() for word, _, _ in words)
             yield builder.referenced("sf", split, row, text=text, iob=tags)

@@ -34,8 +34,8 @@ class DecodedOnce:
         except MemoryError:
             raise
         except Exception as error:  # of librosa, soundfile or audioread, each with its own classes
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{path}: cannot be used ({said}); replace it or take its row out") from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{path}: cannot be used ({reason}); replace it or take its row out") from error
         if wave.nbytes <= self._room:
             self._room -= wave.nbytes
             self._waves[key] = wave.copy(), rate

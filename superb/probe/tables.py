@@ -123,8 +123,8 @@ def _in_pretraining(row: ResultRow) -> str:
         return ""
     if row.get("in_pretraining") is None:
         return "unknown"
-    count, told = row["in_pretraining"]
-    return f"{count} of {told}" if count else f"none of {told} (unseen)"
+    count, total = row["in_pretraining"]
+    return f"{count} of {total}" if count else f"none of {total} (unseen)"
 
 
 def summary(rows: Sequence[ResultRow]) -> list[str]:

@@ -84,9 +84,9 @@ def write_predictions(
 
 def _labelled(folder: Path, task: str, tested: Sequence[Example], answers: dict[str, Any]) -> None:
     suffix = {"ic": "csv", "pr": "ark", "asr": "ark", "sf": "ark"}.get(task, "txt")
-    told = [(name_of(task, e.path), _told(task, answers[e.id])) for e in tested if e.id in answers]
+    named = [(name_of(task, e.path), _answer_text(task, answers[e.id])) for e in tested if e.id in answers]
     between = "," if suffix == "csv" else " "
-    results.write_text(folder / f"predict.{suffix}", "".join(f"{name}{between}{text}\n" for name, text in told))
+    results.write_text(folder / f"predict.{suffix}", "".join(f"{name}{between}{text}\n" for name, text in named))
 
 
 def name_of(task: str, path: Path) -> str:
@@ -98,7 +98,7 @@ def name_of(task: str, path: Path) -> str:
     return path.name.split(".")[0]
 
 
-def _told(task: str, answer: Any) -> str:
+def _answer_text(task: str, answer: Any) -> str:
     if task == "ic":
         return ",".join(answer)
     if task == "sid" and answer.startswith("speaker_"):  # official corpus: s3prl's label -> the corpus's name

@@ -64,8 +64,8 @@ def _chosen(comparison: Comparison, upstream: str | None) -> str:
     if upstream is None and len(comparison.upstreams) == 1:
         return comparison.upstreams[0]
     if upstream not in comparison.upstreams:
-        told = f" {upstream}" if upstream else ""
-        raise UserError(f"--of{told}: give one of {', '.join(comparison.upstreams)}; a zip holds one upstream")
+        given = f" {upstream}" if upstream else ""
+        raise UserError(f"--of{given}: give one of {', '.join(comparison.upstreams)}; a zip holds one upstream")
     return upstream
 
 
@@ -75,7 +75,7 @@ def _files(folders: Sequence[Path], run: ResultRow) -> dict[str, Path]:
         kept = folder / str(run.get("folder")) / FOLDER
         if files := [path for path in kept.rglob("*") if path.is_file()]:
             return {f"{FOLDER}/{path.relative_to(kept).as_posix()}": path for path in files}
-    told = f"{run['task']}, learning rate {run['learning_rate']}, seed {run['seed']},"
+    name = f"{run['task']}, learning rate {run['learning_rate']}, seed {run['seed']},"
     raise UserError(
-        f"--zip: the run of {told} kept no predictions (older version); remove its result.json and run again"
+        f"--zip: the run of {name} kept no predictions (older version); remove its result.json and run again"
     )

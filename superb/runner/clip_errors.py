@@ -30,9 +30,11 @@ def clip_errors(folder: Path, task: str, tested: Sequence[Example], values: dict
     else:
         from torchaudio.functional import edit_distance
 
-        said = [str(e.columns["transcription"]).split() for e in examples]
-        errors = [edit_distance(str(answers[e.id]).split(), words) for e, words in zip(examples, said, strict=True)]
-        figure, expected = sum(errors) / max(1, sum(map(len, said))), values["per" if task == "pr" else "wer"]
+        references = [str(e.columns["transcription"]).split() for e in examples]
+        errors = [
+            edit_distance(str(answers[e.id]).split(), words) for e, words in zip(examples, references, strict=True)
+        ]
+        figure, expected = sum(errors) / max(1, sum(map(len, references))), values["per" if task == "pr" else "wer"]
     return errors if abs(figure - expected) < 1e-6 else None
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from codecssl.superb.sample import text as said
+from codecssl.superb.sample import text as sentences
 from codecssl.superb.sample.voice import (
     MANNERS,
     SAMPLE_RATE,
@@ -108,24 +108,24 @@ def _item(
 def _words(speaker: Speaker, split: str, rng: np.random.Generator) -> Iterator[Item]:
     """Plan keywords (3 times per training speaker, else 2), digits once, and other words."""
     train = split == "train"
-    for word in said.KEYWORDS:
+    for word in sentences.KEYWORDS:
         for _ in range(3 if train else 2):
             yield _item("words", speaker, split, word, "ks", keyword=word, label=word)
     unknown_digits = rng.permutation(10)[: 2 if train else 1]
-    for number, word in enumerate(said.DIGITS):
+    for number, word in enumerate(sentences.DIGITS):
         unknown = number in unknown_digits
         extra = {"keyword": "_unknown_"} if unknown else {}
         tasks = "digits,ks" if unknown else "digits"
         yield _item("words", speaker, split, word, tasks, digit=word, label=word, **extra)
-    for index in rng.permutation(len(said.OTHER_WORDS))[: 1 + train]:
-        word = said.OTHER_WORDS[index]
+    for index in rng.permutation(len(sentences.OTHER_WORDS))[: 1 + train]:
+        word = sentences.OTHER_WORDS[index]
         yield _item("words", speaker, split, word, "ks", keyword="_unknown_", label="_unknown_")
 
 
 def _styles(speaker: Speaker, split: str, fold: int, rng: np.random.Generator) -> Iterator[Item]:
-    for index in rng.permutation(len(said.STYLE_SENTENCES))[:3]:
-        text = said.STYLE_SENTENCES[index]
-        for style in said.STYLES:
+    for index in rng.permutation(len(sentences.STYLE_SENTENCES))[:3]:
+        text = sentences.STYLE_SENTENCES[index]
+        for style in sentences.STYLES:
             yield _item("styles", speaker, split, text, "er", style=style, label=style, fold=fold)
 
 
@@ -134,13 +134,13 @@ def _sentences(speaker: Speaker, split: str, texts: set[str], rng: np.random.Gen
     tasks = ["asr", "pr", "sid", "asv"] + (["qbe"] if split != "train" else [])
     for count in range(16):
         while True:
-            text, iob = (said.sentence(rng), "") if count < 8 else said.slot_sentence(rng)
+            text, iob = (sentences.sentence(rng), "") if count < 8 else sentences.slot_sentence(rng)
             if text not in texts:
                 break
         texts.add(text)
         extra: dict[str, Any] = {"iob": iob} if iob else {}
         if "qbe" in tasks:
-            extra |= {"role": "document", "queries": said.query_terms_in(text)}
+            extra |= {"role": "document", "queries": sentences.query_terms_in(text)}
         kind = "requests" if iob else "sentences"
         item = _item(kind, speaker, split, text, ",".join(tasks + ["sf"] * bool(iob)), **extra)
         # Verification has no development set in SUPERB: all unseen speakers are its test.
@@ -150,9 +150,9 @@ def _sentences(speaker: Speaker, split: str, texts: set[str], rng: np.random.Gen
 
 def _intents(speaker: Speaker, split: str, rng: np.random.Generator) -> Iterator[Item]:
     """Plan twelve of the sixteen intents, each in one of its wordings."""
-    for index in rng.permutation(len(said.INTENTS))[:12]:
-        intent = said.INTENTS[index]
-        text = said.pick(rng, intent.phrases)
+    for index in rng.permutation(len(sentences.INTENTS))[:12]:
+        intent = sentences.INTENTS[index]
+        text = sentences.pick(rng, intent.phrases)
         label = "_".join(intent.slots.values())
         yield _item("commands", speaker, split, text, "ic,sid", slots=intent.slots, label=label)
 
@@ -167,7 +167,7 @@ def _with_sid_splits(items: list[Item], rng: np.random.Generator) -> list[Item]:
 def _queries(split: str, items: list[Item], rng: np.random.Generator) -> Iterator[Item]:
     """Plan each term in the split's documents twice, by training speakers, who speak no document."""
     documents = [item.row["queries"] for item in items if item.split == split and "queries" in item.row]
-    for term in said.QUERY_TERMS:
+    for term in sentences.QUERY_TERMS:
         if not any(term in terms for terms in documents):
             continue
         for index in rng.permutation(12)[:2]:
@@ -207,7 +207,7 @@ def _conversation(item: Item, rng: np.random.Generator) -> tuple[Wave, list[dict
     louder = rng.uniform(-4, 4)
     for turn in range(4):
         speaker = item.speakers[turn % 2]
-        wave = speak(speaker, said.slot_sentence(rng)[0], rng)
+        wave = speak(speaker, sentences.slot_sentence(rng)[0], rng)
         wave = wave / np.sqrt(np.mean(wave**2)) * 0.1 * 10 ** (louder * (turn % 2) / 20)
         # A voice never overlaps itself: at least 0.1 s after the end of its own last turn.
         start = max(cursor, turns[-2][2] + 0.1) if turn > 1 else cursor

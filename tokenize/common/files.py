@@ -143,8 +143,8 @@ def _taken(file: IO[bytes], *, needed: bool) -> bool:
         if error.errno not in NO_LOCKS:
             raise
         if needed:
-            told = f"{Path(file.name).parent}: on a file system without locks ({error.strerror})"
-            raise UserError(f"{told}; work there with one task, or on another one") from error
+            where = f"{Path(file.name).parent}: on a file system without locks ({error.strerror})"
+            raise UserError(f"{where}; work there with one task, or on another one") from error
     return True
 
 

@@ -163,9 +163,9 @@ class Expected:
         self.end()
         if self.damage:
             return
-        said = ast.literal_eval(self.header.strip())
+        found = ast.literal_eval(self.header.strip())
         expected = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (count,)}
         text = self.header.rstrip(" \n")  # a newer numpy may leave more room: the rest must be blank
         blank = self.header[len(text) :]
-        if said != expected or not text.isprintable() or blank.strip(" ") != "\n":
+        if found != expected or not text.isprintable() or blank.strip(" ") != "\n":
             self._damaged(f"its header is damaged: {text[:100]!r}", start=0, stop=self.at)

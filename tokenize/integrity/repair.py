@@ -94,15 +94,15 @@ def find_damage(root: Path, on_progress: OnShards) -> State:
     """Check a dataset, even one with an unfinished run or repair. Raises UserError if it cannot be identified."""
     if not (root / "dataset.json").exists():
         return _unfinished(root, on_progress)
-    found, said = examine(root, on_progress=on_progress).damages, read_statements(root)
-    if said.plan is None:
+    found, statements = examine(root, on_progress=on_progress).damages, read_statements(root)
+    if statements.plan is None:
         raise UserError(f"{root}: dataset.json is damaged and there is no plan.json: nobody knows the codec")
     if lost := [damage for damage in found if damage.file == STDIN]:
         raise UserError(f"{root}: {lost[0]}; it cannot be made again: put it back")
-    if not said.agree:
+    if not statements.agree:
         raise UserError(f"{root}: {found[0]}; put back the right one by hand, nothing was changed")
     return State(
-        plan=said.plan,
+        plan=statements.plan,
         damaged=sorted({damage.shard for damage in found if damage.shard is not None}),
         unsure=[d.shard for d in found if d.shard is not None and d.file.endswith(".json")],
         files=sorted({damage.file for damage in found if damage.shard is None}),

@@ -52,20 +52,20 @@ def examine(
 
     `weights`: of the codec, if they have moved. Raises UserError if `root` is not a finished dataset.
     """
-    said = read_statements(root)
-    if said.plan is None:
-        return Findings(damages=said.damages)
+    statements = read_statements(root)
+    if statements.plan is None:
+        return Findings(damages=statements.damages)
     present = sum(1 for _ in (root / "shards").glob("*"))
-    if said.shards > present + MOST_MISSING:
-        raise UserError(f"{root}: dataset.json says {said.shards} shards, it has {present} files: no dataset")
-    card, beside, damages = _card(root, said), SideFiles(root), list(said.damages)
-    for shard in range(said.shards):
-        checked = check_shard(root, shard, card, said.version)
+    if statements.shards > present + MOST_MISSING:
+        raise UserError(f"{root}: dataset.json says {statements.shards} shards, it has {present} files: no dataset")
+    card, index_files, damages = _card(root, statements), SideFiles(root), list(statements.damages)
+    for shard in range(statements.shards):
+        checked = check_shard(root, shard, card, statements.version)
         damages += checked.damages
-        beside.take(checked)
-        on_progress(shard + 1, said.shards)
-    damages = beside.settle(damages, said.header) + list(beside.finish(said.header, card))
-    damages += _check_list(root, said)
+        index_files.take(checked)
+        on_progress(shard + 1, statements.shards)
+    damages = index_files.settle(damages, statements.header) + list(index_files.finish(statements.header, card))
+    damages += _check_list(root, statements)
     if damages:
         return Findings(damages=damages)
     from codecssl.tokenize.integrity.reencode import coder_agrees, read_some, spot_check
@@ -73,13 +73,13 @@ def examine(
     damages = list(read_some(root)) or list(coder_agrees(root))
     if damages or not sample:
         return Findings(damages=damages)
-    damages, notes = spot_check(root, said.plan, sample, weights)
+    damages, notes = spot_check(root, statements.plan, sample, weights)
     return Findings(damages=damages, notes=notes)
 
 
-def _check_list(root: Path, said: Statements) -> list[Damage]:
+def _check_list(root: Path, statements: Statements) -> list[Damage]:
     """Compare the input list that was read from standard input, if the dataset was made of one, with the records."""
-    plan = said.plan or {}
+    plan = statements.plan or {}
     sources = plan.get("sources", [])
     if len(sources) != 1 or Path(sources[0]).name != STDIN or not plan.get("shard_inputs"):
         return []
@@ -168,16 +168,16 @@ def read_statements(root: Path) -> Statements:
     header, begun = _without_odd_keys(header, begun, damages)
     if header is not None and header.get("sources") and not (root / "plan.json").exists():
         damages.append(Damage(file="plan.json", what="is missing"))
-    said = Statements(header=header, begun=begun, damages=damages)
-    if header is not None and header["format_version"] != said.version:
-        what = f"format version {header['format_version']}, expected {said.version}"
+    statements = Statements(header=header, begun=begun, damages=damages)
+    if header is not None and header["format_version"] != statements.version:
+        what = f"format version {header['format_version']}, expected {statements.version}"
         damages.append(Damage(file="dataset.json", what=what))
-    if header is not None and begun is not None and not said.agree:
+    if header is not None and begun is not None and not statements.agree:
         plan = plan_of(header)
         keys = sorted(key for key in plan.keys() | begun.keys() if plan.get(key) != begun.get(key))
         what = f"differs from dataset.json in {', '.join(keys)}: one of the two is damaged"
         damages.append(Damage(file="plan.json", what=what))
-    return said
+    return statements
 
 
 def _without_odd_keys(
@@ -214,7 +214,11 @@ def _read_statement(path: Path) -> dict[str, Any]:
     return value
 
 
-def _card(root: Path, said: Statements) -> CodecCard:
+def _card(root: Path, statements: Statements) -> CodecCard:
     """Read the codec card. If dataset.json and plan.json differ, use the one that fits the first shard better."""
-    cards = [CodecCard.from_dict(value["codec"]) for value in (said.begun, said.header) if value is not None]
-    return min(cards, key=lambda card: len(check_shard(root, 0, card, said.version).damages) if len(cards) > 1 else 0)
+    cards = [
+        CodecCard.from_dict(value["codec"]) for value in (statements.begun, statements.header) if value is not None
+    ]
+    return min(
+        cards, key=lambda card: len(check_shard(root, 0, card, statements.version).damages) if len(cards) > 1 else 0
+    )

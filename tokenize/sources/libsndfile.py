@@ -131,4 +131,4 @@ def reason(source: Path | BinaryIO, error: soundfile.LibsndfileError) -> str:
     if size_of(source) == 0:
         return "the file is empty"
     text = str(error).rsplit(": ", 1)[-1].strip()
-    return next((meant for said, meant in WORDS.items() if text.startswith(said)), text)
+    return next((clearer for start, clearer in WORDS.items() if text.startswith(start)), text)

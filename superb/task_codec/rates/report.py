@@ -53,8 +53,8 @@ def report(config: ReportConfig, say: Callable[[str], None] = print) -> list[Pat
     name, settings = config.upstream.resolve().name, asdict(config.train)
     lines = "".join(json.dumps({"upstream": name, **row}, sort_keys=True) + "\n" for row in rows)
     results.write_text(config.output / "results.jsonl", lines)
-    told = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "seed")
-    results.write_text(config.output / "report.md", f"{markdown(summary(rows))}\nUpstream {name}; {told}.\n")
+    text = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "seed")
+    results.write_text(config.output / "report.md", f"{markdown(summary(rows))}\nUpstream {name}; {text}.\n")
     draw(config.output / "report.png", summary(rows))
     return [config.output / name for name in ("results.jsonl", "report.md", "report.png")]
 
@@ -75,8 +75,8 @@ def _all_folds(
             if not path.is_file():
                 results.write_json(path, [{**which, "fold": fold, **point} for point in make()])
             made = results.read_json(path)
-            told = ", ".join(f"{p['method']} {p['nominal_bps']:g} bit/s {p['wrong']} of {p['labels']}" for p in made)
-            say(f"{name} fold {fold}: wrong {told}")
+            text = ", ".join(f"{p['method']} {p['nominal_bps']:g} bit/s {p['wrong']} of {p['labels']}" for p in made)
+            say(f"{name} fold {fold}: wrong {text}")
             rows += made
     return rows
 
