@@ -54,5 +54,5 @@ def build(values: dict[str, Any], path: Path) -> Any:
         model = transformers.MimiModel(config)
     except Exception as error:  # values of any type and size
         raise UserError(f"{path}: not the configuration of Qwen3-TTS's encoder ({one_line(error)})") from error
-    model.upsample = model.decoder_transformer = model.decoder = None
+    model.upsample = model.decoder_transformer = model.decoder = None  # type: ignore[assignment]
     return model
