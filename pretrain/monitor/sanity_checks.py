@@ -103,7 +103,7 @@ def targets_report(targets: list[Tensor]) -> str:
     columns = (
         ("entropy in bits", [f"{math.log2(value):.2f}" for value in perplexities]),
         ("perplexity", [f"{value:.0f} of {len(count)}" for value, count in zip(perplexities, targets, strict=True)]),
-        ("% in the commonest class", [f"{100.0 * float(count.max() / count.sum()):.1f}" for count in targets]),
+        ("% in the most frequent class", [f"{100.0 * float(count.max() / count.sum()):.1f}" for count in targets]),
     )
     return "targets: " + "; ".join(f"{name} {', '.join(values)}" for name, values in columns)
 

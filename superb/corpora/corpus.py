@@ -164,7 +164,7 @@ class TaskCorpus:
             for split, name, example in _never_trained(splits):
                 raise UserError(
                     f"task {task.name}: {split} label {name!r} ({example.path.name}) never occurs in training; "
-                    "move some of its utterances to train or take it out"
+                    "move some of its utterances to train or remove it"
                 )
 
     def _offer(self) -> str:

@@ -26,12 +26,12 @@ def sd(builder: MiniBuilder) -> list[ManifestRow]:
     made = []
     for split, count in zip(TRIPLE, builder.recipe.sd_mixtures, strict=True):
         rng = builder.rng(f"sd {split}")
-        worlds = _worlds([row for row in rows if builder.voices[row["speaker"]] == split])
-        for number in range(count if worlds else 0):
-            world = worlds[number % len(worlds)]
-            names = [str(name) for name in rng.permutation(sorted(world))[:2]]
-            placed = _turns(builder, names, world, rng)
-            made.append(_mixture(builder, split, number, placed, world[names[0]][0], rng))
+        sources = _by_source([row for row in rows if builder.voices[row["speaker"]] == split])
+        for number in range(count if sources else 0):
+            clips = sources[number % len(sources)]
+            names = [str(name) for name in rng.permutation(sorted(clips))[:2]]
+            placed = _turns(builder, names, clips, rng)
+            made.append(_mixture(builder, split, number, placed, clips[names[0]][0], rng))
     if {row["splits"]["sd"] for row in made} != set(TRIPLE):
         raise LackingError("in each split two speakers of one source with two clips of 1.5 to 6 s or more")
     speech = sum(s["end"] - s["start"] for row in made for s in row["segments"])
@@ -40,7 +40,7 @@ def sd(builder: MiniBuilder) -> list[ManifestRow]:
     return made
 
 
-def _worlds(rows: list[ManifestRow]) -> list[dict[str, list[ManifestRow]]]:
+def _by_source(rows: list[ManifestRow]) -> list[dict[str, list[ManifestRow]]]:
     """Group clips by source and speaker, for speakers with at least two clips and sources with two such speakers."""
     sources = grouped([{**row, "source": row.get("origin", "")} for row in rows], "source")
     found = []
@@ -52,15 +52,15 @@ def _worlds(rows: list[ManifestRow]) -> list[dict[str, list[ManifestRow]]]:
 
 
 def _turns(
-    builder: MiniBuilder, names: list[str], world: dict[str, list[ManifestRow]], rng: np.random.Generator
+    builder: MiniBuilder, names: list[str], clips: dict[str, list[ManifestRow]], rng: np.random.Generator
 ) -> list[Placed]:
-    order = {name: list(rng.permutation(len(world[name]))) for name in names}
+    order = {name: list(rng.permutation(len(clips[name]))) for name in names}
     loudness = {name: float(rng.uniform(*LEVELS)) for name in names}
     placed: list[Placed] = []
     ends, free, last = round(float(rng.uniform(*PAUSES)) * RATE), dict.fromkeys(names, 0), 0
     for turn in range(int(rng.integers(TURNS[0], TURNS[1] + 1))):
         name = names[turn % 2]
-        row = world[name][int(order[name][(turn // 2) % len(order[name])])]
+        row = clips[name][int(order[name][(turn // 2) % len(order[name])])]
         wave = at_level(trimmed(builder.audio.read(row)), loudness[name])
         start = ends if not placed else ends + _gap(builder.recipe.sd_overlap, min(last, len(wave)), rng)
         start = max(start, free[name])

@@ -83,7 +83,9 @@ def _note_channels(builder: MiniBuilder, task: str, rows: list[ManifestRow]) -> 
     origins = Counter(str(row.get("origin", "one source")) for row in rows)
     if len(origins) > 1:
         counts = ", ".join(f"{count} from {name}" for name, count in sorted(origins.items()))
-        builder.note(task, f"Clips come from several recordings' worlds ({counts}); a channel can give a speaker away.")
+        builder.note(
+            task, f"Clips come from different recording conditions ({counts}); a channel can reveal a speaker."
+        )
 
 
 def asv(builder: MiniBuilder) -> tuple[list[ManifestRow], list[TrialLine]]:

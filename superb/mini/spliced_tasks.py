@@ -189,7 +189,7 @@ def sf(builder: MiniBuilder) -> list[ManifestRow]:
         rows = [builder.referenced("sf", split[r["speaker"]], r, text=r["text"], iob=r["iob"]) for r in ready]
         return sorted(rows, key=lambda row: TRIPLE.index(row["splits"]["sf"]))
     made = [*_orders(builder), *_commands(builder)]
-    require(made, "rows with text and iob, or slots in an order the recipe knows, or keywords and digits")
+    require(made, "rows with text and iob, with slots in an order of the recipe, or with keywords and digits")
     return sorted(made, key=lambda row: TRIPLE.index(row["splits"]["sf"]))
 
 
@@ -202,7 +202,7 @@ def _orders(builder: MiniBuilder) -> Iterator[ManifestRow]:
     builder.note(
         "sf",
         f"{len(known)} real sentences out of {len(rows)}: those whose slots can come in one order only. No transcript "
-        "is known, so the text holds the words of the slots and nothing of the rest of the sentence.",
+        "is known, so the text holds the words of the slots but not the rest of the sentence.",
     )
     splits = by_utterance(known, builder.shares, builder.rng("sf orders"), lambda row: row["slots"])
     for split in TRIPLE:
@@ -228,7 +228,7 @@ def _commands(builder: MiniBuilder) -> Iterator[ManifestRow]:
         return
     band = band_of(builder)
     builder.note(
-        "sf", "The other sentences are made: a keyword and one to three digits of one speaker, real clips in a row."
+        "sf", "The other sentences are concatenations of real clips: a keyword and one to three digits of one speaker."
     )
     for split, count in zip(TRIPLE, builder.recipe.sf_commands, strict=True):
         rng, rows = builder.rng(f"sf {split}"), splits[split]

@@ -35,7 +35,7 @@ class DecodedOnce:
             raise
         except Exception as error:  # of librosa, soundfile or audioread, each with its own classes
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{path}: cannot be used ({reason}); replace it or take its row out") from error
+            raise UserError(f"{path}: cannot be used ({reason}); replace it or remove its row") from error
         if wave.nbytes <= self._room:
             self._room -= wave.nbytes
             self._waves[key] = wave.copy(), rate

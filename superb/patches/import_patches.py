@@ -152,7 +152,7 @@ PATCHES = (
     ),
     Patch(
         name="torchaudio_info",
-        reason="keyword spotting cuts the _silence_ of Speech Commands by the lengths that torchaudio.info says; "
+        reason="keyword spotting cuts the _silence_ of Speech Commands by the lengths from torchaudio.info; "
         "2.9 dropped it",
         apply=_torchaudio_info,
     ),
@@ -165,7 +165,7 @@ PATCHES = (
     Patch(
         name="optional_packages",
         reason="s3prl.problem imports sed_eval and dcase_util for HEAR scores, the classic keyword task "
-        "imports catalyst for distributed sampling; none serves the tasks run here",
+        "imports catalyst for distributed sampling; the tasks run here need none of them",
         apply=_optional_packages,
     ),
     Patch(

@@ -38,7 +38,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
             where = getattr(self.file, "name", "a pickle")
-            raise UserError(f"{where}: holds {module}.{name}, which no run writes now; remove the run's folder")
+            raise UserError(f"{where}: holds {module}.{name}, which current runs do not write; remove the run's folder")
         return super().find_class(module, name)
 
     def __init__(self, file: IO[bytes]) -> None:

@@ -150,7 +150,7 @@ def notes(comparison: Comparison) -> list[str]:
     seeds, versions = sorted({run["seed"] for run in runs}), runs[0]["versions"]
     return [
         f"Steps: {steps}. Heads, batch sizes, optimisers: s3prl's own. The upstream is frozen.",
-        f"Learning rates tried: {_tried(c)}; that won: {_won(c)}.",
+        f"Learning rates tried: {_tried(c)}; selected: {_won(c)}.",
         "; ".join([f"Tested utterances: {tested}", *_spread(c)]) + ".",
         "A difference with a * is more than noise (95 %; paired over test utterances where answers were kept).",
         *([verdict] if (verdict := sentence(c)) else []),

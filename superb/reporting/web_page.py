@@ -66,7 +66,7 @@ def _section(c: Comparison) -> str:
         f'<p class="claim">{escape(c.claim)}</p><p>{escape(sentence(c))}</p><h2>On the test set</h2>{_main_table(c)}'
         f"<ul>{facts}<li>{escape(tasks)}</li></ul>{_layers(c)}"
         f"<h2>Learning curves</h2>{legend(list(colours.items()))}<div class=charts>{charts}</div>"
-        f"<h2>Every run that counts</h2>{_runs(c)}"
+        f"<h2>Selected runs</h2>{_runs(c)}"
     )
 
 
@@ -119,7 +119,7 @@ def _layers(c: Comparison) -> str:
     if not charts:
         return ""
     how = "<p>Weights of SUPERB's learned sum over hidden states; 0 is the input of the first layer.</p>"
-    return f"<h2>Which layers the tasks read</h2>{how}<div class=charts>{''.join(charts)}</div>"
+    return f"<h2>Layer weights of the tasks</h2>{how}<div class=charts>{''.join(charts)}</div>"
 
 
 def _curves(c: Comparison, task: str, colours: dict[str, str]) -> str:

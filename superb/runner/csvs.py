@@ -75,7 +75,7 @@ def _write(task: Task, table: Table, path: Path) -> Path:
         if name in table and not _survives(table[name], read[name].tolist(), exact=name in ("transcription", "iob")):
             wrong = sorted({str(value) for value in table[name]})[:8]
             remedy = "rename those that look like NA or 007" if name != "transcription" else "give words, not numbers"
-            raise UserError(f"task {task.name}: {name} {wrong} don't survive a CSV; {remedy}")
+            raise UserError(f"task {task.name}: {name} {wrong} change in a CSV file; {remedy}")
     return path
 
 

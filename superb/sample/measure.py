@@ -199,7 +199,9 @@ def edit_distance(one: list[str], other: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m codecssl.superb.sample.measure", description=__doc__)
     parser.add_argument("folder", type=Path, help="the unpacked corpus")
-    parser.add_argument("--ctc", type=int, metavar="EPOCHS", default=0, help="also train pr, asr and sf so long")
+    parser.add_argument(
+        "--ctc", type=int, metavar="EPOCHS", default=0, help="also train models of pr, asr and sf for this long"
+    )
     arguments = parser.parse_args(argv)
     try:
         corpus = SampleCorpus(arguments.folder)

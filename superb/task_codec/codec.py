@@ -65,7 +65,7 @@ class TaskCodec:
 
     def decode(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
         raise UserError(
-            f"{self.card.weights}: codes for a machine hold a task's answer, not the sound; decode the base codec's"
+            f"{self.card.weights}: the codes of a task codec cannot be decoded to audio; decode the base codec's"
         )
 
     def embeddings(self) -> list[Tensor]:

@@ -213,7 +213,7 @@ def _readme(config: TaskCodecConfig, ready: Prepared, bit_rate: BitRate, measure
     """Human-readable card of the codec."""
     model = config.upstream.resolve().name
     lines = [
-        f"# Codes for a machine: {config.task}",
+        f"# Task codec: {config.task}",
         "",
         f"Layer {config.layer} of `{model}` (which reads {ready.model.card.name}), quantised at {bit_rate}, nominal.",
         f"Entries in use on the training part, by codebook: {measured['used_entries']} of {measured['entries']}.",
@@ -227,6 +227,6 @@ def _readme(config: TaskCodecConfig, ready: Prepared, bit_rate: BitRate, measure
         lines.append(f"Test {what}: {', '.join(kept)} codebooks kept; the model as it is, its head alone: {whole}.")
     lines += [
         "",
-        "`codecssl-tokenize run SOURCE... --codec FOLDER --output DIR` writes its codes; no sound comes back.",
+        "`codecssl-tokenize run SOURCE... --codec FOLDER --output DIR` writes its codes. They do not decode to audio.",
     ]
     return "\n".join(lines) + "\n"

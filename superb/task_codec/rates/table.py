@@ -80,7 +80,7 @@ def reached(points: Sequence[Point]) -> list[str]:
         best = max((p["kept"] for p in codes), default=0.0)
         guess = [p for p in here if p["method"] == "model" and p["mean"] <= p["commonest"]]
         if guess:
-            text = f"means nothing: the commonest answer alone has {100 * guess[0]['commonest']:.1f} %"
+            text = f"not meaningful: the most frequent answer alone has {100 * guess[0]['commonest']:.1f} %"
         elif good:
             text = f"at {good[0]['nominal_bps']:g} bit/s ({good[0]['shape']}), the lowest such rate here"
         else:

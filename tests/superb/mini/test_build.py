@@ -42,7 +42,7 @@ Rows = list[dict[str, Any]]
 
 def _source_row(row: dict[str, Any]) -> dict[str, Any] | None:
     """Row of a clip as in the manifest of a real corpus; None for clips not used."""
-    kind, head = row["path"].split("/")[0], {"path": row["path"], "origin": f"world {row['speaker'] > 'spk09'}"}
+    kind, head = row["path"].split("/")[0], {"path": row["path"], "origin": f"source {row['speaker'] > 'spk09'}"}
     if kind == "words" and row["text"] in ("yes", "stop", "left") and row["speaker"] < "spk06":
         return {**head, "task": "kws", "label": row["text"]}
     if kind == "words" and row["task"] == "digits" and row["speaker"] < "spk12":

@@ -80,5 +80,5 @@ def test_a_file_that_cannot_be_used_is_named(content: str | None, tmp_path: Path
         soundfile.write(path, np.array([0.1, np.nan, 0.1], "f4"), 16_000, subtype="FLOAT")
     else:
         path.write_text(content)
-    with pytest.raises(UserError, match=r"a\.wav: cannot be used \(.+\); replace it or take its row out$"):
+    with pytest.raises(UserError, match=r"a\.wav: cannot be used \(.+\); replace it or remove its row$"):
         DecodedOnce(librosa, 0).load(str(path), sr=16_000)

@@ -88,11 +88,11 @@ def test_the_rates_that_won_stand_with_their_tasks() -> None:
     runs = [row("fbank", "ks", 0.5), row("fbank", "ks", 0.5, seed=1, learning_rate=1e-3), row("fbank", "er", 0.5)]
     (comparison,) = tables.compare([*runs, row("fbank", "sid", 0.5)])
     text = " ".join(tables.notes(comparison))
-    assert "that won: fbank ks: 0.001/0.01; sid er: 0.01." in text
+    assert "selected: fbank ks: 0.001/0.01; sid er: 0.01." in text
     assert "± is the deviation over seeds; a figure without it is of one seed; in brackets the 95 % interval" in text
     (comparison,) = tables.compare([row("fbank", "ks", 0.5), row("fbank", "er", 0.5)])
     text = " ".join(tables.notes(comparison))
-    assert "that won: fbank 0.01." in text
+    assert "selected: fbank 0.01." in text
     assert "deviation over seeds" not in text
 
 

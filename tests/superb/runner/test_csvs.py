@@ -123,7 +123,7 @@ def test_text_that_csv_would_change_is_refused(
     name: str, column: str, values: list[str], corpus: Path, tmp_path: Path
 ) -> None:
     examples = [Example(id=str(i), path=Path("a.wav"), columns={column: value}) for i, value in enumerate(values)]
-    with pytest.raises(UserError, match="don't survive a CSV"):
+    with pytest.raises(UserError, match="change in a CSV file"):
         write_csvs(TASKS[name], {"train": examples}, tmp_path, TaskCorpus(corpus))
 
 

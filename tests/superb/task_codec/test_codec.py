@@ -94,7 +94,7 @@ def test_latents_are_sums_of_embeddings(folder):
 
 def test_decoding_a_task_codec_is_an_error(folder):
     codec = load_codec(str(folder))
-    with pytest.raises(UserError, match="hold a task's answer, not the sound"):
+    with pytest.raises(UserError, match="cannot be decoded to audio"):
         codec.decode(torch.zeros(2, 3, dtype=torch.int64))
 
 

@@ -314,7 +314,7 @@ def test_report_table_and_plot(tmp_path):
 
 def test_kept_accuracy_has_no_meaning_where_the_model_guesses():
     rows = [point("model", 0, 0, 40, 4000.0), point("compress", 0, 0, 30)]  # 20 %, as the commonest answer
-    assert "means nothing: the commonest answer alone has 20.0 %" in markdown(summary(rows))
+    assert "not meaningful: the most frequent answer alone has 20.0 %" in markdown(summary(rows))
 
 
 def test_phone_errors_are_compared_in_points():
