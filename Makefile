@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-warn-script-location --disable-pip-version-check -c constraints.txt $(EDITABLE) ".[dev,lyra,snac]"
 	@touch $@
 
-# The whole chain, each line a command that a user would type; run again, it goes on where it stopped. Where an encoder
+# The whole chain, each line a command that a user would type; run again, it resumes where it stopped. Where an encoder
 # ships with codecssl, the short run continues from it, and both stand in the table next to the baselines.
 STEPS ?= $(if $(SHIPPED),60,120)
 TASKS ?= ks,sid,er,ic,pr

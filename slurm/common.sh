@@ -1,11 +1,10 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2153,SC2154  # here and script are set by the scripts that source this file
-# What the scripts of this folder share: their options, submitting, and surviving. Sourced, never run.
+# Shared by the scripts of this folder: options, submission, signals and retries. Sourced, never run.
 #
-# Exit codes of codecssl: 0 done, 1 an error told on one line, 2 wrong usage, 70 a crash, 75 stopped by a signal with
-# all work saved, 76 stuck. 1 and 2 never go back into the queue; everything else (also 137: SIGKILL, out of memory, and
-# warnings, also those that come before the program listens) as often as need be, but CODECSSL_RETRIES times in a row
-# without progress.
+# Exit codes of codecssl: 0 done, 1 an error of one line, 2 wrong usage, 70 a crash, 75 stopped by a signal with
+# all work saved, 76 stuck. 1 and 2 are never requeued. Everything else is (also 137: SIGKILL, out of memory, and
+# warnings, also those before the program handles signals), but at most CODECSSL_RETRIES times in a row without progress.
 
 # shellcheck source-path=SCRIPTDIR source=site.sh
 source "$here/site.sh"
@@ -94,9 +93,9 @@ after() {
 
 device() { [ "${SLURM_GPUS_ON_NODE:-0}" = 0 ] && echo cpu || echo cuda; }
 
-# ---------------------------------------------------------------- surviving
+# ---------------------------------------------------------------- signals and retries
 
-# What tells whether a job got anywhere between two crashes; a script may define its own.
+# A measure of progress, compared between two crashes; a script may define its own.
 progress() { echo -; }
 
 # The signal that Slurm sent to this script, and the program to pass it on to.

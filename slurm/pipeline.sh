@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole chain as jobs that wait for one another: audio -> shards -> pretraining -> rounds of labels and pretraining
-# -> exported model -> SUPERB -> report. Run it again at any time: only what is neither done nor queued is submitted.
+# The whole chain as dependent jobs: audio -> shards -> pretraining -> rounds of labels and pretraining
+# -> exported model -> SUPERB -> report. Run it again at any time: it submits only stages that are not done or queued.
 #
 #   bash slurm/pipeline.sh [--dry-run] SETTINGS
 #
@@ -10,7 +10,7 @@
 #   SOURCES="/data/librispeech/train.jsonl"
 #   TOKENIZE="--tasks 200 --codec encodec_24khz"     # options of tokenize.sbatch
 #   PRETRAIN="codec2vec_base_codes"                  # config and options of the first pretraining
-#   ROUNDS=2                       # of labels and pretraining after it; 0 is none
+#   ROUNDS=2                       # of labels and pretraining; 0: none
 #   LABEL="--layer 6 --clusters 500"                 # options of label.sbatch
 #   PRETRAIN_LABELS="codec2vec_base_labels"          # config and options of the other pretrainings
 #   SUPERB="--tasks ks,sid,er,ic --lr 1e-3,1e-4 --data /data/superb --budget full"

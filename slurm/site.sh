@@ -11,21 +11,21 @@
 : "${CODECSSL_QOS:=}"
 : "${CODECSSL_SBATCH:=}"         # more options of sbatch for every job, such as "--mem=0 --exclude=node13"
 
-# What runs there.
+# Software.
 : "${CODECSSL_PYTHON:=python3}"  # of the environment that codecssl is installed in; best an absolute path
 : "${CODECSSL_SETUP:=}"          # shell code at the start of each job: "module load cuda; source ~/venv/bin/activate"
 : "${CODECSSL_CONTAINER:=}"      # before each python: "apptainer exec --nv --bind /data,/scratch image.sif"
-: "${CODECSSL_SCRATCH:=}"        # a disk of each node: pretraining copies its shards there first. Empty: it does not
+: "${CODECSSL_SCRATCH:=}"        # a disk of each node: pretraining copies its shards there first. Empty: no copy
 
-# How much of it. A GPU count of 0 means CPUs: device cpu, gloo.
+# Resources. A GPU count of 0 means CPUs: device cpu, gloo.
 : "${CODECSSL_NODES:=1}"         # of a pretraining job
 : "${CODECSSL_GPUS:=1}"          # per node of a pretraining job, one process each
 : "${CODECSSL_TASK_GPUS:=0}"     # per tokenize, label and superb job, 0 or 1
 : "${CODECSSL_CPUS:=8}"          # per process
-: "${CODECSSL_TIME:=24:00:00}"   # limit of each job; a job that needs more goes on in the next one
+: "${CODECSSL_TIME:=24:00:00}"   # limit of each job; a longer job continues in the next one
 
-# How to survive.
+# Limits and retries.
 : "${CODECSSL_WARN_SECONDS:=300}"   # before the time limit: time for a checkpoint, or for the rest of a block
-: "${CODECSSL_STALL_MINUTES:=120}"  # tokenize: no input finished for so long is stuck (pretrain: log.stall_minutes)
+: "${CODECSSL_STALL_MINUTES:=120}"  # tokenize: stuck if no input is finished for this long (pretrain: log.stall_minutes)
 : "${CODECSSL_RETRIES:=3}"          # requeues after crashes without progress; those after a warning do not count
-: "${CODECSSL_LOGS:=logs}"          # folder for what the jobs say
+: "${CODECSSL_LOGS:=logs}"          # folder of the jobs' output
