@@ -169,6 +169,7 @@ def _add_codec_commands(line: CommandLine) -> None:
     _add_measured(bench)
     bench.add_argument("--rounds", type=positive, default=3, help="runs of each, in turns; the fastest counts")
     bench.add_argument("--json", action="store_true", help="print JSON, one line a measurement")
+    _add_compare(line)
     train = line.command(
         "train-codec",
         commands.train_codec,
@@ -197,6 +198,36 @@ def _add_codec_commands(line: CommandLine) -> None:
     )
     evaluate.add_argument("--clips", type=positive, default=120, help="held-out clips, evenly spread over the tasks")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_compare(line: CommandLine) -> None:
+    compare = line.command(
+        "compare",
+        commands.compare,
+        group="codecs",
+        help="bits, entropies, fidelity, speed, memory and linear probes of codecs on the same clips",
+        example="compare tiny_16khz mimi:4 dac_16khz --data manifest.jsonl --where task=er --output comparison",
+    )
+    compare.add_argument("codecs", nargs="+", metavar="NAME|PATH[:K]", help="codecs to compare; :K keeps K codebooks")
+    compare.add_argument("--data", action="append", required=True, metavar="SOURCE", help=SOURCES)
+    compare.add_argument(
+        "--label",
+        action="append",
+        default=[],
+        metavar="COLUMN[/GROUP]",
+        help="column to predict from the latents; a value of GROUP is never in training and test (repeat; default: "
+        "label, emotion, language, speaker, gender, accent where the data has them)",
+    )
+    compare.add_argument(
+        "--where", action="append", default=[], metavar="COLUMN=PATTERN", help="only inputs that match (repeat)"
+    )
+    compare.add_argument("--clips", type=positive, default=60, help="clips, evenly spread over the data")
+    compare.add_argument("--seconds", type=amount, default=10.0, help="length to which clips are cut")
+    compare.add_argument("--device", default="cpu", metavar="cpu|cuda", help="where the codecs run")
+    compare.add_argument(
+        "--output", "-o", type=Path, metavar="DIR", help="write results.json, report.md, report.html and plots"
+    )
+    compare.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_output(parser: argparse.ArgumentParser, metavar: str, help: str) -> None:

@@ -242,6 +242,27 @@ def bench(args: Namespace) -> int:
     return 0
 
 
+def compare(args: Namespace) -> int:
+    from codecssl.tokenize.measure import compare_report
+    from codecssl.tokenize.measure.compare import CompareConfig, compare
+
+    config = CompareConfig(
+        codecs=tuple(args.codecs),
+        data=tuple(args.data),
+        labels=tuple(args.label),
+        where=tuple(args.where),
+        clips=args.clips,
+        seconds=args.seconds,
+        device=args.device,
+    )
+    found = compare(config, lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps(found) if args.json else compare_report.markdown(found))
+    if args.output is not None:
+        written = compare_report.write(args.output, found)
+        print(f"wrote {', '.join(path.name for path in written)} in {args.output}", file=sys.stderr)
+    return 0
+
+
 def train_codec(args: Namespace) -> int:
     from codecssl.tokenize.codec_training.train import CodecTrainConfig, train_codec
 

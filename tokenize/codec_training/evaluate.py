@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import soxr
 import torch
-import torchaudio
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,13 +18,10 @@ from codecssl.tokenize.codec import Codec
 from codecssl.tokenize.codec_training.train import is_held_out
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.measure.entropies import entropy
+from codecssl.tokenize.measure.fidelity import RATE, align, mel_distance, si_sdr
 from codecssl.tokenize.registry import load_codec
 from codecssl.tokenize.sources.audio import read_wave
 from codecssl.tokenize.sources.manifest import read_rows
-
-RATE = 16_000
-MAX_LAG = 800
-"""Samples: decoders may delay their output; each one's is undone before comparing."""
 
 
 def evaluate(manifest: Path, spec: str, clips: int) -> dict[str, Any]:
@@ -73,29 +69,6 @@ def held_out_clips(manifest: Path, count: int) -> list[dict[str, Any]]:
         raise UserError(f"{manifest}: no held-out clips (one in ten speakers or clips)")
     turns = range(max(len(rows) for rows in tasks.values()))
     return [rows[i] for i in turns for rows in tasks.values() if i < len(rows)][:count]
-
-
-def mel_distance(target: NDArray[np.float32], output: NDArray[np.float32]) -> float:
-    """See `evaluate`; waves of the same length at 16 kHz."""
-    transform = torchaudio.transforms.MelSpectrogram(RATE, n_fft=1024, hop_length=256, n_mels=80, power=1)
-    logs = [torch.log(transform(torch.from_numpy(np.ascontiguousarray(w))).clamp(min=1e-5)) for w in (target, output)]
-    return float((logs[0] - logs[1]).abs().mean())
-
-
-def si_sdr(target: NDArray[np.float32], output: NDArray[np.float32]) -> float:
-    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019, equation 5)."""
-    x, y = target.astype(np.float64), output.astype(np.float64)
-    scaled = x * (x @ y) / (x @ x + 1e-12)
-    return float(10 * np.log10((scaled @ scaled + 1e-12) / ((y - scaled) @ (y - scaled) + 1e-12)))
-
-
-def align(target: NDArray[np.float32], output: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Cut both waves to where they overlap once the output's delay (0 to MAX_LAG samples) is undone."""
-    n = min(len(target), len(output))
-    size = 1 << (2 * n - 1).bit_length()
-    correlation = np.fft.irfft(np.fft.rfft(output[:n], size) * np.conj(np.fft.rfft(target[:n], size)), size)
-    lag = int(np.argmax(correlation[: min(MAX_LAG, n // 2) + 1]))
-    return target[: n - lag], output[lag:n]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -1,8 +1,8 @@
-"""The codec's figures against plain formulas."""
+"""Mel distance, SI-SDR and alignment against plain formulas."""
 
 import numpy as np
 
-from codecssl.tokenize.codec_training.evaluate import align, mel_distance, si_sdr
+from codecssl.tokenize.measure.fidelity import align, mel_distance, si_sdr
 
 
 def test_si_sdr_is_the_ratio_of_signal_to_orthogonal_noise_at_any_gain():
