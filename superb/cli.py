@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from codecssl.superb.commands import cache, corpora, embed, probe, report, run, task_codec
+from codecssl.superb.commands import cache, corpora, embed, hear, probe, report, run, task_codec
 from codecssl.tokenize.common.command_line import CommandLine
 from codecssl.tokenize.common.process import guarded
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command_line() -> CommandLine:
     """The subcommands and their arguments. Nothing heavy is imported."""
     line = CommandLine("codecssl-superb", "Evaluate speech encoders on the ten SUPERB tasks.", OLD_NAMES)
-    for commands in (run, report, probe, embed, cache, corpora, task_codec):
+    for commands in (run, report, probe, hear, embed, cache, corpora, task_codec):
         commands.add_commands(line)
     return line
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from codecssl.superb.suites.wave_features import WaveFeatures
 from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE
+from codecssl.superb.upstreams.names import Upstream
 
 LARGEST_STEP_MS = 50.0
 
@@ -18,7 +19,7 @@ LARGEST_STEP_MS = 50.0
 class HearModel(nn.Module):
     """An upstream with the attributes that HEAR requires."""
 
-    def __init__(self, upstream: str | None = None, layer: int | None = None) -> None:
+    def __init__(self, upstream: str | Upstream | None = None, layer: int | None = None) -> None:
         super().__init__()
         self.features = WaveFeatures(upstream, layer)
         self.sample_rate = SAMPLE_RATE

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from codecssl.superb.embed.states import LayerChoice, WaveStates
 from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE
 from codecssl.superb.upstreams.build import UpstreamBuilder
-from codecssl.superb.upstreams.names import parse
+from codecssl.superb.upstreams.names import Upstream, parse
 from codecssl.tokenize.common.errors import UserError
 
 DEFAULT = "laptop_16khz"
@@ -37,10 +37,11 @@ class WaveFeatures(nn.Module):
     embed`. `to(device)` moves the encoder; the codec stays on the CPU, whose codes the encoder was trained on.
     """
 
-    def __init__(self, upstream: str | None = None, layer: int | None = None) -> None:
+    def __init__(self, upstream: str | Upstream | None = None, layer: int | None = None) -> None:
         super().__init__()
-        name, chosen = (upstream, layer) if upstream is not None else from_environment()
-        self.expert = UpstreamBuilder().build_unnormalised(parse(name))
+        given, chosen = (upstream, layer) if upstream is not None else from_environment()
+        parsed = parse(given) if isinstance(given, str) else given
+        self.expert = UpstreamBuilder().build_unnormalised(parsed)
         self.register_buffer("place", torch.zeros(0), persistent=False)  # its device is the module's
         options = {"window_seconds": 30.0, "overlap_seconds": 1.0}
         self._states = WaveStates(self.expert, LayerChoice(chosen), "cpu", **options)
@@ -49,7 +50,7 @@ class WaveFeatures(nn.Module):
         try:
             self.dim = int(self._states.batch([np.zeros(SAMPLE_RATE, np.float32)])[0].shape[1])
         except IndexError:
-            raise UserError(f"layer {chosen}: {name} has fewer hidden states") from None
+            raise UserError(f"layer {chosen}: {parsed.name} has fewer hidden states") from None
 
     def forward(self, waves: Sequence[Tensor]) -> list[Tensor]:
         """1-D float waves at 16 kHz of any lengths -> float32 frames [T_i, D] of each, on the module's device."""
