@@ -108,7 +108,7 @@ def _one(timbre: str, pitch: int, copy: int, seed: int) -> NDArray[np.float32]:
 
 def event_clips(counts: tuple[int, int, int], seed: int, seconds: float = 8.0) -> list[Clip]:
     """Scenes of notes of four timbres, labelled by timbre with onset and end; train, valid and test scenes."""
-    clips = []
+    clips: list[Clip] = []
     for split, count in zip(("train", "valid", "test"), counts, strict=True):
         for number in range(count):
             rng = np.random.default_rng([seed, 1, len(clips)])
