@@ -201,7 +201,11 @@ def _add_label(line: CommandLine) -> None:
         example="label run --layer 2 --clusters 500 --data shards --output labels",
         resume="resumes after the last whole shard",
     )
-    label.add_argument("source", metavar="RUN|MODEL|latents|JSONL", help="where features come from, or ready labels")
+    label.add_argument(
+        "source",
+        metavar="RUN|MODEL|latents|mfcc|JSONL",
+        help="where features come from (mfcc: the stored log-mel plane), or ready labels",
+    )
     label.add_argument("--data", metavar="DIR", nargs="+", type=Path, required=True, help="folders of token shards")
     label.add_argument("--output", metavar="LABELS", type=Path, required=True, help="folder of the labels")
     features = label.add_argument_group("features")

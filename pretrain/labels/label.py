@@ -1,4 +1,4 @@
-"""`codecssl-pretrain label`: k-means labels of any layer of a model, of the codec's latents, or labels from a file.
+"""`codecssl-pretrain label`: k-means labels of a model's layer, the codec's latents or MFCCs, or labels from a file.
 
     LABELS/               a folder of token shards, one stream of labels for each frame of the data
     LABELS/clustering.safetensors   the centroids; --clustering FILE labels other data with them
@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from codecssl.pretrain.data.hashed_random import permuted, smallest, uniform
+from codecssl.pretrain.labels.cepstra import CepstralExtractor
 from codecssl.pretrain.labels.clustering import Clustering, Features, Quality, fit
-from codecssl.pretrain.labels.labellers import ByCentroids, Extractor, FromFile, Labeller
+from codecssl.pretrain.labels.labellers import ByCentroids, Extractor, FeatureSource, FromFile, Labeller
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.command_line import progress_bar
 from codecssl.tokenize.common.errors import UserError, check_share
@@ -46,7 +47,7 @@ class LabelConfig:
     """Settings of `codecssl-pretrain label`."""
 
     source: str
-    """A run or model folder, `latents`, or a .jsonl of labels."""
+    """A run or model folder, `latents`, `mfcc`, or a .jsonl of labels."""
     data: tuple[Path, ...]
     output: Path
     layer: int = -1
@@ -135,7 +136,7 @@ def label(config: LabelConfig, say: Callable[[str], None] = print) -> dict[str, 
 
 
 def _label_all(
-    config: LabelConfig, data: Sequence[Shards], source: Extractor | FromFile, say: Callable[[str], None]
+    config: LabelConfig, data: Sequence[Shards], source: FeatureSource | FromFile, say: Callable[[str], None]
 ) -> bool:
     """Label this task's shards. Return True if the shards of all tasks, and the report, are complete."""
     labeller: Labeller = source if isinstance(source, FromFile) else ByCentroids(
@@ -180,7 +181,7 @@ def _one_task(config: LabelConfig, name: str) -> AbstractContextManager[None]:
     return alone_in(config.output, f".{name}.lock", wait=True) if config.tasks > 1 else nullcontext()
 
 
-def _source(config: LabelConfig, card: CodecCard) -> Extractor | FromFile:
+def _source(config: LabelConfig, card: CodecCard) -> FeatureSource | FromFile:
     """Open the source of the labels.
 
     A run is exported once into the label folder first, because later checkpoints would give other labels.
@@ -188,6 +189,8 @@ def _source(config: LabelConfig, card: CodecCard) -> Extractor | FromFile:
     path, made = Path(config.source), config.source
     if config.source.endswith(".jsonl"):
         return FromFile(path)
+    if config.source == "mfcc":
+        return CepstralExtractor(card)
     if config.source != "latents" and not (path / "model.safetensors").exists():
         from codecssl.pretrain.export.export import export, is_export_of
         from codecssl.pretrain.run_folder import read_config
@@ -223,7 +226,7 @@ def _folders(config: LabelConfig) -> list[Path]:
 
 
 def _clustering(
-    config: LabelConfig, data: Sequence[Shards], extract: Extractor, say: Callable[[str], None]
+    config: LabelConfig, data: Sequence[Shards], extract: FeatureSource, say: Callable[[str], None]
 ) -> Clustering:
     kept = config.output / CENTROIDS
     with _one_task(config, "clustering"):
@@ -234,13 +237,15 @@ def _clustering(
         return found
 
 
-def _fitted(config: LabelConfig, data: Sequence[Shards], extract: Extractor, say: Callable[[str], None]) -> Clustering:
+def _fitted(
+    config: LabelConfig, data: Sequence[Shards], extract: FeatureSource, say: Callable[[str], None]
+) -> Clustering:
     say(f"fitting {config.clusters} clusters to {config.sample_frames} frames")
     batches = _sampled(config, data, extract)
     return Clustering(fit(batches, config.clusters, frames=config.sample_frames, seed=config.seed), extract.made_of)
 
 
-def _given(path: Path, extract: Extractor) -> Clustering:
+def _given(path: Path, extract: FeatureSource) -> Clustering:
     given = Clustering.load(path)
     for key in ("layer", "weights_sha256"):
         if given.made_of.get(key) != extract.made_of[key]:
@@ -251,7 +256,7 @@ def _given(path: Path, extract: Extractor) -> Clustering:
     return given
 
 
-def _sampled(config: LabelConfig, data: Sequence[Shards], extract: Extractor) -> Iterator[Features]:
+def _sampled(config: LabelConfig, data: Sequence[Shards], extract: FeatureSource) -> Iterator[Features]:
     """Yield features of utterances in random order, each once."""
     first = np.cumsum([0, *(len(shards) for shards in data)])
     total = int(first[-1])

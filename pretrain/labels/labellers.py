@@ -40,6 +40,15 @@ class Labeller(Protocol):
         """Yield the labels of these utterances, in order."""
 
 
+class FeatureSource(Protocol):
+    """Features that are clustered."""
+
+    made_of: dict[str, str]
+
+    def features(self, shards: Shards, indices: Sequence[int]) -> list[Features]:
+        """Return features [T_i, D] of the given utterances."""
+
+
 class Extractor:
     """Feature extractor: codes of utterances to features of each."""
 
@@ -153,7 +162,7 @@ def windows(frames: int, size: int) -> Iterator[tuple[int, int, int, int]]:
 class ByCentroids:
     """Label each frame with the nearest centroid of its features."""
 
-    def __init__(self, extract: Extractor, clustering: Clustering) -> None:
+    def __init__(self, extract: FeatureSource, clustering: Clustering) -> None:
         self.extract, self.clustering = extract, clustering
         self.made_of, self.classes = clustering.made_of, len(clustering.centroids)
         self.digest = hashlib.sha256(np.ascontiguousarray(clustering.centroids, "<f4").tobytes()).hexdigest()
