@@ -19,7 +19,8 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.registry import load_codec_for
 
 _NO_SHAPE = {"dropout", "input_dropout", "attention_dropout", "activation_dropout", "layerdrop",
-             "embedding_init", "freeze_embedding", "rotary_max_frames"}  # fmt: skip
+             "embedding_init", "layer_init", "freeze_embedding", "freeze_front",
+             "rotary_max_frames"}  # fmt: skip
 """Model settings that do not affect the names and shapes of the weights."""
 
 _COUNTED = 2_000

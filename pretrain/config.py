@@ -47,6 +47,9 @@ class ModelConfig:
     input: Literal["codes", "mel", "both"] = "codes"
     """codes: the sum of the code embeddings. mel: the log-mel plane of `codecssl-tokenize run --with-mel`, as in
     EnCodecMAE's mel256-ec (arXiv 2309.07391, section 2). both: the sum of the two projections."""
+    fusion: Literal["sum", "concat"] = "sum"
+    """How input both combines the two projections. sum: each has `dim` columns. concat: each has half of them, so that
+    the first hidden state holds both apart."""
     tie_ffn: bool = False
     """One feed-forward block shared by all layers, as in EnCodecMAE's released code."""
     conv_kernel: int = 128
@@ -57,8 +60,16 @@ class ModelConfig:
     embedding_init: Literal["codec", "raw", "random"] = "codec"
     """Initial code embeddings. codec: the contribution of each code to the codec's latent (latent-exact). raw: the
     codebooks as stored, before the output projections that some codecs have. random: noise."""
+    layer_init: Literal["bert", "xavier"] = "bert"
+    """Initial weights of attention and feed-forward blocks. bert: normal with deviation 0.02, whatever the width, as in
+    HuBERT. xavier: uniform with deviation sqrt(2 / (inputs + outputs)) (Glorot and Bengio 2010, equation 16), three
+    times as large at width 256: a narrow model's blocks contribute to its residual stream from the first step."""
     freeze_embedding: bool = False
     """Exclude the code embeddings from training."""
+    freeze_front: bool = False
+    """Exclude everything before the positions from training: embeddings, norm and projections. The first hidden state
+    then keeps what the input tells of the speaker. Vision Transformers are trained on frozen random projections of
+    patches likewise (Chen, Xie and He 2021, arXiv 2104.02057, section 4.2)."""
     embedding_dim: int | None = None
     """Width of the code embeddings; null is the codec's latent width. Additional columns start from noise."""
     dropout: float = 0.1
@@ -77,6 +88,10 @@ class ModelConfig:
             _probability(f"model.{key}", getattr(self, key))
         if self.dim % self.heads:
             raise UserError(f"model.heads: {self.heads}, must divide model.dim ({self.dim})")
+        if self.fusion == "concat" and (self.input != "both" or self.dim % 2):
+            raise UserError(
+                f"model.fusion: concat, needs model.input both and an even model.dim ({self.input}, {self.dim})"
+            )
         if self.embedding_init == "raw" and self.embedding_dim is None:
             raise UserError("model.embedding_dim: null, must be given with model.embedding_init raw (DAC: 8)")
         if self.tie_ffn and self.norm != "residual":

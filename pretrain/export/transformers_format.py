@@ -108,6 +108,7 @@ def config_of(model: CodecModel) -> dict[str, Any]:
         "norm": config.norm,
         "positions": config.positions,
         "input": config.input,
+        "fusion": config.fusion,
         "tie_ffn": config.tie_ffn and config.norm == "residual",
         "conv_kernel": config.conv_kernel,
         "conv_groups": config.conv_groups,

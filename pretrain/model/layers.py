@@ -8,6 +8,7 @@ from codecssl.pretrain.model.attention import DotProductAttention
 from codecssl.pretrain.model.fairseq2_parts import (
     AttentionBiasCache,
     BatchLayout,
+    Linear,
     RotaryEncoder,
     StandardFeedForwardNetwork,
     StandardLayerNorm,
@@ -121,6 +122,17 @@ def sinusoids(frames: int, dim: int, device: torch.device) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)[:, :dim]
 
 
+def init_xavier_projection(projection: Linear) -> None:
+    """Initialise a projection uniformly with Glorot's deviation, and its bias to zero."""
+    nn.init.xavier_uniform_(projection.weight)
+    if projection.bias is not None:
+        nn.init.zeros_(projection.bias)
+
+
+_INITS = {"bert": init_bert_projection, "xavier": init_xavier_projection}
+"""The names of `ModelConfig.layer_init`."""
+
+
 def _rotary(config: ModelConfig) -> RotaryEncoder | None:
     """Build the rotary encoder, whose table all layers share."""
     if config.positions != "rotary":
@@ -133,9 +145,9 @@ def _attention(config: ModelConfig, rotary: RotaryEncoder | None) -> StandardMul
         config.dim,
         config.heads,
         DotProductAttention(config.attention_dropout),
-        qkv_proj_init_fn=init_bert_projection,
+        qkv_proj_init_fn=_INITS[config.layer_init],
         pos_encoder=rotary,
-        output_proj_init_fn=init_bert_projection,
+        output_proj_init_fn=_INITS[config.layer_init],
         **unsharded(),
     )
 
@@ -147,6 +159,6 @@ def _feed_forward(config: ModelConfig) -> StandardFeedForwardNetwork:
         bias=True,
         inner_activation=nn.GELU() if config.activation == "gelu" else nn.ReLU(),
         inner_dropout_p=config.activation_dropout,
-        proj_init_fn=init_bert_projection,
+        proj_init_fn=_INITS[config.layer_init],
         **unsharded(),
     )

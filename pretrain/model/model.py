@@ -102,6 +102,7 @@ class CodecModel(nn.Module):
         if (mel is None) != (config.input == "codes"):
             raise UserError(f"model.input: {config.input}, {'without a' if mel is None else 'with a'} log-mel plane")
         self.config, self.card, self.mel_spec = config, card, mel
+        part = config.dim // 2 if config.fusion == "concat" else config.dim
         if config.input != "mel":
             width = config.embedding_dim or card.latent_dim
             self.embedding = CodeEmbedding(card.row_sizes, width)
@@ -109,9 +110,11 @@ class CodecModel(nn.Module):
             self.input_norm = StandardLayerNorm(width, bias=True)
             # torch's default initialisation, as in HuBERT's post_extract_proj, not BERT's small weights. A small input
             # to the residual stream, and with it the speaker, is masked by the layers (LOG.md, 2026-11-21).
-            self.projection = Linear(width, config.dim, bias=True)
+            self.projection = Linear(width, part, bias=True)
         if mel is not None:
-            self.mel_projection = MelProjection(mel.bands, config.dim)
+            self.mel_projection = MelProjection(mel.bands, part)
+        if config.freeze_front:
+            self.requires_grad_(False)
         self.mask_vector = nn.Parameter(torch.empty(config.dim).uniform_())  # as HuBERT's mask_emb
         self.positions: nn.Module | None = None
         if config.positions == "conv":
@@ -171,7 +174,7 @@ class CodecModel(nn.Module):
         return sum(p.numel() for part in parts if part is not None for p in part.parameters())
 
     def _embedded(self, codes: Tensor, kept: Tensor | None, mel: Tensor | None) -> Tensor:
-        """Project codes, mel, or both to [B, T, D]. Both are summed."""
+        """Project codes, mel, or both to [B, T, D]. Both are summed or concatenated."""
         if self.config.input == "codes":
             x: Tensor = self.projection(self.input_norm(self.embedding(codes, kept)))
             return x
@@ -182,7 +185,10 @@ class CodecModel(nn.Module):
                 f" [B, {self.mel_spec.bands}, {codes.shape[2]}]"  # type: ignore[union-attr]
             )
         x = self.mel_projection(mel)
-        return x if self.config.input == "mel" else x + self.projection(self.input_norm(self.embedding(codes, kept)))
+        if self.config.input == "mel":
+            return x
+        embedded = self.projection(self.input_norm(self.embedding(codes, kept)))
+        return torch.cat([embedded, x], dim=2) if self.config.fusion == "concat" else x + embedded
 
     def _layout(self, codes: Tensor, frames: Sequence[int]) -> BatchLayout:
         config = self.config

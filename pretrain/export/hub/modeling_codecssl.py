@@ -37,6 +37,7 @@ class CodecSSLConfig(PretrainedConfig):
         norm="post",
         positions="conv",
         input="codes",
+        fusion="sum",
         tie_ffn=False,
         conv_kernel=128,
         conv_groups=16,
@@ -56,6 +57,7 @@ class CodecSSLConfig(PretrainedConfig):
         self.norm = norm
         self.positions = positions
         self.input = input
+        self.fusion = fusion
         self.tie_ffn = tie_ffn
         self.conv_kernel = conv_kernel
         self.conv_groups = conv_groups
@@ -178,13 +180,14 @@ class CodecSSLModel(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         dim = config.hidden_size
+        part = dim // 2 if config.fusion == "concat" else dim
         if config.input != "mel":
             # The last row is zero: it stands for dropped codebooks in training.
             self.embedding = nn.Embedding(sum(config.codebook_sizes) + 1, config.embedding_dim)
             self.input_norm = nn.LayerNorm(config.embedding_dim)
-            self.projection = nn.Linear(config.embedding_dim, dim)
+            self.projection = nn.Linear(config.embedding_dim, part)
         if config.input != "codes":
-            self.mel_projection = nn.Linear(config.mel["bands"], dim)
+            self.mel_projection = nn.Linear(config.mel["bands"], part)
         self.mask_vector = nn.Parameter(torch.zeros(dim))
         if config.positions == "conv":
             kernel, groups = config.conv_kernel, config.conv_groups
@@ -250,15 +253,15 @@ class CodecSSLModel(PreTrainedModel):
 
     def _embedded(self, codes, mel):
         dtype = self.mask_vector.dtype
-        found = 0
-        if self.config.input != "codes":
-            # Stored values of speech have a mean of about 80 and a deviation of about 48.
-            found = self.mel_projection(((mel.transpose(1, 2).float() - 80.0) / 48.0).to(dtype))
+        parts = []
         if self.config.input != "mel":
             offsets = torch.tensor([0, *self.config.codebook_sizes[:-1]], device=codes.device).cumsum(0)
             summed = self.embedding(codes + offsets[:, None]).sum(dim=1)
-            found = found + self.projection(self.input_norm(summed))
-        return found
+            parts.append(self.projection(self.input_norm(summed)))
+        if self.config.input != "codes":
+            # Stored values of speech have a mean of about 80 and a deviation of about 48.
+            parts.append(self.mel_projection(((mel.transpose(1, 2).float() - 80.0) / 48.0).to(dtype)))
+        return torch.cat(parts, dim=2) if self.config.fusion == "concat" else sum(parts)
 
     def _positioned(self, x, mask):
         if self.config.positions == "conv":

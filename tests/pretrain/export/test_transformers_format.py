@@ -92,6 +92,7 @@ MODELS = [
     {"input": "codes", "norm": "post", "positions": "conv"},
     {"input": "codes", "norm": "pre", "positions": "rotary", "activation": "relu", "conv_kernel": 15},
     {"input": "both", "norm": "residual", "positions": "sinusoidal", "tie_ffn": True},
+    {"input": "both", "norm": "pre", "positions": "sinusoidal", "fusion": "concat"},
     {"input": "mel", "norm": "residual", "positions": "conv", "conv_kernel": 15},
 ]
 

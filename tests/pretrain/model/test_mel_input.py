@@ -1,6 +1,7 @@
 """Models that read the log-mel plane: what they need, what they never see, and that an export computes the same."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -165,3 +166,42 @@ def test_labels_of_a_model_that_reads_the_plane(shards, tmp_path, model_input):
                        sample_frames=400)  # fmt: skip
     label(made, say=lambda text: None)
     assert np.array_equal(Shards(tmp_path / "labels").frames, stored.frames)
+
+
+def test_concatenated_inputs_stand_apart_in_the_first_hidden_state():
+    """Half of the columns follow the codes alone, the other half the plane alone, each by its own projection."""
+    settings = MODEL | {"input": "both", "positions": "rotary", "norm": "pre", "fusion": "concat"}
+    model = untrained(ModelConfig(**settings), CARD, None, 0, SPEC)
+    random = np.random.default_rng(0)
+    codes = torch.from_numpy(np.stack([random.integers(0, size, (1, 9)) for size in CARD.codebook_sizes], axis=1))
+    mel = torch.from_numpy(random.integers(0, 256, (1, 8, 9)).astype(np.uint8))
+    first = model.extract(codes, [9], mel)[0]
+    assert first.shape == (1, 9, 32)
+    other_codes, other_mel = model.extract(codes * 0, [9], mel)[0], model.extract(codes, [9], mel // 2)[0]
+    assert torch.equal(other_codes[..., 16:], first[..., 16:])
+    assert torch.equal(other_mel[..., :16], first[..., :16])
+    assert not torch.isclose(other_codes[..., :16], first[..., :16]).all()
+    weight, bias = model.mel_projection.linear.weight.double(), model.mel_projection.linear.bias.double()
+    expected = (mel[0].T.double() - 80.0) / 48.0 @ weight.T + bias
+    torch.testing.assert_close(first[0, :, 16:].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_concatenation_needs_both_inputs():
+    with pytest.raises(UserError, match=r"model\.fusion: concat, needs model\.input both"):
+        ModelConfig(fusion="concat", input="mel")
+
+
+def test_a_frozen_front_stays_as_it_was_through_training(shards, tmp_path):
+    folder, _ = shards
+    made = config(folder, "encodecmae", "both")
+    made = replace(made, model=replace(made.model, freeze_front=True))
+    run(made, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "model")
+    after = load_pretrained(tmp_path / "model").state_dict()
+    before = untrained(made.model, CARD, None, made.seed, SPEC).state_dict()
+    front = [name for name in before if name.startswith(("embedding", "input_norm", "projection", "mel_projection"))]
+    assert len(front) == 7
+    assert all(torch.equal(after[name], before[name]) for name in front)
+    assert not torch.equal(
+        after["encoder.layers.0.ffn.inner_proj.weight"], before["encoder.layers.0.ffn.inner_proj.weight"]
+    )

@@ -8,6 +8,7 @@ from transformers import HubertConfig
 from transformers.models.hubert.modeling_hubert import HubertEncoder, HubertEncoderStableLayerNorm
 
 from codecssl.pretrain.config import ModelConfig
+from codecssl.pretrain.model.layers import make_encoder
 from codecssl.pretrain.model.model import CodecModel, untrained
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
@@ -154,3 +155,12 @@ def test_too_long_an_input_for_a_rotary_model() -> None:
 def test_impossible_models_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(UserError, match=f"model.{next(iter(wrong))}"):
         ModelConfig(**wrong)
+
+
+@pytest.mark.parametrize(("init", "deviation"), [("bert", 0.02), ("xavier", (2 / (64 + 96)) ** 0.5)])
+def test_feed_forward_weights_start_with_the_deviation_that_the_config_names(init: str, deviation: float) -> None:
+    torch.manual_seed(0)
+    made = make_encoder(ModelConfig(dim=64, heads=2, layers=2, ffn_dim=96, layer_init=init))  # type: ignore[arg-type]
+    weights = torch.cat([layer.ffn.inner_proj.weight.flatten() for layer in made.layers])
+    assert float(weights.detach().std()) == pytest.approx(deviation, rel=0.03)
+    assert not made.layers[0].ffn.inner_proj.bias.any()
