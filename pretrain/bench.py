@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from codecssl.pretrain.build import build_objective
-from codecssl.pretrain.config import RunConfig
+from codecssl.pretrain.config import ModelConfig, RunConfig
 from codecssl.pretrain.data.hashed_random import hashed
 from codecssl.pretrain.data.loader import Batch
 from codecssl.pretrain.data.masking import kept_codebooks, span_mask
@@ -119,6 +119,19 @@ def make_batch(config: RunConfig, card: CodecCard, seconds: float, clip_seconds:
     )
 
 
+def step_cpu_seconds(config: RunConfig, steps: int = 5) -> float:
+    """Return the processor time of one DeepSpeed step on a whole batch of the config's longest crops, seconds."""
+    join_ranks()
+    card, rate = _card(config), float(_card(config).frame_rate)
+    batch = make_batch(config, card, config.data.batch_frames / rate, config.data.crop_frames / rate)
+    step = _deepspeed(config, card, batch)
+    step()
+    began = time.process_time()
+    for _ in range(steps):
+        step()
+    return (time.process_time() - began) / steps
+
+
 def in_turns(ways: Mapping[str, Callable[[], None]], steps: int) -> dict[str, float]:
     """Return the fastest of `steps` runs of each variant, in seconds, after a warm-up.
 
@@ -195,24 +208,7 @@ def _hubert(config: RunConfig, batch: Batch, clip_seconds: float, device: torch.
 
     It has a convolutional front end, the same encoder, and cross-entropy over 504 classes at masked frames.
     """
-    from transformers import HubertConfig, HubertModel
-
-    model = config.model
-    hubert = HubertModel(
-        HubertConfig(
-            hidden_size=model.dim,
-            num_hidden_layers=model.layers,
-            num_attention_heads=model.heads,
-            intermediate_size=model.ffn_dim,
-            do_stable_layer_norm=model.norm == "pre",
-            hidden_dropout=model.dropout,
-            attention_dropout=model.attention_dropout,
-            activation_dropout=model.activation_dropout,
-            feat_proj_dropout=model.input_dropout,
-            layerdrop=model.layerdrop,
-            attn_implementation="sdpa",
-        )
-    )
+    model, hubert = config.model, hubert_model(config.model)
     both = nn.ModuleList([hubert, nn.Linear(model.dim, HUBERT_CLASSES)]).to(device).train()
     clips = len(batch.frames)
     waves = torch.randn(clips, int(clip_seconds * HUBERT_RATE), device=device)
@@ -226,6 +222,28 @@ def _hubert(config: RunConfig, batch: Batch, clip_seconds: float, device: torch.
         return torch.nn.functional.cross_entropy(both[1](hidden[mask]).float(), labels)
 
     return _torch_step(both, loss, config, device)
+
+
+def hubert_model(model: ModelConfig, *, conv_dim: int = 512) -> Any:
+    """Build an untrained `transformers.HubertModel` with this encoder. conv_dim: channels of the front end."""
+    from transformers import HubertConfig, HubertModel
+
+    return HubertModel(
+        HubertConfig(
+            hidden_size=model.dim,
+            num_hidden_layers=model.layers,
+            num_attention_heads=model.heads,
+            intermediate_size=model.ffn_dim,
+            conv_dim=(conv_dim,) * 7,
+            do_stable_layer_norm=model.norm == "pre",
+            hidden_dropout=model.dropout,
+            attention_dropout=model.attention_dropout,
+            activation_dropout=model.activation_dropout,
+            feat_proj_dropout=model.input_dropout,
+            layerdrop=model.layerdrop,
+            attn_implementation="sdpa",
+        )
+    )
 
 
 def _loader(config: RunConfig, seconds_per_frame: float) -> dict[str, Any]:

@@ -85,6 +85,22 @@ def _bench(arguments: argparse.Namespace) -> None:
         print(row, flush=True)
 
 
+def _peers(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    from codecssl.pretrain.peers.compare import compare
+
+    found = compare(
+        config,
+        arguments.output,
+        cpu_seconds=arguments.cpu_seconds,
+        audio=arguments.audio,
+        conv_dim=arguments.conv_dim,
+    )
+    for name, row in found.items():
+        per = row["audio_seconds"] / row["cpu_seconds"]
+        print(f"{name:<16}{row['steps']:>7.0f} steps{row['cpu_seconds']:>9.0f} CPU s{per:>8.1f} s of audio per CPU s")
+
+
 def _label(arguments: argparse.Namespace) -> None:
     import json
 
@@ -170,6 +186,7 @@ def command_line() -> CommandLine:
     status.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
     status.add_argument("--json", action="store_true", help="print JSON")
     _add_bench(line)
+    _add_peers(line)
     return line
 
 
@@ -221,6 +238,26 @@ def _add_label(line: CommandLine) -> None:
     kmeans.add_argument("--clustering", type=Path, metavar="FILE", help="use an earlier clustering.safetensors")
     kmeans.add_argument("--seed", type=int, default=0, help="seed of the sample and of k-means")
     add_sharing(label)
+
+
+def _add_peers(line: CommandLine) -> None:
+    peers = line.command(
+        "peers",
+        _peers,
+        group="measurements",
+        help="pretrain on tokens, on log-mels and on samples for the same processor time",
+        description="Train CONFIG, a log-mel HuBERT and a waveform HuBERT with the same encoder, for the same "
+        f"processor time each. Compare them with `codecssl-superb probe`.\n{OVERRIDES}",
+        example="peers codecmae_laptop --data shards --output peers --cpu-seconds 600",
+        resume="keeps the trainings that have ended",
+        overrides=True,
+    )
+    peers.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
+    peers.add_argument("--data", metavar="DIR", nargs=1, required=True, help="token shards with a log-mel plane")
+    peers.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the three models")
+    peers.add_argument("--audio", metavar="DIR", type=Path, help="folder to which the paths in the shards are relative")
+    peers.add_argument("--cpu-seconds", type=float, default=600.0, help="processor time of each training")
+    peers.add_argument("--conv-dim", type=positive, default=512, help="channels of the waveform HuBERT's front end")
 
 
 def _add_bench(line: CommandLine) -> None:

@@ -1,0 +1,127 @@
+"""The comparison with HuBERTs on log-mels and on samples: all three train on the same audio, and open afterwards."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+
+from codecssl.configs.load import from_dict
+from codecssl.pretrain.bench import hubert_model
+from codecssl.pretrain.config import MaskConfig, RunConfig
+from codecssl.pretrain.export.export import load_pretrained
+from codecssl.pretrain.peers import hubert
+from codecssl.pretrain.peers.compare import CLUSTERS, compare, logmel_hubert
+from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.records import EncodedUtterance
+from codecssl.tokenize.format.writer import ShardWriter, finish_dataset
+from codecssl.tokenize.mel import MelSpec, mel_plane
+from codecssl.tokenize.shards import Shards
+
+CARD = CodecCard(
+    name="synthetic", weights="none", weights_sha256="0" * 64, sample_rate=16_000, hop_length=320,
+    codebook_sizes=(16, 12), codes_per_frame=(1, 1), latent_dim=4,
+)  # fmt: skip
+SPEC = MelSpec.for_codec(20, CARD)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Shards of 24 noisy tones, with their audio next to them."""
+    random, utterances = np.random.default_rng(0), []
+    for number in range(24):
+        frames = int(random.integers(40, 70))
+        time = np.arange(frames * 320) / 16_000
+        wave = 0.1 * np.sin(2 * np.pi * random.uniform(100, 4000) * time) + random.normal(0, 0.03, len(time))
+        soundfile.write(tmp_path / f"{number}.wav", wave, 16_000)
+        utterances.append(
+            EncodedUtterance(
+                id=f"u{number}", path=f"{number}.wav", source_sha256="0" * 64, source_rate=16_000,
+                samples=len(wave), source_samples=len(wave), mel=mel_plane(SPEC, wave.astype(np.float32)),
+                codes=[random.integers(0, size, frames).astype(np.uint16) for size in CARD.codebook_sizes],
+            )
+        )  # fmt: skip
+    writer = ShardWriter(tmp_path / "shards", 0, CARD)
+    writer.add_block(24, utterances, [])
+    writer.finish("0" * 64)
+    finish_dataset(tmp_path / "shards", {"codec": CARD.to_dict(), "sources": [], "mel": SPEC.to_dict()}, 1)
+    return tmp_path / "shards"
+
+
+def config(shards: Path) -> RunConfig:
+    return from_dict(RunConfig, {
+        "model": dict(dim=32, layers=2, heads=2, ffn_dim=48, conv_kernel=8, conv_groups=4, embedding_init="random",
+                      norm="pre", positions="sinusoidal", input="both", layerdrop=0.0),
+        "mask": {"kind": "exact"}, "objective": {"name": "encodecmae", "quantizer_dropout": 0.0},
+        "data": {"dirs": [str(shards)], "batch_frames": 160, "crop_frames": 40, "min_frames": 20,
+                 "valid_fraction": 0.1},
+        "log": {"log_every": 2, "valid_every": 1000, "checkpoint_every": 1000},
+    })  # fmt: skip
+
+
+def test_all_three_train_and_open(corpus: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    made = compare(config(corpus), tmp_path / "peers", cpu_seconds=0.5, audio=tmp_path, conv_dim=8, say=lines.append)
+    assert set(made) == {"ours", "logmel_hubert", "hubert"}
+    assert all(row["steps"] >= 1 and row["audio_seconds"] > 0 for row in made.values())
+    assert made["hubert"]["cpu_seconds"] >= 0.5
+    assert load_pretrained(tmp_path / "peers" / "ours").config.input == "both"
+    logmel = load_pretrained(tmp_path / "peers" / "logmel_hubert")
+    assert (logmel.config.input, logmel.config.positions) == ("mel", "conv")
+    from transformers import HubertModel
+
+    opened = HubertModel.from_pretrained(tmp_path / "peers" / "hubert")
+    assert opened.config.num_hidden_layers == 2
+    assert opened.config.conv_dim == [8] * 7
+    assert json.loads((tmp_path / "peers" / "peers.json").read_text()) == made
+    again = compare(config(corpus), tmp_path / "peers", cpu_seconds=0.5, audio=tmp_path, conv_dim=8, say=lines.append)
+    assert again == made
+    assert sum(line.endswith(": training") for line in lines) == 3, "ended trainings are kept"
+
+
+def test_the_logmel_hubert_predicts_the_labels_from_mels_alone(corpus: Path) -> None:
+    made = logmel_hubert(config(corpus), Path("labels"))
+    assert made.objective.target == "labels"
+    assert made.model.input == "mel"
+    assert made.mask.kind == "spans"
+    assert made.data.batch_frames == config(corpus).data.batch_frames
+
+
+def test_loss_of_the_waveform_hubert_is_cross_entropy_at_masked_frames_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a model that returns its own labels' logits, the loss counts the labels of masked frames alone."""
+    waves, labels = torch.zeros(2, 41 * 320), torch.randint(0, CLUSTERS, (2, 41))
+    seen: dict[str, torch.Tensor] = {}
+
+    class Fake:
+        def _get_feat_extract_output_lengths(self, samples: int) -> int:
+            return (samples - 400) // 320 + 1
+
+        def train(self) -> None:
+            pass
+
+        def __call__(self, waves: torch.Tensor, mask_time_indices: torch.Tensor) -> "Fake":
+            seen["mask"] = mask_time_indices
+            self.last_hidden_state = F.one_hot(labels[:, :40], CLUSTERS).float() * 3
+            return self
+
+    loss = hubert._loss(Fake(), torch.nn.Identity(), waves, labels, MaskConfig(kind="spans"), 7)
+    assert seen["mask"].shape == (2, 40)
+    assert 0 < int(seen["mask"].sum()) < 80
+    expected = -3.0 + np.log(np.exp(3.0) + CLUSTERS - 1)
+    assert float(loss) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_front_end_has_one_frame_for_320_samples() -> None:
+    model = hubert_model(config(Path("none")).model, conv_dim=8)
+    assert int(model._get_feat_extract_output_lengths(320 * 50)) == 49
+
+
+def test_audio_that_is_gone_is_named(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "3.wav").unlink()
+    data = Shards(corpus)
+    with pytest.raises(UserError, match=r"3\.wav: the audio of 'u3' is not there; --audio names its folder"):
+        hubert.read_recordings(data, data, tmp_path)
