@@ -7,7 +7,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from codecssl.tokenize.backends import hificodec, speechtokenizer, wavtokenizer
+from codecssl.tokenize.backends import hificodec, s3tokenizer, speechtokenizer, wavtokenizer, xcodec2
+from codecssl.tokenize.backends.parts import bigcodec_encoder
 from codecssl.tokenize.backends.parts.noncausal_seanet import build_encoder
 from codecssl.tokenize.backends.parts.vocos import Backbone, FourierHead
 
@@ -157,7 +158,56 @@ def write_qwen3_tts(folder, seed=0):
     return folder
 
 
+def xcodec2_state(seed=0):
+    """As the authors' packages store it: narrow, 2 layers in the decoder, 17 in w2v-BERT."""
+    torch.manual_seed(seed)
+    semantic = transformers.Wav2Vec2BertModel(
+        transformers.Wav2Vec2BertConfig(
+            hidden_size=16, output_hidden_size=16, num_hidden_layers=17, num_attention_heads=2, intermediate_size=32,
+            conv_depthwise_kernel_size=5,
+        )
+    )  # fmt: skip
+    shapes = {"semantic_model": semantic, "SemanticEncoder_module": xcodec2.SemanticEncoder(16)}
+    shapes |= {"CodecEnc": livened(bigcodec_encoder.Encoder(2, xcodec2.STRIDES, 64), seed)}
+    shapes |= {"fc_prior": torch.nn.Linear(80, 80), "fc_post_a": torch.nn.Linear(80, 64)}
+    shapes |= {"generator.quantizer.project_in": torch.nn.Linear(80, 8)}
+    shapes |= {"generator.quantizer.project_out": torch.nn.Linear(8, 80)}
+    shapes |= {"generator.backbone": xcodec2.Backbone(64, 2), "generator.head": FourierHead(64, 1280, 320)}
+    state = {f"{part}.{key}": value for part, module in shapes.items() for key, value in module.state_dict().items()}
+    state["generator.quantizer.project_in.weight"] *= 8  # so that all levels are used
+    return state | {"generator.head.istft.window": torch.hann_window(1280)}
+
+
+def write_xcodec2(folder, seed=0):
+    save_file({k: v.contiguous() for k, v in xcodec2_state(seed).items()}, folder / "model.safetensors")
+    return folder
+
+
+def write_neucodec(folder, seed=0):
+    state = {key.replace(".act.bias", ".act.beta"): value for key, value in xcodec2_state(seed).items()}
+    head = FourierHead(64, 1920, 480).state_dict()
+    state |= {f"generator.head.{key}": value for key, value in head.items()} | {"fc_post_s.bias": torch.ones(1)}
+    state["generator.head.istft.window"] = torch.hann_window(1920)
+    torch.save(state, folder / "pytorch_model.bin")
+    return folder
+
+
+def write_s3tokenizer(folder, seed=0):
+    """As torch.save of the package's state_dict; 2 layers of 2 heads."""
+    torch.manual_seed(seed)
+    encoder, down = livened(s3tokenizer.Encoder(128, 128, 2, 31), seed), torch.nn.Linear(128, 8)
+    with torch.no_grad():
+        down.weight *= 2
+    state = {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
+    state |= {f"quantizer._codebook.project_down.{key}": value for key, value in down.state_dict().items()}
+    torch.save(state, path := folder / "speech_tokenizer_v2_25hz.pt")
+    return path
+
+
 WRITERS = {
+    "s3tokenizer_v2": write_s3tokenizer,
+    "xcodec2": write_xcodec2,
+    "neucodec": write_neucodec,
     "qwen3_tts_12hz": write_qwen3_tts,
     "hificodec_16khz": write_hificodec,
     "speechtokenizer": write_speechtokenizer,
