@@ -21,6 +21,7 @@ from codecssl.pretrain.data.masking import kept_codebooks, span_mask
 from codecssl.pretrain.data.open_data import open_data
 from codecssl.pretrain.engine.distributed import join_ranks
 from codecssl.pretrain.engine.engine import after_update, backward, start_engine, take_step
+from codecssl.pretrain.frame_rate import at_frame_rate
 from codecssl.pretrain.model.model import untrained
 from codecssl.pretrain.monitor.telemetry import machine_row
 from codecssl.pretrain.objectives.objective import Objective
@@ -59,6 +60,7 @@ def bench(
         raise UserError(f"--clip-seconds {clip_seconds}: must be above 0 and at most --seconds ({seconds})")
     group = join_ranks()
     card = _card(config)
+    config = at_frame_rate(config, card.frame_rate)
     batch = make_batch(config, card, seconds, clip_seconds).to(group.device)
     ways: dict[str, Callable[[], None]] = {"DeepSpeed": _deepspeed(config, card, batch)}
     objective = _objective(config, card)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from codecssl.configs.load import load_config, names, to_yaml
 from codecssl.pretrain.config import RunConfig
-from codecssl.tokenize.common.command_line import CommandLine, add_sharing, positive
+from codecssl.tokenize.common.command_line import CommandLine, add_codec_weights, add_sharing, positive
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.process import StopSignal, guarded
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _no_misspelt_option(overrides: Sequence[str]) -> None:
     """Raise UserError for a misspelt option such as `--otput`, before it is parsed as a config override."""
-    options = ("--data", "--output", "--profile", "--print_config", "--seed")
+    options = ("--data", "--output", "--profile", "--print_config", "--seed", "--codec-weights")
     for word in overrides:
         name = word.partition("=")[0]
         near = difflib.get_close_matches(name, options, n=1, cutoff=0.7)
@@ -116,7 +116,6 @@ def _label(arguments: argparse.Namespace) -> None:
             sample_frames=arguments.sample_frames,
             utterance_frames=arguments.utterance_frames,
             clustering=arguments.clustering,
-            codec_weights=arguments.codec_weights,
             device=arguments.device,
             seed=arguments.seed,
             tasks=arguments.tasks,
@@ -204,6 +203,7 @@ def _add_run(line: CommandLine) -> None:
     run.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
     run.add_argument("--data", metavar="DIR", nargs="+", help="folders of token shards, all of one codec")
     run.add_argument("--output", metavar="RUN", type=Path, help="the run's folder")
+    add_codec_weights(run)
     run.add_argument("--profile", action="store_true", help="write a torch trace of some steps into RUN/profile")
     run.add_argument("--print_config", "--print-config", action="store_true", help="print the whole config and exit")
 
@@ -228,9 +228,7 @@ def _add_label(line: CommandLine) -> None:
     features = label.add_argument_group("features")
     features.add_argument("--layer", type=int, default=-1, metavar="L", help="0: input of the first; -1: the last")
     features.add_argument("--device", default="cpu", help="device of the model")
-    features.add_argument(
-        "--codec-weights", metavar="PATH", help="path of the codec's weights, for latents, if they have moved"
-    )
+    add_codec_weights(features)
     kmeans = label.add_argument_group("k-means")
     kmeans.add_argument("--clusters", type=int, default=500, metavar="C", help="number of clusters")
     kmeans.add_argument("--sample-frames", type=int, default=300_000, metavar="N", help="frames to fit k-means to")

@@ -104,28 +104,41 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
-    """Span masking as in HuBERT and Codec2Vec: 8 % of the frames start a span of 10; 57 % are masked."""
+    """Span masking as in HuBERT and Codec2Vec: at 50 frames/s, 8 % start a span of 10; 57 % are masked.
+
+    `pretrain.frame_rate` derives the values in frames that are 0 from those in seconds.
+    """
 
     kind: Literal["spans", "exact"] = "spans"
     """spans: HuBERT's masking, a fixed number of spans that may overlap. exact: EnCodecMAE's masking, exactly
     `fraction` of the frames."""
-    start_probability: float = 0.08
-    """Fraction of the frames at which a span starts (spans)."""
+    starts_per_second: float = 4.0
+    """Spans that start in a second of audio (spans)."""
+    start_probability: float = 0.0
+    """Fraction of the frames at which a span starts (spans); 0: `starts_per_second` at the codec's frame rate."""
     fraction: float = 0.5
     """Fraction of the frames that is masked (exact)."""
-    span_frames: int = 10
+    span_seconds: float = 0.2
+    """Length of a span."""
+    span_frames: int = 0
+    """Length of a span, frames; 0: `span_seconds` at the codec's frame rate."""
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.start_probability <= 1.0:
-            raise UserError(f"mask.start_probability: {self.start_probability}, must be above 0 and at most 1")
+        if not 0.0 <= self.start_probability <= 1.0:
+            raise UserError(f"mask.start_probability: {self.start_probability}, must be between 0 and 1")
+        for key in ("starts_per_second", "span_seconds"):
+            _above_zero(f"mask.{key}", getattr(self, key))
         if not 0.0 < self.fraction < 1.0:
             raise UserError(f"mask.fraction: {self.fraction}, must be above 0 and below 1")
-        _at_least("mask.span_frames", self.span_frames, 1)
+        _at_least("mask.span_frames", self.span_frames, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Token shards to read, and the sizes of batches and crops."""
+    """Token shards to read, and the sizes of batches and crops.
+
+    `pretrain.frame_rate` derives the values in frames that are 0 from those in seconds.
+    """
 
     dirs: tuple[str, ...] = ()
     """Shard folders to train on; the command line's --data sets them."""
@@ -139,18 +152,26 @@ class DataConfig:
     """Label folders of `valid_dirs`."""
     valid_fraction: float = 0.01
     """Fraction of the utterances held out, by a hash of their index in the folder; 0 disables validation."""
-    valid_frames: int = 60_000
-    """Maximum number of frames of one validation."""
+    valid_seconds: float = 1_200.0
+    """Maximum seconds of audio of one validation."""
+    valid_frames: int = 0
+    """Maximum number of frames of one validation; 0: `valid_seconds` at the codec's frame rate."""
     num_codebooks: int | None = None
     """Number of codebooks to read from the shards, starting with the first; null reads all."""
     codec_weights: str | None = None
     """Path of the codec's weights, if they have moved from the path in the shards' card."""
-    batch_frames: int = 140_000
-    """Frames of a global batch, over all ranks and accumulation steps (140 000 = 2 800 s at 50 Hz)."""
-    crop_frames: int = 780
-    """Maximum length of a piece (780 = 15.6 s at 50 Hz); longer utterances are cut into several pieces."""
-    min_frames: int = 20
-    """Minimum length of an utterance; shorter ones are skipped."""
+    batch_seconds: float = 2_800.0
+    """Seconds of audio of a global batch, over all ranks and accumulation steps."""
+    batch_frames: int = 0
+    """Frames of a global batch; 0: `batch_seconds` at the codec's frame rate."""
+    crop_seconds: float = 15.6
+    """Maximum length of a piece; longer utterances are cut into several pieces."""
+    crop_frames: int = 0
+    """Maximum length of a piece, frames; 0: `crop_seconds` at the codec's frame rate."""
+    min_seconds: float = 0.4
+    """Minimum length of an utterance; shorter ones are skipped and counted."""
+    min_frames: int = 0
+    """Minimum length of an utterance, frames; 0: `min_seconds` at the codec's frame rate, at least two spans."""
     bucket_ratio: float = 1.04
     """Approximate maximum ratio of the lengths of two utterances in a batch."""
     workers: int = 2
@@ -159,8 +180,11 @@ class DataConfig:
     """Number of batches prepared in advance."""
 
     def __post_init__(self) -> None:
-        for key in ("crop_frames", "min_frames", "workers", "prefetch", "valid_frames"):
+        for key in ("workers", "prefetch"):
             _at_least(f"data.{key}", getattr(self, key), 1)
+        for key in ("crop", "min", "batch", "valid"):
+            _at_least(f"data.{key}_frames", getattr(self, f"{key}_frames"), 0)
+            _above_zero(f"data.{key}_seconds", getattr(self, f"{key}_seconds"))
         for weight in self.weights:
             _at_least("data.weights", weight, 0.0)
         _probability("data.valid_fraction", self.valid_fraction)
@@ -168,9 +192,9 @@ class DataConfig:
             _at_least("data.num_codebooks", self.num_codebooks, 1)
         if self.bucket_ratio <= 1.0:
             raise UserError(f"data.bucket_ratio: {self.bucket_ratio}, must be above 1")
-        if self.crop_frames < self.min_frames:
+        if 0 < self.crop_frames < self.min_frames:
             raise UserError(f"data.crop_frames: {self.crop_frames}, is below data.min_frames ({self.min_frames})")
-        if self.batch_frames < 2 * self.crop_frames:
+        if 0 < self.batch_frames < 2 * self.crop_frames:
             raise UserError(
                 f"data.batch_frames: {self.batch_frames}, must be at least twice data.crop_frames"
                 f" ({self.crop_frames}); raise it or lower the crop"
@@ -337,7 +361,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed: {self.seed}, must be at least 0 and below 2**63")
-        if self.data.min_frames < 2 * self.mask.span_frames:
+        if 0 < self.data.min_frames < 2 * self.mask.span_frames:
             raise UserError(
                 f"data.min_frames: {self.data.min_frames}, must be at least two spans"
                 f" (mask.span_frames: {self.mask.span_frames}), or whole utterances are masked"

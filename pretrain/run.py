@@ -16,6 +16,7 @@ from codecssl.pretrain.engine.checkpoint import Saved
 from codecssl.pretrain.engine.distributed import ProcessGroup, join_ranks
 from codecssl.pretrain.engine.engine import start_engine, zero_stage
 from codecssl.pretrain.engine.fp32_state import load_weights
+from codecssl.pretrain.frame_rate import at_frame_rate
 from codecssl.pretrain.monitor.reference_curves import curve_key, find, verdict
 from codecssl.pretrain.monitor.sanity_checks import check_targets, data_report, model_report
 from codecssl.pretrain.monitor.step_profiler import Tracer
@@ -38,6 +39,7 @@ def run(config: RunConfig, output: Path, *, profile: bool = False, stop: StopSig
     """
     group = join_ranks()
     train, valid, held_out = group.together(lambda: _open(config, output, group))
+    config = at_frame_rate(config, train.corpus.card.frame_rate)
     targets = group.once(lambda: _check(config, train))
     with ExitStack() as stack:
         group.once(lambda: stack.enter_context(run_folder.alone(output)))
@@ -129,13 +131,15 @@ def _claim(
 
 def _left_out(config: RunConfig, corpus: TokenCorpus) -> list[str]:
     """Return a warning if utterances are too short. At a low frame rate of the codec there may be many of them."""
-    short, least = int((corpus.frames < config.data.min_frames).sum()), config.data.min_frames
-    if not short:
+    least = config.data.min_frames
+    left_out = corpus.frames[corpus.frames < least]
+    if not len(left_out):
         return []
-    seconds = least / float(corpus.card.frame_rate)
+    rate = float(corpus.card.frame_rate)
     return [
-        f"data.min_frames {least} ({seconds:.2f} s at {float(corpus.card.frame_rate):g} frames/s) leaves out {short} of"
-        f" {len(corpus)} utterances; lower it, and mask.span_frames to at most half of it, to train on them"
+        f"data.min_seconds {least / rate:.2f} ({least} frames at {rate:g} a second) leaves out {len(left_out)} of"
+        f" {len(corpus)} utterances, {left_out.sum() / rate:.1f} s of audio; lower it, and mask.span_seconds to at most"
+        " half of it, to train on them"
     ]
 
 

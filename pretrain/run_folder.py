@@ -19,6 +19,8 @@ import yaml
 
 from codecssl.configs.load import differences, from_dict, to_yaml
 from codecssl.pretrain.config import RunConfig
+from codecssl.pretrain.frame_rate import at_frame_rate
+from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
 from codecssl.tokenize.common.hashing import file_sha256
@@ -50,7 +52,7 @@ def alone(run: Path) -> Iterator[None]:
 
 
 def claim(run: Path, config: RunConfig, data: dict[str, Any], *, step: int = 0) -> list[str]:
-    """Record config and data in the folder `run`, or check them against its records.
+    """Record config (with lengths in frames) and data in the folder `run`, or check them against its records.
 
     Both may change until a step has been logged or saved there. After that only settings in FREE and RECORDED may
     change. data: {"codec": card as a dict, "train": fingerprints, "valid": fingerprints}. step: step of the checkpoint
@@ -126,7 +128,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _check_config(run: Path, config: RunConfig, step: int) -> list[str]:
     """Reject changes that are not allowed, and record those of RECORDED. Returns them for the user."""
-    changed = {key: pair for key, pair in differences(read_config(run), config).items() if not key.startswith(FREE)}
+    rate = CodecCard.from_dict(read_data(run)["codec"]).frame_rate
+    before = at_frame_rate(read_config(run), rate)  # runs of earlier releases state frames alone
+    changed = {key: pair for key, pair in differences(before, config).items() if not key.startswith(FREE)}
     for key, (old, new) in changed.items():
         if key not in RECORDED:
             raise UserError(

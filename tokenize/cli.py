@@ -94,7 +94,7 @@ def _add_dataset_commands(line: CommandLine) -> None:
     )
     _add_dataset(verify)
     verify.add_argument("--sample", type=whole, default=4, metavar="N", help="utterances to encode again and compare")
-    verify.add_argument("--weights", metavar="PATH", help=WEIGHTS)
+    verify.add_argument("--weights", "--codec-weights", metavar="PATH", help=WEIGHTS)
     repair = line.command(
         "repair",
         commands.repair,
@@ -107,7 +107,7 @@ def _add_dataset_commands(line: CommandLine) -> None:
     repair.add_argument(
         "--workers", type=whole, metavar="N", help="processes that read and encode (default: one per core)"
     )
-    repair.add_argument("--weights", metavar="PATH", help=WEIGHTS)
+    repair.add_argument("--weights", "--codec-weights", metavar="PATH", help=WEIGHTS)
     status = line.command(
         "status", commands.status, group=group, help="progress of a run, from its files alone", example="status shards"
     )
@@ -133,7 +133,7 @@ def _add_dataset_commands(line: CommandLine) -> None:
     decode.add_argument("--id", required=True, help="the utterance's id")
     _add_output(decode, "WAV", "audio file to write")
     decode.add_argument("--num-codebooks", type=positive, metavar="K", help="use the first K codebooks only")
-    decode.add_argument("--weights", metavar="PATH", help=WEIGHTS)
+    decode.add_argument("--weights", "--codec-weights", metavar="PATH", help=WEIGHTS)
 
 
 def _add_codec_commands(line: CommandLine) -> None:

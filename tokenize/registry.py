@@ -22,7 +22,7 @@ from pathlib import Path
 from codecssl.tokenize.backends.table import BACKENDS
 from codecssl.tokenize.codec import Backend, Codec, CodecCard
 from codecssl.tokenize.common.errors import UserError, one_line
-from codecssl.tokenize.common.trusted_weights import is_known, remember
+from codecssl.tokenize.common.trusted_weights import given, is_known, remember
 
 GROUP = "codecssl.codecs"
 """Entry-point group of codecs in other packages."""
@@ -93,10 +93,30 @@ def load_codec(name_or_path: str, *, num_codebooks: int | None = None, device: s
 def load_codec_for(card: CodecCard, *, device: str = "cpu", weights: str | None = None) -> Codec:
     """Load the codec that wrote `card`, from `weights` if the card's own source has moved.
 
-    Without `weights`, only the card names them, and it may be untrusted. Only the codec's own weights are downloaded,
-    by its name. A path must be one that the user named before (`trusted_weights`).
+    Without `weights`, the sources of `--codec-weights` are tried first (`trusted_weights.given`). Then only the card
+    names them, and it may be untrusted. Only the codec's own weights are downloaded, by its name. A path must be one
+    that the user named before (`trusted_weights`).
     Raises UserError for another source, and if the weights differ from the card's (by sha256).
     """
+    check_device(device)
+    named_source(card, weights or card.name)  # an unknown codec
+    if weights is not None:
+        return _checked(card, weights, device)
+    reasons = []
+    for source in given():
+        try:
+            return _checked(card, source, device)
+        except UserError as error:
+            reasons.append(f"--codec-weights {source}: {error}")
+    try:
+        return _checked(card, None, device)
+    except UserError as error:
+        hint = "" if reasons else "; where they have moved, give --codec-weights PATH"
+        raise UserError("; ".join([*reasons, str(error)]) + hint) from error
+
+
+def _checked(card: CodecCard, weights: str | None, device: str) -> Codec:
+    """Load the codec of `card` from `weights`, or from where the card says, and compare its weights with the card's."""
     from codecssl.tokenize.backends.parts.weights import cache_only
 
     by_card = weights is None and card.weights not in names()

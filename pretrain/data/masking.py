@@ -18,6 +18,7 @@ def span_mask(config: MaskConfig, keys: Keys, frames: npt.NDArray[Any]) -> Bools
 
     Every length must be at least the span. See `_spans` and `_exact` for the two kinds.
     """
+    assert config.span_frames, "the config has lengths in seconds: convert it with `frame_rate.at_frame_rate`"
     assert int(frames.min()) >= config.span_frames, "shorter utterances are left out by data.min_frames"
     return _KINDS[config.kind](config, keys, frames)
 

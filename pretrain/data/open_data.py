@@ -9,6 +9,7 @@ from codecssl.pretrain.data.corpus import TokenCorpus
 from codecssl.pretrain.data.hashed_random import hashed
 from codecssl.pretrain.data.loader import Loader
 from codecssl.pretrain.data.plan import Ints, Plan, UtterancePool, is_held_out
+from codecssl.pretrain.frame_rate import at_frame_rate
 from codecssl.pretrain.ranks import Ranks
 from codecssl.tokenize.common.errors import UserError
 
@@ -17,7 +18,10 @@ _CHUNK = 1 << 17
 
 
 def open_data(config: RunConfig, ranks: Ranks) -> tuple[Loader, Loader | None, TokenCorpus]:
-    """Return the training loader, the validation loader (None if nothing is held out), and the validation corpus."""
+    """Return the training loader, the validation loader (None if nothing is held out), and the validation corpus.
+
+    Lengths in seconds are converted at the frame rate of the data's codec.
+    """
     data = config.data
     labels = data.labels if config.objective.target == "labels" else ()
     if config.objective.target == "labels" and not labels:
@@ -25,6 +29,8 @@ def open_data(config: RunConfig, ranks: Ranks) -> tuple[Loader, Loader | None, T
     corpus = TokenCorpus(
         data.dirs, num_codebooks=data.num_codebooks, labels=labels, retry_seconds=config.log.retry_seconds
     )
+    config = at_frame_rate(config, corpus.card.frame_rate)
+    data = config.data
     with_mel = corpus.require_mel(config.model.input) is not None
     other, held_out = _validation(config, corpus)
     pool = UtterancePool(

@@ -5,6 +5,7 @@ from typing import Any
 
 from codecssl.configs.load import differences, from_dict
 from codecssl.pretrain.config import RunConfig
+from codecssl.pretrain.frame_rate import IN_FRAMES, at_frame_rate
 from codecssl.tokenize.codec import CodecCard
 
 _TITLES = {
@@ -33,7 +34,7 @@ def model_card(name: str, description: Mapping[str, Any], data: Iterable[Mapping
         _trained_on(card, data, training["data"]),
         _figures(training["metrics"]),
         "## Curves\n\n![loss, accuracy and variety of the guesses](curves.png)",
-        _config(config, training["versions"], training.get("changes", ())),
+        _config(config, card, training["versions"], training.get("changes", ())),
     )
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -98,8 +99,11 @@ def _figures(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(("## Figures at masked frames\n", head, "|---|--:|--:|--:|--:|---|", *lines))
 
 
-def _config(config: RunConfig, versions: Mapping[str, str], changes: Iterable[Mapping[str, Any]]) -> str:
-    changed = {key: new for key, (_, new) in differences(RunConfig(), config).items() if key != "data.dirs"}
+def _config(
+    config: RunConfig, card: CodecCard, versions: Mapping[str, str], changes: Iterable[Mapping[str, Any]]
+) -> str:
+    usual, own = (at_frame_rate(each, card.frame_rate) for each in (RunConfig(), config))
+    changed = {key: new for key, (_, new) in differences(usual, own).items() if key not in ("data.dirs", *IN_FRAMES)}
     lines = "\n".join(f"- `{key}`: {value}" for key, value in sorted(changed.items()))
     lines += "".join(f"\n- from step {r['step']}: `{r['key']}` {r['new']}, before {r['old']}" for r in changes)
     built = ", ".join(f"{package} {number}" for package, number in versions.items())

@@ -60,7 +60,6 @@ class LabelConfig:
     10,000 utterances)."""
     clustering: Path | None = None
     """File of centroids to use instead of fitting new ones."""
-    codec_weights: str | None = None
     device: str = "cpu"
     seed: int = 0
     tasks: int = 1
@@ -200,7 +199,7 @@ def _source(config: LabelConfig, card: CodecCard) -> FeatureSource | FromFile:
         if not (_has_begun(config) and (target / "config.json").exists()) and not is_export_of(path, target):
             export(path, target)
         made = str(target)
-    return Extractor(made, config.layer, card, device=config.device, codec_weights=config.codec_weights)
+    return Extractor(made, config.layer, card, device=config.device)
 
 
 def _parts(config: LabelConfig, data: Sequence[Shards]) -> list[_Part]:

@@ -52,9 +52,7 @@ class FeatureSource(Protocol):
 class Extractor:
     """Feature extractor: codes of utterances to features of each."""
 
-    def __init__(
-        self, source: str, layer: int, card: CodecCard, *, device: str, codec_weights: str | None = None
-    ) -> None:
+    def __init__(self, source: str, layer: int, card: CodecCard, *, device: str) -> None:
         """source: a model folder, or latents. layer: see `LabelConfig`. card: card of the data's codec."""
         self.device = torch.device(device)
         self.num_codebooks = card.num_codebooks
@@ -62,7 +60,7 @@ class Extractor:
         self.tables: list[torch.Tensor] = []
         self.made_of = {"source": source, "layer": str(layer), "codec": card.name}
         if source == "latents":
-            self.tables = [t.to(self.device) for t in load_codec_for(card, weights=codec_weights).embeddings()]
+            self.tables = [t.to(self.device) for t in load_codec_for(card).embeddings()]
             self.made_of |= {"layer": "latents", "weights_sha256": card.weights_sha256}
             return
         from codecssl.pretrain.export.export import load_pretrained

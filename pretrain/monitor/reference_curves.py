@@ -16,11 +16,14 @@ from pathlib import Path
 
 from codecssl.configs.load import differences
 from codecssl.pretrain.config import RunConfig
+from codecssl.pretrain.frame_rate import IN_SECONDS, at_frame_rate
 from codecssl.pretrain.monitor.telemetry import read_rows
 from codecssl.pretrain.run_folder import FREE, read_config, read_data
+from codecssl.tokenize.codec import CodecCard
 
 STORE = Path(__file__).with_name("expected.jsonl")
-_PLACES = ("data.labels", "data.valid_labels")
+_USUAL = at_frame_rate(RunConfig(), 50)
+_LEFT_OUT = ("data.labels", "data.valid_labels", *IN_SECONDS)  # the frames are in the key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +36,12 @@ class Curve:
 
 
 def curve_key(config: RunConfig, codec: str, frames: int) -> str:
-    """Return the key of a curve, from the config, the sha256 of the codec's weights and the frames per epoch."""
-    changed = {key: new for key, (_, new) in differences(RunConfig(), config).items() if not key.startswith(FREE)}
-    parts = [sorted((key, str(new)) for key, new in changed.items() if key not in _PLACES), codec, frames]
+    """Return the key of a curve, from the config, the sha256 of the codec's weights and the frames per epoch.
+
+    config: with lengths in frames (`at_frame_rate`).
+    """
+    changed = {key: new for key, (_, new) in differences(_USUAL, config).items() if not key.startswith(FREE)}
+    parts = [sorted((key, str(new)) for key, new in changed.items() if key not in _LEFT_OUT), codec, frames]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -56,11 +62,12 @@ def verdict(curve: Curve, losses: Sequence[tuple[float, float]], split: str = "v
 
 def add(run: Path, what: str, frames: int, store: Path = STORE) -> Curve:
     """Store a run's curve under its key."""
-    config, losses = read_config(run), {}
+    config, card, losses = read_config(run), CodecCard.from_dict(read_data(run)["codec"]), {}
     for split in ("train", "valid"):
         rows = [row for row in read_rows(run / "metrics.jsonl") if row["split"] == split]
         losses[split] = [[row["step"], round(row["loss"], 4)] for row in rows]
-    curve = Curve(key=curve_key(config, read_data(run)["codec"]["weights_sha256"], frames), what=what, losses=losses)
+    key = curve_key(at_frame_rate(config, card.frame_rate), card.weights_sha256, frames)
+    curve = Curve(key=key, what=what, losses=losses)
     kept = [other for other in _read(store) if other.key != curve.key]
     lines = sorted(json.dumps(asdict(each)) for each in (*kept, curve))
     store.write_text("".join(line + "\n" for line in lines))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from codecssl.superb.commands.common import DEVICE, SIDE, open_data
-from codecssl.tokenize.common.command_line import CommandLine, console, positive, whole
+from codecssl.tokenize.common.command_line import CommandLine, add_codec_weights, console, positive, whole
 
 
 def add_commands(line: CommandLine) -> None:
@@ -31,6 +31,7 @@ def add_commands(line: CommandLine) -> None:
     cache.add_argument("--side", type=Path, metavar="DIR", help=SIDE)
     cache.add_argument("--output", required=True, type=Path, metavar="DIR", help="the cache; may hold earlier sets")
     cache.add_argument("--device", default="cpu", help=f"{DEVICE}; its codes serve runs on that kind of device only")
+    add_codec_weights(cache)
     cache.add_argument("--workers", type=whole, help="processes (default: one per core, none for few waves)")
     bench = line.command(
         "bench",

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from codecssl.tokenize.common.command_line import positive
+from codecssl.tokenize.common.command_line import add_codec_weights, positive
 
 UPSTREAMS = (
     "an exported model's folder, fbank, logmel, mfcc, codes (the codec's latents), random (an untrained encoder), "
@@ -16,10 +16,11 @@ SIDE = "folder with the small lists that official corpora need"
 
 
 def add_upstreams(parser: argparse.ArgumentParser) -> None:
-    """--upstream, --output, --device and --jobs."""
+    """--upstream, --output, --device, --codec-weights and --jobs."""
     parser.add_argument("--upstream", action="append", required=True, metavar="MODEL|NAME", help=UPSTREAMS)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="results; may hold earlier ones")
     parser.add_argument("--device", default="cpu", help=DEVICE)
+    add_codec_weights(parser)
     parser.add_argument("--jobs", type=positive, default=1, help="runs or probes at a time")
 
 

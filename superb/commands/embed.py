@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from codecssl.superb.commands.common import DEVICE
-from codecssl.tokenize.common.command_line import CommandLine, amount, positive, progress_bar, whole
+from codecssl.tokenize.common.command_line import CommandLine, add_codec_weights, amount, positive, progress_bar, whole
 
 
 def add_commands(line: CommandLine) -> None:
@@ -32,6 +32,7 @@ def add_commands(line: CommandLine) -> None:
     add("--pool", default="mean", choices=("mean", "meanstd"), help="over the frames of an input")
     add("--frames", action="store_true", help="keep the states of every frame too, as safetensors")
     add("--device", default="cpu", help=DEVICE)
+    add_codec_weights(sub)
     add("--tasks", type=positive, default=1, metavar="N", help="divide the work into N tasks")
     add("--task", type=whole, default=0, metavar="I", help="do task I of 0..N-1")
     add("--window-seconds", type=amount, default=30.0, help="longest piece that goes through the upstream at once")

@@ -4,7 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from codecssl.tokenize.common.command_line import CommandLine, console, integers, positive, positive_floats
+from codecssl.tokenize.common.command_line import (
+    CommandLine,
+    add_codec_weights,
+    console,
+    integers,
+    positive,
+    positive_floats,
+)
 
 TASKS = "none (no labels), pr, ks, ic, sid, er, or a name in --probes"
 
@@ -67,6 +74,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codebook-dim", type=int, default=32, help="width of the codebook lookup, 8 to 64")
     parser.add_argument("--probes", default="probes", metavar="NAME|YAML", help="a name in configs/superb, or a file")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add_codec_weights(parser)
     parser.add_argument(
         "--head-steps", type=int, default=train.head_steps, help="steps of heads before their input changes"
     )

@@ -59,7 +59,7 @@ def open_shards(data: Path, card: CodecCard, work: Path, device: str) -> Shards:
 
 def _tokenised(data: Path, card: CodecCard, output: Path, device: str) -> Path:
     from codecssl.tokenize.config import TokenizeConfig
-    from codecssl.tokenize.registry import named_source
+    from codecssl.tokenize.registry import load_codec_for, named_source
     from codecssl.tokenize.run import run
 
     manifest = data / "manifest.jsonl" if data.is_dir() else data
@@ -67,7 +67,8 @@ def _tokenised(data: Path, card: CodecCard, output: Path, device: str) -> Path:
         raise UserError(f"data {data}: neither token shards nor a manifest.jsonl nor a folder with one")
     if not (output / "dataset.json").is_file():
         options: dict[str, Any] = {"num_codebooks": card.num_codebooks, "device": device, "workers": 0}
-        run(TokenizeConfig(sources=(str(manifest),), output=output, codec=named_source(card), **options))
+        codec = named_source(card, load_codec_for(card).card.weights)
+        run(TokenizeConfig(sources=(str(manifest),), output=output, codec=codec, **options))
     return output
 
 

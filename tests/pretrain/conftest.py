@@ -47,7 +47,8 @@ def make_shards(tmp_path: Path) -> Callable[..., Path]:
 SMALL = {
     "model": {"dim": 32, "layers": 2, "heads": 2, "ffn_dim": 48, "conv_kernel": 8, "conv_groups": 4,
               "embedding_init": "random"},
-    "data": {"batch_frames": 400, "crop_frames": 60, "valid_fraction": 0.15, "valid_frames": 300},
+    "data": {"batch_frames": 400, "crop_frames": 60, "min_frames": 20, "valid_fraction": 0.15, "valid_frames": 300},
+    "mask": {"span_frames": 10, "start_probability": 0.08},
     "optim": {"steps": 20, "lr": 3e-3, "clip_norm": 1.0},
     "log": {"log_every": 3, "valid_every": 10, "checkpoint_every": 10},
 }  # fmt: skip

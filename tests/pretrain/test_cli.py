@@ -62,7 +62,8 @@ def test_mistakes_are_one_line_and_exit_1(
     assert "data.weights: -1.0, must be at least 0" in error_line(capsys)
     assert main([*tiny, *data, *out, "--optim.betas", "[0.9, 1.2]"]) == 1
     assert "optim.betas: 1.2, must be at least 0 and below 1" in error_line(capsys)
-    assert main([*tiny, *data, *out, "--model.positions", "rotary", "--model.rotary_max_frames", "99"]) == 1
+    rotary = ["--model.positions", "rotary", "--model.rotary_max_frames", "99", "--data.crop_seconds", "5"]
+    assert main([*tiny, *data, *out, *rotary]) == 1
     assert "data.crop_frames: 250, must be at most model.rotary_max_frames (99)" in error_line(capsys)
     assert main([*tiny, *data, *out, "--data.labels", str(tmp_path)]) == 1
     assert "data.labels: given, but objective.target is codes" in error_line(capsys)
@@ -130,7 +131,10 @@ def test_print_config_is_the_whole_config(capsys: pytest.CaptureFixture[str]) ->
     assert main(["run", "codec2vec_tiny_codes", "--print_config", "--optim.steps", "7"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["optim"]["steps"] == 7
-    assert printed["mask"] == {"kind": "spans", "start_probability": 0.08, "fraction": 0.5, "span_frames": 10}
+    assert printed["mask"] == {
+        "kind": "spans", "starts_per_second": 4.0, "start_probability": 0.0, "fraction": 0.5, "span_seconds": 0.2,
+        "span_frames": 0,
+    }  # fmt: skip
 
 
 def test_nothing_heavy_is_imported_before_the_arguments_are_read() -> None:

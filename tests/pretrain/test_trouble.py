@@ -349,4 +349,4 @@ def test_utterances_that_are_too_short_are_counted(
     assert short > 10
     run(config, tmp_path / "run")
     said = capsys.readouterr().out
-    assert f"data.min_frames 50 (1.00 s at 50 frames/s) leaves out {short} of 120 utterances" in said
+    assert f"data.min_seconds 1.00 (50 frames at 50 a second) leaves out {short} of 120 utterances" in said

@@ -4,7 +4,7 @@ fetched.
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,12 @@ def exported(codec: Any, folder: Path) -> Path:
     description = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(model.config), "training": {}}
     (folder / "config.json").write_text(json.dumps({**description, "codec": codec.card.to_dict()}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def export_model() -> Callable[[Any, Path], Path]:
+    """export_model(codec, folder): a small model of any codec."""
+    return exported
 
 
 @pytest.fixture(scope="session")

@@ -29,10 +29,12 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from codecssl.tokenize.common.errors import TransientError, UserError
 from codecssl.tokenize.common.process import CRASHED
+from codecssl.tokenize.common.trusted_weights import giving
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, the shell convention."""
@@ -135,7 +137,8 @@ class CommandLine:
         arguments = argparse.Namespace()
         try:
             arguments = self.parse(sys.argv[1:] if argv is None else argv)
-            code = arguments.action(arguments) or 0
+            with giving(getattr(arguments, "codec_weights", None) or ()):
+                code = arguments.action(arguments) or 0
             sys.stdout.flush()
             return code
         except UserError as error:
@@ -224,6 +227,27 @@ def add_sharing(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sharing the work, for example in a job array")
     group.add_argument("--tasks", type=positive, default=1, metavar="N", help="split the work into N tasks")
     group.add_argument("--task", type=whole, default=0, metavar="I", help="do task I, 0 to N - 1")
+
+
+def add_codec_weights(parser: Any) -> None:
+    """Add `--codec-weights PATH`, which `main` passes to every codec that the command loads by a card."""
+    parser.add_argument(
+        "--codec-weights",
+        type=_existing_weights,
+        action="append",
+        metavar="PATH",
+        help="the codec's weights, where they have moved; repeat for several codecs",
+    )
+
+
+def _existing_weights(text: str) -> str:
+    """Argument type: PATH, NAME@PATH, or a URL. Paths are made absolute, for processes in other folders."""
+    name, at, path = text.rpartition("@")
+    if "://" in text:
+        return text
+    if Path(path).exists():
+        return f"{name}{at}{Path(path).resolve()}"
+    raise argparse.ArgumentTypeError(f"{text}: no such file or folder")
 
 
 class Renamed(argparse.Action):

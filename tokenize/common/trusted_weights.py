@@ -3,6 +3,9 @@
 A codec card in a dataset or a model names the weights that wrote it. The card may come from a stranger, so a path in it
 is used only if the user has given the same path to a command before, and if the files are still the same. The record
 is one small file per path in $XDG_CACHE_HOME/codecssl/weights.
+
+A command's `--codec-weights` is passed to every codec that it loads by a card, also in its worker processes, by the
+environment variable CODECSSL_CODEC_WEIGHTS.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -19,6 +23,29 @@ from codecssl.tokenize.common.hashing import file_sha256
 
 MOST_FILES = 1000
 """Maximum number of files of a recorded folder."""
+
+VARIABLE = "CODECSSL_CODEC_WEIGHTS"
+"""Environment variable with the paths or URLs of `--codec-weights`, one a line."""
+
+
+@contextmanager
+def giving(sources: Sequence[str]) -> Iterator[None]:
+    """Use `sources` for codecs that are loaded by a card while the context is open. No sources change nothing."""
+    before = os.environ.get(VARIABLE)
+    if sources:
+        os.environ[VARIABLE] = "\n".join(sources)
+    try:
+        yield
+    finally:
+        if sources:
+            os.environ.pop(VARIABLE)
+            if before is not None:
+                os.environ[VARIABLE] = before
+
+
+def given() -> list[str]:
+    """Return the paths and URLs that the user gave for codecs that a card names."""
+    return os.environ.get(VARIABLE, "").split("\n") if os.environ.get(VARIABLE) else []
 
 
 def cache_folder() -> Path:

@@ -2,15 +2,18 @@ import numpy as np
 import pytest
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
-from codecssl.pretrain.config import MaskConfig, ObjectiveConfig
+from codecssl.pretrain.config import MaskConfig, ObjectiveConfig, RunConfig
 from codecssl.pretrain.data.hashed_random import hashed, smallest, uniform
 from codecssl.pretrain.data.masking import kept_codebooks, span_mask
+from codecssl.pretrain.frame_rate import at_frame_rate
+
+HUBERT = at_frame_rate(RunConfig(), 50).mask
 
 
 def test_mask_statistics_are_huberts() -> None:
     """The published pair (8 % starts, span 10) masks as many frames as transformers' HuBERT masking."""
     frames = np.full(400, 500)
-    ours = span_mask(MaskConfig(), hashed(1, np.arange(400)), frames)
+    ours = span_mask(HUBERT, hashed(1, np.arange(400)), frames)
     np.random.seed(0)
     theirs = _compute_mask_indices((400, 500), mask_prob=0.8, mask_length=10, min_masks=2)
     assert abs(ours.mean() - theirs.mean()) < 0.01
@@ -22,7 +25,7 @@ def test_mask_statistics_are_huberts() -> None:
 
 def test_every_masked_run_is_a_span_at_least_and_padding_is_free() -> None:
     frames = np.random.default_rng(0).integers(20, 200, 64)
-    mask = span_mask(MaskConfig(span_frames=7), hashed(5, np.arange(64)), frames)
+    mask = span_mask(MaskConfig(start_probability=0.08, span_frames=7), hashed(5, np.arange(64)), frames)
     assert mask.shape == (64, frames.max())
     for row, count in zip(mask, frames, strict=True):
         assert not row[count:].any()
@@ -35,16 +38,16 @@ def test_every_masked_run_is_a_span_at_least_and_padding_is_free() -> None:
 def test_number_of_starts() -> None:
     """floor(p T + U[0, 1)) has the mean p T: with a span of one the masked frames are the starts."""
     frames = np.full(4000, 33)
-    counts = span_mask(MaskConfig(span_frames=1), hashed(9, np.arange(4000)), frames).sum(1)
+    counts = span_mask(MaskConfig(start_probability=0.08, span_frames=1), hashed(9, np.arange(4000)), frames).sum(1)
     assert set(counts.tolist()) == {2, 3}
     assert abs(counts.mean() - 0.08 * 33) < 0.05
 
 
 def test_a_mask_does_not_depend_on_its_batch() -> None:
     frames, keys = np.array([40, 95, 60]), hashed(2, np.arange(3))
-    together = span_mask(MaskConfig(), keys, frames)
+    together = span_mask(HUBERT, keys, frames)
     for i in range(3):
-        alone = span_mask(MaskConfig(), keys[i : i + 1], frames[i : i + 1])
+        alone = span_mask(HUBERT, keys[i : i + 1], frames[i : i + 1])
         assert np.array_equal(together[i, : frames[i]], alone[0])
 
 
