@@ -8,6 +8,7 @@ from pathlib import Path
 
 from codecssl.configs.load import load_config, names, to_yaml
 from codecssl.pretrain.config import RunConfig
+from codecssl.pretrain.frame_rate import frames_replaced
 from codecssl.tokenize.common.command_line import CommandLine, add_codec_weights, add_sharing, positive
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.process import StopSignal, guarded
@@ -36,7 +37,7 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
     _no_misspelt_option(overrides)
     if arguments.data:
         overrides = [*overrides, f"--data.dirs=[{', '.join(_quoted(path) for path in arguments.data)}]"]
-    return load_config(RunConfig, "pretrain", arguments.config, overrides)
+    return load_config(RunConfig, "pretrain", arguments.config, frames_replaced(overrides))
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -46,7 +47,9 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     if arguments.output is None:
         raise UserError("--output: not given; name the run's folder with --output RUN")
-    with StopSignal() as stop:  # from here on: importing torch and DeepSpeed takes long enough for a signal to come
+    with StopSignal(
+        interrupt=True
+    ) as stop:  # from here on: importing torch and DeepSpeed takes long enough for a signal to come
         from codecssl.pretrain.run import run
 
         run(config, arguments.output, profile=arguments.profile, stop=stop)

@@ -14,7 +14,7 @@ from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.data.hashed_random import hashed
 from codecssl.pretrain.data.loader import Batch, Loader
 from codecssl.pretrain.engine import checkpoint
-from codecssl.pretrain.engine.distributed import PREEMPTED, ProcessGroup
+from codecssl.pretrain.engine.distributed import ProcessGroup
 from codecssl.pretrain.engine.engine import after_update, backward, take_step
 from codecssl.pretrain.monitor.sanity_checks import collapse, training_flops
 from codecssl.pretrain.monitor.step_profiler import Tracer
@@ -254,12 +254,12 @@ class Training:
         self.group.fail(type(error)(f"{error}; step {done} is saved") if done else error)
 
     def _leave(self, done: int) -> NoReturn:
-        """Save, unless just saved, and exit with PREEMPTED."""
+        """Save, unless just saved, and exit with PREEMPTED, or as after Ctrl-C."""
         if done != self.saved:
             self._save(done)
         signal = self.stop.asked or "a signal to another rank"
         self.telemetry.say(f"stopped by {signal} after step {done}; the same command resumes from there")
-        self.group.leave(PREEMPTED)
+        self.group.leave(self.stop.exit_code)
 
     def _log(self, row: MetricsRow) -> None:
         self.group.once(lambda: self.telemetry.log(row))

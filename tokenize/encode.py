@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, BinaryIO, TypeVar
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from codecssl.tokenize.codec import Codec, CodecCard, Encoded
 from codecssl.tokenize.common.cores import available_cores
 from codecssl.tokenize.common.errors import UserError, one_line
+from codecssl.tokenize.common.process import interrupts_deferred
 from codecssl.tokenize.format.layout import to_planes
 from codecssl.tokenize.format.records import EncodedUtterance, Failure
 from codecssl.tokenize.mel import MelSpec, MelStream, mel_plane
@@ -276,17 +278,17 @@ def _samples(loaded: Any) -> int:
 
 def load_in_order(dataset: Dataset[Any], sampler: Iterable[Any], workers: int, prefetch: int = 2) -> Iterator[Any]:
     """Yield dataset[i] for each i of `sampler`, in order. Each worker loads up to `prefetch` items ahead."""
-    return iter(
-        DataLoader(
-            dataset,
-            sampler=sampler,  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            multiprocessing_context="spawn" if workers else None,
-            prefetch_factor=prefetch if workers else None,
-        )
+    loader = DataLoader(
+        dataset,
+        sampler=sampler,  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        multiprocessing_context="spawn" if workers else None,
+        prefetch_factor=prefetch if workers else None,
     )
+    with interrupts_deferred() if workers else nullcontext():
+        return iter(loader)
 
 
 def _as_it_is(value: T) -> T:  # the default one would turn arrays into tensors

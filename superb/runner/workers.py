@@ -12,10 +12,12 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
+
+from codecssl.tokenize.common.process import interrupts_deferred
 
 Item = TypeVar("Item")
 
@@ -117,26 +119,6 @@ def end(workers: Sequence[Worker[Any]]) -> None:
         worker.signal(signal.SIGKILL)
         worker.process.join()
         worker.connection.close()
-
-
-@contextlib.contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Raise the KeyboardInterrupt of a Ctrl-C at the end of the block. Processes started in it never receive one."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught: list[int] = []
-    handler = signal.getsignal(signal.SIGINT)
-    if handler != signal.SIG_IGN:  # ignored where a shell script started the command with &
-        signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by new processes
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # delivers a pending SIGINT to the handler above
-        signal.signal(signal.SIGINT, handler)
-        if caught:
-            raise KeyboardInterrupt
 
 
 def _serve(connection: Connection, function: Callable[[Any], Iterable[Any]]) -> None:

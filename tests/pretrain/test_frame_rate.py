@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from codecssl.configs.load import from_dict
+from codecssl.pretrain.cli import main
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.data.open_data import open_data
 from codecssl.pretrain.frame_rate import at_frame_rate
@@ -67,15 +68,25 @@ def test_at_12_hz_no_utterance_of_half_a_second_vanishes(tmp_path: Path, capsys:
     assert "data.min_seconds 0.40 (5 frames at 12.5 a second) leaves out 7 of 67 utterances, 1.1 s of audio" in said
 
 
-def test_lengths_in_frames_are_kept_and_do_not_contradict_seconds(tmp_path: Path) -> None:
+def test_lengths_in_frames_are_kept() -> None:
     given = from_dict(RunConfig, {"data": {"crop_frames": 300, "min_frames": 30}, "mask": {"span_frames": 15}})
     config = at_frame_rate(given, 12.5)
     assert (config.data.crop_frames, config.data.min_frames, config.mask.span_frames) == (300, 30, 15)
     assert config.data.crop_seconds == 24.0
-    both = from_dict(RunConfig, {"data": {"crop_frames": 300, "crop_seconds": 4.0}})
-    assert at_frame_rate(both, 75).data.crop_frames == 300
-    with pytest.raises(UserError, match=r"data.crop_frames: 300, .* is data.crop_seconds 24, .* is 4; give one"):
-        at_frame_rate(both, 12.5)
+    assert at_frame_rate(given, 75).data.crop_seconds == 4.0
+
+
+def test_what_the_command_line_says_wins_over_the_file(tmp_path: Path, capsys: Any) -> None:
+    shards_at(tmp_path / "shards", 12.5, [1.0])
+    (tmp_path / "frames.yaml").write_text("data: {crop_frames: 300}\n")
+    for words, crop in (
+        (["codec2vec_tiny_codes", "--data.crop_frames", "60"], 60),
+        ([str(tmp_path / "frames.yaml"), "--data.crop_seconds", "4"], 50),
+        ([str(tmp_path / "frames.yaml")], 300),
+    ):
+        assert main(["run", *words, "--print_config"]) == 0
+        config = from_dict(RunConfig, yaml.safe_load(capsys.readouterr().out))
+        assert at_frame_rate(config, 12.5).data.crop_frames == crop
 
 
 def test_a_run_of_an_earlier_release_states_frames_and_resumes(tmp_path: Path) -> None:

@@ -308,11 +308,15 @@ def _listens(process: int, number: signal.Signals) -> bool:
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
+def _imports_torch(process: int) -> bool:
+    return "libtorch" in Path(f"/proc/{process}/maps").read_text()
+
+
 def test_a_warning_while_the_run_starts_is_heard(tmp_path: Path, shards: Path, small_config: Config) -> None:
     """Importing torch and DeepSpeed takes seconds; a USR2 in that time ended the process without a word."""
     process = _start(tmp_path, small_config(shards), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while not _listens(process.pid, signal.SIGUSR2):
+    while not (_listens(process.pid, signal.SIGUSR2) and _imports_torch(process.pid)):
         assert time.monotonic() < deadline
         assert process.poll() is None
     assert not (tmp_path / "run").exists()
@@ -320,6 +324,23 @@ def test_a_warning_while_the_run_starts_is_heard(tmp_path: Path, shards: Path, s
     out, err = process.communicate(timeout=240)
     assert (process.returncode, err) == (75, "")
     assert "stopped by SIGUSR2 after step 0" in out
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR2, 75)])
+def test_a_signal_to_the_whole_group_saves_without_a_traceback(
+    number: signal.Signals, code: int, tmp_path: Path, shards: Path, small_config: Config
+) -> None:
+    config = small_config(shards, optim={"steps": 100_000}, log={"log_every": 1, "checkpoint_every": 100_000})
+    process = _start(tmp_path, config, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("step "):
+        assert process.poll() is None
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code
+    assert err == ("interrupted: saves after this step and stops; Ctrl-C again stops at once\n" if code == 130 else "")
+    [saved] = checkpoint.whole(tmp_path / "run" / "checkpoints")
+    assert f"stopped by {number.name} after step {checkpoint.read_state(saved)['step']};" in out
 
 
 def test_a_reader_that_leaves_ends_the_run_saved_with_one_line(
@@ -350,3 +371,21 @@ def test_utterances_that_are_too_short_are_counted(
     run(config, tmp_path / "run")
     said = capsys.readouterr().out
     assert f"data.min_seconds 1.00 (50 frames at 50 a second) leaves out {short} of 120 utterances" in said
+
+
+def test_commands_on_a_run_into_a_closed_pipe_are_silent(tmp_path: Path, shards: Path, small_config: Config) -> None:
+    run(small_config(shards, optim={"steps": 2}), tmp_path / "run")
+    sizes = "--clusters 4 --sample-frames 200"
+    commands = {
+        f"status {tmp_path / 'run'}": 0,
+        f"export {tmp_path / 'run'} --output {tmp_path / 'model'}": 0,
+        f"label {tmp_path / 'run'} {sizes} --data {shards} --output {tmp_path / 'labels'}": 141,
+    }
+    for words, code in commands.items():
+        read, write = os.pipe()
+        os.close(read)
+        command = [sys.executable, "-m", "codecssl.pretrain", *words.split()]
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
+        os.close(write)
+        assert (done.returncode, done.stderr) == (code, b""), words
+    assert (tmp_path / "model" / "model.safetensors").exists()

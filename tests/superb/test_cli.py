@@ -1,7 +1,11 @@
 """The commands: exit codes, one line for an error, and a whole run from corpus to report."""
 
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +185,32 @@ def test_a_dry_run_lists_and_does_nothing(corpus: Path, tmp_path: Path, capsys: 
     assert main([*shared, "--tasks", "2", "--task", "1"]) == 0
     assert [line.split("lr ")[1][:3] for line in capsys.readouterr().out.splitlines()[1:]] == ["0.2", "0.4"]
     assert not (tmp_path / "out").exists()
+
+
+def test_sample_and_report_into_a_closed_pipe_are_silent(tmp_path: Path) -> None:
+    old = Path(__file__).resolve().parents[1] / "data" / "v1" / "superb"
+    for words in (["sample", str(tmp_path / "sample")], ["report", str(shutil.copytree(old, tmp_path / "out"))]):
+        read, write = os.pipe()
+        os.close(read)
+        command = [sys.executable, "-m", "codecssl.superb", *words]
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
+        os.close(write)
+        assert done.stderr == b"", words
+    assert (tmp_path / "sample" / "manifest.jsonl").exists()
+
+
+def test_a_signal_to_the_group_of_a_sweep_is_one_line(corpus: Path, tmp_path: Path) -> None:
+    """Two workers train; a batch system sends USR2 to every process of the job."""
+    words = ["run", "--upstream", "fbank", "--tasks", "ks,ic", "--data", str(corpus), "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "codecssl.superb", *words, "--budget", "quick", "--lr", "1e-3", "--jobs", "2"]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("runs/*/*/*/run.log"))) < 2:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGUSR2)
+        _, errors = process.communicate(timeout=60)
+    assert errors == "error: stopped by SIGUSR2; the same command skips finished runs and resumes this one\n"
+    assert process.returncode == 75

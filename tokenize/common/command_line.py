@@ -33,11 +33,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from codecssl.tokenize.common.errors import TransientError, UserError
-from codecssl.tokenize.common.process import CRASHED
+from codecssl.tokenize.common.process import CRASHED, INTERRUPTED, PREEMPTED, StoppedBySignal, stoppable
 from codecssl.tokenize.common.trusted_weights import giving
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT, the shell convention."""
 
 BROKEN_PIPE = 141
 """Exit code of a resumable command whose output has no reader any more: 128 + SIGPIPE."""
@@ -137,7 +134,7 @@ class CommandLine:
         arguments = argparse.Namespace()
         try:
             arguments = self.parse(sys.argv[1:] if argv is None else argv)
-            with giving(getattr(arguments, "codec_weights", None) or ()):
+            with stoppable(), giving(getattr(arguments, "codec_weights", None) or ()):
                 code = arguments.action(arguments) or 0
             sys.stdout.flush()
             return code
@@ -150,10 +147,11 @@ class CommandLine:
         except OSError as error:
             print(f"error: {_disk_error(error, arguments)}", file=sys.stderr)
             return 1
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, StoppedBySignal) as stop:
             resume = getattr(arguments, "resume", None)
-            print(f"error: interrupted{f'; the same command {resume}' if resume else ''}", file=sys.stderr)
-            return INTERRUPTED
+            what = f"stopped by {stop}" if isinstance(stop, StoppedBySignal) else "interrupted"
+            print(f"error: {what}{f'; the same command {resume}' if resume else ''}", file=sys.stderr)
+            return PREEMPTED if isinstance(stop, StoppedBySignal) else INTERRUPTED
 
     def _overview(self) -> str:
         width = max(len(name) for commands in self._groups.values() for name, _ in commands)

@@ -11,8 +11,9 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -22,6 +23,9 @@ CRASHED = 70
 
 PREEMPTED = 75
 """Exit code of a run that saved its work after a stop signal: EX_TEMPFAIL of sysexits.h, "try again"."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT, the shell convention."""
 
 STUCK = 76
 """Exit code of a run that stopped itself after no progress for too long."""
@@ -54,23 +58,88 @@ def drop_stdout() -> None:
 
 
 class StopSignal:
-    """Within this context, SIGNALS only set `asked`. The run checks it between steps."""
+    """Within this context, SIGNALS only set `asked`. The run checks it between steps.
 
-    def __init__(self) -> None:
+    interrupt: so does the first Ctrl-C; the second one raises KeyboardInterrupt.
+    """
+
+    def __init__(self, *, interrupt: bool = False) -> None:
         self.asked: str | None = None
+        self._numbers = (*SIGNALS, signal.SIGINT) if interrupt else SIGNALS
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():  # only the main thread may install signal handlers
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in self._numbers}
         return self
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of a run that has saved its work because of the signal."""
+        return INTERRUPTED if self.asked == "SIGINT" else PREEMPTED
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.asked == "SIGINT":
+                raise KeyboardInterrupt
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, b"interrupted: saves after this step and stops; Ctrl-C again stops at once\n")
         self.asked = signal.Signals(number).name
+
+
+class StoppedBySignal(BaseException):
+    """A signal of SIGNALS arrived. The text is its name."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within this context, SIGNALS raise `StoppedBySignal` in the main thread, as Ctrl-C raises KeyboardInterrupt."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StoppedBySignal(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Raise the KeyboardInterrupt of a Ctrl-C at the end of the block.
+
+    Processes started in the block receive neither SIGINT nor SIGUSR2, which a terminal or a batch system sends to the
+    whole group: this process ends them. That includes multiprocessing's resource tracker, without which each of its
+    semaphores would end in a traceback.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})  # inherited by new processes
+    try:
+        resource_tracker.ensure_running()  # unblocks SIGINT
+        if handler != signal.SIG_IGN:  # ignored where a shell script started the command with &
+            signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        yield
+    finally:
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # delivers pending signals
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        if caught:
+            raise KeyboardInterrupt
 
 
 class Watchdog:

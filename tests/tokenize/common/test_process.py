@@ -67,3 +67,62 @@ def test_a_process_that_is_stuck_ends_with_76_and_notes_it(tmp_path: Path):
     done = subprocess.run([sys.executable, "-c", code, "3", str(tmp_path / "beat")], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (76, "error: rank 3: stuck for 0.005 minutes while reading; go on\n")
     assert json.loads((tmp_path / "beat").read_text())["state"] == "stuck"
+
+
+GROUP = """
+import multiprocessing, sys, time
+from codecssl.tokenize.common.command_line import CommandLine
+from codecssl.tokenize.common.process import StopSignal, interrupts_deferred
+
+def wait(lock):
+    print("working", flush=True)
+    time.sleep(60)
+
+def act(arguments):
+    context = multiprocessing.get_context("spawn")
+    with interrupts_deferred():
+        locks = [context.Lock() for _ in range(5)]
+        started = [context.Process(target=wait, args=(lock,), daemon=True) for lock in locks[:2]]
+        for each in started:
+            each.start()
+    try:
+        time.sleep(60)
+    finally:
+        for each in started:
+            each.terminate()
+            each.join()
+
+if __name__ == "__main__":
+    line = CommandLine("toy", "A toy.")
+    line.command("do", act, group="all", help="do it", example="do", resume="resumes")
+    sys.exit(line.main(["do"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 75, "stopped by SIGTERM"),
+        (signal.SIGUSR2, 75, "stopped by SIGUSR2"),
+    ],
+)
+def test_a_signal_to_a_group_of_processes_is_one_line(number, code, said, tmp_path: Path):
+    """A batch system signals all processes of a job, multiprocessing's resource tracker too."""
+    (tmp_path / "group.py").write_text(GROUP)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen([sys.executable, str(tmp_path / "group.py")], **pipes) as parent:
+        assert [parent.stdout.readline() for _ in range(2)] == ["working\n"] * 2
+        os.killpg(parent.pid, number)
+        _, errors = parent.communicate(timeout=60)
+    assert errors == f"error: {said}; the same command resumes\n"
+    assert parent.returncode == code
+
+
+def test_ctrl_c_is_noted_and_a_second_one_interrupts(capfd):
+    with StopSignal(interrupt=True) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (stop.asked, stop.exit_code) == ("SIGINT", 130)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err == "interrupted: saves after this step and stops; Ctrl-C again stops at once\n"
