@@ -126,6 +126,7 @@ def _run(arguments: argparse.Namespace) -> None:
         for run in runs:
             out.print(f"{'done   ' if run.finished else 'waiting'}  {title(run)}  {run.folder}")
         return
+    _name_deviations(sweep, out)
     if waiting:
         _fill_cache(sweep, arguments, out)
     failures = _do(arguments, runs, out)
@@ -136,6 +137,16 @@ def _run(arguments: argparse.Namespace) -> None:
     if failures:
         first = next(iter(failures.values()))
         raise UserError(f"{len(failures)} of {len(runs)} runs failed, the first with: {message_on_one_line(first)}")
+
+
+def _name_deviations(sweep: "Sweep", console: Any) -> None:
+    """Print which tasks of a full run are not on the official data, before they train for days."""
+    from codecssl.superb.corpora.corpus import open_corpus
+
+    corpus = open_corpus(sweep.root, sweep.side)
+    for task in sweep.tasks if sweep.budget.divisor == 1 else ():
+        if texts := corpus.deviations(task.name):
+            console.print(f"{task.name}: not the official data: {'; '.join(texts)}; the result is not called SUPERB")
 
 
 def _fill_cache(sweep: "Sweep", arguments: argparse.Namespace, console: Any) -> None:

@@ -1,11 +1,9 @@
 """Audio SNIPS as rows, for sf."""
 
 import re
-from pathlib import Path
 
-from codecssl.superb.corpora.place import Place, make_row, read_lines
+from codecssl.superb.corpora.place import Place, guarded, make_row, read_text, sound_files
 from codecssl.superb.rows import ManifestRow
-from codecssl.tokenize.common.errors import UserError
 
 SNIPS_SPEAKERS = {
     "train": ("Ivy", "Joanna", "Joey", "Justin", "Kendra", "Kimberly", "Matthew", "Salli"),
@@ -21,25 +19,26 @@ def sf_rows(place: Place) -> list[ManifestRow]:
     corpus = place.corpus("Audio SNIPS", ("SNIPS", "audio_slu", "SNIPS/audio_slu"), ("train", "valid", "test"))
     source = "s3prl's preprocess/snips_prepare_data.sh, which makes it from aws-lex-noisy-spoken-language-understanding"
     listed = place.file((name,), source, corpus, corpus.parent)
-    labels = {line.split(" ", 1)[0]: line for line in read_lines(listed)}
+    lines = {line.split(" ", 1)[0]: (number, line) for number, line in enumerate(read_text(listed).split("\n"), 1)}
     rows = []
     for split, speakers in SNIPS_SPEAKERS.items():
-        for path in sorted((corpus / split).rglob("*.wav"), key=lambda path: path.stem):
+        for path in sound_files(corpus / split, "*.wav"):
             speaker = path.stem.split("-")[0]
-            if path.stem in labels and speaker in speakers:
-                columns = _snips_labels(labels[path.stem], listed)
-                rows.append(make_row("sf", split, path, id=path.stem, speaker=speaker, **columns))
+            if path.stem in lines and speaker in speakers:
+                number, line = lines[path.stem]
+                with guarded(f"{listed}:{number}", line, "`ID BOS word ... EOS<tab>O tag ... intent`"):
+                    rows.append(make_row("sf", split, path, id=path.stem, speaker=speaker, **_snips_labels(line)))
     return rows
 
 
-def _snips_labels(line: str, listed: Path) -> dict[str, str]:
+def _snips_labels(line: str) -> dict[str, str]:
     """Parse text, iob and intent of `ID BOS word ... EOS<tab>O tag ... intent`."""
-    name, _, rest = line.strip().partition(" ")
+    _, _, rest = line.strip().partition(" ")
     sentence, tab, labels = rest.partition("\t")
     tags = labels.strip().split(" ")
     words = _plain(" ".join(sentence.strip().split(" ")[1:-1])).split(" ")
     if not tab or len(words) != len(tags) - 2:
-        raise UserError(f"{listed}: {name} has {len(words)} words and {len(tags) - 2} tags; make the file again")
+        raise ValueError(f"{len(words)} words and {len(tags) - 2} tags")
     kept = [(word, tag) for word, tag in zip(words, tags[1:-1], strict=True) if word not in PUNCTUATION]
     text, iob = (" ".join(column) for column in zip(*kept, strict=True))
     return {"text": text, "iob": iob, "intent": tags[-1]}

@@ -98,6 +98,16 @@ class TaskCorpus:
         rows = [{**row, "path": path} for row, path in zip(self.rows_of(task), under, strict=True)]
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
+    def deviations(self, task: str) -> list[str]:
+        """Return each count of a task that differs from SUPERB's official data. Empty for a manifest."""
+        if not self.official:
+            return []
+        from codecssl.superb.corpora.official import official_trials
+        from codecssl.superb.corpora.official_counts import deviations
+
+        trials = len(official_trials(self.root, self.side)) if task == "asv" else None
+        return deviations(task, self.rows_of(task), trials)
+
     def has_folds(self, task: str) -> bool:
         return all("fold" in row for row in self.rows_of(task))
 

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from codecssl.superb.corpora.place import Place, check_files, make_row
+from codecssl.superb.corpora.place import Place, check_files, guarded, make_row, read_text
 from codecssl.superb.rows import ManifestRow
-from codecssl.tokenize.common.errors import UserError
 
 SESSIONS = 5
+LABELS = ("neu", "hap", "exc", "ang", "sad")
 VALID_SHARE = 0.2
 
 
@@ -38,10 +38,15 @@ def _session_list(place: Place, corpus: Path, fold: int, part: str) -> list[dict
     )
     name = f"Session{fold}/{part}_meta_data.json"
     listed = place.file((name, f"iemocap_split/{name}", f"meta_data/{name}"), source, corpus)
-    try:
-        entries: list[dict[str, str]] = json.loads(listed.read_text(encoding="utf-8"))["meta_data"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{listed}: no JSON object with a list meta_data ({error}); get it again") from error
+    entries = []
+    with guarded(str(listed), "", "a JSON object with a list meta_data"):
+        written = list(json.loads(read_text(listed))["meta_data"])
+    for number, entry in enumerate(written, start=1):
+        with guarded(f"{listed}: entry {number}", entry, f"a path and a label of {', '.join(LABELS)}"):
+            path = str(entry["path"]).replace("\\", "/")
+            if entry["label"] not in LABELS or not 1 <= int(Path(path).stem[3:5]) <= SESSIONS:
+                raise ValueError("another label, or no session in the name")
+            entries.append({"path": path, "label": str(entry["label"])})
     return entries
 
 

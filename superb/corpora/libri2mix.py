@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from codecssl.superb.corpora.place import Place, check_files, make_row, read_lines
+from codecssl.superb.corpora.place import Place, check_files, guarded, make_row, read_lines
 from codecssl.superb.rows import ManifestRow
 from codecssl.tokenize.common.errors import UserError
 
@@ -25,26 +25,39 @@ def sd_rows(place: Place) -> list[ManifestRow]:
 
 def _kaldi(place: Place, split: str, folder: Path) -> list[ManifestRow]:
     waves, durations, speakers = (_table(folder / name) for name in ("wav.scp", "reco2dur", "utt2spk"))
+
+    def segment(line: str) -> tuple[str, ManifestRow]:
+        utterance, name, start, end = line.split()
+        found = {"speaker": speakers[utterance], "start": float(start), "end": float(end)}
+        if name not in waves or not 0 <= found["start"] < found["end"]:
+            raise ValueError(f"{name} is not in wav.scp" if name not in waves else "the end is not after the start")
+        return name, found
+
     segments: dict[str, list[ManifestRow]] = {name: [] for name in waves}
-    for line in read_lines(folder / "segments"):
-        try:
-            utterance, name, start, end = line.split()
-            segments[name].append({"speaker": speakers[utterance], "start": float(start), "end": float(end)})
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{folder}/segments: {line!r} does not fit wav.scp and utt2spk ({error})") from error
+    for name, found in read_lines(folder / "segments", segment, "`utterance mixture start end`, with a speaker"):
+        segments[name].append(found)
+    if empty := [name for name in waves if not segments[name]]:
+        raise UserError(f"{folder}/segments: no segment of {empty[0]} ({len(empty)} in all); make the folder again")
     paths = {name: _moved(place, Path(wave)) for name, wave in waves.items()}
     check_files(paths.values(), folder / "wav.scp")
+    seconds = {}
+    for name in waves:
+        with guarded(f"{folder}/reco2dur", f"{name} {durations.get(name)}", "`mixture seconds`"):
+            seconds[name] = float(durations[name])
     return [
-        make_row("sd", split, paths[name], id=name, seconds=float(durations[name]), segments=segments[name])
-        for name in waves
+        make_row("sd", split, paths[name], id=name, seconds=seconds[name], segments=segments[name]) for name in waves
     ]
 
 
 def _table(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise UserError(f"{path}: not there; a Kaldi folder has {', '.join(KALDI_FILES)}")
-    entries = [line.strip().split(maxsplit=1) for line in read_lines(path)]
-    return {entry[0]: entry[-1] for entry in entries}
+    return dict(read_lines(path, _pair, "`name value`"))
+
+
+def _pair(line: str) -> tuple[str, str]:
+    name, value = line.split(maxsplit=1)
+    return name, value
 
 
 def _moved(place: Place, wave: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from codecssl.superb.corpora.place import Place, make_row, read_lines
+from codecssl.superb.corpora.place import Place, check_files, make_row, read_lines, sound_files
 from codecssl.superb.rows import ManifestRow
 from codecssl.tokenize.common.errors import UserError
 
@@ -16,8 +16,8 @@ def asr_rows(place: Place) -> list[ManifestRow]:
     corpus = place.corpus("LibriSpeech", ("LibriSpeech",), tuple(LIBRISPEECH.values()))
     rows = []
     for split, folder in LIBRISPEECH.items():
-        texts = dict(_transcripts(corpus / folder))
-        for path in sorted((corpus / folder).rglob("*.flac"), key=lambda path: path.stem):
+        texts = _transcripts(corpus / folder)
+        for path in sound_files(corpus / folder, "*.flac"):
             if path.stem not in texts:
                 raise UserError(f"{path}: no line in {path.parent.name}'s .trans.txt; unpack {folder} again")
             speaker = path.stem.split("-")[0]
@@ -25,9 +25,19 @@ def asr_rows(place: Place) -> list[ManifestRow]:
     return rows
 
 
-def _transcripts(folder: Path) -> list[tuple[str, str]]:
-    lines = [line for path in folder.rglob("*.trans.txt") for line in read_lines(path)]
-    return [(name, text) for name, _, text in (line.partition(" ") for line in lines)]
+def _transcripts(folder: Path) -> dict[str, str]:
+    """Text of each utterance. Raises UserError if one of them has no audio file."""
+    texts: dict[str, str] = {}
+    for listed in sound_files(folder, "*.trans.txt"):
+        own = dict(read_lines(listed, _transcript, "`utterance TEXT`"))
+        check_files((listed.parent / f"{name}.flac" for name in own), listed)
+        texts |= own
+    return texts
+
+
+def _transcript(line: str) -> tuple[str, str]:
+    name, text = line.split(maxsplit=1)
+    return name, text
 
 
 def pr_rows(place: Place) -> list[ManifestRow]:
@@ -48,7 +58,12 @@ def pr_rows(place: Place) -> list[ManifestRow]:
 
 def _lexicon(files: list[Path]) -> dict[str, list[str]]:
     lexicon: dict[str, list[str]] = {}
-    for line in (line for file in files for line in read_lines(file)):
-        word, *phones = line.split()
-        lexicon.setdefault(word, phones)
+    for file in files:
+        for word, phones in read_lines(file, _pronunciation, "`WORD phone ...`"):
+            lexicon.setdefault(word, phones)
     return lexicon
+
+
+def _pronunciation(line: str) -> tuple[str, list[str]]:
+    word, first, *others = line.split()
+    return word, [first, *others]

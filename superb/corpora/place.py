@@ -1,12 +1,15 @@
 """Find a corpus and its small side files on disk, or name what is missing in the error."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from codecssl.superb.rows import ManifestRow
-from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.errors import UserError, one_line
+
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +48,47 @@ def make_row(task: str, split: str, path: Path, **columns: Any) -> ManifestRow:
     return {"path": str(path), "task": task, "splits": {task: split}, **columns}
 
 
-def read_lines(path: Path) -> list[str]:
-    """Non-blank lines of a UTF-8 text file."""
+def read_text(path: Path) -> str:
+    """Content of a UTF-8 text file, with or without a byte order mark."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    return [line for line in text.split("\n") if line.strip()]
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); convert it, or get the file again") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_lines(path: Path, parse: Callable[[str], Parsed], form: str) -> list[Parsed]:
+    """Return `parse(line)` of each non-blank line of a text file.
+
+    form: the form of a line, for the error. Raises UserError that names file and line where `parse` fails.
+    """
+    found = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            with guarded(f"{path}:{number}", line, form):
+                found.append(parse(line.strip()))
+    return found
+
+
+@contextmanager
+def guarded(where: str, content: object, form: str) -> Iterator[None]:
+    """Convert any error of one row into a UserError that names its place, content and expected form."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        shown = str(content).strip()
+        shown = repr(f"{shown[:80]}..." if len(shown) > 80 else shown) if shown else "it"
+        why = one_line(error)
+        raise UserError(f"{where}: {shown} is not {form} ({why}); correct it, or get the file again") from error
+
+
+def sound_files(folder: Path, pattern: str) -> list[Path]:
+    """Files that match, by name, without the `._` files that macOS writes next to others."""
+    return sorted((path for path in folder.rglob(pattern) if not path.name.startswith("._")), key=lambda p: p.stem)
 
 
 def check_files(paths: Iterable[Path], listed_in: Path) -> None:

@@ -35,8 +35,8 @@ def _listed(corpus: Path, name: str) -> list[Path]:
     listed = corpus / "scoring" / name
     if not listed.is_file():
         raise UserError(f"{listed}: not there; unpack quesst14Database.tgz again (speech.fit.vutbr.cz)")
-    entries = [line.split() for line in read_lines(listed)]
-    paths = [corpus / entry[0].partition("/")[2] for entry in entries if entry[1] == ENGLISH]
+    entries = read_lines(listed, _entry, "`folder/file language`")
+    paths = [corpus / name for name, language in entries if language == ENGLISH]
     check_files(paths, listed)
     return paths
 
@@ -47,8 +47,17 @@ def _ground_truth(corpus: Path, part: str) -> dict[str, set[str]]:
     if not path.is_file():
         raise UserError(f"{path}: not there; the eval part is its own archive at speech.fit.vutbr.cz")
     held: dict[str, set[str]] = defaultdict(set)
-    for line in read_lines(path):
+
+    def lexeme(line: str) -> tuple[str, str] | None:
         query = re.search(rf"\bquesst14_{part}_\d+\b", line)
-        if line.startswith("LEXEME") and query:
-            held[line.split()[1]].add(query.group())
+        return (line.split()[1], query.group()) if line.startswith("LEXEME") and query else None
+
+    for found in read_lines(path, lexeme, "`LEXEME document ... query ...`"):
+        if found:
+            held[found[0]].add(found[1])
     return held
+
+
+def _entry(line: str) -> tuple[str, str]:
+    name, language = line.replace("\\", "/").split()[:2]
+    return name.partition("/")[2], language

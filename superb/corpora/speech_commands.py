@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from codecssl.superb.corpora.place import Place, make_row
+from codecssl.superb.corpora.place import Place, guarded, make_row
 from codecssl.superb.rows import ManifestRow
 from codecssl.tokenize.common.errors import UserError
 
@@ -42,14 +42,14 @@ def _training(folder: Path) -> Iterator[ManifestRow]:
             yield from _labelled(split, folder, SILENCE)
         return
     keyword = folder.name if folder.name in COMMANDS else UNKNOWN
-    for path in sorted(folder.glob("*.wav")):
+    for path in _waves(folder):
         split = _hashed_split(path.name)
         if split != "test":
             yield make_row("ks", split, path, id=f"{folder.name}/{path.name}", keyword=keyword)
 
 
 def _labelled(split: str, folder: Path, keyword: str) -> Iterator[ManifestRow]:
-    for path in sorted(folder.glob("*.wav")):
+    for path in _waves(folder):
         name = f"{folder.name}/{path.name}"
         if keyword == SILENCE:
             for first, last, rate in _seconds(path):
@@ -59,11 +59,16 @@ def _labelled(split: str, folder: Path, keyword: str) -> Iterator[ManifestRow]:
             yield make_row("ks", split, path, id=name, keyword=keyword)
 
 
+def _waves(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.wav") if not path.name.startswith("._"))
+
+
 def _seconds(path: Path) -> Iterator[tuple[int, int, int]]:
     """Yield (first sample, last, rate) of each second of a file."""
     import soundfile
 
-    info = soundfile.info(path)
+    with guarded(str(path), "", "audio that can be read"):
+        info = soundfile.info(path)
     for first in range(0, info.frames, info.samplerate):
         yield first, min(first + info.samplerate, info.frames), info.samplerate
 

@@ -1,10 +1,10 @@
 """VoxCeleb1 as rows, for sid and asv, and the verification trials of asv."""
 
+import re
 from pathlib import Path
 
 from codecssl.superb.corpora.place import Place, check_files, make_row, read_lines
 from codecssl.superb.rows import ManifestRow, TrialLine
-from codecssl.tokenize.common.errors import UserError
 
 SPLIT_LIST = "iden_split.txt"
 SPLIT_SOURCE = "robots.ox.ac.uk/~vgg/data/voxceleb/meta"
@@ -36,13 +36,24 @@ def asv_trials(place: Place) -> list[TrialLine]:
     corpus = _voxceleb_folder(place)
     source = "openslr.org/49 or VoxCeleb's site (veri_test.txt is the uncleaned list, not SUPERB's)"
     listed = place.file(TRIAL_LISTS, source, corpus)
-    trials = [line.split() for line in read_lines(listed)]
-    if any(len(trial) != 3 or trial[0] not in "01" for trial in trials):
-        raise UserError(f"{listed}: a line is not `1 or 0, file, file`; get the list again")
+    trials = read_lines(listed, _trial, "`1 or 0, file, file` with files as id10001/VIDEO/00001.wav")
     names = {name for trial in trials for name in trial[1:]}
     paths = {name: corpus / "test" / "wav" / name for name in sorted(names)}
     check_files(paths.values(), listed)
-    return [(int(same), str(paths[one]), str(paths[other])) for same, one, other in trials]
+    return [(same, str(paths[one]), str(paths[other])) for same, one, other in trials]
+
+
+def _trial(line: str) -> tuple[int, str, str]:
+    same, one, other = line.split()
+    return ("0", "1").index(same), _name(one), _name(other)
+
+
+def _name(written: str) -> str:
+    """A file as id10001/VIDEO/00001.wav; some copies of the lists have `wav/` before it."""
+    name = written.replace("\\", "/").removeprefix("./").removeprefix("wav/")
+    if not re.fullmatch(r"id\d{5}/[^/]+/[^/]+\.wav", name):
+        raise ValueError(f"{written} does not begin with a speaker as id10001")
+    return name
 
 
 def _voxceleb_folder(place: Place) -> Path:
@@ -53,12 +64,17 @@ def _voxceleb(place: Place) -> list[tuple[str, str, Path]]:
     """Read (code, name as id10001/video/00001.wav, path) from the official list."""
     corpus = _voxceleb_folder(place)
     listed = place.file((SPLIT_LIST,), SPLIT_SOURCE, corpus)
-    entries = [line.split() for line in read_lines(listed)]
-    if any(len(entry) != 2 or entry[0] not in CODES for entry in entries):
-        raise UserError(f"{listed}: a line is not `1, 2 or 3, file`; get the list again")
+    entries = read_lines(listed, _entry, "`1, 2 or 3, file` with a file as id10001/VIDEO/00001.wav")
     found = [(code, name, _under(corpus, name)) for code, name in entries]
     check_files((path for _, _, path in found), listed)
     return found
+
+
+def _entry(line: str) -> tuple[str, str]:
+    code, name = line.split()
+    if code not in CODES:
+        raise ValueError(f"{code} is no split")
+    return code, _name(name)
 
 
 def _under(corpus: Path, name: str) -> Path:

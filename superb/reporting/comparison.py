@@ -18,6 +18,8 @@ from codecssl.tokenize.common.errors import UserError
 
 BASELINES = ("fbank", "logmel", "mfcc", "codes", "random")
 SAMPLE = "sample corpus (synthetic speech)"
+MOST_DEVIATIONS = 6
+"""Number of deviations from the official data that a claim lists."""
 Column = tuple[str, Metric]
 """A task's name and one of its metrics."""
 
@@ -95,8 +97,23 @@ class Comparison:
     """Cells by (upstream, task)."""
 
     @property
-    def is_superb(self) -> bool:
+    def is_full(self) -> bool:
+        """True for all official steps on corpora in the official layout, complete or not."""
         return self.official and self.budget.divisor == 1
+
+    @property
+    def is_superb(self) -> bool:
+        return self.is_full and not self.deviations
+
+    @property
+    def deviations(self) -> list[str]:
+        """Counts of files, speakers, trials and labels that are not those of SUPERB's data, by task."""
+        found = {}
+        for (_, task), cell in self.cells.items():
+            for run in cell.runs:
+                for text in run.get("not_official", ["the counts were not checked (result of an earlier release)"]):
+                    found[f"{task}: {text}"] = None
+        return list(found)
 
     @property
     def claim(self) -> str:
@@ -104,6 +121,10 @@ class Comparison:
         budget = self.budget
         if self.is_superb:
             return f"SUPERB's official corpora, heads, batch sizes and number of steps; data: {self.data}"
+        if self.is_full:
+            texts = self.deviations
+            more = f"; and {len(texts) - MOST_DEVIATIONS} more" if len(texts) > MOST_DEVIATIONS else ""
+            return f"Not SUPERB: not the official data: {'; '.join(texts[:MOST_DEVIATIONS])}{more}; data: {self.data}"
         steps = "all" if budget.divisor == 1 else f"1/{budget.divisor} (at least {budget.least})"
         fewer = ", fewer for heavy heads" if budget.lighten else ""
         return f"Not SUPERB: {budget.name} budget, {steps} of the official steps{fewer}; data: {self.data}"

@@ -49,7 +49,10 @@ def write_zip(folders: Sequence[Path], archive: Path, upstream: str | None = Non
 
 def _superb(folders: Sequence[Path]) -> Comparison:
     where = " ".join(map(str, folders))
-    found = [comparison for comparison in load(folders) if comparison.is_superb]
+    comparisons = load(folders)
+    found = [comparison for comparison in comparisons if comparison.is_superb]
+    if not found and (partial := [comparison for comparison in comparisons if comparison.is_full]):
+        raise UserError(f"--zip: {where}: {partial[0].claim}; only runs on the official data can be submitted")
     if not found:
         raise UserError(
             f"--zip: {where} has no run of --budget full on SUPERB's own corpora; no other can be submitted"

@@ -135,6 +135,7 @@ def _run(run: Run, machine: Machine) -> ResultRow:
         "folder": run.folder.relative_to(run.output).as_posix(),
         "metric": task.metric,
         "utterances": {**utterances, "test": min(utterances["test"], run.budget.tested(task.work) or 10**9)},
+        "not_official": open_corpus(run.root, run.side).deviations(run.task),
         "skipped": {**selection.skipped, **({"features not finite, set to 0": broken} if broken else {})},
         "machine": asdict(machine),
         "codec": _codec_card(upstream),

@@ -159,7 +159,8 @@ def finished(output: Path, task: str, name: str = "/m/tiny", **changes: Any) -> 
     budget = {k: v for k, v in vars(tasks.BUDGETS["full"]).items() if k != "learning_rates"}
     upstream = {"name": name, "kind": "model", "argument": name, "sha256": "1"}
     row: dict[str, Any] = {
-        "upstream": upstream, "manifest_sha256": None, "data": "superb", "task": task, "budget": budget, "seed": 0,
+        "upstream": upstream, "manifest_sha256": None, "not_official": [], "data": "superb", "task": task,
+        "budget": budget, "seed": 0,
         "value": 0.5, "valid": 0.5, "values": {tasks.TASKS[task].metric: 0.5}, "metric": tasks.TASKS[task].metric,
         "best_step": 50, "chance": None, "layer_weights": None, "curves": {}, "learning_rate": 1e-3, "steps": 1,
         "batch": 1, "official_steps": 1, "utterances": {"train": 1, "valid": 1, "test": 1}, "seconds": 1.0,
@@ -205,6 +206,8 @@ def test_an_incomplete_submission_is_an_error_of_one_line_without_a_zip(tmp_path
     finished(tmp_path / "a", "ks", manifest_sha256="0")
     finished(tmp_path / "a", "ks", budget={**vars(tasks.BUDGETS["quick"]), "learning_rates": []})
     assert "no run of --budget full on SUPERB's own corpora" in refusal(tmp_path / "a")
+    finished(tmp_path / "p", "qbe", not_official=["valid has 4 files, not at least 2,000"])
+    assert "Not SUPERB: not the official data: qbe: valid has 4 files" in refusal(tmp_path / "p")
     finished(tmp_path / "b", "er", fold=1)
     finished(tmp_path / "b", "er", fold=4)
     assert "er of tiny lacks the folds 2, 3, 5" in refusal(tmp_path / "b")

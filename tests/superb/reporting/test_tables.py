@@ -27,6 +27,7 @@ def row(name: str, task: str, value: float, **changes: Any) -> dict[str, Any]:
     base = {
         "upstream": {"name": name, "kind": kind, "argument": None, "sha256": None},
         "manifest_sha256": "0",
+        "not_official": [],
         "data": tables.SAMPLE,
         "task": task,
         "budget": budget,
@@ -160,6 +161,21 @@ def test_only_a_full_budget_on_its_own_corpora_is_called_superb(budget: str, dat
     assert comparison.claim.startswith(start)
     for text in (tables.markdown([comparison]), html([comparison]).replace("&#x27;", "'")):
         assert comparison.claim in text
+
+
+def test_a_full_run_on_part_of_the_official_data_is_not_called_superb() -> None:
+    full = {"budget": settings("full"), "manifest_sha256": None, "data": "superb"}
+    partial = ["train has 4 files, not 28,539", "train has 1 speakers, not 251"]
+    (comparison,) = tables.compare(
+        [row("fbank", "asr", 0.5, **full, not_official=partial), row("fbank", "ks", 0.5, **full)]
+    )
+    assert not comparison.is_superb
+    claim = "Not SUPERB: not the official data: asr: train has 4 files, not 28,539; asr: train has 1 speakers, not 251"
+    for text in (comparison.claim, tables.markdown([comparison]), html([comparison])):
+        assert claim in text
+    unchecked = row("fbank", "asr", 0.5, **full)
+    del unchecked["not_official"]
+    assert "asr: the counts were not checked" in tables.compare([unchecked])[0].claim
 
 
 def test_a_difference_beyond_chance_is_marked() -> None:
