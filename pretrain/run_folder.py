@@ -22,7 +22,7 @@ from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.frame_rate import at_frame_rate
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
+from codecssl.tokenize.common.files import alone_in, names_in, refuse_links_out, write_atomic
 from codecssl.tokenize.common.hashing import file_sha256
 
 # Settings that may change on a resume: the paths of the data and how it is read (fingerprints identify the data), the
@@ -47,6 +47,7 @@ def alone(run: Path) -> Iterator[None]:
     begun = {"data.json", "versions.json"}  # left by a start that was killed
     if run.exists() and not (run / "config.yaml").exists() and names_in(run) - begun:
         raise UserError(f"{run}: has files in it but is not a run folder; give another --output")
+    refuse_links_out(run)
     with alone_in(run):
         yield
 

@@ -23,7 +23,7 @@ from codecssl.pretrain.model.model import CodecModel
 from codecssl.pretrain.monitor.telemetry import read_rows
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.common.files import names_in, write_atomic
+from codecssl.tokenize.common.files import names_in, refuse_links_out, write_atomic
 from codecssl.tokenize.common.hashing import file_sha256
 from codecssl.tokenize.mel import MelSpec
 from codecssl.tokenize.shards import Shards
@@ -49,6 +49,7 @@ def export(run_dir: str | Path, output_dir: str | Path, *, half: bool = False) -
         raise UserError(f"{run}: has no complete checkpoint yet; let codecssl-pretrain run reach one")
     if output.exists() and names_in(output) - _FILES:
         raise UserError(f"{output}: is not empty and no earlier export; give another --output")
+    refuse_links_out(output)
     output.mkdir(parents=True, exist_ok=True)
     step = int(checkpoint.read_state(newest)["step"])
     data = run_folder.read_data(run)

@@ -20,7 +20,7 @@ from codecssl.pretrain.export.export import CURVES, WEIGHTS, export, load_pretra
 from codecssl.pretrain.export.shipped import model_folder
 from codecssl.pretrain.model.model import CodecModel
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.common.files import names_in, write_atomic
+from codecssl.tokenize.common.files import names_in, refuse_links_out, write_atomic
 
 MODELING = Path(__file__).with_name("hub") / "modeling_codecssl.py"
 FILES = {"config.json", WEIGHTS, MODELING.name, "preprocessor_config.json", "README.md", CURVES}
@@ -52,6 +52,7 @@ def export_transformers(
     output = Path(output_dir)
     if output.exists() and names_in(output) - FILES:
         raise UserError(f"{output}: is not empty and no earlier export; give another --output")
+    refuse_links_out(output)
     with tempfile.TemporaryDirectory() as temporary:
         folder = model_folder(source)
         if (folder / "checkpoints").is_dir():

@@ -28,7 +28,7 @@ from codecssl.pretrain.labels.labellers import ByCentroids, Extractor, FeatureSo
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.command_line import progress_bar
 from codecssl.tokenize.common.errors import UserError, check_share
-from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
+from codecssl.tokenize.common.files import alone_in, names_in, refuse_links_out, write_atomic
 from codecssl.tokenize.common.hashing import file_sha256
 from codecssl.tokenize.format.layout import shard_path
 from codecssl.tokenize.registry import check_device
@@ -114,6 +114,7 @@ def label(config: LabelConfig, say: Callable[[str], None] = print) -> dict[str, 
             raise UserError(f"{other.path}: codec {other.card.name}, {data[0].path} has {data[0].card.name}")
     if config.output.exists() and names_in(config.output) and not (config.output / PLAN).exists():
         raise UserError(f"{config.output}: is not empty; remove it, or give another --output")
+    refuse_links_out(config.output)
     with alone_in(config.output, f".{config.task}-of-{config.tasks}.lock"):
         with _one_task(config, "start"):
             source = _source(config, data[0].card)

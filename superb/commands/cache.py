@@ -6,6 +6,7 @@ from typing import Any
 
 from codecssl.superb.commands.common import DEVICE, SIDE, open_data
 from codecssl.tokenize.common.command_line import CommandLine, add_codec_weights, console, positive, whole
+from codecssl.tokenize.common.files import refuse_links_out
 
 
 def add_commands(line: CommandLine) -> None:
@@ -55,6 +56,7 @@ def _cache(arguments: argparse.Namespace) -> None:
     from codecssl.superb.upstreams.names import parse_all
     from codecssl.tokenize.common.errors import UserError
 
+    refuse_links_out(arguments.output)
     upstreams = parse_all([_named(name) for name in arguments.upstream])
     if plain := [upstream.name for upstream in upstreams if not upstream.reads_codes]:
         raise UserError(f"upstream {plain[0]}: reads waves, not codes; give an exported model or a codec")

@@ -10,6 +10,7 @@ from codecssl.superb.tasks import BUDGETS, TASKS, choose
 from codecssl.tokenize.common.command_line import CommandLine, console, integers, positive, whole
 from codecssl.tokenize.common.cores import available_cores
 from codecssl.tokenize.common.errors import UserError, message_on_one_line
+from codecssl.tokenize.common.files import refuse_links_out
 
 if TYPE_CHECKING:
     from codecssl.superb.runner.run import Run
@@ -118,6 +119,7 @@ def _run(arguments: argparse.Namespace) -> None:
     out = console(soft_wrap=True, file=sys.stdout)  # not where a run sends what s3prl prints
     if arguments.lm is not None:
         check_decoder()
+    refuse_links_out(arguments.output)
     sweep = _sweep(arguments)
     runs = part(sweep.runs(), arguments.parts, arguments.part)
     waiting = sum(not run.finished for run in runs)
@@ -200,7 +202,8 @@ def _figures(run: "Run", row: dict[str, Any]) -> str:
     skipped = [f"{sum(row['skipped'].values())} skipped"] if row["skipped"] else []
     stops = row.get("interrupted", [])
     ends = [f"interrupted {len(stops)} time(s), training {stops[-1]['then']}"] if stops else []
-    return ", ".join([*(f"{label} {100 * value:.1f}" for label, value in values), *skipped, *ends])
+    warnings = [f"warning: {row['ctc_warning']}"] if "ctc_warning" in row else []
+    return ", ".join([*(f"{label} {100 * value:.1f}" for label, value in values), *skipped, *ends, *warnings])
 
 
 def _threads(jobs: int) -> int | None:

@@ -29,7 +29,7 @@ from codecssl.superb.upstreams.names import Upstream, parse_all
 from codecssl.superb.upstreams.token_reader import TokenReader
 from codecssl.tokenize.common.command_line import OnProgress
 from codecssl.tokenize.common.errors import UserError, check_share
-from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
+from codecssl.tokenize.common.files import alone_in, names_in, refuse_links_out, write_atomic
 from codecssl.tokenize.encode import failure
 from codecssl.tokenize.format.layout import load_json, sealed
 from codecssl.tokenize.format.records import Failure
@@ -97,6 +97,7 @@ def embed(config: EmbedConfig, on_progress: OnProgress = lambda done, total, not
     tokens = _token_folder(config.sources)
     inputs = len(Shards(tokens)) if tokens else _count(config.sources)
     source = _TokenInputs(config, upstream, tokens) if tokens else _AudioInputs(config, upstream)
+    refuse_links_out(config.output)
     _open_plan(config, upstream, inputs)  # last: a mistake must not leave a folder that refuses the corrected command
     shards = -(-inputs // config.shard_inputs) if inputs is not None else None
     with alone_in(config.output, f".{config.task}-of-{config.tasks}.lock"):

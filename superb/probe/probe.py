@@ -26,6 +26,7 @@ from codecssl.superb.rows import ResultRow
 from codecssl.superb.upstreams.build import UpstreamBuilder
 from codecssl.superb.upstreams.names import Upstream, parse_all
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.files import refuse_links_out
 
 
 class Rows(Protocol):
@@ -94,6 +95,7 @@ def run(
 
     Finished results in `output` are not computed again.
     """
+    refuse_links_out(output)
     rows, source = [], open_rows(data)
     builder = UpstreamBuilder(device=settings.device, code_folder=output / "cache")
     for upstream in parse_all(names):

@@ -16,7 +16,7 @@ from codecssl.superb.reporting.predictions import FOLDER
 from codecssl.superb.rows import ResultRow
 from codecssl.superb.tasks import TASKS
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.common.files import atomic_file
+from codecssl.tokenize.common.files import atomic_file, refuse_links_out
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """Date of every member. Equal predictions give identical bytes."""
@@ -76,6 +76,7 @@ def _files(folders: Sequence[Path], run: ResultRow) -> dict[str, Path]:
     """Map names in the zip to files."""
     for folder in folders:
         kept = folder / str(run.get("folder")) / FOLDER
+        refuse_links_out(kept, folder)
         if files := [path for path in kept.rglob("*") if path.is_file()]:
             return {f"{FOLDER}/{path.relative_to(kept).as_posix()}": path for path in files}
     name = f"{run['task']}, learning rate {run['learning_rate']}, seed {run['seed']},"

@@ -157,6 +157,7 @@ def notes(comparison: Comparison) -> list[str]:
         *_brief(trained),
         *_choices(c, runs),
         *_skipped(runs),
+        *dict.fromkeys(f"{run['task']}: {run['ctc_warning']}." for run in runs if "ctc_warning" in run),
         *_scoring(c),
         f"Seeds: {', '.join(map(str, seeds))}. With s3prl {versions['s3prl']}, torch {versions['torch']}.",
     ]

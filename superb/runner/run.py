@@ -21,6 +21,7 @@ from codecssl.superb.reporting.predictions import write_detections, write_predic
 from codecssl.superb.rows import ResultRow
 from codecssl.superb.runner.clip_errors import clip_errors
 from codecssl.superb.runner.csvs import write_csvs
+from codecssl.superb.runner.ctc_lengths import REASON, shortfall
 from codecssl.superb.runner.interrupted import prepare_training
 from codecssl.superb.runner.outcome import outcome
 from codecssl.superb.runner.problems import make_problem
@@ -28,7 +29,7 @@ from codecssl.superb.tasks import TASKS, Budget, Task, official_config
 from codecssl.superb.tokens.token_cache import counts_of
 from codecssl.superb.upstreams.build import UpstreamBuilder
 from codecssl.superb.upstreams.names import Upstream
-from codecssl.tokenize.common.files import alone_in
+from codecssl.tokenize.common.files import alone_in, refuse_links_out
 from codecssl.tokenize.common.hashing import file_sha256
 
 HUB_NAME = "codecssl_frozen"  # name of a run's upstream in s3prl's hub
@@ -109,6 +110,7 @@ def run_one(run: Run, machine: Machine) -> ResultRow:
     An unfinished run starts its training again; with the official steps it resumes from s3prl's last whole checkpoint,
     and `interrupted` of the row says so. Everything s3prl prints goes to run.log.
     """
+    refuse_links_out(run.folder, run.output)
     with alone_in(run.folder):
         row = results.read_json(run.folder / "result.json") or _run(run, machine)
         _tidy(run.folder)  # after writing the result: a kill in between costs no training
@@ -122,9 +124,12 @@ def _run(run: Run, machine: Machine) -> ResultRow:
         _prepare_process(machine)
         upstream = _stand_in_hub(run, machine)
         before = counts_of(upstream) or {}
+        stride = upstream.get_downsample_rates("hidden_states")
+        short = shortfall(task.name, selection, stride, run.upstream.name)
+        if short and (warning := short.warning()):
+            print(f"warning: {warning}")
         found = _trained(run, machine, task, selection) if task.problem else _searched(run, machine, selection)
         if task.problem:
-            stride = upstream.get_downsample_rates("hidden_states")
             write_predictions(run.folder, task.name, selection.splits["test"], found, fold=run.fold, stride=stride)
             found["errors"] = clip_errors(run.folder, task.name, selection.splits["test"], found["values"])
     utterances = {split: len(examples) for split, examples in selection.splits.items()}
@@ -136,7 +141,12 @@ def _run(run: Run, machine: Machine) -> ResultRow:
         "metric": task.metric,
         "utterances": {**utterances, "test": min(utterances["test"], run.budget.tested(task.work) or 10**9)},
         "not_official": open_corpus(run.root, run.side).deviations(run.task),
-        "skipped": {**selection.skipped, **({"features not finite, set to 0": broken} if broken else {})},
+        "skipped": {
+            **selection.skipped,
+            **({"features not finite, set to 0": broken} if broken else {}),
+            **({REASON: short.total} if short and short.total else {}),
+        },
+        **({"ctc_warning": short.warning()} if short and short.total else {}),
         "machine": asdict(machine),
         "codec": _codec_card(upstream),
         "codes": {key: count - before[key] for key, count in (counts_of(upstream) or {}).items()},

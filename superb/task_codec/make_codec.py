@@ -26,6 +26,7 @@ from codecssl.superb.task_codec.states import CachedStates, Source, after, batch
 from codecssl.superb.task_codec.training import BottleneckTraining, load_state, save_state
 from codecssl.tokenize.backends.parts.weights import local
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.files import refuse_links_out
 from codecssl.tokenize.shards import Shards
 
 FRAME_RATE = {True: 25.0, False: 12.5}
@@ -96,6 +97,7 @@ def make_task_codec(config: TaskCodecConfig, on_progress: Callable[[str], None] 
     Raises UserError for impossible settings, and for a folder with other contents.
     """
     _refuse_foreign(config.output)
+    refuse_links_out(config.output)
     ready = prepare(config.upstream, config.data, config.output / "work", config.device)
     found, bit_rate = settle(config, ready)
     identity = _identity(config, ready, found)

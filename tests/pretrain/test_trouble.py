@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from codecssl.pretrain.cli import main
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.engine import checkpoint
 from codecssl.pretrain.export.export import export, load_pretrained
+from codecssl.pretrain.labels.label import LabelConfig, label
 from codecssl.pretrain.monitor.telemetry import read_rows
 from codecssl.pretrain.run import run
 from codecssl.pretrain.run_folder import read_changes
@@ -389,3 +391,33 @@ def test_commands_on_a_run_into_a_closed_pipe_are_silent(tmp_path: Path, shards:
         os.close(write)
         assert (done.returncode, done.stderr) == (code, b""), words
     assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_no_link_in_a_strangers_folder_is_followed(tmp_path: Path, shards: Path, small_config: Config) -> None:
+    """Of a run, of an export and of labels: a file outside stays as it is."""
+    mine = tmp_path / "mine.txt"
+    mine.write_bytes(b"mine")
+    config = small_config(shards, optim={"steps": 2})
+    run(config, tmp_path / "run")
+    sizes: dict[str, Any] = {"source": "latents", "clusters": 4, "sample_frames": 100, "data": (shards,)}
+    for name, write in (
+        ("run/metrics.jsonl", lambda: run(replace(config, optim=replace(config.optim, steps=4)), tmp_path / "run")),
+        ("run/ranks", lambda: run(replace(config, optim=replace(config.optim, steps=4)), tmp_path / "run")),
+        ("model/README.md", lambda: export(tmp_path / "run", tmp_path / "model")),
+        ("labels/report.json", lambda: label(LabelConfig(output=tmp_path / "labels", **sizes))),
+    ):
+        place = tmp_path / name
+        place.parent.mkdir(exist_ok=True)
+        (place.parent / "label.json").write_text("{}") if place.parent.name == "labels" else None
+        kept = tmp_path / "kept"
+        if place.exists():
+            place.rename(kept)
+        place.symlink_to(tmp_path if name == "run/ranks" else mine)
+        before = sorted(path.name for path in tmp_path.iterdir())
+        with pytest.raises(UserError, match=f"{place}: a link to .*, outside of"):
+            write()
+        place.unlink()
+        if kept.exists():
+            kept.rename(place)
+        assert mine.read_bytes() == b"mine"
+        assert sorted(path.name for path in tmp_path.iterdir() if path != kept) == [n for n in before if n != "kept"]

@@ -59,6 +59,19 @@ def _put(temporary: Path, path: Path) -> None:
             raise
 
 
+def refuse_links_out(folder: Path, root: Path | None = None) -> None:
+    """Raise UserError if a link leads out of `root` (default: `folder`), in `folder` or on the way from `root` to it.
+
+    Call it before files are written in a folder that may come from elsewhere: a link in it would be followed, and a
+    file outside of it overwritten. A folder that does not exist has no links. `root` itself may be a link.
+    """
+    top = (root or folder).resolve()
+    entries = (Path(parent) / name for parent, folders, files in os.walk(folder) for name in (*folders, *files))
+    for path in (folder, *(entry for entry in entries if entry.is_symlink())):
+        if not (target := path.resolve()).is_relative_to(top):
+            raise UserError(f"{path}: a link to {target}, outside of {top}; remove it, or give another folder")
+
+
 def names_in(folder: Path) -> set[str]:
     """Names in a folder, without temporary files and locks, including those of killed processes."""
     return {

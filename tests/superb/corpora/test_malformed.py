@@ -141,7 +141,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "an empty transcript": ("asr", lambda root: librispeech(root, "1-2-0\n"), r"1-2.trans.txt:1: '1-2-0' is not"),
     "tags of SNIPS that do not fit": (
         "sf",
-        lambda root: snips(root, "Ivy-1 BOS PLAY IT EOS\tO O O Play"),
+        lambda root: snips(root, "Ivy-1 BOS PLAY IT EOS\tO O Play"),
         r"all.iob.snips.txt:2: .*2 words and 1 tags",
     ),
 }

@@ -1,5 +1,6 @@
 """The leaderboard's zip against the files of s3prl's classic tasks. test_run.py checks the answers themselves."""
 
+import json
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,3 +223,17 @@ def test_an_incomplete_submission_is_an_error_of_one_line_without_a_zip(tmp_path
 def test_of_without_a_zip_is_refused(tmp_path: Path, capsys: Any) -> None:
     assert main(["report", str(tmp_path), "--of", "tiny"]) == 1
     assert capsys.readouterr().err == "error: --of tiny: needs --zip FILE\n"
+
+
+def test_links_and_paths_out_of_the_folder_are_not_packed(tmp_path: Path) -> None:
+    (tmp_path / "secret" / "predict").mkdir(parents=True)
+    (tmp_path / "secret" / "predict" / "key.txt").write_text("secret")
+    linked = finished(tmp_path / "a", "ks") / "predict" / "ks_public" / "more.txt"
+    linked.symlink_to(tmp_path / "secret" / "predict" / "key.txt")
+    upwards = finished(tmp_path / "b", "ks")
+    row = json.loads((upwards / "result.json").read_text())
+    (upwards / "result.json").write_text(json.dumps({**row, "folder": "../secret"}))
+    for folder in ("a", "b"):
+        with pytest.raises(UserError, match="a link to .*/secret/predict.*, outside of"):
+            write_zip([tmp_path / folder], tmp_path / "predict.zip")
+        assert not (tmp_path / "predict.zip").exists()

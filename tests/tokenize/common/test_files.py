@@ -121,3 +121,21 @@ def test_a_file_system_without_locks_is_worked_on_all_the_same(tmp_path, monkeyp
     assert names_in(tmp_path) == {"x"}
     with pytest.raises(UserError, match="without locks .*; work there with one task"), alone_in(tmp_path, wait=True):
         pass
+
+
+def test_links_out_of_a_folder_are_refused_and_others_are_not(tmp_path):
+    run, outside = tmp_path / "run", tmp_path / "outside.txt"
+    (run / "a" / "b").mkdir(parents=True)
+    outside.write_text("mine")
+    (run / "inside").symlink_to("a/b")
+    (tmp_path / "link").symlink_to(run)
+    files.refuse_links_out(run)
+    files.refuse_links_out(tmp_path / "link")
+    files.refuse_links_out(tmp_path / "new")
+    for name, target in (("a/b/file", outside), ("dangling", tmp_path / "nowhere"), ("folder", tmp_path)):
+        (run / name).symlink_to(target)
+        with pytest.raises(UserError, match=rf"{run / name}: a link to {target}, outside of {run}"):
+            files.refuse_links_out(run)
+        (run / name).unlink()
+    with pytest.raises(UserError, match="outside of"):
+        files.refuse_links_out(run / ".." / "elsewhere", run)
