@@ -39,4 +39,4 @@ def publish(output: Path) -> list[ResultRow]:
 def write_text(path: Path, text: str) -> None:
     """Write by rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, text.encode())
+    write_atomic(path, text.encode(errors="backslashreplace"))

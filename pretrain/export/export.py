@@ -77,7 +77,8 @@ def export(run_dir: str | Path, output_dir: str | Path, *, half: bool = False) -
     (output / sources.FILE).unlink(missing_ok=True)
     if shards:
         sources.write_sources(shards, output)
-    (output / "README.md").write_text(model_card(output.resolve().name, description, map(_contents, shards)))
+    card = model_card(output.resolve().name, description, map(_contents, shards))
+    write_atomic(output / "README.md", card.encode(errors="backslashreplace"))
     write_atomic(output / "config.json", json.dumps(description, indent=1).encode())
 
 

@@ -421,3 +421,17 @@ def test_no_link_in_a_strangers_folder_is_followed(tmp_path: Path, shards: Path,
             kept.rename(place)
         assert mine.read_bytes() == b"mine"
         assert sorted(path.name for path in tmp_path.iterdir() if path != kept) == [n for n in before if n != "kept"]
+
+
+def test_a_folder_whose_name_is_not_utf8_is_printed_with_escapes(
+    tmp_path: Path, shards: Path, small_config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = tmp_path / os.fsdecode(b"r\xff")
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(small_config(shards, optim={"steps": 2})))
+    assert main(["run", str(file), "--output", str(odd / "run")]) == 0
+    assert main(["status", str(odd / "run")]) == 0
+    assert main(["export", str(odd / "run"), "--output", str(odd / "model")]) == 0
+    assert "r\\udcff/model: model.safetensors" in capsys.readouterr().out
+    assert main(["status", str(odd / "none")]) == 1
+    assert "r\\udcff/none: is not a run folder" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 import textwrap
@@ -132,6 +133,9 @@ class CommandLine:
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Run the subcommand named in `argv` (default: the process's). Return the exit code."""
         arguments = argparse.Namespace()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a file name that is not UTF-8 is no reason for a traceback
+                stream.reconfigure(errors="backslashreplace")
         try:
             arguments = self.parse(sys.argv[1:] if argv is None else argv)
             with stoppable(), giving(getattr(arguments, "codec_weights", None) or ()):
