@@ -104,10 +104,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
-    """Span masking as in HuBERT and Codec2Vec: at 50 frames/s, 8 % start a span of 10; 57 % are masked.
-
-    `pretrain.frame_rate` derives the values in frames that are 0 from those in seconds.
-    """
+    """Span masking as in HuBERT and Codec2Vec: at 50 frames/s, 8 % start a span of 10; 57 % are masked."""
 
     kind: Literal["spans", "exact"] = "spans"
     """spans: HuBERT's masking, a fixed number of spans that may overlap. exact: EnCodecMAE's masking, exactly
@@ -135,10 +132,7 @@ class MaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Token shards to read, and the sizes of batches and crops.
-
-    `pretrain.frame_rate` derives the values in frames that are 0 from those in seconds.
-    """
+    """Token shards to read, and the sizes of batches and crops (see `pretrain.frame_rate`)."""
 
     dirs: tuple[str, ...] = ()
     """Shard folders to train on; the command line's --data sets them."""
