@@ -9,7 +9,7 @@ export DS_ACCELERATOR ?= cpu
 # threads that wait must sleep: spinning ones take the cores of a machine that others use too
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check gpu bench clean
 
 install: $(VENV)/.installed
 
@@ -47,6 +47,12 @@ check: install .typecheck/codecssl
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p codecssl.tokenize -p codecssl.pretrain -p codecssl.superb -p codecssl.configs -p codecssl.slurm
 	$(BIN)/python -m pytest
+
+# Checks and measurements on one GPU: gpu/gpu.json and gpu/gpu.md. DEVICE=cpu runs the same code at tiny sizes.
+DEVICE ?= cuda
+gpu: export DS_ACCELERATOR = $(DEVICE)
+gpu: install
+	$(BIN)/python tests/gpu/gpu_checks.py --output gpu --device $(DEVICE) $(if $(filter cpu,$(DEVICE)),--tiny)
 
 bench: install
 	$(BIN)/codecssl-superb sample .bench/sample

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from codecssl.pretrain.build import build_objective
 from codecssl.pretrain.config import ModelConfig, RunConfig
-from codecssl.pretrain.data.hashed_random import hashed
 from codecssl.pretrain.data.loader import Batch
-from codecssl.pretrain.data.masking import kept_codebooks, span_mask
 from codecssl.pretrain.data.open_data import open_data
+from codecssl.pretrain.data.random_batch import random_batch
 from codecssl.pretrain.engine.distributed import join_ranks
 from codecssl.pretrain.engine.engine import after_update, backward, start_engine, take_step
 from codecssl.pretrain.frame_rate import at_frame_rate
@@ -100,25 +99,7 @@ def _mel(config: RunConfig, card: CodecCard) -> MelSpec | None:
 def make_batch(config: RunConfig, card: CodecCard, seconds: float, clip_seconds: float) -> Batch:
     """Build a batch of random codes and labels with the config's masking."""
     clips, frames = max(1, round(seconds / clip_seconds)), int(clip_seconds * card.frame_rate)
-    keys = hashed(config.seed, np.arange(clips))
-    mask = span_mask(config.mask, keys, np.full(clips, frames))
-    random = np.random.default_rng(config.seed)
-    codes = np.stack([random.integers(0, size, (clips, frames)) for size in card.row_sizes], axis=1)
-    kept = np.repeat(kept_codebooks(config.objective, keys, card.num_codebooks), card.codes_per_frame, axis=1)
-    labels = random.integers(0, _LABEL_CLASSES, (clips, 1, frames))
-    mel = _mel(config, card)
-    planes = None if mel is None else random.integers(0, 256, (clips, mel.bands, frames), np.uint8)
-    masked = int(mask.sum())
-    return Batch.of(
-        torch.from_numpy(codes),
-        [frames] * clips,
-        torch.from_numpy(mask),
-        torch.from_numpy(kept),
-        masked,
-        mask.size - masked,
-        torch.from_numpy(labels),
-        None if planes is None else torch.from_numpy(planes),
-    )
+    return random_batch(config, card, clips, frames, label_sizes=(_LABEL_CLASSES,), mel=_mel(config, card))
 
 
 def step_cpu_seconds(config: RunConfig, steps: int = 5) -> float:

@@ -11,10 +11,13 @@ from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.frame_rate import frames_replaced
 from codecssl.tokenize.common.command_line import CommandLine, add_codec_weights, add_sharing, positive
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.common.process import StopSignal, guarded
+from codecssl.tokenize.common.process import INTERRUPTED, StopSignal, guarded
 
 CONFIG_HELP = f"a YAML file, or one of {', '.join(names('pretrain'))}"
-OVERRIDES = "Any value of the config can be set by --section.key VALUE; `run CONFIG --print_config` shows them all."
+OVERRIDES = (
+    "Any value of the config can be set by --section.key VALUE; `run CONFIG --print_config` shows them all.\n"
+    "--data.batch_frames auto keeps the config's global batch and accumulates the largest micro-batches that fit."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _no_misspelt_option(overrides: Sequence[str]) -> None:
     """Raise UserError for a misspelt option such as `--otput`, before it is parsed as a config override."""
-    options = ("--data", "--output", "--profile", "--print_config", "--seed", "--codec-weights")
+    options = ("--data", "--output", "--nproc", "--profile", "--print_config", "--seed", "--codec-weights")
     for word in overrides:
         name = word.partition("=")[0]
         near = difflib.get_close_matches(name, options, n=1, cutoff=0.7)
@@ -35,24 +38,45 @@ def _no_misspelt_option(overrides: Sequence[str]) -> None:
 def _config(arguments: argparse.Namespace) -> RunConfig:
     overrides: list[str] = arguments.overrides
     _no_misspelt_option(overrides)
+    overrides = ["--data.auto_batch=true" if word == "--data.batch_frames=auto" else word for word in overrides]
     if arguments.data:
         overrides = [*overrides, f"--data.dirs=[{', '.join(_quoted(path) for path in arguments.data)}]"]
     return load_config(RunConfig, "pretrain", arguments.config, frames_replaced(overrides))
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> int | None:
     config = _config(arguments)
     if arguments.print_config:
         print(to_yaml(config), end="")
-        return
+        return None
     if arguments.output is None:
         raise UserError("--output: not given; name the run's folder with --output RUN")
+    if arguments.nproc > 1:
+        return _launch(arguments)
     with StopSignal(
         interrupt=True
     ) as stop:  # from here on: importing torch and DeepSpeed takes long enough for a signal to come
         from codecssl.pretrain.run import run
 
         run(config, arguments.output, profile=arguments.profile, stop=stop)
+    return None
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    """Run this command in `--nproc` processes, as `torchrun --nproc-per-node N -m codecssl.pretrain run ...` does."""
+    from codecssl.pretrain.launch import launch
+
+    command = [sys.executable, "-m", "codecssl.pretrain", "run", arguments.config, "--output", str(arguments.output)]
+    if arguments.data:
+        command += ["--data", *arguments.data]
+    for path in arguments.codec_weights or ():
+        command += ["--codec-weights", path]
+    if arguments.profile:
+        command.append("--profile")
+    code = launch([*command, *arguments.overrides], arguments.nproc)
+    if code == INTERRUPTED:
+        print("error: interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)
+    return code
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -204,9 +228,18 @@ def _add_run(line: CommandLine) -> None:
         overrides=True,
     )
     run.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
-    run.add_argument("--data", metavar="DIR", nargs="+", help="folders of token shards, all of one codec")
+    run.add_argument(
+        "--data", metavar="DIR|URL", nargs="+", help="token shards of one codec: folders, s3://, gs:// or https://"
+    )
     run.add_argument("--output", metavar="RUN", type=Path, help="the run's folder")
     add_codec_weights(run)
+    run.add_argument(
+        "--nproc",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes on this machine, one per GPU; torchrun is not needed",
+    )
     run.add_argument("--profile", action="store_true", help="write a torch trace of some steps into RUN/profile")
     run.add_argument("--print_config", "--print-config", action="store_true", help="print the whole config and exit")
 

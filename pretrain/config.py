@@ -158,6 +158,8 @@ class DataConfig:
     """Seconds of audio of a global batch, over all ranks and accumulation steps."""
     batch_frames: int = 0
     """Frames of a global batch; 0: `batch_seconds` at the codec's frame rate."""
+    auto_batch: bool = False
+    """Raise `engine.accumulation` until a micro-batch fits into memory (`--data.batch_frames auto`)."""
     crop_seconds: float = 15.6
     """Maximum length of a piece; longer utterances are cut into several pieces."""
     crop_frames: int = 0

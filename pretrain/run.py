@@ -2,10 +2,12 @@
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from codecssl.pretrain import run_folder
+from codecssl.pretrain.auto_batch import device_name, fit_batch
 from codecssl.pretrain.build import build
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.data.corpus import TokenCorpus
@@ -25,6 +27,7 @@ from codecssl.pretrain.objectives.objective import Objective
 from codecssl.pretrain.objectives.targets import make_target
 from codecssl.pretrain.training import Training
 from codecssl.tokenize.common.process import StopSignal, Watchdog
+from codecssl.tokenize.common.remote import is_remote
 from codecssl.tokenize.common.retry import patiently
 
 _STUCK = "the same command resumes from the newest checkpoint (log.stall_minutes sets how long to wait)"
@@ -40,10 +43,14 @@ def run(config: RunConfig, output: Path, *, profile: bool = False, stop: StopSig
     group = join_ranks()
     train, valid, held_out = group.together(lambda: _open(config, output, group))
     config = at_frame_rate(config, train.corpus.card.frame_rate)
+    chosen = ""
+    if config.data.auto_batch:
+        config, chosen = fit_batch(config, train.corpus, output, group)
+        train, valid, held_out = group.together(lambda: open_data(config, group.ranks))
     targets = group.once(lambda: _check(config, train))
     with ExitStack() as stack:
         group.once(lambda: stack.enter_context(run_folder.alone(output)))
-        found, warnings, changes = group.once(lambda: _claim(config, output, train, held_out))
+        found, warnings, changes = group.once(lambda: _claim(config, output, train, held_out, group))
         objective, saved = group.together(lambda: _objective(config, train.corpus, found))
         state = saved.state
         telemetry = (
@@ -56,6 +63,8 @@ def run(config: RunConfig, output: Path, *, profile: bool = False, stop: StopSig
             telemetry.say(f"config: {change}")
         telemetry.say(model_report(objective, train.corpus.card, group.device))
         telemetry.say(data_report(train, valid, config, targets))
+        if chosen:
+            telemetry.say(chosen)
         telemetry.say(_engine_report(config, group, found))
         curve = find(curve_key(config, train.corpus.card.weights_sha256, train.plan.frames_per_epoch))
         telemetry.expected = curve.losses if curve else {}
@@ -106,17 +115,18 @@ def _open(config: RunConfig, output: Path, group: ProcessGroup) -> tuple[Loader,
         before = run_folder.read_config(output).data
         data, known = config.data, {*before.dirs, *before.labels, *before.valid_dirs, *before.valid_labels}
         for folder in (*data.dirs, *data.labels, *data.valid_dirs, *data.valid_labels):
-            if folder in known:
+            if folder in known and not is_remote(folder):
                 patiently((Path(folder) / "dataset.json").stat, folder, seconds=config.log.retry_seconds)
     return open_data(config, group.ranks)
 
 
 def _claim(
-    config: RunConfig, output: Path, train: Loader, held_out: TokenCorpus
+    config: RunConfig, output: Path, train: Loader, held_out: TokenCorpus, group: ProcessGroup
 ) -> tuple[Path | None, list[str], list[str]]:
     """Claim the folder for this run. Return the checkpoint to resume from, warnings, and changes of the config."""
     valid = held_out.fingerprints if config.data.valid_dirs else []
-    data = {"codec": train.corpus.card.to_dict(), "train": train.corpus.fingerprints, "valid": valid}
+    data: dict[str, Any] = {"codec": train.corpus.card.to_dict(), "train": train.corpus.fingerprints, "valid": valid}
+    data["ranks"] = {"world_size": group.world_size, "device": device_name(group.device)}
     if (mel := train.corpus.require_mel(config.model.input)) is not None:
         data["mel"] = mel.to_dict()
     found, corrupt = checkpoint.newest_intact(output / "checkpoints")

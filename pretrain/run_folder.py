@@ -29,7 +29,7 @@ from codecssl.tokenize.common.hashing import file_sha256
 # intervals of logging and saving, and how the same global batches are divided and computed.
 FREE = (
     *("log.", "data.dirs", "data.valid_dirs", "data.labels", "data.valid_labels"),
-    *("data.workers", "data.prefetch", "data.codec_weights", "optim.start_from"),
+    *("data.auto_batch", "data.workers", "data.prefetch", "data.codec_weights", "optim.start_from"),
     *("engine.accumulation", "engine.zero_stage", "engine.activation_checkpointing", "engine.compile"),
 )
 RECORDED = ("optim.lr", "optim.clip_norm", "optim.steps")

@@ -50,9 +50,18 @@ def _add_run(line: CommandLine) -> None:
     codec.add_argument(
         "--num-codebooks", type=positive, metavar="K", help="keep the first K codebooks (default: the codec's own)"
     )
-    codec.add_argument("--device", default="cpu", metavar="cpu|cuda", help="device of the codec; cuda:1: second GPU")
     codec.add_argument(
-        "--workers", type=whole, metavar="N", help="processes that read and encode (default: one per core; 0: none)"
+        "--device",
+        default="cpu",
+        metavar="cpu|cuda",
+        help="device of the codec; cuda: all visible GPUs; cuda:1: the second",
+    )
+    codec.add_argument(
+        "--workers",
+        type=whole,
+        metavar="N",
+        help="processes that read and encode, worker i on GPU i (default: one per core, or two per GPU if there are"
+        " several; 0: none)",
     )
     shards = run.add_argument_group("shards")
     shards.add_argument("--entropy-code", action="store_true", help="entropy-code the codes, without loss")

@@ -21,7 +21,8 @@ class TokenizeConfig:
     tasks: int = 1
     task: int = 0
     workers: int | None = None
-    """Number of processes that read and, on a CPU, encode. None is one per core, 0 uses this process."""
+    """Number of processes that read and, on a CPU or several GPUs, encode. None is one per core, or two per GPU if
+    there are several; 0 uses this process."""
     entropy_code: bool = False
     """Entropy-code the shards, losslessly."""
     mel_bands: int | None = None

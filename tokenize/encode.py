@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from codecssl.tokenize.codec import Codec, CodecCard, Encoded
 from codecssl.tokenize.common.cores import available_cores
@@ -222,7 +223,14 @@ def _encode_waves(codec: Codec, short: Sequence[LoadedAudio], mel: MelSpec | Non
 def encode_inputs(
     device: Device, codec: Codec, items: Iterable[Input], workers: int, mel: MelSpec | None = None
 ) -> Iterator[EncodedUtterance | Failure]:
-    """Yield results of all `items` in order. `workers` processes read and, on a CPU, encode; 0 uses this process."""
+    """Yield results of all `items` in order. `workers` processes read and, on a CPU, encode; 0 uses this process.
+
+    With several GPUs (`device_of_workers`) each worker reads and encodes whole windows on its own GPU.
+    """
+    devices = device_of_workers(device.device, workers, torch.cuda.device_count())
+    if len(set(devices)) > 1:
+        yield from encode_on(devices, device, items, mel)
+        return
     if device.device == "cpu":
         groups = _groups(items, GROUP_INPUTS)
         for results in load_in_order(_CpuWorker(device, codec if not workers else None, mel), groups, workers, 2):
@@ -231,6 +239,50 @@ def encode_inputs(
     loaded = load_in_order(_Reader(codec.card, mel), items, workers, 64)
     for window in _groups(loaded, WINDOW_INPUTS):
         yield from _by_length(codec, window, mel)
+
+
+def device_of_workers(device: str, workers: int, gpus: int) -> list[str]:
+    """Return the device of each worker process: cuda:i for worker i, over again if there are more workers than GPUs.
+
+    The device `cuda` stands for all `gpus` that are visible, `cuda:1` and `cpu` for themselves.
+    """
+    if device != "cuda" or gpus < 2:
+        return [device] * workers
+    return [f"cuda:{worker % gpus}" for worker in range(workers)]
+
+
+def encode_on(
+    devices: Sequence[str], device: Device, items: Iterable[Input], mel: MelSpec | None
+) -> Iterator[EncodedUtterance | Failure]:
+    """Yield results of all `items` in order, encoded by one process per entry of `devices`.
+
+    A process takes WINDOW_INPUTS inputs at a time, reads them with its share of the cores, and encodes batches of
+    similar length. Two processes on one GPU overlap reading and encoding.
+    """
+    threads = max(1, available_cores() // len(devices))
+    worker = _DeviceWorker([replace(device, device=each) for each in devices], mel, threads)
+    for results in load_in_order(worker, _groups(items, WINDOW_INPUTS), len(devices), 1):
+        yield from results
+
+
+class _DeviceWorker(Dataset[Any]):
+    def __init__(self, devices: Sequence[Device], mel: MelSpec | None, threads: int) -> None:
+        self.devices, self.mel, self.threads = devices, mel, threads
+        self.codec: Codec | None = None
+
+    def __getitem__(self, group: Any) -> list[EncodedUtterance | Failure]:
+        if self.codec is None:
+            torch.set_num_threads(1)
+            worker = get_worker_info()
+            assert worker is not None
+            device = self.devices[worker.id]
+            if torch.device(device.device).type == "cuda":
+                torch.cuda.set_device(device.device)  # also for what a codec allocates without naming a device
+            self.codec = device.load()
+        reader = _Reader(self.codec.card, self.mel)
+        with ThreadPoolExecutor(self.threads) as pool:
+            window = list(pool.map(reader.__getitem__, group))
+        return _by_length(self.codec, window, self.mel)
 
 
 class _CpuWorker(Dataset[Any]):
@@ -301,6 +353,9 @@ def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield group
 
 
-def default_workers() -> int:
-    """Return one worker per core. Workers encode on a CPU, and only read for a GPU."""
-    return available_cores()
+def default_workers(device: str = "cpu", gpus: int = 0) -> int:
+    """Return one worker per core, or two per GPU if `device` stands for several GPUs.
+
+    Workers encode on a CPU and on several GPUs, and only read for a single GPU.
+    """
+    return 2 * gpus if device == "cuda" and gpus > 1 else available_cores()

@@ -162,7 +162,8 @@ def _run(
         )
     with alone_in(config.output, f".{config.task}-of-{config.tasks}.lock"):
         todo = Todo(config, compare)
-        workers = default_workers() if config.workers is None else config.workers
+        gpus = torch.cuda.device_count()
+        workers = default_workers(config.device, gpus) if config.workers is None else config.workers
         results = _noted(encode_inputs(device, codec, todo, workers, mel))
         _consume(config, codec.card, todo, reported(results, codec.card, todo.left(inputs), on_progress), stop)
     if any(not shard_path(config.output, s).with_suffix(".json").exists() for s in range(todo.shards)):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.remote import RemoteFolder, is_remote, mirrored
 from codecssl.tokenize.format.bits import packed_size, unpack
 from codecssl.tokenize.format.entropy import SEGMENT_FRAMES, Coder
 from codecssl.tokenize.format.layout import (
@@ -22,7 +23,7 @@ from codecssl.tokenize.format.layout import (
     MEL_CRC32,
     from_planes,
     mel_offset,
-    read_coder,
+    parse_coder,
     read_columns,
     read_header,
     read_numbers,
@@ -73,20 +74,32 @@ class Shards:
 
     With `check`, the first read of a block compares it with its CRC-32, and the index with the block's own columns.
     `retry_seconds` limits how long a shard is retried while its disk is unavailable.
+    With `remote`, the path may be a URL (`common.remote`). It must come from the user, never from a file that others
+    may have written: without `remote` a URL is an error.
     Raises UserError if the folder holds no finished dataset, and on reading damaged data.
     """
 
-    def __init__(self, path: str | Path, *, check: bool = True, retry_seconds: float = 0.0) -> None:
-        self.path = Path(path)
-        self._check, self._files = check, ShardFiles(self.path, retry_seconds=retry_seconds)
-        self.header = read_header(self.path)
+    def __init__(
+        self, path: str | Path, *, check: bool = True, retry_seconds: float = 0.0, remote: bool = False
+    ) -> None:
+        folder: RemoteFolder | None = None
+        self.path = local = Path(path)
+        if is_remote(path):
+            if not remote:
+                raise UserError(f"{path}: is a URL; only --data of codecssl-pretrain run reads those, copy the folder")
+            folder = RemoteFolder(str(path))
+            self.path = folder.url  # type: ignore[assignment]  # it joins and prints like a path
+            local = mirrored(folder, ("dataset.json", "index.npy", "blocks.npy"), retry_seconds)
+        self._check, self._remote = check, remote
+        self._files = ShardFiles(self.path, retry_seconds=retry_seconds, remote=folder)
+        self.header = read_header(local)
         self.card = CodecCard.from_dict(self.header["codec"])
         self.entropy_coded = bool(self.header.get("compression"))
         self.mel_spec = MelSpec.from_dict(self.header["mel"]) if "mel" in self.header else None
         """Spec of the stored log-mel plane, or None."""
-        self.frames: NDArray[np.integer] = read_array(self.path / "index.npy", ("<u2", "<u4"))
+        self.frames: NDArray[np.integer] = read_array(local / "index.npy", ("<u2", "<u4"))
         """Number of frames of each utterance, [N]."""
-        self.blocks = read_array(self.path / "blocks.npy", (BLOCK,))
+        self.blocks = read_array(local / "blocks.npy", (BLOCK,))
         if len(self.frames) != self.header["totals"]["utterances"]:
             raise UserError(
                 f"{self.path}: index.npy has {len(self.frames)} utterances, dataset.json says otherwise; verify it"
@@ -110,7 +123,8 @@ class Shards:
         self._segment = lru_cache(maxsize=64)(self._decode_segment)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "check": self._check, "retry_seconds": self._files.retry_seconds}
+        seconds = self._files.retry_seconds
+        return {"path": self.path, "check": self._check, "retry_seconds": seconds, "remote": self._remote}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -315,7 +329,10 @@ class Shards:
         row = self.blocks[block]
         shard, offset, size = int(row["shard"]), int(row["codes_offset"]), int(row["codes_bytes"])
         path = shard_path(self.path, shard)
-        if self._files.crc32(shard, offset, size) != int(row["crc32"]):
+        damaged = self._files.crc32(shard, offset, size) != int(row["crc32"])
+        if damaged and self._files.forget(shard, offset, size):  # the copy may be damaged, and not the original
+            damaged = self._files.crc32(shard, offset, size) != int(row["crc32"])
+        if damaged:
             first, last = self._firsts[block], self._firsts[block] + int(row["count"]) - 1
             raise UserError(
                 f"{path}: the codes of utterances {first} to {last} are damaged (CRC-32 of bytes {offset} to"
@@ -362,7 +379,7 @@ class Shards:
         return starts(self._frames_of(block).astype(np.int64)), sums
 
     def _read_coder(self, shard: int) -> Coder:
-        return self._files.parse(shard, lambda file: read_coder(Path(file.name), self.card))
+        return self._files.parse(shard, lambda file: parse_coder(file, self.card))
 
     def _read_columns(self, block: int) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         shard, offset = self._members(block)

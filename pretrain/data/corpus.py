@@ -17,6 +17,7 @@ from codecssl.tokenize.shards import Shards
 class TokenCorpus:
     """The utterances of several shard folders, numbered consecutively. `codes` reads one piece of an utterance.
 
+    dirs: folders, or URLs (`codecssl.tokenize.common.remote`), as the user gave them.
     labels: label folders, one for each of `dirs` (see label.py), with the same utterances and frames.
     retry_seconds: time for which a read is retried while a disk is unavailable.
     Raises UserError for folders of different codecs, and for labels of other data.
@@ -32,7 +33,9 @@ class TokenCorpus:
     ) -> None:
         if not dirs:
             raise UserError("data: no shard folder given; add --data DIR")
-        self._shards, given = ([Shards(path, retry_seconds=retry_seconds) for path in each] for each in (dirs, labels))
+        self._shards, given = (
+            [Shards(path, retry_seconds=retry_seconds, remote=True) for path in each] for each in (dirs, labels)
+        )
         self.card = _common_card(self._shards, num_codebooks)
         self._labels = _matching(self._shards, given) if given else []
         frames = [shards.frames for shards in self._shards]

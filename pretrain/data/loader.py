@@ -102,10 +102,10 @@ class Loader:
         streams = len(corpus.label_sizes)
         kept = kept_codebooks(self._objective, self._keys(step, pieces), card.num_codebooks)
         return Batch.of(
-            _padded(corpus.codes, card.num_rows, pieces), pieces.frames.tolist(), torch.from_numpy(mask),
+            padded(corpus.codes, card.num_rows, pieces), pieces.frames.tolist(), torch.from_numpy(mask),
             torch.from_numpy(np.repeat(kept, card.codes_per_frame, axis=1)), masked_total, visible_total,
-            _padded(corpus.labels, streams, pieces) if streams else None,
-            _padded(corpus.mel, self._bands, pieces, np.uint8) if self._with_mel else None,
+            padded(corpus.labels, streams, pieces) if streams else None,
+            padded(corpus.mel, self._bands, pieces, np.uint8) if self._with_mel else None,
         )  # fmt: skip
 
     @property
@@ -114,7 +114,7 @@ class Loader:
         return self.corpus.mel_spec.bands
 
 
-def _padded(read: Callable[[int, int, int], Any], rows: int, pieces: Pieces, dtype: Any = np.int64) -> Tensor:
+def padded(read: Callable[[int, int, int], Any], rows: int, pieces: Pieces, dtype: Any = np.int64) -> Tensor:
     """Return a tensor [B, rows, T] of `dtype` with the piece that `read` returns for each item, zero in the padding."""
     padded = np.zeros((len(pieces), rows, int(pieces.frames.max())), dtype=dtype)
     for item, (utterance, start, frames) in enumerate(

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from codecssl.pretrain.config import OptimConfig, RunConfig
 from codecssl.pretrain.engine.distributed import quiet_deepspeed, silent
 from codecssl.pretrain.engine.fp32_state import restore
+from codecssl.pretrain.engine_config import EngineConfig
 from codecssl.pretrain.model.fairseq2_parts import PolynomialDecayLR, RotaryEncoder, TriStageLR
 from codecssl.pretrain.objectives.objective import Objective
 
@@ -37,7 +38,7 @@ def start_engine(
     optim = config.optim
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     exact = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
-    _prepare_layers(objective, config)
+    prepare_layers(objective, config.engine)
     with silent():  # it prints memory usage at each stage
         engine, *_ = deepspeed.initialize(
             model=objective,
@@ -56,7 +57,7 @@ def start_engine(
         # A schedule is a function of the number of updates alone.
         engine.lr_scheduler.last_epoch = step - 1
         engine.lr_scheduler.step()
-    _restore_buffers(engine.module)
+    restore_buffers(engine.module)
     objective.place(engine.device)
     if engine.device.type == "cpu":
         keep_freed_memory()
@@ -159,12 +160,12 @@ def after_update(engine: Any, step: int) -> None:
         engine.module.after_update(step)
 
 
-def _prepare_layers(objective: Objective, config: RunConfig) -> None:
+def prepare_layers(objective: Objective, config: EngineConfig) -> None:
     """Enable activation checkpointing and compilation of the layers, as configured."""
     for layer in _layers(objective):
-        if config.engine.activation_checkpointing:
+        if config.activation_checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        if config.engine.compile:
+        if config.compile:
             layer.compile(dynamic=True)
 
 
@@ -175,7 +176,7 @@ def _layers(module: nn.Module) -> Iterator[Any]:
             yield from layers
 
 
-def _restore_buffers(module: nn.Module) -> None:
+def restore_buffers(module: nn.Module) -> None:
     """Restore the rotary tables after a cast to bf16. They are read as complex numbers, which bf16 does not support."""
     for child in module.modules():
         if isinstance(child, RotaryEncoder) and child.freqs.dtype != torch.float32:

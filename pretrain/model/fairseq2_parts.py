@@ -29,7 +29,6 @@ from fairseq2.data.data_pipeline import DataPipeline, DataPipelineError, read_se
 from fairseq2.gang import create_fake_gangs  # noqa: E402
 from fairseq2.models.transformer import (  # noqa: E402
     AttentionBiasCache,
-    IdentityBias,
     StandardFeedForwardNetwork,
     StandardMultiheadAttention,
     StandardTransformerEncoder,
@@ -37,9 +36,7 @@ from fairseq2.models.transformer import (  # noqa: E402
     TransformerEncoder,
     TransformerNormOrder,
 )
-from fairseq2.models.transformer.attention_bias import maybe_get_attention_bias_tensor  # noqa: E402
 from fairseq2.models.transformer.sdpa.base import SDPA  # noqa: E402
-from fairseq2.models.transformer.sdpa.torch import TorchSDPA  # noqa: E402
 from fairseq2.models.wav2vec2.position_encoder import Wav2Vec2PositionEncoder  # noqa: E402
 from fairseq2.nn import BatchLayout, Linear, RotaryEncoder, StandardLayerNorm  # noqa: E402
 from fairseq2.nn.projection import init_bert_projection  # noqa: E402
@@ -55,7 +52,6 @@ __all__ = [
     "BatchLayout",
     "DataPipeline",
     "DataPipelineError",
-    "IdentityBias",
     "Linear",
     "PolynomialDecayLR",
     "RotaryEncoder",
@@ -64,13 +60,11 @@ __all__ = [
     "StandardMultiheadAttention",
     "StandardTransformerEncoder",
     "StandardTransformerEncoderLayer",
-    "TorchSDPA",
     "TransformerEncoder",
     "TransformerNormOrder",
     "TriStageLR",
     "Wav2Vec2PositionEncoder",
     "init_bert_projection",
-    "maybe_get_attention_bias_tensor",
     "read_sequence",
     "unsharded",
 ]

@@ -12,7 +12,16 @@ from codecssl.tokenize import encode as module
 from codecssl.tokenize.cli import main
 from codecssl.tokenize.codec import Encoded
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.encode import Device, encode_inputs, encode_loaded, failure, read
+from codecssl.tokenize.encode import (
+    Device,
+    default_workers,
+    device_of_workers,
+    encode_inputs,
+    encode_loaded,
+    encode_on,
+    failure,
+    read,
+)
 from codecssl.tokenize.format.records import EncodedUtterance, Failure
 from codecssl.tokenize.measure.bench import TokenizeBenchConfig, bench
 from codecssl.tokenize.measure.check_codec import check_codec, synthetic_waves, table
@@ -121,3 +130,27 @@ def test_commands_check_codec_and_bench(audio: Path, capsys: pytest.CaptureFixtu
     assert all(row["x_real_time"] > 0 for row in rows if "x_real_time" in row)
     with pytest.raises(UserError, match="no readable audio"):
         list(bench(TokenizeBenchConfig(sources=(str(audio / "3.flac"),))))
+
+
+def test_worker_i_has_gpu_i() -> None:
+    assert device_of_workers("cuda", 5, 2) == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0"]
+    assert device_of_workers("cuda", 8, 8) == [f"cuda:{i}" for i in range(8)]
+    for named, gpus in (("cuda", 1), ("cuda:1", 8), ("cpu", 8)):
+        assert device_of_workers(named, 2, gpus) == [named, named], "one device: no spreading"
+    assert default_workers("cuda", 8) == 16
+    assert default_workers("cuda", 1) == default_workers("cpu", 8) == default_workers()
+
+
+def test_workers_on_several_devices_give_the_same_results_in_order(
+    audio: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes, each with a device of its own: torch also counts CPUs."""
+    items = list(read_sources([str(audio)]))
+    device = Device(codec="tiny_16khz", num_codebooks=None, device="cuda")
+    codec = Device(codec="tiny_16khz", num_codebooks=None, device="cpu").load()
+    alone = [encode_loaded(codec, [read(item, codec.card)])[0] for item in items]
+    monkeypatch.setattr(module, "WINDOW_INPUTS", 3)
+    assert same(list(encode_on(["cpu:0", "cpu:1"], device, items, None)), alone)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(module, "device_of_workers", lambda device, workers, gpus: ["cpu:0", "cpu:1"][:workers])
+    assert same(list(encode_inputs(device, codec, items, workers=2)), alone), "encode_inputs takes this way"

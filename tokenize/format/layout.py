@@ -151,6 +151,11 @@ def shard_path(root: Path, shard: int) -> Path:
     return root / "shards" / f"{shard:05d}.tar"
 
 
+def shard_name(shard: int) -> str:
+    """The tar of a shard, relative to its dataset."""
+    return f"shards/{shard:05d}.tar"
+
+
 def mel_offset(codes_offset: int, codes_bytes: int) -> int:
     """Offset of KEY.mel's content in the tar: after KEY.codes, padded to a whole record, and one header."""
     return codes_offset + codes_bytes + -codes_bytes % tarfile.BLOCKSIZE + tarfile.BLOCKSIZE
@@ -188,11 +193,16 @@ def read_coder(path: Path, card: CodecCard) -> Coder:
     """Read the tables at the beginning of an entropy-coded shard. Raises UserError if they are missing or damaged."""
     try:
         with path.open("rb") as file:
-            coder = Coder.from_bytes(read_members(file, 0, 1)[0], card.codes_per_frame)
-        check_books(coder.books, card.codebook_sizes)
-        return coder
-    except Exception as error:  # a flipped bit can break any layer of tar, zip or JSON
+            return parse_coder(file, card)
+    except Exception as error:
         raise UserError(f"{path}: its tables are damaged ({type(error).__name__}: {error}); verify it") from error
+
+
+def parse_coder(file: BinaryIO, card: CodecCard) -> Coder:
+    """Read the tables from an open shard. A flipped bit can break any layer of tar, zip or JSON and raise any error."""
+    coder = Coder.from_bytes(read_members(file, 0, 1)[0], card.codes_per_frame)
+    check_books(coder.books, card.codebook_sizes)
+    return coder
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.remote import RemoteFolder
 from codecssl.tokenize.common.retry import patiently
-from codecssl.tokenize.format.layout import shard_path
+from codecssl.tokenize.format.layout import shard_name, shard_path
 
 OPEN_FILES = 256
 """Maximum number of tars with open descriptors."""
@@ -27,11 +28,12 @@ T = TypeVar("T")
 class ShardFiles:
     """The tars of one dataset. Safe for several reader threads.
 
-    retry_seconds: how long to retry a read after an OSError (an unmounted disk, a stale NFS handle).
+    retry_seconds: how long to retry a read after an OSError (an unmounted disk, a stale NFS handle, a lost connection).
+    remote: the folder, if `root` is its URL.
     """
 
-    def __init__(self, root: Path, *, retry_seconds: float = 0.0) -> None:
-        self.root, self.retry_seconds = root, retry_seconds
+    def __init__(self, root: Path, *, retry_seconds: float = 0.0, remote: RemoteFolder | None = None) -> None:
+        self.root, self.retry_seconds, self._remote = root, retry_seconds, remote
         # a file is closed with its last reference: another thread may still read one that left the cache
         self._opened = lru_cache(maxsize=OPEN_FILES)(self._open)
 
@@ -41,6 +43,8 @@ class ShardFiles:
         Raises UserError if the tar is shorter. Raises TransientError if it could not be read for `retry_seconds`
         (UserError without retries).
         """
+        if (remote := self._remote) is not None:
+            return self._tried(shard, lambda: remote.read(shard_name(shard), offset, size))
         try:
             content = os.pread(self._opened(shard).fileno(), size, offset)
             if len(content) == size:
@@ -57,10 +61,19 @@ class ShardFiles:
             checksum = zlib.crc32(self.read(shard, start, min(_CHUNK, offset + size - start)), checksum)
         return checksum
 
+    def forget(self, shard: int, offset: int, size: int) -> bool:
+        """Remove cached copies of bytes that turned out to be damaged. Returns False if there is no cache."""
+        if self._remote is None:
+            return False
+        self._remote.forget(shard_name(shard), offset, size)
+        return True
+
     def parse(self, shard: int, parse: Callable[[BinaryIO], T]) -> T:
         """Apply `parse` to the open tar. Any error becomes one line: a flipped bit can break tar, gzip, zip or JSON."""
 
         def attempt() -> T:
+            if (remote := self._remote) is not None:
+                return _parse_remote(remote, shard_name(shard), parse)
             with open(shard_path(self.root, shard), "rb", opener=_at_once) as file:
                 return parse(file)
 
@@ -85,6 +98,19 @@ class ShardFiles:
 
     def _open(self, shard: int) -> FileIO:
         return open(shard_path(self.root, shard), "rb", buffering=0, opener=_at_once)
+
+
+def _parse_remote(remote: RemoteFolder, name: str, parse: Callable[[BinaryIO], T]) -> T:
+    """Apply `parse` to a remote file. If it fails, the cached copy may be damaged: read the file again, once."""
+    try:
+        with remote.open(name) as file:
+            return parse(file)
+    except (OSError, UserError):
+        raise
+    except Exception:
+        remote.forget(name, 0, remote.size(name))
+        with remote.open(name) as file:
+            return parse(file)
 
 
 def _at_once(path: str, flags: int) -> int:

@@ -27,12 +27,12 @@ def check_codec(codec: Codec, waves: Sequence[Tensor], seed: int = 0) -> dict[st
     """
     alone = [codec.encode([wave])[0].codes.cpu() for wave in waves]
     found = {
-        "batched": _differing(alone, [encoded.codes for encoded in codec.encode(waves)]),
-        "repeated": _differing(alone, [codec.encode([wave])[0].codes for wave in waves]),
-        "chunked": _differing(alone, [_chunked(codec, wave, seed + i) for i, wave in enumerate(waves)]),
+        "batched": differing(alone, [encoded.codes for encoded in codec.encode(waves)]),
+        "repeated": differing(alone, [codec.encode([wave])[0].codes for wave in waves]),
+        "chunked": differing(alone, [_chunked(codec, wave, seed + i) for i, wave in enumerate(waves)]),
     }
     if isinstance(codec, Reference):
-        found["plain"] = _differing(alone, [codec.encode_reference(wave) for wave in waves])
+        found["plain"] = differing(alone, [codec.encode_reference(wave) for wave in waves])
     return {
         "codec": codec.card.name,
         "device": codec.card.policies.get("device", "cpu"),
@@ -105,7 +105,7 @@ def _chunked(codec: Codec, wave: Tensor, seed: int) -> Tensor:
     return torch.cat([*pieces, stream.finish()], dim=1)
 
 
-def _differing(alone: Sequence[Tensor], other: Sequence[Tensor]) -> list[float]:
+def differing(alone: Sequence[Tensor], other: Sequence[Tensor]) -> list[float]:
     """Return the share of differing codes per row. Raises UserError if the numbers of frames differ."""
     for a, b in zip(alone, other, strict=True):
         if a.shape != b.shape:

@@ -102,7 +102,7 @@ def test_compile_compiles_every_layer_for_any_length(
     objective = build(config, TokenCorpus(config.data.dirs), fresh=True)
     compiled: list[tuple[object, dict[str, object]]] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
-    engine._prepare_layers(objective, config)
+    engine.prepare_layers(objective, config.engine)
     assert compiled == [(layer, {"dynamic": True}) for layer in objective.model.encoder.layers]
 
 
