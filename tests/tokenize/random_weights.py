@@ -7,7 +7,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from codecssl.tokenize.backends import hificodec, s3tokenizer, speechtokenizer, wavtokenizer, xcodec2
+from codecssl.tokenize.backends import hificodec, speechtokenizer, wavtokenizer
+from codecssl.tokenize.backends.fsq import s3tokenizer, xcodec2
 from codecssl.tokenize.backends.parts import bigcodec_encoder
 from codecssl.tokenize.backends.parts.noncausal_seanet import build_encoder
 from codecssl.tokenize.backends.parts.vocos import Backbone, FourierHead

@@ -102,17 +102,17 @@ BACKENDS = {
         contains="HiFi-Codec-24k*",
     ),
     "xcodec2": Backend(
-        module="codecssl.tokenize.backends.xcodec2",
+        module="codecssl.tokenize.backends.fsq.xcodec2",
         summary="16 kHz, 50 Hz, 1 x 65536, 0.8 kbps, w2v-BERT 2.0 inside (Ye et al. 2025)",
         weights=_hub("HKUSTAudio/xcodec2"),
     ),
     "neucodec": Backend(
-        module="codecssl.tokenize.backends.xcodec2",
+        module="codecssl.tokenize.backends.fsq.xcodec2",
         summary="16 kHz, 50 Hz, 1 x 65536, 0.8 kbps, X-codec2's layers (Neuphonic 2025)",
         weights=_hub("neuphonic/neucodec", " or its pytorch_model.bin"),
     ),
     "s3tokenizer_v2": Backend(
-        module="codecssl.tokenize.backends.s3tokenizer",
+        module="codecssl.tokenize.backends.fsq.s3tokenizer",
         summary="16 kHz, 25 Hz, 1 x 6561, 0.33 kbps, from speech recognition; encodes only (CosyVoice 2, 2024)",
         weights="`pip install s3tokenizer` elsewhere and torch.save the state_dict() of s3tokenizer.load_model("
         "'speech_tokenizer_v2_25hz') to speech_tokenizer_v2.pt; give the file as --codec PATH",
