@@ -1,4 +1,4 @@
-"""The subcommand `codecssl-superb probe`."""
+"""The subcommands `probe` and `abx` of codecssl-superb."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from codecssl.tokenize.common.command_line import CommandLine, console, integers
 
 
 def add_commands(line: CommandLine) -> None:
-    """Add `probe`."""
+    """Add `probe` and `abx`."""
     probe = line.command(
         "probe",
         _probe,
@@ -43,6 +43,32 @@ def add_commands(line: CommandLine) -> None:
         metavar="C,C,...",
         help="inverse strengths of the L2 penalty; the training folds choose one; one value fixes it",
     )
+    abx = line.command(
+        "abx",
+        _abx,
+        group="evaluation",
+        help="ABX error of every layer, to choose one without training",
+        example="abx --upstream model --upstream logmel --data manifest.jsonl --output probes",
+        resume="computes what is missing",
+    )
+    add_upstreams(abx)
+    abx.add_argument("--data", required=True, type=Path, metavar="MANIFEST|SHARDS", help="as in probe")
+    abx.add_argument("--probes", default="probes", metavar="NAME|YAML", help="as in probe")
+    abx.add_argument("--probe", default="digits", help="whose label column has the classes, and group the speakers")
+    abx.add_argument("--clips", type=int, default=200, metavar="N", help="clips that are drawn at most")
+    abx.add_argument("--seed", type=int, default=0, help="seed of the draw")
+
+
+def _abx(arguments: argparse.Namespace) -> None:
+    from codecssl.superb.probe import layers, probe
+    from codecssl.tokenize.common.errors import UserError
+
+    probes = {one.name: one for one in probe.load_probes(arguments.probes)}
+    if arguments.probe not in probes:
+        raise UserError(f"--probe {arguments.probe}: not in {arguments.probes}, which has {', '.join(probes)}")
+    options = {"clips": arguments.clips, "seed": arguments.seed, "device": arguments.device}
+    layers.run(arguments.upstream, arguments.data, probes[arguments.probe], arguments.output, **options)
+    print(f"wrote {arguments.output / 'layers.html'}")
 
 
 def _probe(arguments: argparse.Namespace) -> None:

@@ -16,14 +16,16 @@ PALETTE = (
 Series = tuple[str, str, Sequence[tuple[float, float]]]  # label, colour, points
 
 
-def line_chart(title: str, series: Sequence[Series], width: int = 430, height: int = 250) -> str:
-    """Lines over a common x axis of steps; non-finite points (a diverged loss) are omitted."""
+def line_chart(
+    title: str, series: Sequence[Series], width: int = 430, height: int = 250, *, x_label: str = "step"
+) -> str:
+    """Lines over a common x axis; non-finite points (a diverged loss) are omitted."""
     series = [(label, colour, [point for point in line if isfinite(point[1])]) for label, colour, line in series]
     points = [point for _, _, line in series for point in line]
     if not points:
         return ""
     left, right, top, bottom = 46, 12, 26, 34
-    x_ticks = ticks(0, max(x for x, _ in points))
+    x_ticks = ticks(0, max(1.0, *(x for x, _ in points)))
     y_ticks = ticks(min(0.0, *(y for _, y in points)), max(y for _, y in points))
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -36,12 +38,12 @@ def line_chart(title: str, series: Sequence[Series], width: int = 430, height: i
         parts.append(_text(left - 6, place(0, y)[1] + 4, f"{y:g}", "end"))
     for x in x_ticks:
         parts.append(_text(place(x, 0)[0], height - bottom + 16, f"{x:g}", "middle"))
-    parts.append(_text((left + width - right) / 2, height - 4, "step", "middle"))
+    parts.append(_text((left + width - right) / 2, height - 4, x_label, "middle"))
     for label, colour, line in series:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
         style = f'fill="none" stroke="{colour}" stroke-width="2"'
         parts.append(f'<polyline points="{path}" {style}>{_tip(label)}</polyline>')
-        parts += [_dot(place(*point), colour, f"{label}: step {point[0]:g}, {point[1]:.4g}") for point in line]
+        parts += [_dot(place(*point), colour, f"{label}: {x_label} {point[0]:g}, {point[1]:.4g}") for point in line]
     return _svg(width, height, parts)
 
 
