@@ -99,38 +99,25 @@ def test_hear_times_are_even_and_close() -> None:
     assert torch.equal(frames[0, 0::2], frames[0, 1::2])
 
 
-def test_mteb_evaluates_the_encoder() -> None:
-    """MTEB's own evaluation of an audio task, whose two classes differ in pitch."""
+def test_mteb_evaluates_the_encoder(tmp_path: Path) -> None:
+    """MTEB's own evaluation of a task folder, whose two classes differ in pitch."""
     mteb = pytest.importorskip("mteb", reason="pip install codecssl[mteb]")
-    from datasets import Dataset, DatasetDict
-    from mteb.abstasks.classification import AbsTaskClassification
-    from mteb.abstasks.task_metadata import TaskMetadata
-
+    from codecssl.superb.hear.as_maeb import maeb_task
+    from codecssl.superb.hear.task_folder import Clip, write_task
     from codecssl.superb.suites import maeb
 
-    random = np.random.default_rng(0)
-
-    def split(count: int) -> Dataset:
-        waves = [np.sin(np.arange(8_000) * (0.05 + 0.2 * (i % 2)) + random.random()) / 2 for i in range(count)]
-        audio = [{"array": wave.astype(np.float32), "sampling_rate": 16_000} for wave in waves]
-        return Dataset.from_dict({"audio": audio, "label": [i % 2 for i in range(count)]})
-
-    class Pitch(AbsTaskClassification):
-        metadata = TaskMetadata(
-            name="Pitch", description="Two pitches.", reference=None, dataset={"path": "none", "revision": "none"},
-            type="AudioClassification", category="a2c", eval_splits=["test"], eval_langs=["zxx-Zxxx"],
-            main_score="accuracy", modalities=["audio"],
-        )  # fmt: skip
-        input_column_name = "audio"
-        n_experiments = 2
-
-        def load_data(self, **_: object) -> None:
-            self.dataset = DatasetDict(train=split(20), test=split(6))
-            self.data_loaded = True
-
+    random, clips = np.random.default_rng(0), []
+    for i in range(36):
+        wave = np.sin(np.arange(4_000) * (0.05 + 0.2 * (i % 2)) + random.random()) / 2
+        label = ["low", "high"][i % 2]
+        clips.append(Clip(file=f"{i}.wav", split=f"fold{i % 3:02d}", wave=wave.astype(np.float32), labels=[label]))
+    kind = {"embedding_type": "scene", "prediction_type": "multiclass", "split_mode": "presplit_kfold", "nfolds": 3}
+    folder = write_task(tmp_path, {"task_name": "two", "version": "1", "evaluation": ["top1_acc"], **kind}, clips)
     model = maeb.load(MODEL)
     meta = model.mteb_model_meta
     assert (meta.embed_dim, meta.modalities) == (256, ["audio"])
     assert isinstance(model, mteb.models.EncoderProtocol)
-    scores = Pitch().evaluate(model, "test", encode_kwargs={"batch_size": 4})
+    task = maeb_task(folder)
+    scores = task.evaluate(model, "test", encode_kwargs={"batch_size": 4})
     assert scores["default"]["accuracy"] == 1.0
+    assert (len(task.dataset["train"]), len(task.dataset["test"])) == (24, 12)
