@@ -69,22 +69,23 @@ def _warped(clip: Array, others: Array, lengths: NDArray[np.intp]) -> Array:
 
     Of the steps to a cell (diagonal, down, right) the cheapest is taken, of equal ones the first.
     """
+    size, longest = len(clip), others.shape[1]
     angles = np.arccos(np.clip(np.einsum("sd,ntd->nst", clip, others), -1.0, 1.0)) / np.pi
-    cost, steps = np.full((3, *angles.shape[::2]), np.inf)[:2], np.zeros((2, *angles.shape[::2]))
-    for s in range(len(clip)):
-        for t in range(angles.shape[2]):
-            best, taken = np.zeros(len(others)), np.zeros(len(others))
-            if s or t:
-                options = [(cost[0, :, t - 1], steps[0, :, t - 1]) if s and t else None,
-                           (cost[0, :, t], steps[0, :, t]) if s else None,
-                           (cost[1, :, t - 1], steps[1, :, t - 1]) if t else None]  # fmt: skip
-                kept = [option for option in options if option is not None]
-                costs = np.stack([option[0] for option in kept])
-                choice = costs.argmin(0)
-                best = costs.min(0)
-                taken = np.stack([option[1] for option in kept])[choice, np.arange(len(others))]
-            cost[1, :, t], steps[1, :, t] = best + angles[:, s, t], taken + 1
-        cost[0], steps[0] = cost[1], steps[1]
-    last = lengths - 1
-    rows = np.arange(len(others))
-    return cost[0][rows, last] / steps[0][rows, last]  # type: ignore[no-any-return]
+    skewed = np.full((len(others), size, size + longest - 1), np.inf)  # column d holds the cells s + t = d
+    for s in range(size):
+        skewed[:, s, s : s + longest] = angles[:, s]
+    costs = np.full((2, len(others), size + 1), np.inf)  # of the last two diagonals, with a border before s = 0
+    steps = np.zeros((2, len(others), size + 1))
+    costs[0, :, 0] = 0.0
+    found = np.zeros(len(others))
+    for d in range(skewed.shape[2]):
+        options = np.stack([costs[0, :, :-1], costs[1, :, :-1], costs[1, :, 1:]])
+        taken = np.stack([steps[0, :, :-1], steps[1, :, :-1], steps[1, :, 1:]])
+        choice = options.argmin(0)[None]
+        costs[0], steps[0] = costs[1], steps[1]
+        costs[0, :, 0] = np.inf
+        costs[1, :, 1:] = np.take_along_axis(options, choice, 0)[0] + skewed[:, :, d]
+        steps[1, :, 1:] = np.take_along_axis(taken, choice, 0)[0] + 1
+        ended = lengths + size - 2 == d
+        found[ended] = costs[1, ended, -1] / steps[1, ended, -1]
+    return found
