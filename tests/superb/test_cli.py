@@ -1,7 +1,6 @@
 """The commands: exit codes, one line for an error, and a whole run from corpus to report."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from codecssl.superb import tasks
+from codecssl.superb import results, tasks
 from codecssl.superb.cli import main
 from codecssl.superb.corpora.corpus import TaskCorpus
 
@@ -188,8 +187,16 @@ def test_a_dry_run_lists_and_does_nothing(corpus: Path, tmp_path: Path, capsys: 
 
 
 def test_sample_and_report_into_a_closed_pipe_are_silent(tmp_path: Path) -> None:
-    old = Path(__file__).resolve().parents[1] / "data" / "v1" / "superb"
-    for words in (["sample", str(tmp_path / "sample")], ["report", str(shutil.copytree(old, tmp_path / "out"))]):
+    budget = {key: value for key, value in vars(tasks.BUDGETS["smoke"]).items() if key != "learning_rates"}
+    row: dict[str, Any] = {
+        "upstream": {"name": "fbank", "kind": "fbank", "argument": None, "sha256": None}, "manifest_sha256": "0",
+        "data": "x", "task": "ks", "budget": budget, "seed": 0, "value": 0.5, "valid": 0.5, "best_step": 5,
+        "layer_weights": None, "curves": {}, "values": {"accuracy": 0.5}, "metric": "accuracy", "chance": 0.1,
+        "utterances": {"train": 6, "valid": 2, "test": 4}, "learning_rate": 1e-2, "steps": 5, "batch": 32,
+        "official_steps": 200_000, "versions": {"s3prl": "0.4.18", "torch": "2.9.1"}, "seconds": 3.0,
+    }  # fmt: skip
+    results.write_json(tmp_path / "out" / "runs" / "fbank" / "ks" / "0" / "result.json", row)
+    for words in (["sample", str(tmp_path / "sample")], ["report", str(tmp_path / "out")]):
         read, write = os.pipe()
         os.close(read)
         command = [sys.executable, "-m", "codecssl.superb", *words]
@@ -197,6 +204,7 @@ def test_sample_and_report_into_a_closed_pipe_are_silent(tmp_path: Path) -> None
         os.close(write)
         assert done.stderr == b"", words
     assert (tmp_path / "sample" / "manifest.jsonl").exists()
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_a_signal_to_the_group_of_a_sweep_is_one_line(corpus: Path, tmp_path: Path) -> None:
