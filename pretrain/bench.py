@@ -106,6 +106,7 @@ def step_cpu_seconds(config: RunConfig, steps: int = 5) -> float:
     """Return the processor time of one DeepSpeed step on a whole batch of the config's longest crops, seconds."""
     join_ranks()
     card, rate = _card(config), float(_card(config).frame_rate)
+    config = at_frame_rate(config, rate)
     batch = make_batch(config, card, config.data.batch_frames / rate, config.data.crop_frames / rate)
     step = _deepspeed(config, card, batch)
     step()

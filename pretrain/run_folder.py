@@ -8,6 +8,7 @@ RUN/checkpoints, RUN/metrics.jsonl, ...: see `engine.checkpoint`, `monitor.telem
 """
 
 import json
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ def alone(run: Path) -> Iterator[None]:
     begun = {"data.json", "versions.json"}  # left by a start that was killed
     if run.exists() and not (run / "config.yaml").exists() and names_in(run) - begun:
         raise UserError(f"{run}: has files in it but is not a run folder; give another --output")
+    if str(run).encode(errors="replace") != os.fsencode(run):
+        raise UserError(f"{run}: the name is not UTF-8, which TensorBoard cannot write; give another --output")
     refuse_links_out(run)
     with alone_in(run):
         yield

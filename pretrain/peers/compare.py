@@ -22,6 +22,7 @@ from typing import Any
 from codecssl.configs.load import to_yaml
 from codecssl.pretrain.bench import step_cpu_seconds
 from codecssl.pretrain.config import MaskConfig, ObjectiveConfig, RunConfig
+from codecssl.pretrain.frame_rate import at_frame_rate
 from codecssl.pretrain.labels.label import LabelConfig, label
 from codecssl.pretrain.peers import hubert
 from codecssl.tokenize.common.errors import UserError
@@ -97,7 +98,7 @@ def _run(
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([*program, "export", str(run), "--output", str(output / name)], check=True)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    seconds = steps * config.data.batch_frames / float(Shards(Path(config.data.dirs[0])).card.frame_rate)
+    seconds = steps * at_frame_rate(config, Shards(Path(config.data.dirs[0])).card.frame_rate).data.batch_seconds
     return {"steps": steps, "cpu_seconds": round(spent, 1), "audio_seconds": round(seconds, 1)}
 
 
@@ -105,7 +106,7 @@ def _hubert(
     config: RunConfig, data: Shards, labels: Shards, audio: Path | None, output: Path, cpu_seconds: float,
     conv_dim: int, say: Callable[[str], None],
 ) -> dict[str, float]:  # fmt: skip
-    spans = replace(config, mask=MaskConfig(kind="spans"))
+    spans = at_frame_rate(replace(config, mask=MaskConfig(kind="spans")), data.card.frame_rate)
     recordings = hubert.read_recordings(data, labels, audio)
     made = hubert.train(spans, recordings, CLUSTERS, output, cpu_seconds=cpu_seconds, conv_dim=conv_dim, say=say)
     return {

@@ -71,6 +71,8 @@ def train(
 ) -> Trained:  # fmt: skip
     """Train for `cpu_seconds` of processor time with the config's batch, crop and optimizer, and save to `output`.
 
+    config: with lengths in frames (`at_frame_rate`).
+
     The learning rate follows the share of the time that has passed: warm-up over `optim.warmup_fraction`, then linear
     decay. Crops are drawn in proportion to the lengths of the utterances. The folder opens with
     `HubertModel.from_pretrained`.

@@ -427,9 +427,12 @@ def test_a_folder_whose_name_is_not_utf8_is_printed_with_escapes(
     tmp_path: Path, shards: Path, small_config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     odd = tmp_path / os.fsdecode(b"r\xff")
-    file = tmp_path / "config.yaml"
-    file.write_text(to_yaml(small_config(shards, optim={"steps": 2})))
-    assert main(["run", str(file), "--output", str(odd / "run")]) == 0
+    config = small_config(shards, optim={"steps": 2})
+    with pytest.raises(UserError, match="the name is not UTF-8, which TensorBoard cannot write"):
+        run(config, odd / "run")
+    run(config, tmp_path / "run")
+    odd.mkdir()
+    (tmp_path / "run").rename(odd / "run")
     assert main(["status", str(odd / "run")]) == 0
     assert main(["export", str(odd / "run"), "--output", str(odd / "model")]) == 0
     assert "r\\udcff/model: model.safetensors" in capsys.readouterr().out
