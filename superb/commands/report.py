@@ -48,7 +48,8 @@ def show(folders: Sequence[Path]) -> None:
     from codecssl.superb.reporting.write import write
 
     comparisons, out = load(folders), console()
+    written = write(comparisons, folders[0])  # before any output, whose reader may be gone
     for comparison in comparisons:
         out.print(console_table(comparison))
         out.print(sentence(comparison), soft_wrap=True)
-    out.print("wrote " + " and ".join(str(path) for path in write(comparisons, folders[0])), soft_wrap=True)
+    out.print("wrote " + " and ".join(map(str, written)), soft_wrap=True)
