@@ -1,4 +1,4 @@
-"""Settings of the prediction targets, heads and losses: the sections `objective`, `online` and `mae` of a run's config."""
+"""Settings of prediction targets, heads and losses: the sections objective, online and mae of a config."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -57,7 +57,7 @@ def read_recordings(data: Shards, labels: Shards, audio: Path | None) -> list[Re
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingCost:
     """What a training took."""
 
     steps: int
@@ -68,7 +68,7 @@ class Trained:
 def train(
     config: RunConfig, recordings: list[Recording], classes: int, output: Path, *, cpu_seconds: float,
     conv_dim: int = 512, say: Callable[[str], None] = print,
-) -> Trained:  # fmt: skip
+) -> TrainingCost:  # fmt: skip
     """Train for `cpu_seconds` of processor time with the config's batch, crop and optimizer, and save to `output`.
 
     config: with lengths in frames (`at_frame_rate`).
@@ -112,7 +112,7 @@ def train(
             )
     model.save_pretrained(output)
     Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(output)
-    return Trained(step, time.process_time() - began, audio)
+    return TrainingCost(step, time.process_time() - began, audio)
 
 
 def _crops(chosen: list[Recording], frames: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
