@@ -29,9 +29,10 @@ from numpy.typing import NDArray
 
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.format.bits import packed_size, unpack
-from codecssl.tokenize.format.entropy import SEGMENT_FRAMES, Coder
-from codecssl.tokenize.format.layout import from_planes, read_coder, read_columns, read_header, scales_of, shard_path
+from codecssl.tokenize.format.blocks import block_codes, mel_planes
+from codecssl.tokenize.format.entropy import Coder
+from codecssl.tokenize.format.layout import read_coder, read_columns, read_header, scales_of, shard_path
+from codecssl.tokenize.format.validate import gunzip, read_npz
 from codecssl.tokenize.shards import Shards, Utterance
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def utterances(blocks: Iterable[dict[str, Any]], card: CodecCard | None = None) 
         if "stream_words" in numbers and (tables is None or tables[0] != url):
             tables = url, read_coder(Path(url), card_here)  # the blocks were shuffled
         coder = tables[1] if tables and "stream_words" in numbers else None
-        planes = _mel_planes(block["mel"], numbers, card_here) if "mel" in block else []
+        planes = mel_planes(block["mel"], numbers, card_here) if "mel" in block else []
         for within, codes in enumerate(block_codes(block["codes"], numbers, card_here, coder)):
             sample = {"__key__": text["id"][within], "__url__": url, "codes": codes, "json": _labels(text, within)}
             if (scales := scales_of(numbers, within, card_here)) is not None:
@@ -68,35 +69,6 @@ def utterances(blocks: Iterable[dict[str, Any]], card: CodecCard | None = None) 
             if "mel" in block:
                 sample["mel"] = planes[within]
             yield sample
-
-
-def _mel_planes(mel: bytes, numbers: Mapping[str, NDArray[Any]], card: CodecCard) -> list[NDArray[np.uint8]]:
-    """Split KEY.mel of a block into the plane [T, bands] of each utterance."""
-    ends = np.cumsum(card.frames_of(numbers["samples"].astype(np.int64)))
-    return np.split(np.frombuffer(mel, np.uint8).reshape(int(ends[-1]), -1), ends[:-1])
-
-
-def block_codes(
-    codes: bytes, numbers: Mapping[str, NDArray[Any]], card: CodecCard, coder: Coder | None = None
-) -> Iterator[NDArray[np.uint16]]:
-    """Yield codes [R, T] of each utterance of a block from KEY.codes and KEY.npz. Entropy-coded shards need `coder`."""
-    packed, words = np.frombuffer(codes, np.uint8), iter(numbers.get("stream_words", np.zeros(0, int)).tolist())
-    offset = 0
-    for frames in card.frames_of(numbers["samples"].astype(np.int64)).tolist():
-        pieces: list[list[NDArray[np.uint16]]] = []
-        if coder is None:
-            pieces.append([])
-            for bits, rate in zip(card.code_bits, card.codes_per_frame):
-                size = packed_size(frames * rate, bits)
-                pieces[0].append(unpack(packed[offset : offset + size], bits, 0, frames * rate))
-                offset += size
-        else:
-            for first in range(0, frames, SEGMENT_FRAMES):
-                size = 4 * next(words)
-                stream = np.frombuffer(codes, "<u4", size // 4, offset)
-                pieces.append(coder.decode(stream, min(SEGMENT_FRAMES, frames - first), card.num_codebooks))
-                offset += size
-        yield from_planes([np.concatenate(planes) for planes in zip(*pieces)], card)
 
 
 def _card_beside(url: str) -> CodecCard:
@@ -109,14 +81,12 @@ def _card_beside(url: str) -> CodecCard:
 def _text(value: Any) -> dict[str, Any]:
     """Parse KEY.json.gz as given by WebDataset, with or without decode(), or by the loader of `datasets`."""
     if isinstance(value, bytes):
-        import gzip
-
-        return dict(json.loads(gzip.decompress(value)))
+        return dict(json.loads(gunzip(value)))
     return dict(value)
 
 
 def _numbers(value: Any) -> Mapping[str, NDArray[Any]]:
-    columns = np.load(io.BytesIO(value)) if isinstance(value, bytes) else value
+    columns = read_npz(value) if isinstance(value, bytes) else value
     return {name: np.asarray(columns[name]) for name in columns}
 
 

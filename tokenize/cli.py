@@ -82,6 +82,9 @@ def _add_run(line: CommandLine) -> None:
     )
     add_sharing(run)
     failures = run.add_argument_group("failures")
+    failures.add_argument(
+        "--retry-failed", action="store_true", help="read the inputs of failed.jsonl again, if their cause is gone"
+    )
     failures.add_argument("--strict", action="store_true", help="exit 1 when an input could not be read")
     failures.add_argument(
         "--stall-minutes",

@@ -14,12 +14,21 @@ from codecssl.tokenize.common.command_line import progress_bar
 from codecssl.tokenize.common.errors import UserError
 
 if TYPE_CHECKING:
+    from codecssl.tokenize.common.process import StopSignal
     from codecssl.tokenize.progress import Progress
 
 
 def run(args: Namespace) -> int:
-    from codecssl.tokenize.common.process import PREEMPTED, StopSignal, Watchdog
+    from codecssl.tokenize.common.process import StopSignal
+
+    with StopSignal() as stop:  # before the imports, which take seconds
+        return _run(args, stop)
+
+
+def _run(args: Namespace, stop: StopSignal) -> int:
+    from codecssl.tokenize.common.process import PREEMPTED, Watchdog
     from codecssl.tokenize.config import TokenizeConfig
+    from codecssl.tokenize.format.layout import NOTES
     from codecssl.tokenize.run import Stopped, run
 
     sources = [_listed(args) if source == "-" else source for source in args.sources]
@@ -36,10 +45,11 @@ def run(args: Namespace) -> int:
         mel_bands=args.with_mel,
         shard_inputs=args.shard_inputs,
         block_inputs=args.block_inputs,
+        retry_failed=args.retry_failed,
     )
     began = time.monotonic()
     hint = "the same command resumes after the last whole block (--stall-minutes sets how long to wait)"
-    with StopSignal() as stop, Watchdog(args.stall_minutes, hint=hint) as watch, _progress() as bar:
+    with Watchdog(args.stall_minutes, hint=hint) as watch, _progress() as bar:
 
         def on_progress(progress: Progress) -> None:
             watch.report(f"encoding input {progress.inputs + 1} of this task")
@@ -61,9 +71,12 @@ def run(args: Namespace) -> int:
         f"{args.output}: {totals['utterances']} utterances, {totals['hours']:.3f} h, {totals['bytes'] / 1e6:.2f} MB, "
         f"{totals['failed']} failed, {wall:.0f} s"
     )
+    for note, count in totals.get("notes", {}).items():
+        print(f"note: {count} {NOTES.get(note, note)}", file=sys.stderr)
     if totals["failed"]:
         print(
-            f"{totals['failed']} inputs could not be read: see {args.output / 'failed.jsonl'}",
+            f"{totals['failed']} inputs could not be read: see {args.output / 'failed.jsonl'}; the same command with "
+            "--retry-failed reads them again",
             file=sys.stderr,
         )
     if not totals["utterances"]:

@@ -33,6 +33,8 @@ class TokenizeConfig:
     """Maximum number of inputs per block. A kill loses at most one block."""
     block_seconds: float = 7200.0
     """Seconds of audio after which a block is closed early."""
+    retry_failed: bool = False
+    """Read the inputs of finished shards that failed before again."""
 
     def __post_init__(self) -> None:
         check_share(self.tasks, self.task)

@@ -24,10 +24,12 @@ from codecssl.tokenize.common.errors import UserError, one_line
 from codecssl.tokenize.common.process import interrupts_deferred
 from codecssl.tokenize.format.layout import to_planes
 from codecssl.tokenize.format.records import EncodedUtterance, Failure
+from codecssl.tokenize.format.stored import stored_utterance
 from codecssl.tokenize.mel import MelSpec, MelStream, mel_plane
 from codecssl.tokenize.registry import load_codec
 from codecssl.tokenize.sources.audio import AudioReader
 from codecssl.tokenize.sources.changes import sha256_of_input
+from codecssl.tokenize.sources.inputs import KeptInput
 from codecssl.tokenize.sources.sources import Input
 
 LONG_SECONDS = 30.0
@@ -73,8 +75,13 @@ class LoadedAudio:
 # ---------------------------------------------------------------- one input
 
 
-def read(item: Input, card: CodecCard) -> LoadedAudio | Failure:
-    """Read at most LONG_SECONDS of one input. An unreadable input returns a Failure instead of raising."""
+def read(item: Input, card: CodecCard) -> LoadedAudio | EncodedUtterance | Failure:
+    """Read at most LONG_SECONDS of one input, or the codes of a KeptInput.
+
+    An unreadable input returns a Failure instead of raising.
+    """
+    if isinstance(item, KeptInput) and (kept := _kept(item, card)) is not None:
+        return kept
     try:
         return _read(item, card)
     except Exception as error:
@@ -91,6 +98,15 @@ def failure(item: Input, error: Exception) -> Failure:
         raise error
     # an unexpected decoder error fails its file, not the run
     return Failure(id=item.id, path=item.path, reason=one_line(error))
+
+
+def _kept(item: KeptInput, card: CodecCard) -> EncodedUtterance | None:
+    """Return the stored codes of an input; None if they are damaged, so that it is encoded again."""
+    try:
+        found = stored_utterance(item.stored, card)
+    except UserError:
+        return None
+    return replace(found, path=item.path, labels=item.labels, notes=item.stored.notes) if found.id == item.id else None
 
 
 def _read(item: Input, card: CodecCard) -> LoadedAudio:
@@ -179,17 +195,17 @@ def _encoded(
 
 
 def encode_loaded(
-    codec: Codec, loaded: Sequence[LoadedAudio | Failure], mel: MelSpec | None = None
+    codec: Codec, loaded: Sequence[LoadedAudio | EncodedUtterance | Failure], mel: MelSpec | None = None
 ) -> list[EncodedUtterance | Failure]:
     """Encode inputs after reading, in order. Short ones are encoded together, each long one from its file.
 
-    With `mel`, also compute this log-mel plane.
+    With `mel`, also compute this log-mel plane. Encoded utterances and failures are returned unchanged.
     """
     short = [h for h in loaded if isinstance(h, LoadedAudio) and h.wave is not None]
     found = {id(h): result for h, result in zip(short, _encode_short(codec, short, mel))}
     results: list[EncodedUtterance | Failure] = []
     for h in loaded:
-        if isinstance(h, Failure):
+        if not isinstance(h, LoadedAudio):
             results.append(h)
         else:
             results.append(found[id(h)] if id(h) in found else encode_long(codec, h.item, mel))
@@ -296,22 +312,35 @@ class _CpuWorker(Dataset[Any]):
         return encode_loaded(self.codec, [read(item, self.codec.card) for item in group], self.mel)
 
 
+def readable(card: CodecCard, items: Iterable[Input], workers: int) -> Iterator[bool]:
+    """Yield, in order, whether each input can be read. Nothing is encoded."""
+    yield from load_in_order(_Probe(card), items, workers, 64)
+
+
+class _Probe(Dataset[Any]):
+    def __init__(self, card: CodecCard) -> None:
+        self.card = card
+
+    def __getitem__(self, item: Any) -> bool:
+        return not isinstance(read(item, self.card), Failure)
+
+
 class _Reader(Dataset[Any]):
     def __init__(self, card: CodecCard, mel: MelSpec | None) -> None:
         self.card, self.mel = card, mel
 
-    def __getitem__(self, item: Any) -> LoadedAudio | Failure:
-        loaded = read(item, self.card)
-        if self.mel is None or isinstance(loaded, Failure) or loaded.wave is None:
-            return loaded
-        return replace(loaded, mel=mel_plane(self.mel, loaded.wave))  # computed here to keep the GPU's process free
+    def __getitem__(self, item: Any) -> LoadedAudio | EncodedUtterance | Failure:
+        heard = read(item, self.card)
+        if self.mel is None or not isinstance(heard, LoadedAudio) or heard.wave is None:
+            return heard
+        return replace(heard, mel=mel_plane(self.mel, heard.wave))  # computed here to keep the GPU's process free
 
 
 def _by_length(
-    codec: Codec, window: Sequence[LoadedAudio | Failure], mel: MelSpec | None
+    codec: Codec, window: Sequence[LoadedAudio | EncodedUtterance | Failure], mel: MelSpec | None
 ) -> list[EncodedUtterance | Failure]:
     """Encode a window in batches of similar length. Results are in the window's order."""
-    results: list[Any] = [h if isinstance(h, Failure) else None for h in window]
+    results: list[Any] = [None if isinstance(h, LoadedAudio) else h for h in window]
     order = sorted((i for i, r in enumerate(results) if r is None), key=lambda i: _samples(window[i]))
     batch: list[int] = []
     for place, index in enumerate(order):

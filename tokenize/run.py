@@ -11,27 +11,27 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.codec import Codec, CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import alone_in, names_in, write_atomic
 from codecssl.tokenize.config import TokenizeConfig
-from codecssl.tokenize.encode import Device, default_workers, encode_inputs
+from codecssl.tokenize.encode import Device, default_workers, encode_inputs, readable
 from codecssl.tokenize.format.layout import COMPRESSION, load_json, sealed, shard_path
 from codecssl.tokenize.format.records import EncodedUtterance, Failure
 from codecssl.tokenize.format.validate import check_plan
-from codecssl.tokenize.format.writer import ShardWriter, finish_dataset, tidy, to_json
+from codecssl.tokenize.format.writer import ShardWriter, finish_dataset, replace_shards, tidy, to_json
 from codecssl.tokenize.mel import MelSpec
 from codecssl.tokenize.progress import Progress, reported
 from codecssl.tokenize.sources.decoder import DECODING
 from codecssl.tokenize.sources.sources import is_stream, left_out, read_sources
-from codecssl.tokenize.worklist import Todo
+from codecssl.tokenize.worklist import RETRY, Retry, Todo
 
 # ---------------------------------------------------------------- the plan
 
@@ -114,6 +114,9 @@ def count_inputs(config: TokenizeConfig) -> int | None:
 
 # ---------------------------------------------------------------- the run
 
+FEW_FAILURES = 256
+"""Number of failed inputs below which a retry starts no worker processes."""
+
 
 class Stopped(Exception):  # noqa: N818  (not an error)
     """The run stopped on request between two blocks. All encoded inputs are on disk."""
@@ -155,20 +158,55 @@ def _run(
     codec = device.load()
     mel = MelSpec.for_codec(config.mel_bands, codec.card) if config.mel_bands else None
     plan = open_plan(config, codec.card, inputs := count_inputs(config), mel)
-    if compare and plan.get("decoding", 1) != DECODING and not (config.output / "dataset.json").exists():
+    finished = (config.output / "dataset.json").exists() and not config.retry_failed
+    if compare and plan.get("decoding", 1) != DECODING and not finished:
         raise UserError(
             f"{config.output}: begun with a release that decoded MP3 and Ogg with another library; finish it with that "
             "release, or give another --output"
         )
+    gpus = torch.cuda.device_count()
+    workers = default_workers(config.device, gpus) if config.workers is None else config.workers
     with alone_in(config.output, f".{config.task}-of-{config.tasks}.lock"):
+        if not (config.retry_failed and (config.output / "dataset.json").exists()):
+            _replace_shards(config)  # of a retry that was interrupted
         todo = Todo(config, compare)
-        gpus = torch.cuda.device_count()
-        workers = default_workers(config.device, gpus) if config.workers is None else config.workers
-        results = _noted(encode_inputs(device, codec, todo, workers, mel))
+        results = encode_inputs(device, codec, todo, workers, mel)
         _consume(config, codec.card, todo, reported(results, codec.card, todo.left(inputs), on_progress), stop)
-    if any(not shard_path(config.output, s).with_suffix(".json").exists() for s in range(todo.shards)):
+        if config.retry_failed:
+            retry = Retry(config, compare)
+            again = _retried(config, device, codec, workers, mel, retry)
+            retrying = replace(config, output=retry.folder)
+            _consume(retrying, codec.card, retry, reported(again, codec.card, retry.left(), on_progress), stop)
+    if not config.retry_failed:
+        return _finished(config, plan, todo.shards)
+    with alone_in(config.output, ".retry.lock", wait=config.tasks > 1):  # other tasks may replace shards
+        _replace_shards(config)
+        return _finished(config, plan, todo.shards)
+
+
+def _replace_shards(config: TokenizeConfig) -> None:
+    replace_shards(config.output, config.output / RETRY, lambda shard: shard % config.tasks == config.task)
+
+
+def _retried(
+    config: TokenizeConfig, device: Device, codec: Codec, workers: int, mel: MelSpec | None, retry: Retry
+) -> Iterator[EncodedUtterance | Failure]:
+    """Return the results of all inputs of the shards that hold failed inputs which can be read now."""
+    total = sum(retry.failed.values())
+    few = total < FEW_FAILURES
+    if any(is_stream(source) for source in config.sources):  # a test would download them once more
+        retry.chosen |= set(retry.failed)
+    elif total:
+        found = retry.choose(readable(codec.card, retry.failures(), 0 if few else workers))
+        print(f"note: {found} of {total} inputs that failed before can be read now", file=sys.stderr)
+    return encode_inputs(device, codec, retry, 0 if few else workers, mel) if retry.chosen else iter(())
+
+
+def _finished(config: TokenizeConfig, plan: dict[str, Any], shards: int) -> dict[str, Any] | None:
+    """Write the dataset's own files and return its totals; None while a shard is missing."""
+    if any(not shard_path(config.output, s).with_suffix(".json").exists() for s in range(shards)):
         return None
-    totals = finish_dataset(config.output, plan, todo.shards)
+    totals = finish_dataset(config.output, plan, shards)
     tidy(config.output)
     return totals
 
@@ -176,7 +214,7 @@ def _run(
 def _consume(
     config: TokenizeConfig,
     card: CodecCard,
-    todo: Todo,
+    todo: Todo | Retry,
     results: Iterator[EncodedUtterance | Failure],
     stop: Callable[[], bool],
 ) -> None:
@@ -195,23 +233,6 @@ def _consume(
         writer.finish(todo.digests.pop(writer.shard))
     for shard, digest in todo.digests.items():  # killed after their last block
         _BlockWriter(config, card, shard).finish(digest)
-
-
-NOTES = {
-    "clipped": "segments ended up to 0.5 s after their file and were cut there",
-    "cancelled": "files whose channels cancel in their mean are almost silent; choose one with a `channel` column",
-}
-
-
-def _noted(results: Iterator[EncodedUtterance | Failure]) -> Iterator[EncodedUtterance | Failure]:
-    """Yield `results` unchanged and print the count of each note."""
-    counts: Counter[str] = Counter()
-    for result in results:
-        if isinstance(result, EncodedUtterance):
-            counts.update(result.notes)
-        yield result
-    for note, number in sorted(counts.items()):
-        print(f"note: {number} {NOTES[note]}", file=sys.stderr)
 
 
 class _BlockWriter:

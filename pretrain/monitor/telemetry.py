@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from codecssl.tokenize.common.command_line import console
 from codecssl.tokenize.common.files import atomic_file, write_atomic
 from codecssl.tokenize.common.process import drop_stdout
 from codecssl.tokenize.common.retry import patiently
@@ -40,7 +41,7 @@ class Telemetry:
         from torch.utils.tensorboard import SummaryWriter
 
         self._path, self._curves, self._retry_seconds = run / "metrics.jsonl", run / "curves.png", retry_seconds
-        self._console = _console()
+        self._console = console(soft_wrap=True)
         self.unheard = False
         """True if the reader of the standard output has exited (`| head`). The run then saves and stops."""
         damaged: list[int] = []
@@ -102,17 +103,6 @@ class Telemetry:
         except OSError:
             if self._path.exists():
                 self._board = SummaryWriter(str(self._path.with_name("tensorboard")))
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    class Plain(Console):
-        def on_broken_pipe(self) -> None:
-            """Override rich's handler, which exits with 1 in the middle of a step."""
-            raise BrokenPipeError
-
-    return Plain(highlight=False, soft_wrap=True)
 
 
 def read_rows(path: Path, damaged: list[int] | None = None) -> list[MetricsRow]:

@@ -1,11 +1,15 @@
 """A run stopped by a signal ends between two blocks, loses none, and resumes to the same bytes."""
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from codecssl.tokenize.cli import main
 from codecssl.tokenize.common.process import PREEMPTED, STUCK
@@ -82,3 +86,23 @@ def test_no_input_for_long_is_stuck(audio_folder, codec_file, tmp_path):
     )
     assert done.returncode == STUCK == 76
     assert "error: stuck for 0.01 minutes while" in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR2, PREEMPTED)])
+def test_a_signal_to_the_whole_process_group_prints_one_line(codec_file, tmp_path, number, code):
+    """Ctrl-C in a terminal, `scancel` and `sbatch --signal` also reach the processes that read and encode."""
+    (tmp_path / "audio").mkdir()
+    for i in range(1500):
+        soundfile.write(tmp_path / f"audio/{i:04d}.wav", np.full(1600, 0.1), 16_000)
+    command = ["-m", "codecssl.tokenize", "run", "audio", "-o", "out", "--codec", str(codec_file)]
+    small = ["--workers", "1", "--block-inputs", "8", "--shard-inputs", "500"]
+    started = dict(cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([sys.executable, *command, *small], **started)
+    deadline = time.monotonic() + 60
+    while not blocks(tmp_path / "out") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    _, error = process.communicate(timeout=60)
+    [line] = error.splitlines()
+    assert ("interrupted" in line) if number == signal.SIGINT else ("stopped by SIGUSR2" in line)
+    assert process.returncode == code

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import log2
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from codecssl.tokenize.backends.parts.chunked_stream import ChunkedStream
 from codecssl.tokenize.backends.parts.precision import full_precision
 from codecssl.tokenize.backends.parts.seanet import SeanetDecoder, SeanetEncoder
 from codecssl.tokenize.backends.parts.seanet_layers import Lane
+from codecssl.tokenize.backends.parts.seanet_short import MAX_FRAMES, ShortEncoder
 from codecssl.tokenize.backends.parts.weights import fill, load_pretrained, state_sha256, th_file
 from codecssl.tokenize.codec import CodecCard, Encoded, keep_codebooks
 from codecssl.tokenize.common.errors import UserError
@@ -70,6 +72,7 @@ class EncodecCodec:
             piece_frames=frames,
             shared_pieces=SHARED_SECONDS * net.sample_rate // (frames * net.hop_length),
         )
+        self.short = ShortEncoder(net.encoder, self.encoder, net.hop_length) if self.device.type == "cpu" else None
         self.decoder = SeanetDecoder(net.decoder, net.codebooks.shape[2], frames)
         self.codebooks = net.codebooks[: card.num_codebooks].to(self.device)
         # |r - e|^2 / 2 = |r|^2 / 2 - (r e - |e|^2 / 2): the nearest entry has the largest score r e - |e|^2 / 2
@@ -83,22 +86,53 @@ class EncodecCodec:
     def encode(self, waves: Sequence[Tensor]) -> list[Encoded]:
         """See `Codec`. Waves are encoded in parallel, the longest first. When one ends, the next takes its lane."""
         size = self.encoder.piece_samples
-        waiting = sorted((i for i, wave in enumerate(waves) if len(wave)), key=lambda i: len(waves[i]))
-        longest = max(map(len, waves), default=0)
-        # limit the lanes to those that end together with the longest wave: otherwise the last waves would run alone
-        count = min(self.encoder.widths[-1], -(-sum(map(len, waves)) // max(1, longest)))
-        running: dict[int, tuple[Lane, list[Tensor]]] = {}
         codes = [[torch.zeros(self.card.num_codebooks, 0, dtype=torch.int64, device=self.device)] for _ in waves]
+        short = self._encode_short(waves)
+        for i, found in short.items():
+            codes[i].append(found)
+        waiting = [i for i, wave in enumerate(waves) if len(wave) and i not in short]
+        waiting.sort(key=lambda i: len(waves[i]))
+        longest = max((len(waves[i]) for i in waiting), default=0)
+        # limit the lanes to those that end together with the longest wave: otherwise the last waves would run alone
+        count = min(self.encoder.widths[-1], -(-sum(len(waves[i]) for i in waiting) // max(1, longest)))
+        running: dict[int, tuple[Lane, list[Tensor]]] = {}
         while waiting or running:
             while waiting and len(running) < count:
                 i = waiting.pop()
                 pieces = list(waves[i].to(self.device).split(size))
                 running[i] = self.first_lane(pieces[0]), pieces[::-1]
-            found = self.advance([lane for lane, _ in running.values()], [left.pop() for _, left in running.values()])
-            for i, piece_codes in zip(running, found):
+            pieces_now = [left.pop() for _, left in running.values()]
+            for i, piece_codes in zip(running, self.advance([lane for lane, _ in running.values()], pieces_now)):
                 codes[i].append(piece_codes)
             running = {i: (lane, left) for i, (lane, left) in running.items() if left}
         return [Encoded(torch.cat(found, 1)) for found in codes]
+
+    def _encode_short(self, waves: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Encode the waves of few frames, by their position in `waves`. Waves of equal length run together."""
+        lengths: dict[int, list[int]] = {}
+        for i, wave in enumerate(waves):
+            frames = -(-len(wave) // self.net.hop_length)
+            if self.short is not None and 0 < frames <= MAX_FRAMES and self._rows_agree and self.short.runs(frames):
+                lengths.setdefault(frames, []).append(i)
+        latents: list[Tensor] = []
+        order: list[tuple[int, int]] = []
+        for frames, group in lengths.items():
+            for start in range(0, len(group), width := self.encoder.widths[-1]):
+                some = group[start : start + width]
+                latents.append(self.short([waves[i].to(self.device) for i in some], frames).flatten(0, 1))  # type: ignore[misc]
+                order += [(i, frames) for i in some]
+        if not order:
+            return {}
+        codes = self.quantize(torch.cat(latents).t())
+        return {i: part for (i, _), part in zip(order, codes.split([frames for _, frames in order], 1))}
+
+    @cached_property
+    def _rows_agree(self) -> bool:
+        """True if a frame's product with a codebook has the same bits in every row of `quantize`."""
+        frame = torch.randn(1, self.codebooks.shape[2], generator=torch.Generator().manual_seed(0))
+        rows = frame.to(self.codebooks).repeat(QUANTIZER_ROWS[self.device.type], 1)
+        scores = [torch.addmm(o, rows, d) for o, d in zip(self._offsets, self._directions)]
+        return all(torch.equal(found, found[:1].expand_as(found)) for found in scores)
 
     def first_lane(self, piece: Tensor) -> Lane:
         """Return the initial state of a wave that begins with this piece [n]."""
@@ -107,8 +141,12 @@ class EncodecCodec:
     def advance(self, lanes: Sequence[Lane], pieces: Sequence[Tensor]) -> list[Tensor]:
         """Encode the next piece of each lane's wave, up to [piece_samples], to codes [K, t] each."""
         latents = self.encoder(lanes, pieces)
+        frames = [-(-len(piece) // self.net.hop_length) for piece in pieces]
+        if self._rows_agree:  # then frames after the end of a wave need no row
+            valid = torch.cat([rows[:count] for rows, count in zip(latents, frames)])
+            return list(self.quantize(valid.t()).split(frames, 1))
         codes = self.quantize(latents.flatten(0, 1).t()).unflatten(1, (len(lanes), -1))
-        return [codes[:, i, : -(-len(piece) // self.net.hop_length)] for i, piece in enumerate(pieces)]
+        return [codes[:, i, :count] for i, count in enumerate(frames)]
 
     @full_precision()
     def quantize(self, latents: Tensor) -> Tensor:

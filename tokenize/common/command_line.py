@@ -35,6 +35,7 @@ from typing import Any, NoReturn, TypeVar
 
 from codecssl.tokenize.common.errors import TransientError, UserError
 from codecssl.tokenize.common.process import CRASHED, INTERRUPTED, PREEMPTED, StoppedBySignal, stoppable
+from codecssl.tokenize.common.terminal import one_printable_line, printable, safe_output, unwrapped
 from codecssl.tokenize.common.trusted_weights import giving
 
 BROKEN_PIPE = 141
@@ -52,7 +53,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"error: {one_printable_line(message)}; see {self.prog} --help\n")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -132,9 +133,13 @@ class CommandLine:
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Run the subcommand named in `argv` (default: the process's). Return the exit code."""
+        with safe_output():
+            return self._main(argv)
+
+    def _main(self, argv: Sequence[str] | None) -> int:
         arguments = argparse.Namespace()
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # a file name that is not UTF-8 is no reason for a traceback
+        for stream in map(unwrapped, (sys.stdout, sys.stderr)):
+            if isinstance(stream, io.TextIOWrapper):  # characters that the terminal's encoding lacks
                 stream.reconfigure(errors="backslashreplace")
         try:
             arguments = self.parse(sys.argv[1:] if argv is None else argv)
@@ -143,13 +148,13 @@ class CommandLine:
             sys.stdout.flush()
             return code
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {one_printable_line(str(error))}", file=sys.stderr)
             return CRASHED if isinstance(error, TransientError) else 1
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return BROKEN_PIPE if getattr(arguments, "resume", None) else 0
         except OSError as error:
-            print(f"error: {_disk_error(error, arguments)}", file=sys.stderr)
+            print(f"error: {one_printable_line(_disk_error(error, arguments))}", file=sys.stderr)
             return 1
         except (KeyboardInterrupt, StoppedBySignal) as stop:
             resume = getattr(arguments, "resume", None)
@@ -264,14 +269,21 @@ class Renamed(argparse.Action):
 
 
 def console(**options: Any) -> Any:
-    """A rich console that leaves a closed pipe to `CommandLine.main`. `options` are passed to rich's Console."""
+    """A rich console that leaves a closed pipe to `CommandLine.main` and prints strings as `printable`.
+
+    `options` are passed to rich's Console.
+    """
     from rich.console import Console
 
     class Quiet(Console):
         def on_broken_pipe(self) -> None:
             raise
 
-    return Quiet(**{"highlight": False, **options})
+        def render_str(self, text: str, **how: Any) -> Any:
+            return super().render_str(printable(text), **how)
+
+    stream = unwrapped(sys.stderr if options.pop("stderr", False) else sys.stdout)
+    return Quiet(**{"highlight": False, "file": stream, **options})
 
 
 OnProgress = Callable[[int, int | None, str], None]
@@ -284,10 +296,9 @@ def progress_bar(unit: str, *, every: float = 0.5) -> Iterator[OnProgress]:
     It is drawn at most once in `every` seconds, by the caller's thread. It starts no thread of its own, so the caller
     may fork.
     """
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    terminal = Console(stderr=True)
+    terminal = console(stderr=True)
     columns = (
         TextColumn(unit),
         BarColumn(),

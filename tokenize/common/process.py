@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -17,6 +18,8 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+
+from codecssl.tokenize.common.terminal import printable
 
 CRASHED = 70
 """Exit code after a traceback: EX_SOFTWARE of sysexits.h. A software or machine fault that can be retried."""
@@ -46,7 +49,7 @@ def guarded(main: Callable[[], int]) -> int:
     try:
         return main()
     except Exception:
-        traceback.print_exc()
+        sys.stderr.write(printable(traceback.format_exc()))
         return CRASHED
 
 

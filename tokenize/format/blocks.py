@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.format.bits import pack, packed_size, unpack
+from codecssl.tokenize.format.bits import pack, pack_planes, packed_size, unpack
 from codecssl.tokenize.format.entropy import SEGMENT_FRAMES, Coder
-from codecssl.tokenize.format.layout import MEL_CRC32
+from codecssl.tokenize.format.layout import MEL_CRC32, from_planes
 from codecssl.tokenize.format.records import EncodedUtterance
 from codecssl.tokenize.format.validate import MOST_TEXT, read_members, read_npz
 
@@ -32,7 +32,10 @@ BlockPlace = dict[str, int]
 
 def block_bytes(key: str, utterances: Sequence[EncodedUtterance], card: CodecCard) -> tuple[bytes, BlockPlace]:
     """Build the tar members of a block of packed codes."""
-    codes = b"".join(pack(plane, bits) for u in utterances for plane, bits in zip(u.codes, card.code_bits))
+    if len(set(card.code_bits)) == 1:
+        codes = pack_planes([plane for u in utterances for plane in u.codes], card.code_bits[0])
+    else:
+        codes = b"".join(pack(plane, bits) for u in utterances for plane, bits in zip(u.codes, card.code_bits))
     planes = [u.mel for u in utterances if u.mel is not None]
     mel = b"".join(np.ascontiguousarray(plane).tobytes() for plane in planes) if planes else None
     numbers = npz_bytes(_number_columns(utterances, card))
@@ -203,3 +206,35 @@ def entropy_coded_bytes(key: str, block: PackedBlock, coder: Coder) -> tuple[byt
     codes = b"".join(words.astype("<u4").tobytes() for words in streams)
     members, place = _members(key, block.text, numbers, codes, block.mel, len(block.numbers["samples"]))
     return members, place | {"packed_crc32": zlib.crc32(block.codes)}
+
+
+# ---------------------------------------------------------------- reading
+
+
+def mel_planes(mel: bytes, numbers: Mapping[str, NDArray[Any]], card: CodecCard) -> list[NDArray[np.uint8]]:
+    """Split KEY.mel of a block into the plane [T, bands] of each utterance."""
+    ends = np.cumsum(card.frames_of(numbers["samples"].astype(np.int64)))
+    return np.split(np.frombuffer(mel, np.uint8).reshape(int(ends[-1]), -1), ends[:-1])
+
+
+def block_codes(
+    codes: bytes, numbers: Mapping[str, NDArray[Any]], card: CodecCard, coder: Coder | None = None
+) -> Iterator[NDArray[np.uint16]]:
+    """Yield codes [R, T] of each utterance of a block from KEY.codes and KEY.npz. Compressed shards need `coder`."""
+    packed, words = np.frombuffer(codes, np.uint8), iter(numbers.get("stream_words", np.zeros(0, int)).tolist())
+    offset = 0
+    for frames in card.frames_of(numbers["samples"].astype(np.int64)).tolist():
+        pieces: list[list[NDArray[np.uint16]]] = []
+        if coder is None:
+            pieces.append([])
+            for bits, rate in zip(card.code_bits, card.codes_per_frame):
+                size = packed_size(frames * rate, bits)
+                pieces[0].append(unpack(packed[offset : offset + size], bits, 0, frames * rate))
+                offset += size
+        else:
+            for first in range(0, frames, SEGMENT_FRAMES):
+                size = 4 * next(words)
+                stream = np.frombuffer(codes, "<u4", size // 4, offset)
+                pieces.append(coder.decode(stream, min(SEGMENT_FRAMES, frames - first), card.num_codebooks))
+                offset += size
+        yield from_planes([np.concatenate(planes) for planes in zip(*pieces)], card)

@@ -12,7 +12,8 @@
         KEY.codes               per utterance, per codebook, the codes packed at `code_bits`, each plane byte-aligned
         KEY.mel                 only if dataset.json has "mel": per utterance, frame and band one byte (see
                                 codecssl.tokenize.mel); KEY.npz then has mel_crc32, one for each utterance
-    DIR/shards/00000.json   sha256 and counts of the tar: its completion record
+    DIR/shards/00000.json   sha256 and counts of the tar: its completion record. "notes" (NOTES), if any, lists ids of
+                            utterances by note; dataset.json has their numbers in totals.notes
 
 The offset of an utterance inside its block's codes follows from the frames before it and is not stored.
 
@@ -51,6 +52,11 @@ from codecssl.tokenize.format.validate import (
 FORMAT = "codecssl-shards"
 FORMAT_VERSION = 2
 """Newest readable version. Uncompressed datasets are written as version 1."""
+NOTES = {
+    "cancelled": "files whose channels cancel in their mean are almost silent; choose one with a `channel` column",
+    "clipped": "segments ended up to 0.5 s after their file and were cut there",
+}
+"""Irregularities of audio that are counted, and their descriptions."""
 MEL_CRC32 = "mel_crc32"
 """Number column of blocks with a log-mel plane: crc32 of each utterance's bytes in KEY.mel."""
 COMPRESSION = "range"
@@ -111,7 +117,7 @@ SEAL = "check"
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
     """Add the crc32 of the JSON of `value`, which `load_json` checks and removes."""
-    return value | {SEAL: zlib.crc32(json.dumps(value, ensure_ascii=False).encode())}
+    return value | {SEAL: zlib.crc32(json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace"))}
 
 
 def load_json(path: Path) -> dict[str, Any]:

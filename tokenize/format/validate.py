@@ -47,6 +47,11 @@ def check_header(header: Mapping[str, Any], file: Path) -> None:
     hours = totals.get("hours")
     if isinstance(hours, bool) or not isinstance(hours, (int, float)) or not math.isfinite(hours):
         raise UserError(f"{file}: damaged, totals.hours is {_shown(hours)}")
+    notes = totals.get("notes", {})
+    if not isinstance(notes, dict):
+        raise UserError(f"{file}: damaged, totals.notes is {_shown(notes)}")
+    for note, count in notes.items():
+        _whole(count, f"totals.notes.{note}"[:60], file)
     if not isinstance(header.get("sha256"), str):
         raise UserError(f"{file}: damaged, sha256 is {_shown(header.get('sha256'))}")
     check_plan(header, file)

@@ -11,7 +11,9 @@ import json
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -21,7 +23,7 @@ import numpy as np
 
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.common.files import atomic_file, temporaries, write_atomic
+from codecssl.tokenize.common.files import atomic_file, sync_folder, temporaries, write_atomic
 from codecssl.tokenize.format.blocks import (
     BlockPlace,
     PackedBlock,
@@ -51,8 +53,8 @@ def tidy(root: Path) -> None:
 
 
 def to_json(value: object, indent: int | None = 1) -> bytes:
-    """Serialize to JSON in UTF-8, deterministically."""
-    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode()
+    """Serialize to JSON in UTF-8, deterministically. Bytes of file names that are not UTF-8 become JSON escapes."""
+    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 # ---------------------------------------------------------------- shards
@@ -108,6 +110,8 @@ class ShardWriter:
             "failed": [asdict(f) for f in failures],
             "block_crc32": zlib.crc32(content),
         }
+        if notes := _notes((note, u.id) for u in utterances for note in u.notes):
+            part["notes"] = notes
         write_atomic(self._part_path(block, "block"), content)
         write_atomic(self._part_path(block, "json"), to_json(sealed(part)))
         self.parts.append(part)
@@ -115,8 +119,8 @@ class ShardWriter:
     def finish(self, inputs_sha256: str) -> None:
         """Join the blocks into the tar, make it durable and write its completion record."""
         target = shard_path(self.root, self.shard)
-        target.parent.mkdir(exist_ok=True)
-        for left in target.parent.glob(f".{target.name}.*.tmp"):  # from a killed run
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f".{target.stem}.*.tmp"):  # from a killed run
             left.unlink()
         digest, blocks, offset = hashlib.sha256(), [], 0
         with atomic_file(target) as file:
@@ -139,6 +143,8 @@ class ShardWriter:
             "blocks": blocks,
             "failed": [f for part in self.parts for f in part["failed"]],
         }
+        if notes := _notes((n, id) for part in self.parts for n, ids in part.get("notes", {}).items() for id in ids):
+            record["notes"] = notes
         write_atomic(target.with_suffix(".json"), to_json(sealed(record), indent=None))
         shutil.rmtree(self.folder, ignore_errors=True)  # a sibling may tidy up at the same time
 
@@ -175,11 +181,45 @@ class ShardWriter:
         return ((block, part) for block, part in enumerate(self.parts) if part["count"])
 
 
+def _notes(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Group (note, id) by note, in alphabetical order of the notes."""
+    found: dict[str, list[str]] = {}
+    for note, id in pairs:
+        found.setdefault(note, []).append(id)
+    return dict(sorted(found.items()))
+
+
 def _moved(place: BlockPlace, offset: int) -> dict[str, int]:
     """Return the place of a block whose members begin at `offset` of the tar."""
     names = ("codes_bytes", "count", "crc32", "packed_crc32")
     kept = {name: place[name] for name in names if name in place}
     return {"offset": offset, "codes_offset": offset + place["codes_offset"]} | kept
+
+
+def replace_shards(root: Path, folder: Path, mine: Callable[[int], bool]) -> list[int]:
+    """Move the finished shards of `folder`, those for which `mine` is true, to `root` and return their numbers.
+
+    dataset.json is removed before, so that nobody reads a mixture, and a moved shard's mark appears last. An
+    interrupted call is completed by the next.
+    """
+    marks = sorted((folder / "shards").glob("[0-9]*.json"))
+    moved = [int(path.stem) for path in marks if path.stem.isdecimal() and mine(int(path.stem))]
+    if moved:
+        (root / "dataset.json").unlink(missing_ok=True)
+        sync_folder(root)
+    for shard in moved:
+        new, old = shard_path(folder, shard), shard_path(root, shard)
+        old.with_suffix(".json").unlink(missing_ok=True)
+        sync_folder(old.parent)
+        if new.exists():  # else moved by a run that was killed here
+            new.replace(old)
+        new.with_suffix(".json").replace(old.with_suffix(".json"))
+        sync_folder(old.parent)
+        shutil.rmtree(folder / "work" / f"{shard:05d}", ignore_errors=True)  # of a run that was killed
+    for left in (folder / "work", folder / "shards", folder):
+        with suppress(OSError):  # other tasks use it, or it is not there
+            left.rmdir()
+    return moved
 
 
 # ---------------------------------------------------------------- the dataset
@@ -193,20 +233,23 @@ def finish_dataset(root: Path, header: dict[str, Any], shards: int) -> dict[str,
     """
     card = CodecCard.from_dict(header["codec"])
     totals = dict.fromkeys(("inputs", "utterances", "frames", "samples", "bytes"), 0)
-    digest, failed, blocks = hashlib.sha256(), 0, 0
+    digest, failed, blocks, notes = hashlib.sha256(), 0, 0, Counter[str]()
     with atomic_file(root / "failed.jsonl") as file:
         for record in _completion_records(root, shards):
             totals = {key: value + record[key] for key, value in totals.items()}
             digest.update(record["sha256"].encode())
             failed += len(record["failed"])
+            notes.update({note: len(ids) for note, ids in record.get("notes", {}).items()})
             blocks += len(record["blocks"])
             file.writelines(to_json(row, indent=None) for row in record["failed"])
     _write_index(root, shards, card, totals["utterances"], blocks)
-    found = totals | {
+    found: dict[str, Any] = totals | {
         "failed": failed,
         "shards": shards,
         "hours": round(totals["samples"] / card.sample_rate / 3600, 4),
     }
+    if notes:
+        found["notes"] = dict(sorted(notes.items()))
     version = FORMAT_VERSION if header.get("compression") else 1
     dataset = {"format": FORMAT, "format_version": version, "sha256": digest.hexdigest(), "totals": found}
     write_atomic(root / "dataset.json", to_json(sealed(dataset | header)))

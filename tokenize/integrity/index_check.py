@@ -33,6 +33,7 @@ class SideFiles:
         self.kind = self.index.open_array((NARROW, WIDE))
         self.blocks.open_array((BLOCK,))
         self.sums: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
         self.blocks_seen = self.utterances = self.longest = 0
         self.recorded, self.actual = hashlib.sha256(), hashlib.sha256()
         self.doubtful: list[Damage] = []
@@ -52,6 +53,7 @@ class SideFiles:
         for failure in record["failed"]:
             self.failed.compare(to_json(failure, indent=None))
         self.sums.update({key: record[key] for key in SUMS} | {"failed": len(record["failed"]), "shards": 1})
+        self.notes.update({note: len(ids) for note, ids in record.get("notes", {}).items()})
         self.recorded.update(record["sha256"].encode())
         self.actual.update(checked.sha256.encode())
         if checked.doubtful:
@@ -90,6 +92,9 @@ class SideFiles:
         for key, count in expected.items():
             if header["totals"][key] != count:
                 yield Damage(file="dataset.json", what=f"{header['totals'][key]} {key}, the shards have {count}")
+        if header["totals"].get("notes", {}) != self.notes:
+            found = header["totals"].get("notes", {})
+            yield Damage(file="dataset.json", what=f"notes {found}, the shards have {dict(self.notes)}")
         if not self.doubtful and header["sha256"] != self.recorded.hexdigest():
             yield Damage(file="dataset.json", what="sha256 differs from the shards'")
 

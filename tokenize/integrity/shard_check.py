@@ -286,7 +286,11 @@ class _Check:
 
 def _misfit(record: dict[str, Any]) -> str:
     """Describe an error in the form of a record, or return ""."""
-    if odd := sorted(RECORD.keys() ^ record.keys()):
+    notes = record.get("notes", {})
+    ids = notes.values() if isinstance(notes, dict) else [None]
+    if not all(isinstance(each, list) and all(isinstance(id, str) for id in each) for each in ids):
+        return f"notes {str(notes)[:60]!r}"
+    if odd := sorted(RECORD.keys() ^ (record.keys() - {"notes"})):
         return f"{'no' if odd[0] in RECORD else 'unknown'} {odd[0]!r}"
     for key, kind in RECORD.items():
         if type(record[key]) is not kind or (kind is int and not 0 <= record[key] < LARGEST):

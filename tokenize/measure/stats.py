@@ -17,6 +17,7 @@ import numpy as np
 
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format.entropy import aligned
+from codecssl.tokenize.format.layout import NOTES
 from codecssl.tokenize.measure.entropies import conditional_entropy, corrected_entropy
 from codecssl.tokenize.measure.stats_sample import MAX_CODES, Sample, take_sample
 from codecssl.tokenize.shards import Shards, Utterance
@@ -50,6 +51,7 @@ def stats(root: Path, *, plot: Path | None = None, max_codes: int = MAX_CODES) -
         "mel_bytes": mel,
         "utterances": totals["utterances"],
         "failed": totals["failed"],
+        "notes": totals.get("notes", {}),
         "hours": seconds / 3600,
         "frames": totals["frames"],
         "codes": codes,
@@ -81,6 +83,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     return [
         f"codec            {found['codec']}, {found['num_codebooks']} codebooks, {rate}",
         f"utterances       {found['utterances']} ({found['failed']} inputs failed)",
+        *(f"note             {count} {NOTES.get(note, note)}" for note, count in found["notes"].items()),
         f"audio            {found['hours']:.3f} h, {found['frames']} frames, {found['codes']} codes",
         f"bits per code    {found['stored_bits_per_code']:.3f} stored in all files, {nominal}",
         *_mel_line(found),

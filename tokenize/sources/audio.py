@@ -24,6 +24,9 @@ BLOCK_FRAMES = 1 << 17
 END_TOLERANCE = 0.5
 """Seconds by which a segment may exceed its file. Such a segment is cut and counted. Lhotse allows the same."""
 
+LEAST_RATE, MOST_RATE = 1000, 1_000_000
+"""Bounds of a file's sample rate in Hz. At 1 Hz, a file of 80 kB would be resampled to gigabytes."""
+
 SILENCED = 1e-3
 """Power ratio of the downmix to the mean of the channels, below which the channels count as cancelling."""
 
@@ -86,6 +89,10 @@ class AudioReader:
 
     def _resampled(self, file: AudioDecoder) -> Iterator[NDArray[np.float32]]:
         self.source_rate = file.samplerate
+        if not LEAST_RATE <= file.samplerate <= MOST_RATE:
+            raise UserError(
+                f"sample rate {file.samplerate} Hz: must be from {LEAST_RATE} to {MOST_RATE}; correct the file's header"
+            )
         there = file.channels
         if self.channel is not None:
             if self.channel >= there:

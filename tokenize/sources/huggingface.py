@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from codecssl.tokenize.common.errors import UserError, one_line
 from codecssl.tokenize.sources.arrow_audio import content_of, is_list, mapped, paths_of, sizes_of
+from codecssl.tokenize.sources.columns import ENDS, STARTS, segment_of
 from codecssl.tokenize.sources.inputs import Input, Seen, as_label, in_utf8, split_options
 
 OPTIONS = ("audio", "id", "labels", "revision")
@@ -58,7 +59,8 @@ def parse(source: str) -> Request:
 def read_hf(source: str, skip: int = 0) -> Iterator[Input]:
     """Yield inputs of `hf:NAME[:CONFIG]:SPLIT` or `hf-stream:...` except the first `skip`.
 
-    NAME is a dataset of the hub, a folder that `datasets` can load, or one written by `save_to_disk`. Ids come from an
+    Columns that select a segment or a channel are honoured as in manifests, unless `labels` names them. NAME is a
+    dataset of the hub, a folder that `datasets` can load, or one written by `save_to_disk`. Ids come from an
     id column, or are row numbers. Raises UserError, also for a duplicate id.
     """
     request = parse(source)
@@ -147,10 +149,12 @@ class Columns:
     audio: str
     id: str | None
     labels: dict[str, Any]
+    segment: tuple[str, ...] = ()
+    """Columns that may select a segment or a channel, under the names of manifests."""
 
     @property
     def used(self) -> list[str]:
-        return list(dict.fromkeys([self.audio, *([self.id] if self.id else []), *self.labels]))
+        return list(dict.fromkeys([self.audio, *([self.id] if self.id else []), *self.labels, *self.segment]))
 
 
 def _choose(request: Request, features: Any) -> Columns:
@@ -169,8 +173,11 @@ def _choose(request: Request, features: Any) -> Columns:
         chosen = [known("labels", name) for name in options["labels"].split(",") if name]
     else:
         chosen = [name for name in names if name not in (audio, id)]
-    types = {name: features.arrow_schema.field(name).type for name in chosen}
-    return Columns(audio, id, {name: features[name] for name in chosen if _is_label(types[name])})
+    types = {name: features.arrow_schema.field(name).type for name in names}
+    segment = [name for name in (*STARTS, *ENDS, "duration", "channel") if name in names and name not in (audio, id)]
+    segment = [name for name in segment if "labels" not in options or name not in chosen]  # named there: a label
+    labels = {name: features[name] for name in chosen if _is_label(types[name])}
+    return Columns(audio, id, labels, tuple(name for name in segment if _is_label(types[name])))
 
 
 def _find_audio(request: Request, features: Any) -> str:
@@ -268,13 +275,23 @@ def _inputs(request: Request, columns: Columns, batch: RowBatch, number: int) ->
     ids = table.column(columns.id).to_pylist() if columns.id else [None] * count
     audio = table.column(columns.audio)
     sizes, paths = sizes_of(audio), paths_of(audio, Path(request.name))
+    segments = {name: table.column(name).to_pylist() for name in columns.segment}
     for i in range(count):
+        where = f"source {request.source!r}, row {number + i}"
+        place = {name: values[i] for name, values in segments.items()}
+        try:
+            segment, used = segment_of(where, place)
+        except UserError as error:
+            others = ",".join(name for name in columns.labels if name not in columns.segment)
+            raise UserError(f"{error}; with ?labels={others or 'NAME'},... such a column is a label") from error
         id = f"{number + i:08d}" if ids[i] in (None, "") else in_utf8(str(ids[i]))
+        selecting = {name for name in place if name in used or place[name] is None}
         common: dict[str, Any] = {
             "id": id,
             "path": paths[i] or f"{number + i:08d}",
-            "labels": {name: values[i] for name, values in labels.items()},
+            "labels": {name: values[i] for name, values in labels.items() if name not in selecting},
             "size": sizes[i],
+            **segment,
         }
         if batch.file:
             yield Input(**common, file=batch.file, row=batch.first + i, column=columns.audio)

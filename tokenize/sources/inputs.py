@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.format.stored import StoredPlace
 from codecssl.tokenize.sources.open_audio import Held, open_file
 
 QUERY = re.compile(r"\?(?=[a-z]+=)")
@@ -79,6 +80,13 @@ class Input:
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).digest()
 
 
+@dataclass(frozen=True, kw_only=True)
+class KeptInput(Input):
+    """An input that was encoded before. Its codes are taken from their shard."""
+
+    stored: StoredPlace
+
+
 # ---------------------------------------------------------------- names, labels, options
 
 
@@ -117,8 +125,17 @@ def in_utf8(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def as_label(value: Any) -> Any:
-    """Convert `value` for JSON. Non-finite numbers become None, unsupported types become text."""
+MOST_DEPTH = 32
+"""Maximum depth of nested lists and dicts in a label."""
+
+
+def as_label(value: Any, depth: int = 0) -> Any:
+    """Convert `value` for JSON. Non-finite numbers become None, unsupported types become text.
+
+    Raises UserError for values nested deeper than MOST_DEPTH.
+    """
+    if depth > MOST_DEPTH:
+        raise UserError(f"a label is nested more than {MOST_DEPTH} deep")
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str):
@@ -126,9 +143,9 @@ def as_label(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, (list, tuple)):
-        return [as_label(v) for v in value]
+        return [as_label(v, depth + 1) for v in value]
     if isinstance(value, dict):
-        return {str(k): as_label(v) for k, v in value.items()}
+        return {in_utf8(str(k)): as_label(v, depth + 1) for k, v in value.items()}
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 

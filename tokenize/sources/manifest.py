@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import csv
-import filecmp
 import gzip
 import json
-import os
+import sys
+import zlib
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.common.files import temporary_for
-from codecssl.tokenize.sources.columns import PATHS, first_of, segment_of
-from codecssl.tokenize.sources.inputs import Input, Seen, as_label, in_utf8
+from codecssl.tokenize.common.files import atomic_file
+from codecssl.tokenize.sources.columns import PATHS, Rows, first_of, from_lhotse, segment_of, with_segments
+from codecssl.tokenize.sources.inputs import MOST_DEPTH, Input, Seen, as_label, in_utf8
 
 MANIFESTS = (".tsv", ".csv", ".jsonl", ".jsonl.gz", ".json", ".scp", ".txt", ".lst", ".list")
 LISTS = (".txt", ".lst", ".list")
 """Suffixes of lists with one path per line."""
-
-Rows = Iterator[tuple[int, dict[str, Any]]]
-"""Line number and columns of each row."""
 
 
 def read_manifest(manifest: Path) -> Iterator[Input]:
@@ -29,14 +28,15 @@ def read_manifest(manifest: Path) -> Iterator[Input]:
 
     The text is UTF-8 with or without a byte-order mark and with any line ends. A .jsonl may begin with
     {"root": FOLDER}, which replaces the table's folder. Other supported formats are NeMo's .json and .jsonl.gz (rows of
-    JSON), lists of paths (.txt, .lst, .list), Kaldi's wav.scp without pipes, fairseq's .tsv with its root line, and
-    Common Voice's .tsv next to clips/. Raises UserError naming the line.
+    JSON), Lhotse's MonoCuts and recordings, lists of paths (.txt, .lst, .list), Kaldi's wav.scp without pipes and the
+    segments, utt2spk and text next to it, fairseq's .tsv with its root line, and Common Voice's .tsv next to clips/.
+    Raises UserError naming the line.
     """
     name, root = manifest.name.lower(), manifest.parent
     if name.endswith((".jsonl", ".jsonl.gz", ".json")):
         return _inputs(_json_rows(manifest), str(manifest), root)
     if name.endswith(".scp"):
-        return _inputs(_kaldi_rows(manifest), str(manifest), root)
+        return _inputs(with_segments(manifest, _kaldi_rows(manifest)), str(manifest), root)
     if name.endswith(LISTS):
         return _inputs(_list_rows(manifest), str(manifest), root)
     if name.endswith(".tsv") and (folder := _fairseq_root(manifest)) is not None:
@@ -69,34 +69,37 @@ def spool_stdin(stream: BinaryIO, target: Path) -> str:
     """
     if target.exists() and stream.isatty():
         return str(target)
-    temporary = temporary_for(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if _spool(stream, temporary):
-            if not target.exists():
-                temporary.replace(target)
-            elif not filecmp.cmp(temporary, target, shallow=False):
-                raise UserError(
-                    f"standard input: another list, or from another folder, than {target} was begun with; "
-                    "give another --output"
-                )
-        elif not target.exists():
-            raise UserError("standard input: no paths; write one per line, or JSON rows with path, [id, start, end]")
-    finally:
-        temporary.unlink(missing_ok=True)
+    if not target.exists():
+        with atomic_file(target) as file:
+            if not _spool(stream, file):
+                what = "standard input: no paths; write one per line, or JSON rows with path, [id, start, end]"
+                raise UserError(what)
+        return str(target)
+    with TemporaryFile(dir=target.parent, prefix=".", suffix=".tmp") as again, target.open("rb") as before:
+        count = _spool(stream, again)
+        again.seek(0)
+        same = all(a == b for a, b in zip_longest(_chunks(again), _chunks(before)))
+    if count and not same:
+        raise UserError(
+            f"standard input: another list, or from another folder, than {target} was begun with; give another --output"
+        )
     return str(target)
 
 
-def _spool(stream: BinaryIO, path: Path) -> int:
+def _spool(stream: BinaryIO, file: BinaryIO) -> int:
+    """Write a list as JSON rows. Return their number."""
     count = 0
-    with path.open("w", encoding="utf-8") as file:
-        print(json.dumps({"root": str(Path.cwd())}), file=file)
-        for _, row in _listed(stream, "standard input"):
-            print(json.dumps(row), file=file)  # ASCII keeps names that are not UTF-8 as escapes
-            count += 1
-        file.flush()
-        os.fsync(file.fileno())
+    file.write(json.dumps({"root": str(Path.cwd())}).encode() + b"\n")
+    for _, row in _listed(stream, "standard input"):
+        file.write(json.dumps(row).encode() + b"\n")  # ASCII keeps names that are not UTF-8 as escapes
+        count += 1
     return count
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    while chunk := file.read(1 << 20):
+        yield chunk
 
 
 # ---------------------------------------------------------------- rows
@@ -150,7 +153,8 @@ def _fairseq_rows(manifest: Path) -> Rows:
         for number, line in enumerate(file, 1):
             path, _, samples = line.decode("utf-8", "surrogateescape").rstrip("\r\n").partition("\t")
             if number > 1 and path:
-                yield number, {"path": path, "samples": int(samples) if samples.isdigit() else samples}
+                is_count = samples.isdecimal() and len(samples) < 20
+                yield number, {"path": path, "samples": int(samples) if is_count else samples}
 
 
 def _json_rows(manifest: Path) -> Rows:
@@ -162,13 +166,18 @@ def _json_rows(manifest: Path) -> Rows:
 
 
 def _json_row(name: str, number: int, line: str) -> dict[str, Any]:
+    where = f"{name}, line {number}"
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{name}, line {number}: not JSON ({error.msg})") from error
+        raise UserError(f"{where}: not JSON ({error.msg})") from error
+    except ValueError as error:
+        raise UserError(f"{where}: a number of more than {sys.get_int_max_str_digits()} digits; shorten it") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: JSON nested too deep; a label may have {MOST_DEPTH} levels") from error
     if not isinstance(row, dict):
-        raise UserError(f"{name}, line {number}: a row must be a JSON object, this is {type(row).__name__}")
-    return row
+        raise UserError(f"{where}: a row must be a JSON object, this is {type(row).__name__}")
+    return from_lhotse(where, row)
 
 
 def _table_rows(manifest: Path) -> Rows:
@@ -193,6 +202,8 @@ def _decoded(lines: Iterator[str], manifest: Path) -> Iterator[str]:
         yield from lines
     except UnicodeDecodeError as error:
         raise UserError(f"{manifest}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{manifest}: not a whole gzip file ({error}); make or copy it again") from error
 
 
 # ---------------------------------------------------------------- inputs
@@ -224,10 +235,14 @@ def _input(where: str, row: dict[str, Any], root: Path) -> Input:
     suffix = "" if start is None and end is None else f"#{start or 0:.15g}-{'' if end is None else f'{end:.15g}'}"
     suffix += "" if channel is None else f"@{channel}"
     id = row.get("id")
+    try:
+        labels = {k: as_label(v) for k, v in row.items() if k not in ("id", column) and k not in used}
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     return Input(
         id=in_utf8(path + suffix if id in (None, "") else str(id)),
         path=in_utf8(path),
         file=str(root / path),
-        labels={k: as_label(v) for k, v in row.items() if k not in ("id", column) and k not in used},
+        labels=labels,
         **segment,
     )

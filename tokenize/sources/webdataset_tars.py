@@ -35,7 +35,8 @@ def read_wds(source: str) -> Iterator[Input]:
     An id is the tar's name and the key. A member `.json` gives a label for each of its keys. Other `.json`, `.txt` and
     `.cls` members give a label named after their extension. A key without audio, or with several audio members of which
     `audio` selects none, is an unreadable input. Audio in an uncompressed tar is read by the process that encodes it.
-    Raises UserError for a missing or truncated tar, and for a duplicate key.
+    Tars joined by `cat` are read to their end. A hard link is read as the file that it names; other links are
+    unreadable inputs. Raises UserError for a missing or truncated tar, and for a duplicate key.
     """
     pattern, options = split_options(source, OPTIONS)
     tars = _expand(source, pattern.removeprefix("wds:"))
@@ -96,6 +97,8 @@ class _Sample:
         self.key = key
         self.members: dict[str, tarfile.TarInfo] = {}
         self.contents: dict[str, bytes] = {}
+        self.unread: dict[str, str] = {}
+        """Reasons why members have no content, by extension."""
 
     def input(self, tar: Path, name: str, audio: str) -> Input:
         """Build the input of this sample. `audio` is the extension chosen by the user, or ""."""
@@ -107,6 +110,8 @@ class _Sample:
         id = f"{name}/{in_utf8(self.key)}"
         if problem:
             return Input(id=id, path=id, file=str(tar), labels=labels, problem=problem)
+        if heard[0] in self.unread:
+            return Input(id=id, path=id, file=str(tar), labels=labels, problem=self.unread[heard[0]])
         member, data = self.members[heard[0]], self.contents.get(heard[0])
         return Input(
             id=id,
@@ -125,7 +130,7 @@ class _Sample:
             kind = extension.rpartition(".")[2]
             try:
                 value = as_label(_decoded(kind, content))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 return labels, f"its member .{extension} is not {kind.upper()} ({error})"
             if extension in JSONS and isinstance(value, dict):
                 labels |= value
@@ -161,7 +166,9 @@ def _samples(tar: Path) -> Iterator[_Sample]:
         if extension in sample.members:
             raise UserError(f"{tar}: member {member.name!r} is there twice")
         sample.members[extension] = member
-        if content is not None:
+        if isinstance(content, str):
+            sample.unread[extension] = content
+        elif content is not None:
             sample.contents[extension] = content
     if sample is not None:
         yield sample
@@ -170,22 +177,52 @@ def _samples(tar: Path) -> Iterator[_Sample]:
 # ---------------------------------------------------------------- tars
 
 
-def _members(tar: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, bytes | None]]:
-    """Yield (key, extension, member, content) of each file. Members that are read in place have no content."""
-    opener = _opener(tar)
+def _members(tar: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, bytes | str | None]]:
+    """Yield (key, extension, member, content) of each file.
+
+    Members that are read in place have no content. Of links that cannot be followed, the content is a str: the reason.
+    """
+    opener, targets = _opener(tar), dict[str, tarfile.TarInfo]()
     with opener(tar) if opener else tar.open("rb") as file:
+        for archive, member in _walk(tar, file):
+            key, extension = _split(member.name)
+            wanted = _is_label(extension) or opener
+            if member.islnk() and extension and not opener:
+                targets = targets or {m.name: m for _, m in _walk(tar, file) if m.isreg()}
+                if (target := targets.get(member.linkname)) is not None:
+                    member.type, member.size, member.offset_data = target.type, target.size, target.offset_data
+                    member.sparse = target.sparse  # type: ignore[attr-defined]
+            if extension and (member.islnk() or member.issym()):
+                kind = "hard" if member.islnk() else "symbolic"
+                yield key, extension, member, f"a {kind} link to {in_utf8(member.linkname)}; make the tar with its file"
+            elif member.isreg() and extension:
+                stream = archive.extractfile(member) if wanted or member.issparse() else None
+                yield key, extension, member, stream.read() if stream else None
+
+
+def _walk(tar: Path, file: Any) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Yield the members of a tar and of those that `cat` joined to it. Each use of `file` keeps its own position."""
+    at: int | None = 0
+    while at is not None:
+        file.seek(at)
         watched = _Watched(file)
         archive = tarfile.open(fileobj=watched, mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
         while (member := archive.next()) is not None:
             archive.members.clear()  # tarfile would keep all members
-            key, extension = _split(member.name)
-            if not member.isreg() or not extension:
-                continue
-            wanted = _is_label(extension) or opener or member.issparse()
-            stream = archive.extractfile(member) if wanted else None
-            yield key, extension, member, stream.read() if stream else None
+            yield archive, member
         if watched.last != bytes(tarfile.BLOCKSIZE):
             raise UserError(f"{tar}: not a whole tar (its end mark is missing); make or copy it again")
+        at = _next_archive(file, archive.offset)
+
+
+def _next_archive(file: Any, at: int) -> int | None:
+    """Return the offset of the first block from `at` that is not zero; None if the file ends before."""
+    file.seek(at)
+    while block := file.read(tarfile.BLOCKSIZE):
+        if block.strip(b"\0"):
+            return at
+        at += len(block)
+    return None
 
 
 def _opener(tar: Path) -> Callable[[Path], Any] | None:

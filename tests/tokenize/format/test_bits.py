@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from codecssl.tokenize.format.bits import CHUNK, pack, packed_size, unpack
+from codecssl.tokenize.format.bits import CHUNK, pack, pack_planes, packed_size, unpack
 
 
 def naive(codes, bits):
@@ -60,3 +60,14 @@ def test_bytes_that_hold_other_codes_do_not_matter():
 def test_a_code_out_of_range_is_refused(code, message):
     with pytest.raises(ValueError, match=message):
         pack(np.array([3, code]), 10)
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_planes_packed_together_are_those_packed_alone(bits):
+    rng = np.random.default_rng(bits)
+    for lengths in ([5, 5, 5], rng.integers(0, 40, 50), [0], [], [0, 3, 0], [CHUNK + 3, 9]):
+        planes = [rng.integers(0, 1 << bits, length).astype(np.uint16) for length in lengths]
+        assert pack_planes(planes, bits) == b"".join(pack(plane, bits) for plane in planes)
+    if bits < 16:
+        with pytest.raises(ValueError, match="does not fit in"):
+            pack_planes([np.array([0]), np.array([1 << bits])], bits)

@@ -304,3 +304,25 @@ def test_the_error_of_an_interrupted_stream_names_place_and_remedy(parquets):
     with pytest.raises(UserError, match="reading stopped: .*run the same command again") as caught:
         list(stream)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["hf", "hf-stream"])
+def test_columns_that_select_a_segment_or_a_channel_are_honoured_as_in_manifests(tmp_path, kind):
+    more = dict(start=[0.01] * 2, end=[0.02, None], channel=[0, None], duration=[0.5, 0.01])
+    dataset(2, **more).save_to_disk(str(tmp_path / "cut"))
+    first, second = inputs(f"{kind}:{tmp_path}/cut:train")
+    assert (first.start, first.end, first.channel, second.start, second.end, second.channel) == (
+        0.01, 0.02, 0, 0.01, 0.02, None,
+    )  # fmt: skip
+    assert not {"start", "end", "channel"} & {*first.labels, *second.labels}
+    assert first.labels["text"] == "héllo 0"
+    [one, _] = inputs(f"{kind}:{tmp_path}/cut:train?labels=start,text")
+    assert (one.start, one.end, one.labels) == (None, 0.02, {"start": 0.01, "text": "héllo 0"})
+
+
+def test_a_segment_column_that_holds_something_else_is_named_with_the_remedy(tmp_path):
+    dataset(2, start=["soon", "late"]).save_to_disk(str(tmp_path / "cut"))
+    with pytest.raises(UserError, match=r"row 0: start 'soon' is not a number of seconds; with \?labels="):
+        inputs(f"hf:{tmp_path}/cut:train")
+    first, _ = inputs(f"hf:{tmp_path}/cut:train?labels=start")
+    assert first.labels == {"start": "soon"}

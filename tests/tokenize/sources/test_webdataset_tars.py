@@ -260,3 +260,50 @@ def test_dots_before_digits_belong_to_the_key(tmp_path):
     source = write(tmp_path / "x.tar", ("utt_11.708_13.970.flac", b"1"), ("utt_11.708_13.970.txt", b"hi"))
     [item] = found(source)
     assert (item.id, item.labels) == ("x.tar/utt_11.708_13.970", {"txt": "hi"})
+
+
+@pytest.mark.parametrize("padding", [0, 1, 20])
+def test_tars_joined_by_cat_are_read_to_their_end(tars, tmp_path, padding):
+    """GNU tar pads to 20 blocks, others to 2; webdataset's own reader stops at the first end mark."""
+    first, second = (tars / "train-000.tar").read_bytes(), sample(7)
+    with webdataset.TarWriter(str(tmp_path / "more.tar")) as writer:
+        writer.write(second | {"__key__": "late"})
+    (tmp_path / "joined.tar").write_bytes(first + bytes(512 * padding) + (tmp_path / "more.tar").read_bytes())
+    items = found(f"wds:{tmp_path}/joined.tar")
+    assert [item.id.rpartition("/")[2] for item in items] == ["u0", "u1", "u2", "late"]
+    with items[-1].open() as file:
+        assert file.read() == second["flac"]
+    (tmp_path / "junk.tar").write_bytes(first + b"junk" * 200)
+    with pytest.raises(UserError, match="junk.tar: not a whole tar"):
+        found(f"wds:{tmp_path}/junk.tar")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_links_in_a_tar_are_read_or_named(tmp_path, compressed):
+    """As `tar` writes a folder in which two names are one file."""
+    path, content = tmp_path / ("x.tar.gz" if compressed else "x.tar"), flac(3)
+    with tarfile.open(path, "w:gz" if compressed else "w") as archive:
+        for name, kind, target in [
+            ("a.flac", tarfile.REGTYPE, ""),
+            ("a.txt", tarfile.REGTYPE, ""),
+            ("b.flac", tarfile.LNKTYPE, "a.flac"),
+            ("b.txt", tarfile.LNKTYPE, "a.txt"),
+            ("c.flac", tarfile.SYMTYPE, "a.flac"),
+            ("d.flac", tarfile.LNKTYPE, "gone.flac"),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            body = b"" if target else content if name.endswith("flac") else b"hello"
+            info.size = len(body)
+            archive.addfile(info, io.BytesIO(body))
+    a, b, c, d = found(f"wds:{path}")
+    with a.open() as file:
+        assert file.read() == content
+    assert c.problem == "a symbolic link to a.flac; make the tar with its file"
+    assert d.problem == "a hard link to gone.flac; make the tar with its file"
+    if compressed:
+        assert b.problem == "a hard link to a.flac; make the tar with its file"
+        return
+    with b.open() as file:
+        assert file.read() == content
+    assert a.labels == b.labels == {"txt": "hello"}

@@ -68,13 +68,13 @@ class SeanetEncoder:
             features[:, i] = self._convolve(lane, piece)
             lane.pieces += 1
         latents = []
-        for lane, hidden in zip(lanes, self._recur(features, lanes).unbind(1)):
+        for lane, hidden in zip(lanes, self.recur(features, lanes).unbind(1)):
             self.hidden.copy_(hidden)
             self.last(lane)
             latents.append(self.last.out.clone())
         return torch.stack(latents)
 
-    def _recur(self, features: Tensor, lanes: Sequence[Lane]) -> Tensor:
+    def recur(self, features: Tensor, lanes: Sequence[Lane]) -> Tensor:
         """Run the LSTM on [t, W, H]: in parallel up to `shared_pieces` of a wave, each lane alone after that."""
         alone = [[i] for i, lane in enumerate(lanes) if lane.pieces > self.shared_pieces]
         shared = [i for i, lane in enumerate(lanes) if lane.pieces <= self.shared_pieces]

@@ -60,8 +60,8 @@ class Kernel:
 
     def __init__(self, layer: Any, source: Tensor) -> None:
         """source: the buffer [n, C] that will hold the input."""
-        inner = _innermost(layer)
-        weight, self.stride, self.dilation = _weight(inner), inner.stride[0], inner.dilation[0]
+        inner = innermost(layer)
+        weight, self.stride, self.dilation = folded_weight(inner), inner.stride[0], inner.dilation[0]
         self.upsample, self.mirror = 1, True
         if isinstance(inner, nn.ConvTranspose1d):
             self.stride, self.upsample, self.mirror = 1, self.stride, False
@@ -135,9 +135,9 @@ class SeanetResidual:
     def __init__(self, layer: Any, source: Tensor, arena: Arena, frames: int) -> None:
         self.source = source
         self.narrow = CausalConvolution(layer.block[1], source, arena, source, frames=frames, activate=True)
-        pointwise, shortcut = _innermost(layer.block[3]), _innermost(layer.shortcut)
-        self.widen = _weight(pointwise)[..., 0].t().contiguous()
-        self.shortcut = _weight(shortcut)[..., 0].t().contiguous()
+        pointwise, shortcut = innermost(layer.block[3]), innermost(layer.shortcut)
+        self.widen = folded_weight(pointwise)[..., 0].t().contiguous()
+        self.shortcut = folded_weight(shortcut)[..., 0].t().contiguous()
         self.bias = (pointwise.bias + shortcut.bias).detach()
         hidden = self.narrow.out
         self.activated = arena.take(*hidden.shape, source, hidden)
@@ -193,7 +193,7 @@ def stages_of(layers: Sequence[Any], source: Tensor, arena: Arena, frames: int) 
     return found
 
 
-def _innermost(layer: Any) -> Any:
+def innermost(layer: Any) -> Any:
     """Return the torch layer inside the wrappers of either library."""
     while (inner := getattr(layer, "convtr", getattr(layer, "conv", None))) is not None:
         layer = inner
@@ -212,7 +212,7 @@ def _blocked(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _weight(convolution: Any) -> Tensor:
+def folded_weight(convolution: Any) -> Tensor:
     """Return a convolution's weight with its weight norm, of either kind, folded in."""
     if hasattr(convolution, "weight_g"):  # set by a hook when the layer is called: recompute what may be stale
         return torch._weight_norm(convolution.weight_v, convolution.weight_g, 0)
