@@ -4,7 +4,7 @@ Each segment is divided by its own volume and encoded independently. The last se
 padded, because every layer normalizes over the segment. A wave's codes are the concatenated codes of its segments.
 
 On a CPU, memory traffic and reading the LSTM's weights at each step dominate the time. The layers before the LSTM
-therefore process one segment in blocks that fit the cache (parts/encodec_48khz_layers.py). The LSTM processes several
+therefore process one segment in blocks that fit the cache (encodec_48khz_layers.py). The LSTM processes several
 segments of a wave at once.
 """
 
@@ -22,9 +22,9 @@ from encodec.model import EncodecModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from codecssl.tokenize.backends.encodec_48khz_layers import Layers, layers_of
 from codecssl.tokenize.backends.parts.card_fields import policies, versions
 from codecssl.tokenize.backends.parts.chunked_stream import ChunkedStream
-from codecssl.tokenize.backends.parts.encodec_48khz_layers import Layers, layers_of
 from codecssl.tokenize.backends.parts.precision import full_precision
 from codecssl.tokenize.backends.parts.weights import fill, load_pretrained, state_sha256, th_file
 from codecssl.tokenize.codec import CodecCard, Encoded, keep_codebooks

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codecssl.tokenize.backends.mimi import Taps, elu
+from codecssl.tokenize.backends.mimi import Taps
+from codecssl.tokenize.backends.parts.activations import elu
 
 BLOCK_FLOATS = 1 << 16
 """Input values per block. The block and its output fit the second-level cache of a CPU."""
