@@ -9,6 +9,7 @@ from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.data.hashed_random import hashed
 from codecssl.pretrain.data.loader import Batch
 from codecssl.pretrain.data.masking import kept_codebooks, span_mask
+from codecssl.pretrain.frame_rate import at_frame_rate
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.mel import MelSpec
 
@@ -23,6 +24,7 @@ def random_batch(
     mel: MelSpec | None = None,
 ) -> Batch:
     """Build a batch of `items` of `frames` frames each, with random codes and labels and the config's masking."""
+    config = at_frame_rate(config, card.frame_rate)
     keys = hashed(config.seed, np.arange(items))
     mask = span_mask(config.mask, keys, np.full(items, frames))
     random = np.random.default_rng(config.seed)
