@@ -16,7 +16,7 @@ from codecssl.superb.hear.predictor import (
     SHORTEST_MS,
     Perceptron,
     PredictorSettings,
-    Trained,
+    TrainedPredictor,
     events_of,
     predict,
     train,
@@ -116,7 +116,7 @@ def _active(task: TaskFolder, events: Sequence[dict[str, Any]], times: Tensor) -
 
 def _train(
     task: TaskFolder, data: dict[str, SplitData], fold: Fold, points: Sequence[Any], settings: PredictorSettings
-) -> list[Trained]:
+) -> list[TrainedPredictor]:
     embeddings = torch.cat([data[split].embeddings for split in fold.train])
     targets = torch.cat([data[split].targets for split in fold.train])
 
@@ -151,7 +151,7 @@ def _events(
     }
 
 
-def _test(task: TaskFolder, data: dict[str, SplitData], fold: Fold, trained: Trained) -> dict[str, float]:
+def _test(task: TaskFolder, data: dict[str, SplitData], fold: Fold, trained: TrainedPredictor) -> dict[str, float]:
     test, multilabel = data[fold.test], task.multilabel or task.events
     probabilities = predict(trained.model, test.embeddings, multilabel=multilabel)
     found: Any = probabilities

@@ -119,7 +119,7 @@ def _roll(events: Sequence[Event], segments: int, segment_ms: float) -> list[set
 
 
 @dataclass(frozen=True)
-class Metric:
+class HearMetric:
     """A metric by HEAR's name. `of_events`: it compares events of clips, not a score for each class."""
 
     compute: Callable[..., float]
@@ -132,20 +132,20 @@ class Metric:
 
 
 METRICS = {
-    "top1_acc": Metric(top1_accuracy),
-    "pitch_acc": Metric(top1_accuracy),
-    "chroma_acc": Metric(chroma_accuracy),
-    "mAP": Metric(mean_average_precision),
-    "d_prime": Metric(d_prime),
-    "aucroc": Metric(roc_area),
-    "event_onset_200ms_fms": Metric(event_f1, {"onset_ms": 200.0}, of_events=True),
-    "event_onset_50ms_fms": Metric(event_f1, {"onset_ms": 50.0}, of_events=True),
-    "event_onset_offset_50ms_20perc_fms": Metric(event_f1, {"onset_ms": 50.0, "offset_share": 0.2}, of_events=True),
-    "segment_1s_er": Metric(segment_error_rate, of_events=True, higher_is_better=False),
+    "top1_acc": HearMetric(top1_accuracy),
+    "pitch_acc": HearMetric(top1_accuracy),
+    "chroma_acc": HearMetric(chroma_accuracy),
+    "mAP": HearMetric(mean_average_precision),
+    "d_prime": HearMetric(d_prime),
+    "aucroc": HearMetric(roc_area),
+    "event_onset_200ms_fms": HearMetric(event_f1, {"onset_ms": 200.0}, of_events=True),
+    "event_onset_50ms_fms": HearMetric(event_f1, {"onset_ms": 50.0}, of_events=True),
+    "event_onset_offset_50ms_20perc_fms": HearMetric(event_f1, {"onset_ms": 50.0, "offset_share": 0.2}, of_events=True),
+    "segment_1s_er": HearMetric(segment_error_rate, of_events=True, higher_is_better=False),
 }
 
 
-def metric(name: str) -> Metric:
+def metric(name: str) -> HearMetric:
     """Return a metric by its name in task_metadata.json. Raises UserError for another."""
     if name not in METRICS:
         raise UserError(f"metric {name}: not one of HEAR's, {', '.join(METRICS)}")

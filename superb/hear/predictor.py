@@ -91,7 +91,7 @@ class Perceptron(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class TrainedPredictor:
     """A trained predictor at its best epoch."""
 
     model: Perceptron
@@ -109,7 +109,7 @@ def train(
     settings: PredictorSettings,
     *,
     multilabel: bool,
-) -> Trained:
+) -> TrainedPredictor:
     """Train a predictor on embeddings [N, D] and targets [N, C], one-hot or multi-hot.
 
     validate: score of a predictor, higher is better; NaN counts as lowest.
@@ -142,7 +142,7 @@ def train(
             if misses >= settings.patience:
                 break
         model.load_state_dict(state)
-    return Trained(model=model.eval(), point=point, epoch=best_epoch, score=best)
+    return TrainedPredictor(model=model.eval(), point=point, epoch=best_epoch, score=best)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from codecssl.tokenize.backends import hificodec, speechtokenizer, wavtokenizer
 from codecssl.tokenize.backends.fsq import s3tokenizer, xcodec2
 from codecssl.tokenize.backends.parts import bigcodec_encoder
 from codecssl.tokenize.backends.parts.noncausal_seanet import build_encoder
-from codecssl.tokenize.backends.parts.vocos import Backbone, FourierHead
+from codecssl.tokenize.backends.parts.vocos import FourierHead, VocosBackbone
 
 
 def entries_of(latents, count, size, seed=0):
@@ -85,7 +85,7 @@ def wavtokenizer_state(ratios=(8, 5, 4, 2), seed=0):
     hop = int(torch.tensor(ratios).prod())
     parts = {
         wavtokenizer.ENCODER: encoder.state_dict(),
-        "backbone.": Backbone(16, 64, 48, 2, 4).state_dict(),
+        "backbone.": VocosBackbone(16, 64, 48, 2, 4).state_dict(),
         "head.": FourierHead(64, 4 * hop, hop).state_dict() | {"istft.window": torch.hann_window(4 * hop)},
     }
     state = {prefix + key: value for prefix, part in parts.items() for key, value in part.items()}
@@ -103,7 +103,7 @@ def hificodec_state(channels=8, block_kernels=(3, 5), size=64, rate=16_000, seed
     """As the authors' code stores it. The authors' own network has 32 channels."""
     torch.manual_seed(seed)
     latent_dim, kernels = 16 * channels, [4, 8, 11, 16]
-    encoder = livened(hificodec.Encoder(channels, kernels, list(block_kernels)[::-1], latent_dim), seed)
+    encoder = livened(hificodec.HiFiCodecEncoder(channels, kernels, list(block_kernels)[::-1], latent_dim), seed)
     generator = livened(hificodec.Generator(latent_dim, 32, kernels[::-1], list(block_kernels)), seed)
     with torch.no_grad():
         latents = encoder(helpers.wave(2 * rate, rate=rate)[None, None])[0]
@@ -169,11 +169,11 @@ def xcodec2_state(seed=0):
         )
     )  # fmt: skip
     shapes = {"semantic_model": semantic, "SemanticEncoder_module": xcodec2.SemanticEncoder(16)}
-    shapes |= {"CodecEnc": livened(bigcodec_encoder.Encoder(2, xcodec2.STRIDES, 64), seed)}
+    shapes |= {"CodecEnc": livened(bigcodec_encoder.BigCodecEncoder(2, xcodec2.STRIDES, 64), seed)}
     shapes |= {"fc_prior": torch.nn.Linear(80, 80), "fc_post_a": torch.nn.Linear(80, 64)}
     shapes |= {"generator.quantizer.project_in": torch.nn.Linear(80, 8)}
     shapes |= {"generator.quantizer.project_out": torch.nn.Linear(8, 80)}
-    shapes |= {"generator.backbone": xcodec2.Backbone(64, 2), "generator.head": FourierHead(64, 1280, 320)}
+    shapes |= {"generator.backbone": xcodec2.XCodec2Backbone(64, 2), "generator.head": FourierHead(64, 1280, 320)}
     state = {f"{part}.{key}": value for part, module in shapes.items() for key, value in module.state_dict().items()}
     state["generator.quantizer.project_in.weight"] *= 8  # so that all levels are used
     return state | {"generator.head.istft.window": torch.hann_window(1280)}
@@ -196,7 +196,7 @@ def write_neucodec(folder, seed=0):
 def write_s3tokenizer(folder, seed=0):
     """As torch.save of the package's state_dict; 2 layers of 2 heads."""
     torch.manual_seed(seed)
-    encoder, down = livened(s3tokenizer.Encoder(128, 128, 2, 31), seed), torch.nn.Linear(128, 8)
+    encoder, down = livened(s3tokenizer.S3Encoder(128, 128, 2, 31), seed), torch.nn.Linear(128, 8)
     with torch.no_grad():
         down.weight *= 2
     state = {f"encoder.{key}": value for key, value in encoder.state_dict().items()}

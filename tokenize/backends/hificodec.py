@@ -63,7 +63,7 @@ class ResidualBlock(nn.Module):
         return x
 
 
-class Encoder(nn.Module):
+class HiFiCodecEncoder(nn.Module):
     """Waves [B, 1, T * hop] to latents [B, D, T]."""
 
     def __init__(self, channels: int, kernels: Iterable[int], block_kernels: list[int], latent_dim: int) -> None:
@@ -130,7 +130,7 @@ class HificodecNetwork(nn.Module):
             while first.format(len(blocks)) in state:
                 blocks.append(state[first.format(len(blocks))].shape[2])
             shapes[part] = {"kernels": kernels, "block_kernels": blocks[: len(blocks) // len(STRIDES)]}
-        self.encoder = Encoder(len(state["encoder.conv_pre.bias"]), latent_dim=latent_dim, **shapes["encoder"])
+        self.encoder = HiFiCodecEncoder(len(state["encoder.conv_pre.bias"]), latent_dim=latent_dim, **shapes["encoder"])
         self.generator = Generator(latent_dim, len(state["generator.conv_pre.bias"]), **shapes["generator"])
 
 

@@ -17,7 +17,7 @@ from codecssl.tokenize.backends.parts.card_fields import policies, versions
 from codecssl.tokenize.backends.parts.noncausal_seanet import build_encoder, codebooks
 from codecssl.tokenize.backends.parts.residual_vq import ResidualQuantizer
 from codecssl.tokenize.backends.parts.segments import SegmentCodec, chunk_policy
-from codecssl.tokenize.backends.parts.vocos import Backbone, FourierHead
+from codecssl.tokenize.backends.parts.vocos import FourierHead, VocosBackbone
 from codecssl.tokenize.backends.parts.weights import (
     fill_part,
     find_weights,
@@ -48,7 +48,7 @@ class WavTokenizerNetwork(nn.Module):
         hidden, channels = state["backbone.convnext.0.pwconv1.weight"].shape
         blocks = sum(key.startswith("backbone.convnext.") and key.endswith(".gamma") for key in state)
         norms = len(state["backbone.norm.scale.weight"])
-        self.backbone = Backbone(dimension, channels, hidden, blocks, norms)
+        self.backbone = VocosBackbone(dimension, channels, hidden, blocks, norms)
         self.head = FourierHead(channels, len(state["head.out.weight"]) - 2, math.prod(self.ratios))
 
 

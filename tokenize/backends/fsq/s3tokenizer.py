@@ -32,7 +32,7 @@ WINDOW, STEP = 400, 160
 """Window and hop of the spectrogram in samples."""
 
 
-class Attention(nn.Module):
+class MemoryAttention(nn.Module):
     """Attention with rotary positions, and a depthwise convolution of the values as a memory (FSMN), [B, T, C]."""
 
     def __init__(self, width: int, kernel: int) -> None:
@@ -67,7 +67,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
-        self.attn, self.attn_ln, self.mlp_ln = Attention(width, kernel), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn, self.attn_ln, self.mlp_ln = MemoryAttention(width, kernel), nn.LayerNorm(width), nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Block(nn.Module):
         return found
 
 
-class Encoder(nn.Module):
+class S3Encoder(nn.Module):
     """Log-mel spectrograms [B, M, 4 T] to [B, T, C]."""
 
     def __init__(self, mels: int, width: int, layers: int, kernel: int) -> None:
@@ -92,7 +92,7 @@ class Encoder(nn.Module):
         return x
 
 
-class Network(nn.Module):
+class S3Network(nn.Module):
     """Encoder and projection with the sizes of a checkpoint. Raises KeyError if a tensor is missing."""
 
     def __init__(self, state: dict[str, Tensor]) -> None:
@@ -100,14 +100,14 @@ class Network(nn.Module):
         width, self.mels = state["encoder.conv1.weight"].shape[:2]
         layers = sum(key.endswith(".attn.fsmn_block.weight") for key in state)
         kernel = state["encoder.blocks.0.attn.fsmn_block.weight"].shape[2]
-        self.encoder = Encoder(self.mels, width, layers, kernel)
+        self.encoder = S3Encoder(self.mels, width, layers, kernel)
         self.project_down = nn.Linear(width, CHANNELS)
 
 
 class S3TokenizerCodec(SegmentCodec):
     """S3Tokenizer v2 as a `Codec`."""
 
-    network: Network
+    network: S3Network
 
     @cached_property
     def filters(self) -> Tensor:
@@ -141,7 +141,7 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
     path = find_weights(name, weights, "", "", "speech_tokenizer_v2*.pt")
     state = read_tensors(path, name)
     try:
-        network = Network(state)
+        network = S3Network(state)
     except (KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: not the weights of {name} ({type(error).__name__}: {error})") from error
     fill_part(network.encoder, state, "encoder.", path, name)

@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codecssl.tokenize.backends.parts.bigcodec_encoder import Encoder
+from codecssl.tokenize.backends.parts.bigcodec_encoder import BigCodecEncoder
 from codecssl.tokenize.backends.parts.card_fields import policies, versions
 from codecssl.tokenize.backends.parts.fsq import FiniteScalarQuantizer
 from codecssl.tokenize.backends.parts.segments import SegmentCodec, chunk_policy
@@ -91,7 +91,7 @@ class SemanticEncoder(nn.Module):
         return found
 
 
-class Attention(nn.Module):
+class AttentionWithoutPositions(nn.Module):
     """Attention over all frames without positions, [B, T, C]."""
 
     def __init__(self, channels: int) -> None:
@@ -115,7 +115,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.att_norm, self.ffn_norm = nn.RMSNorm(channels, eps=1e-6), nn.RMSNorm(channels, eps=1e-6)
-        self.att, self.mlp = Attention(channels), nn.Module()
+        self.att, self.mlp = AttentionWithoutPositions(channels), nn.Module()
         self.mlp.fc1 = nn.Linear(channels, 4 * channels, bias=False)
         self.mlp.fc2 = nn.Linear(4 * channels, channels, bias=False)
 
@@ -125,7 +125,7 @@ class TransformerBlock(nn.Module):
         return found
 
 
-class Backbone(nn.Module):
+class XCodec2Backbone(nn.Module):
     """The decoder up to the spectrum: [B, T, C] to [B, T, C]."""
 
     def __init__(self, channels: int, depth: int) -> None:
@@ -143,7 +143,7 @@ class Backbone(nn.Module):
         return found
 
 
-class Network(nn.Module):
+class XCodec2Network(nn.Module):
     """All layers with the sizes of a checkpoint. Raises KeyError if a tensor is missing."""
 
     def __init__(self, state: dict[str, Tensor], semantic: nn.Module) -> None:
@@ -152,7 +152,7 @@ class Network(nn.Module):
         width = len(state["SemanticEncoder_module.initial_conv.weight"])
         self.SemanticEncoder_module = SemanticEncoder(width)
         first, last = "CodecEnc.conv_blocks.0.bias", "CodecEnc.conv_final_block.1.bias"
-        self.CodecEnc = Encoder(len(state[first]), STRIDES, len(state[last]))
+        self.CodecEnc = BigCodecEncoder(len(state[first]), STRIDES, len(state[last]))
         joined, channels = len(state["fc_prior.bias"]), len(state["fc_post_a.bias"])
         self.fc_prior, self.fc_post_a = nn.Linear(joined, joined), nn.Linear(joined, channels)
         depth = sum(key.startswith("generator.backbone.") and key.endswith("att.c_attn.weight") for key in state)
@@ -160,7 +160,7 @@ class Network(nn.Module):
         self.generator.quantizer = nn.Module()
         self.generator.quantizer.project_in = nn.Linear(joined, CHANNELS)
         self.generator.quantizer.project_out = nn.Linear(CHANNELS, joined)
-        self.generator.backbone = Backbone(channels, depth)
+        self.generator.backbone = XCodec2Backbone(channels, depth)
         spectrum = len(state["generator.head.out.bias"]) - 2
         self.generator.head = FourierHead(channels, spectrum, spectrum // 4)
 
@@ -170,7 +170,7 @@ class Xcodec2Codec(SegmentCodec):
 
     network: Any
 
-    def __init__(self, network: Network, variant: Variant, card: CodecCard, device: str = "cpu") -> None:
+    def __init__(self, network: XCodec2Network, variant: Variant, card: CodecCard, device: str = "cpu") -> None:
         super().__init__(network, FiniteScalarQuantizer(CHANNELS, LEVELS, device), card, device)
         self.variant = variant
 
@@ -218,7 +218,7 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
     state = {key.replace(".act.beta", ".act.bias"): value for key, value in read_tensors(path, name).items()}
     try:
         semantic = build_semantic(state) or load_pretrained(name, transformers.Wav2Vec2BertModel, SEMANTIC)
-        network = Network(state, semantic)
+        network = XCodec2Network(state, semantic)
     except (KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise

@@ -68,7 +68,7 @@ class Activation(nn.Module):
         return F.conv1d(active, kernel, stride=2, groups=channels)
 
 
-class ResidualUnit(nn.Module):
+class BigCodecUnit(nn.Module):
     """x + conv(activation(dilated conv(activation(x))))."""
 
     def __init__(self, channels: int, dilation: int) -> None:
@@ -92,7 +92,7 @@ class EncoderBlock(nn.Module):
         super().__init__()
         padding = stride // 2 + stride % 2
         self.block = nn.Sequential(
-            *(ResidualUnit(channels, dilation) for dilation in (1, 3, 9)),
+            *(BigCodecUnit(channels, dilation) for dilation in (1, 3, 9)),
             Activation(channels),
             normed(nn.Conv1d(channels, 2 * channels, 2 * stride, stride, padding=padding)),
         )
@@ -102,7 +102,7 @@ class EncoderBlock(nn.Module):
         return found
 
 
-class Encoder(nn.Module):
+class BigCodecEncoder(nn.Module):
     """Waves [B, 1, T * hop] to latents [B, D, T]."""
 
     def __init__(self, channels: int, strides: Sequence[int], latent_dim: int) -> None:

@@ -71,7 +71,7 @@ class ConvNextBlock(nn.Module):
         return x + (self.gamma * self.pwconv2(F.gelu(self.pwconv1(hidden)))).transpose(1, 2)
 
 
-class Backbone(nn.Module):
+class VocosBackbone(nn.Module):
     """WavTokenizer's decoder up to the spectrum: latents [B, D, T] to [B, T, C]."""
 
     def __init__(self, inputs: int, channels: int, hidden: int, blocks: int, norms: int) -> None:
