@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def compare(
     label(LabelConfig(source="mfcc", data=(Path(folder),), output=labels, clusters=CLUSTERS), say)
     found: dict[str, Any] = {}
     for name, variant in {"ours": config, "logmel_hubert": logmel_hubert(config, labels)}.items():
-        found[name] = _kept(output / name, lambda v=variant, n=name: _run(v, output, n, cpu_seconds, say), say)
+        train = partial(_run, variant, output, name, cpu_seconds, say)
+        found[name] = _kept(output / name, train, say)
     data = Shards(Path(folder))
     found["hubert"] = _kept(
         output / "hubert",

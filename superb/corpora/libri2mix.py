@@ -28,8 +28,9 @@ def _kaldi(place: Place, split: str, folder: Path) -> list[ManifestRow]:
 
     def segment(line: str) -> tuple[str, ManifestRow]:
         utterance, name, start, end = line.split()
-        found = {"speaker": speakers[utterance], "start": float(start), "end": float(end)}
-        if name not in waves or not 0 <= found["start"] < found["end"]:
+        begin, stop = float(start), float(end)
+        found = {"speaker": speakers[utterance], "start": begin, "end": stop}
+        if name not in waves or not 0 <= begin < stop:
             raise ValueError(f"{name} is not in wav.scp" if name not in waves else "the end is not after the start")
         return name, found
 

@@ -108,7 +108,7 @@ class Comparison:
     @property
     def deviations(self) -> list[str]:
         """Counts of files, speakers, trials and labels that are not those of SUPERB's data, by task."""
-        found = {}
+        found: dict[str, None] = {}
         for (_, task), cell in self.cells.items():
             for run in cell.runs:
                 for text in run.get("not_official", ["the counts were not checked (result of an earlier release)"]):

@@ -102,7 +102,7 @@ class ShardWriter:
         """
         block = len(self.parts)
         content, place = block_bytes(self._key(block), utterances, self.card) if utterances else (b"", {"count": 0})
-        part = place | {
+        part: dict[str, Any] = place | {
             "inputs": inputs,
             "inputs_sha256": inputs_sha256,
             "frames": sum(self.card.frames_of(u.samples) for u in utterances),
