@@ -97,7 +97,7 @@ def test_ports_of_jobs_and_steps_differ_and_are_the_same_on_all_ranks():
         ({"MASTER_ADDR": "node7"}, "MASTER_PORT: not set, and not under srun"),
         (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT '70000': must be a number from 1 to 65535"),
         (TORCHRUN | {"MASTER_PORT": "a"}, "MASTER_PORT 'a'"),
-        (SRUN | {"MASTER_ADDR": "localhost"}, "MASTER_ADDR localhost: every one of the step's 4 nodes would meet"),
+        (SRUN | {"MASTER_ADDR": "localhost"}, "MASTER_ADDR localhost: each of the step's 4 nodes would connect"),
     ],
 )
 def test_no_meeting_place_is_one_line(environment, says):

@@ -108,7 +108,9 @@ def test_loss_of_the_waveform_hubert_is_cross_entropy_at_masked_frames_only(monk
             self.last_hidden_state = F.one_hot(labels[:, :40], CLUSTERS).float() * 3
             return self
 
-    loss = hubert._loss(Fake(), torch.nn.Identity(), waves, labels, MaskConfig(kind="spans"), 7)
+    loss = hubert._loss(
+        Fake(), torch.nn.Identity(), waves, labels, MaskConfig(kind="spans", span_frames=10, start_probability=0.08), 7
+    )
     assert seen["mask"].shape == (2, 40)
     assert 0 < int(seen["mask"].sum()) < 80
     expected = -3.0 + np.log(np.exp(3.0) + CLUSTERS - 1)
