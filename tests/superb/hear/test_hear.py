@@ -1,5 +1,6 @@
 """HEAR's metrics, predictor and task folders."""
 
+import importlib.metadata
 import itertools
 import json
 from pathlib import Path
@@ -37,8 +38,13 @@ def jittered(random: np.random.Generator, events: list[Event]) -> list[Event]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_event_metrics_are_those_of_sed_eval(seed: int) -> None:
-    sed_eval = pytest.importorskip("sed_eval", reason="pip install sed_eval")
-    containers = pytest.importorskip("dcase_util.containers", reason="pip install sed_eval")
+    try:  # s3prl's start replaces packages that are missing by modules that say so
+        importlib.metadata.version("sed_eval")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("pip install sed_eval")
+    import sed_eval
+    from dcase_util import containers
+
     random = np.random.default_rng(seed)
     expected = {f"{i}.wav": random_events(random, 8) for i in range(3)}
     found = {file: jittered(random, events) + random_events(random, 2) for file, events in expected.items()}
