@@ -206,8 +206,14 @@ def read_coder(path: Path, card: CodecCard) -> Coder:
 
 def parse_coder(file: BinaryIO, card: CodecCard) -> Coder:
     """Read the tables from an open shard. A flipped bit can break any layer of tar, zip or JSON and raise any error."""
-    coder = Coder.from_bytes(read_members(file, 0, 1)[0], card.codes_per_frame)
-    check_books(coder.books, card.codebook_sizes)
+    try:
+        coder = Coder.from_bytes(read_members(file, 0, 1)[0], card.codes_per_frame)
+        check_books(coder.books, card.codebook_sizes)
+    except OSError:  # of the disk, which is tried again
+        raise
+    except Exception as error:
+        name = getattr(file, "name", "shard")
+        raise UserError(f"{name}: its tables are damaged ({type(error).__name__}: {error}); verify it") from error
     return coder
 
 
