@@ -16,7 +16,7 @@ class DotProductAttention(SDPA):
     """Bidirectional attention by the faster of two implementations, which agree up to rounding.
 
     The backward pass of torch's fused kernel for CPUs is slow in bf16. For 24 sequences of 125 frames and 4 heads of
-    64, forward and backward take 52 ms by it and 15 ms by two products and a softmax (one core with AMX; LOG.md). The
+    64, forward and backward take 51 ms by it and 18 ms by two products and a softmax (one core with AMX; LOG.md). The
     longer the sequence, the more memory the products need, and the smaller the gain.
 
     It replaces fairseq2's TorchSDPA, whose bias for padded batches is [B, 1, T, S], made by a loop over the items that

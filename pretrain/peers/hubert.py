@@ -74,8 +74,7 @@ def train(
     config: with lengths in frames (`at_frame_rate`).
 
     The learning rate follows the share of the time that has passed: warm-up over `optim.warmup_fraction`, then linear
-    decay. Crops are drawn in proportion to the lengths of the utterances. The folder opens with
-    `HubertModel.from_pretrained`.
+    decay. The folder opens with `HubertModel.from_pretrained`.
     """
     from transformers import Wav2Vec2FeatureExtractor
 
@@ -90,17 +89,14 @@ def train(
     if not usable:
         raise UserError(f"data.min_frames: {config.data.min_frames}, but all utterances are shorter; lower it")
     random, audio, step, began = np.random.default_rng(config.seed), 0.0, 0, time.process_time()
-    shares = np.array([len(r.labels) for r in usable], dtype=np.float64)
     while (spent := time.process_time() - began) < cpu_seconds:
         done = spent / cpu_seconds
         rate = min(1.0, done / max(optim.warmup_fraction, 1e-9)) * (1.0 - done) + 0.01
         for group in optimizer.param_groups:
             group["lr"] = optim.lr * rate
-        chosen = random.choice(
-            len(usable), config.data.batch_frames // config.data.crop_frames, p=shares / shares.sum()
-        )
-        waves, labels = _crops([usable[i] for i in chosen], config.data.crop_frames, random)
-        loss = _loss(model, heads, waves, labels, config.mask, config.seed + step)
+        waves, labels = crops(usable, config.data.crop_frames, config.data.batch_frames, random)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.engine.precision == "bf16"):
+            loss = _loss(model, heads, waves, labels, config.mask, config.seed + step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, optim.clip_norm or float("inf"))
         optimizer.step()
@@ -115,14 +111,24 @@ def train(
     return TrainingCost(step, time.process_time() - began, audio)
 
 
-def _crops(chosen: list[Recording], frames: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Return waves [B, N] and labels [B, T] of random crops, cut to the shortest."""
-    frames = min(frames, *(len(r.labels) for r in chosen))
+def crops(
+    recordings: list[Recording], frames: int, batch_frames: int, random: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return waves [B, 320 T] and labels [B, T] of random crops of one length, about `batch_frames` frames in all.
+
+    T is that of an utterance drawn in proportion to its length, at most `frames`. The others are drawn likewise from
+    those that are as long: no item is padded, as HuBERT's group norm would need.
+    """
+    lengths = np.array([len(r.labels) for r in recordings])
+    frames = min(frames, int(random.choice(lengths, p=lengths / lengths.sum())))
+    fitting = np.flatnonzero(lengths >= frames)
+    shares = lengths[fitting] / lengths[fitting].sum()
     waves, labels = [], []
-    for recording in chosen:
-        start = int(random.integers(0, len(recording.labels) - frames + 1))
+    for index in random.choice(fitting, max(1, batch_frames // frames), p=shares):
+        recording = recordings[index]
+        start = int(random.integers(0, lengths[index] - frames + 1))
         wave = recording.wave[start * HOP : (start + frames) * HOP].astype(np.float32) / 32768.0
-        waves.append(np.pad(wave, (0, frames * HOP - len(wave))))
+        waves.append(np.pad(wave, (0, frames * HOP - len(wave))))  # the codec fills the last frame with zeros
         labels.append(recording.labels[start : start + frames].astype(np.int64))
     return torch.from_numpy(np.stack(waves)), torch.from_numpy(np.stack(labels))
 
@@ -132,7 +138,6 @@ def _loss(model: Any, heads: nn.Module, waves: Tensor, labels: Tensor, mask: Mas
     frames = int(model._get_feat_extract_output_lengths(waves.shape[1]))
     masked = torch.from_numpy(span_mask(mask, hashed(seed, np.arange(len(waves))), np.full(len(waves), frames)))
     model.train()
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden = model(waves, mask_time_indices=masked).last_hidden_state
-        logits = heads(hidden[masked])
+    hidden = model(waves, mask_time_indices=masked).last_hidden_state
+    logits = heads(hidden[masked])
     return F.cross_entropy(logits.float(), labels[:, :frames][masked])

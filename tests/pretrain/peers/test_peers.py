@@ -127,3 +127,25 @@ def test_audio_that_is_gone_is_named(corpus: Path, tmp_path: Path) -> None:
     data = Shards(corpus)
     with pytest.raises(UserError, match=r"3\.wav: the audio of 'u3' is not there; --audio names its folder"):
         hubert.read_recordings(data, data, tmp_path)
+
+
+def test_crops_are_of_one_length_from_long_enough_recordings_with_their_own_labels() -> None:
+    """Sample value and label of a frame both tell recording and place, so that a shifted crop would show."""
+    made = [
+        hubert.Recording(
+            np.repeat(np.arange(count) + 1000 * number, 320)[: count * 320 - 100].astype(np.int16),
+            (np.arange(count) + 1000 * number).astype(np.uint16),
+        )
+        for number, count in enumerate((40, 60, 90, 400))
+    ]
+    random, seen = np.random.default_rng(0), set()
+    for _ in range(60):
+        waves, labels = hubert.crops(made, 80, 800, random)
+        frames = labels.shape[1]
+        seen.add(frames)
+        assert len(labels) == 800 // frames
+        assert waves.shape == (len(labels), 320 * frames)
+        at_middle = (waves.reshape(len(labels), frames, 320)[:, :, 160] * 32768).round().long()
+        assert torch.equal(at_middle, labels)
+        assert all(frames <= len(made[int(row[0]) // 1000].labels) for row in labels)
+    assert seen == {40, 60, 80}

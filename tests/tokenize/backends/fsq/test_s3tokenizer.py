@@ -32,15 +32,7 @@ def test_codes_are_those_of_the_package(path):
 
 def test_any_batch_and_any_cut_give_the_same_codes(path):
     codec = load_codec(str(path))
-    codec.whole_seconds, codec.segment_seconds = 3, 2
-    waves = [helpers.wave(n, n, rate=16_000, levels=(0.1, 0.9)) for n in (1, 640, 700, 60_000)]
-    for wave, codes in zip(waves, helpers.codes_of(codec, waves)):
-        assert codes.shape == (1, codec.card.frames_of(len(wave)))
-        assert torch.equal(codec.encode([wave])[0].codes, codes)
-        stream = codec.stream()
-        parts = [stream.push(part) for part in wave.split(7_001)]
-        assert torch.equal(torch.cat([*parts, stream.finish()], 1), codes)
-    assert len(codes.unique()) > 5
+    codes = helpers.check_any_batch_and_any_cut(codec, (1, 640, 700, 60_000))
     [table] = codec.embeddings()
     assert table.shape == (6561, 8)
     assert table.unique().tolist() == [-1, 0, 1]

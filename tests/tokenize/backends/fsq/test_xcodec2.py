@@ -114,15 +114,7 @@ def test_levels_and_codes_by_hand():
 def test_any_batch_and_any_cut_give_the_same_codes(name, tmp_path):
     """3 s whole, segments of 2 s."""
     codec = load_codec(f"{name}@{random_weights.WRITERS[name](tmp_path)}")
-    codec.whole_seconds, codec.segment_seconds = 3, 2
-    waves = [helpers.wave(n, n, rate=16_000, levels=(0.1, 0.9)) for n in (1, 320, 700, 48_500)]
-    for wave, codes in zip(waves, helpers.codes_of(codec, waves)):
-        assert codes.shape == (1, codec.card.frames_of(len(wave)))
-        assert torch.equal(codec.encode([wave])[0].codes, codes)
-        stream = codec.stream()
-        parts = [stream.push(part) for part in wave.split(7_001)]
-        assert torch.equal(torch.cat([*parts, stream.finish()], 1), codes)
-    assert len(codes.unique()) > 5
+    codes = helpers.check_any_batch_and_any_cut(codec, (1, 320, 700, 48_500))
     [table] = codec.embeddings()
     assert table.shape == (65_536, 8)
     assert torch.equal(table[codes[0]].t(), codec.latents(codes))
