@@ -41,19 +41,21 @@ def compare(
     """Train the three models for `cpu_seconds` of processor time each, one after the other; return peers.json.
 
     config: the recipe on tokens, with one data folder that has a log-mel plane. audio: folder to which the paths in the
-    shards are relative. conv_dim: channels of the waveform HuBERT's front end.
+    shards are relative. conv_dim: channels of the waveform HuBERT's front end. Raises UserError, before anything is
+    written, for data that one of the three cannot read.
     """
     if len(config.data.dirs) != 1:
         raise UserError(f"--data: {len(config.data.dirs)} folders, but the comparison needs one")
-    [folder] = config.data.dirs
+    if not 0 < cpu_seconds < float("inf"):
+        raise UserError(f"--cpu-seconds {cpu_seconds}: must be above 0 and finite")
+    data, labels = Shards(Path(config.data.dirs[0])), output / "labels"
+    hubert.check(data, audio)
     output.mkdir(parents=True, exist_ok=True)
-    labels = output / "labels"
-    label(LabelConfig(source="mfcc", data=(Path(folder),), output=labels, clusters=CLUSTERS), say)
+    label(LabelConfig(source="mfcc", data=(data.path,), output=labels, clusters=CLUSTERS), say)
     found: dict[str, Any] = {}
     for name, variant in {"ours": config, "logmel_hubert": logmel_hubert(config, labels)}.items():
         train = partial(_run, variant, output, name, cpu_seconds, say)
         found[name] = _kept(output / name, train, say)
-    data = Shards(Path(folder))
     found["hubert"] = _kept(
         output / "hubert",
         lambda: _hubert(config, data, Shards(labels), audio, output / "hubert", cpu_seconds, conv_dim, say),

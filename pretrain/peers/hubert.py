@@ -37,23 +37,35 @@ class Recording:
     """One class per frame of 320 samples."""
 
 
-def read_recordings(data: Shards, labels: Shards, audio: Path | None) -> list[Recording]:
-    """Read the audio of all utterances of `data`, whose paths are relative to `audio`, and their labels.
+def check(data: Shards, audio: Path | None) -> None:
+    """Raise UserError for shards that the comparison cannot use: without a log-mel plane, or without their audio.
 
-    Raises UserError for a codec of another hop, which the HuBERT's front end does not have, and for audio that is gone.
+    The HuBERT's front end has 320 samples a frame at 16 kHz, and so must the codec.
     """
     card = data.card
     if (card.sample_rate, card.hop_length) != (SAMPLE_RATE, HOP):
         raise UserError(f"{data.path}: {card.sample_rate} Hz, hop {card.hop_length}; HuBERT needs 16000 Hz and 320")
+    if data.mel_spec is None:
+        raise UserError(f"{data.path}: has no log-mel plane; tokenize with --with-mel 80")
+    for index in range(len(data)):
+        _audio_of(data, index, audio)
+
+
+def read_recordings(data: Shards, labels: Shards, audio: Path | None) -> list[Recording]:
+    """Read the audio of all utterances of `data`, whose paths are relative to `audio`, and their labels."""
     found = []
     for index in range(len(data)):
-        utterance = data.utterance(index)
-        path = (audio or Path()) / utterance.path
-        if not path.exists():
-            raise UserError(f"{path}: the audio of {utterance.id!r} is not there; --audio names its folder")
-        wave = np.clip(read_wave(path, SAMPLE_RATE) * 32768.0, -32768, 32767).astype(np.int16)
-        found.append(Recording(wave, labels.codes(index)[0]))
+        wave = read_wave(_audio_of(data, index, audio), SAMPLE_RATE) * 32768.0
+        found.append(Recording(np.clip(wave, -32768, 32767).astype(np.int16), labels.codes(index)[0]))
     return found
+
+
+def _audio_of(data: Shards, index: int, audio: Path | None) -> Path:
+    utterance = data.utterance(index)
+    path = (audio or Path()) / utterance.path
+    if not path.exists():
+        raise UserError(f"{path}: the audio of {utterance.id!r} is not there; --audio names its folder")
+    return path
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format.records import EncodedUtterance
 from codecssl.tokenize.format.writer import ShardWriter, finish_dataset
 from codecssl.tokenize.mel import MelSpec, mel_plane
-from codecssl.tokenize.shards import Shards
 
 CARD = CodecCard(
     name="synthetic", weights="none", weights_sha256="0" * 64, sample_rate=16_000, hop_length=320,
@@ -122,11 +121,17 @@ def test_the_front_end_has_one_frame_for_320_samples() -> None:
     assert int(model._get_feat_extract_output_lengths(320 * 50)) == 49
 
 
-def test_audio_that_is_gone_is_named(corpus: Path, tmp_path: Path) -> None:
+def test_data_that_cannot_be_compared_is_refused_before_anything_is_written(corpus: Path, tmp_path: Path) -> None:
+    output = tmp_path / "peers"
+    for seconds in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="--cpu-seconds .*: must be above 0 and finite"):
+            compare(config(corpus), output, cpu_seconds=seconds, audio=tmp_path)
+    with pytest.raises(UserError, match="not a folder of token shards"):
+        compare(config(tmp_path / "nowhere"), output, cpu_seconds=1.0)
     (tmp_path / "3.wav").unlink()
-    data = Shards(corpus)
     with pytest.raises(UserError, match=r"3\.wav: the audio of 'u3' is not there; --audio names its folder"):
-        hubert.read_recordings(data, data, tmp_path)
+        compare(config(corpus), output, cpu_seconds=1.0, audio=tmp_path)
+    assert not output.exists()
 
 
 def test_crops_are_of_one_length_from_long_enough_recordings_with_their_own_labels() -> None:
