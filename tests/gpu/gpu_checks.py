@@ -30,9 +30,8 @@ for folder in (TESTS / "tokenize", TESTS / "tokenize" / "backends"):  # random w
 Row = dict[str, Any]
 FLIPS = 0.02
 """Largest share of a codebook's codes that may differ between devices: rounding decides near-ties differently."""
-CLOSE = {"fp32": (1e-4, 1e-2), "bf16": (2e-2, float("inf"))}
-"""Bounds of the relative errors of the loss and of the whole gradient against the CPU in fp32. The gradient of bf16
-weights is reported only: a narrow post-norm model loses much of it to rounding."""
+CLOSE = {"fp32": (1e-4, 1e-2), "bf16": (2e-2, 5e-2)}
+"""Bounds of the relative errors of the loss and of the whole gradient against the CPU in fp32."""
 
 
 @dataclass(frozen=True)
