@@ -6,6 +6,7 @@ everything and forks a child per run, so that a start costs milliseconds.
 
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -234,14 +235,17 @@ def more_audio(tmp_path_factory):
 
 
 def test_twenty_sigkills_at_random_moments(parent, more_audio, tmp_path):
+    """Each kill falls a random time after a random amount of progress, so that a slow machine does not always meet the
+    start."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     began = time.monotonic()
     assert parent.run(arguments(more_audio, whole, "tiny_16khz"), how="outside") == 0, parent.log
-    duration = time.monotonic() - began
+    block = (time.monotonic() - began) / len(list((whole / "shards").glob("*.json"))) / 4
     expected, rng, kills, seen = contents(whole), random.Random(0), 0, set()
     for life in range(100):
         parent.start(arguments(more_audio, killed, "tiny_16khz"), how="outside")
-        time.sleep(rng.uniform(0, duration * rng.choice([0.2, 0.5, 0.8])))
+        wait_for(progress(killed) + rng.randrange(6), killed, whole)
+        time.sleep(rng.uniform(0, block))
         if (code := parent.end("kill")) == 0:  # it was faster
             assert contents(killed) == expected
             killed = tmp_path / f"killed{life}"
@@ -254,6 +258,18 @@ def test_twenty_sigkills_at_random_moments(parent, more_audio, tmp_path):
     assert len(seen) >= 3, f"the kills fell into {seen} only"
     assert parent.run(arguments(more_audio, killed, "tiny_16khz")) == 0, parent.log
     assert contents(killed) == expected
+
+
+def progress(root):
+    """Blocks written; a whole shard counts as four. glob.glob, unlike Path.glob, takes folders that vanish."""
+    return 4 * len(glob.glob(f"{root}/shards/*.json")) + len(glob.glob(f"{root}/work/*/*.json"))
+
+
+def wait_for(target, killed, whole):
+    """Return as soon as the run into `killed` has written `target` blocks, or is complete."""
+    deadline = time.monotonic() + 60
+    while progress(killed) < min(target, progress(whole)) and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
 def written(root):
