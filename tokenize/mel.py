@@ -8,8 +8,9 @@ frame before and 1 % in the frame after: the columns next to a masked span hardl
     power  P[b] = sum over bins of filter b of |rfft(hann * x)|^2 / (sum(hann) / 2)^2     a full-scale sine has power 1
     value  q[b] = round((log10 P[b] - LOW) / (HIGH - LOW) * 255), clipped to 0..255       a step is 0.47 dB
 
-The scale is fixed: a value means the same in every file. The quantization error of powers in its range is at most
-0.24 dB. The transform is as long as the window, or zero-padded until every filter holds a bin. All computation is
+The bands are evenly spaced on Slaney's mel scale, or on HTK's, whose lowest of 80 are narrower than a bin of 512. The
+scale of the values is fixed: a value means the same in every file. The quantization error of powers in its range is at
+most 0.24 dB. The transform is as long as the window, or zero-padded until every filter holds a bin. All computation is
 float64 and per frame. A column does not depend on how the wave was cut, batched, or divided among threads.
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ GROUP = 256
 """Maximum number of frames transformed at a time, which bounds the memory."""
 WINDOW_RATIO = 1.6
 """Window length over hop: 32 ms for a hop of 20 ms."""
+Scale = Literal["slaney", "htk"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class MelSpec:
     """Length of the transform in samples. The window is zero-padded to it."""
     low_hz: float = 0.0
     high_hz: float = 8000.0
+    scale: Scale = "slaney"
+    """Mel scale on which the bands are evenly spaced. Planes written before there was a choice are htk."""
     low: float = LOW
     high: float = HIGH
     segment_samples: int = 0
@@ -56,7 +60,7 @@ class MelSpec:
     """As in the codec's card. Nonzero for codecs whose frames belong to overlapping segments."""
 
     @classmethod
-    def for_codec(cls, bands: int, card: CodecCard) -> MelSpec:
+    def for_codec(cls, bands: int, card: CodecCard, scale: Scale = "slaney") -> MelSpec:
         """Return the spec for a codec. Raises UserError for fewer than 1 or more than 256 bands."""
         if not 1 <= bands <= MAX_BANDS:
             raise UserError(f"--with-mel {bands}: must be from 1 to {MAX_BANDS} bands")
@@ -68,6 +72,7 @@ class MelSpec:
             window=window,
             fft=window,
             high_hz=min(8000.0, card.sample_rate / 2),
+            scale=scale,
             segment_samples=card.segment_samples,
             segment_stride=card.segment_stride,
         )
@@ -81,7 +86,7 @@ class MelSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MelSpec:
         """Build a spec from a dict. Raises UserError for unknown, missing or invalid fields."""
-        values = {"fft": values.get("window"), "segment_samples": 0, "segment_stride": 0} | values
+        values = {"fft": values.get("window"), "scale": "htk", "segment_samples": 0, "segment_stride": 0} | values
         known = {f.name for f in fields(cls)}
         if set(values) != known:
             odd = sorted(set(values) ^ known)[0]
@@ -89,6 +94,8 @@ class MelSpec:
         whole = ("bands", "sample_rate", "hop_length", "window", "fft")
         if any(type(values[name]) is not int or values[name] < 1 for name in whole) or values["bands"] > MAX_BANDS:
             raise UserError(f"mel plane: {values} is damaged; run `codecssl-tokenize verify`")
+        if values["scale"] not in get_args(Scale):
+            raise UserError(f"mel plane: scale {values['scale']!r}, must be one of {', '.join(get_args(Scale))}")
         return cls(**values)
 
     def log_power(self, plane: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -97,17 +104,25 @@ class MelSpec:
 
 
 def filters(spec: MelSpec) -> NDArray[np.float64]:
-    """Return float64 [fft // 2 + 1, bands]: triangular filters of height 1, evenly spaced on the HTK mel scale."""
-
-    def mel(hz: float) -> float:
-        return 2595.0 * float(np.log10(1.0 + hz / 700.0))
-
-    edges = np.linspace(mel(spec.low_hz), mel(spec.high_hz), spec.bands + 2)
-    edges = 700.0 * (10.0 ** (edges / 2595.0) - 1.0)
+    """Return float64 [fft // 2 + 1, bands]: triangular filters of height 1, evenly spaced on the spec's mel scale."""
+    edges = _band_edges(spec)
     bins = np.fft.rfftfreq(spec.fft, 1.0 / spec.sample_rate)[:, None]
     rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
     return np.maximum(0.0, np.minimum(rising, falling))
+
+
+def _band_edges(spec: MelSpec) -> NDArray[np.float64]:
+    """Return the frequencies in Hz between which the bands lie, [bands + 2]."""
+    limits = np.array([spec.low_hz, spec.high_hz])
+    if spec.scale == "htk":
+        low, high = 2595.0 * np.log10(1.0 + limits / 700.0)
+        return 700.0 * (10.0 ** (np.linspace(low, high, spec.bands + 2) / 2595.0) - 1.0)
+    # Slaney, Auditory Toolbox (1998): linear up to 1 kHz, which is 15 mel, then 27 mel for each factor of 6.4.
+    octaves = 27.0 / np.log(6.4)
+    low, high = np.where(limits < 1000.0, limits * 0.015, 15.0 + octaves * np.log(np.maximum(limits, 1.0) / 1000.0))
+    mel = np.linspace(low, high, spec.bands + 2)
+    return np.where(mel < 15.0, mel / 0.015, 1000.0 * np.exp((mel - 15.0) / octaves))
 
 
 @lru_cache(maxsize=8)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import BatchFeature, FeatureExtractionMixin, PretrainedConfig, PreTrainedModel
+from transformers.audio_utils import mel_filter_bank
 from transformers.modeling_outputs import BaseModelOutput
 
 
@@ -131,14 +132,16 @@ class CodecSSLFeatureExtractor(FeatureExtractionMixin):
         return np.clip(np.rint(scaled), 0, 255).astype(np.uint8).T
 
     def _filters(self):
-        """Triangular filters of height 1, evenly spaced on the HTK mel scale, [fft // 2 + 1, bands]."""
+        """Triangular filters of height 1, evenly spaced on the plane's mel scale, [fft // 2 + 1, bands]."""
         spec = self.mel
-        low, high = (2595.0 * np.log10(1.0 + spec[key] / 700.0) for key in ("low_hz", "high_hz"))
-        edges = 700.0 * (10.0 ** (np.linspace(low, high, spec["bands"] + 2) / 2595.0) - 1.0)
-        bins = np.fft.rfftfreq(spec["fft"], 1.0 / spec["sample_rate"])[:, None]
-        rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
-        falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
-        return np.maximum(0.0, np.minimum(rising, falling))
+        return mel_filter_bank(
+            num_frequency_bins=spec["fft"] // 2 + 1,
+            num_mel_filters=spec["bands"],
+            min_frequency=spec["low_hz"],
+            max_frequency=spec["high_hz"],
+            sampling_rate=spec["sample_rate"],
+            mel_scale=spec.get("scale", "htk"),
+        )
 
     def _checked(self, codes):
         rows = len(self.codebook_sizes)
