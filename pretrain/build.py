@@ -65,12 +65,17 @@ def _take_weights(model: CodecModel, start_from: str) -> None:
             f"optim.start_from: {start_from} was trained on codec {other.card.name}, the data is of {model.card.name}"
             f" ({other.card.difference(model.card)}); give a model of the same codec"
         )
-    for key, (own, theirs) in differences(model.config, other.config).items():
+    for key, (mine, theirs) in differences(model.config, other.config).items():
         if key not in _NO_SHAPE:
-            raise UserError(f"optim.start_from: {start_from} has model.{key} {theirs}, this run {own}; make them equal")
-    if other.mel_spec != model.mel_spec:
-        raise UserError(f"optim.start_from: {start_from} reads the log-mel plane {other.mel_spec}, the data has"
-                        f" {model.mel_spec}; tokenize with the same --with-mel")  # fmt: skip
+            raise UserError(
+                f"optim.start_from: {start_from} has model.{key} {theirs}, this run {mine}; make them equal"
+            )
+    own = model.mel_spec
+    if (spec := other.mel_spec) and own and spec != own:  # both are there, or model.input would differ
+        raise UserError(
+            f"optim.start_from: {start_from} reads another log-mel plane than the data has ({spec.difference(own)});"
+            f" tokenize the audio with {spec.options}"
+        )
     model.load_state_dict(other.state_dict())
 
 

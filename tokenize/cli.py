@@ -72,6 +72,11 @@ def _add_run(line: CommandLine) -> None:
         metavar="BANDS",
         help="store an 8-bit log-mel plane of this many bands (80) too, for model.input mel or both",
     )
+    shards.add_argument(
+        "--mel-scale",
+        choices=("slaney", "htk"),
+        help="mel scale of the bands (default: slaney; htk in folders begun before there was a choice)",
+    )
     shards.add_argument("--shard-inputs", type=positive, default=8192, metavar="N", help="inputs per shard")
     shards.add_argument(
         "--block-inputs",

@@ -43,6 +43,7 @@ def _run(args: Namespace, stop: StopSignal) -> int:
         workers=args.workers,
         entropy_code=args.entropy_code,
         mel_bands=args.with_mel,
+        mel_scale=args.mel_scale,
         shard_inputs=args.shard_inputs,
         block_inputs=args.block_inputs,
         retry_failed=args.retry_failed,

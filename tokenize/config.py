@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from codecssl.tokenize.common.errors import UserError, check_share
-from codecssl.tokenize.mel import MAX_BANDS
+from codecssl.tokenize.mel import MAX_BANDS, Scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,8 @@ class TokenizeConfig:
     """Entropy-code the shards, losslessly."""
     mel_bands: int | None = None
     """Number of bands (1 to 256) of the log-mel plane stored next to the codes. None stores no plane."""
+    mel_scale: Scale | None = None
+    """Mel scale of the bands. None is that of the folder, where it was begun before, or slaney."""
     shard_inputs: int = 8192
     """Inputs per shard."""
     block_inputs: int = 2048

@@ -98,6 +98,16 @@ class MelSpec:
             raise UserError(f"mel plane: scale {values['scale']!r}, must be one of {', '.join(get_args(Scale))}")
         return cls(**values)
 
+    @property
+    def options(self) -> str:
+        """Return the options of `codecssl-tokenize run` that store this plane."""
+        return f"--with-mel {self.bands} --mel-scale {self.scale}"
+
+    def difference(self, other: MelSpec) -> str:
+        """Describe the fields in which two planes differ, for error messages."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return ", ".join(f"{key} {mine[key]} against {theirs[key]}" for key in mine if mine[key] != theirs[key])
+
     def log_power(self, plane: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Convert stored values of any shape to log10 power, float32, exact to half a step, (high - low) / 510."""
         return np.float32(self.low) + plane.astype(np.float32) * np.float32((self.high - self.low) / 255)
@@ -154,7 +164,7 @@ class MelStream:
         """Take samples [n] or [C, n], averaged over the channels; return the columns [t, bands] that they complete."""
         self._append(wave if wave.ndim == 1 else wave.mean(axis=0, dtype=np.float32))
         self._samples += wave.shape[-1]
-        columns = self._columns(self._starts(self._samples - self.spec.hop_length - self._margin + 1, ended=False))
+        columns = self._columns(self._starts(self._samples - self.spec.window + self._margin + 1, ended=False))
         self._forget()
         return columns
 

@@ -84,6 +84,16 @@ def open_plan(
     return begun
 
 
+def _mel_spec(config: TokenizeConfig, card: CodecCard) -> MelSpec | None:
+    """Return the log-mel plane of a run; None without --with-mel. A folder that was begun keeps its mel scale."""
+    if not config.mel_bands:
+        return None
+    begun = load_json(path) if (path := config.output / "plan.json").exists() else {}
+    stored = begun.get("mel")
+    scale = MelSpec.from_dict(stored).scale if isinstance(stored, dict) else "slaney"
+    return MelSpec.for_codec(config.mel_bands, card, config.mel_scale or scale)
+
+
 def _stated(plan: dict[str, Any], key: str) -> Any:
     """Return a value of a plan in the form used to compare plans."""
     value = plan.get(key)
@@ -156,7 +166,7 @@ def _run(
     torch.set_num_threads(1 if config.device == "cpu" else torch.get_num_threads())
     device = Device(codec=config.codec, num_codebooks=config.num_codebooks, device=config.device)
     codec = device.load()
-    mel = MelSpec.for_codec(config.mel_bands, codec.card) if config.mel_bands else None
+    mel = _mel_spec(config, codec.card)
     plan = open_plan(config, codec.card, inputs := count_inputs(config), mel)
     finished = (config.output / "dataset.json").exists() and not config.retry_failed
     if compare and plan.get("decoding", 1) != DECODING and not finished:

@@ -78,15 +78,17 @@ class TokenCorpus:
         """
         if model_input == "codes":
             return None
+        first = self._shards[0].mel_spec
         for shards in self._shards:
-            if shards.mel_spec is None:
+            if shards.mel_spec is None or first is None:
                 raise UserError(
                     f"model.input: {model_input}, but {shards.path} has no log-mel plane; tokenize the audio with"
                     " --with-mel 80, or set model.input codes"
                 )
-            if shards.mel_spec != self._shards[0].mel_spec:
+            if shards.mel_spec != first:
                 raise UserError(
-                    f"{shards.path}: another log-mel plane than {self._shards[0].path}; tokenize with one --with-mel"
+                    f"{shards.path}: another log-mel plane than {self._shards[0].path}"
+                    f" ({shards.mel_spec.difference(first)}); tokenize both with {first.options}"
                 )
         return self.mel_spec
 

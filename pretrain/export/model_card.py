@@ -7,6 +7,7 @@ from codecssl.configs.load import differences, from_dict
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.frame_rate import IN_FRAMES, at_frame_rate
 from codecssl.tokenize.codec import CodecCard
+from codecssl.tokenize.mel import MelSpec
 
 _TITLES = {
     ("codec2vec", "codes"): "Codec2Vec, predicting the codec's own codes (arXiv 2511.16639)",
@@ -67,9 +68,9 @@ def _reads_mel(mel: Mapping[str, Any] | None) -> str:
         return ""
     return (
         f"\n\nIt reads a log-mel plane: {mel['bands']} bands from {mel['low_hz']:g} to {mel['high_hz']:g} Hz, a window"
-        f" of {mel['window']} samples at {mel['sample_rate']} Hz, as `codecssl-tokenize run --with-mel {mel['bands']}`"
-        " stores it. `codecssl.tokenize.mel.mel_plane(model.mel_spec, wave)` computes it, [T, bands], from a wave at"
-        " the codec's rate."
+        f" of {mel['window']} samples at {mel['sample_rate']} Hz, as `codecssl-tokenize run"
+        f" {MelSpec.from_dict(dict(mel)).options}` stores it. `codecssl.tokenize.mel.mel_plane(model.mel_spec, wave)`"
+        " computes it, [T, bands], from a wave at the codec's rate."
     )
 
 

@@ -1,5 +1,6 @@
 """The log-mel plane: against librosa in float64, for any cut, and in shards that are divided, damaged, repaired."""
 
+import json
 import tarfile
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import librosa
 import numpy as np
 import pytest
 from helpers import card, wave
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.signal import get_window
 
@@ -16,6 +17,8 @@ from codecssl.tokenize.adapters import utterances
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.config import TokenizeConfig
 from codecssl.tokenize.encode import Device, encode_inputs
+from codecssl.tokenize.format.layout import sealed
+from codecssl.tokenize.format.writer import to_json
 from codecssl.tokenize.integrity.repair import repair
 from codecssl.tokenize.integrity.verify import examine
 from codecssl.tokenize.measure.stats import lines, stats
@@ -28,22 +31,27 @@ SPEC = MelSpec.for_codec(80, card((1024,)))
 WAVE = wave(60_000, 3, rate=16_000).numpy()
 
 
-def test_plane_equals_librosa():
+SCALES = pytest.mark.parametrize("scale", ["slaney", "htk"])
+
+
+@SCALES
+def test_plane_equals_librosa(scale):
     """librosa's frames are centred on hop * t; ours on the middle of frame t, half a hop later."""
-    left = (SPEC.window - SPEC.hop_length) // 2
-    padded = np.pad(WAVE.astype(np.float64), (left, SPEC.window))
+    spec = MelSpec.for_codec(80, card((1024,)), scale)
+    left = (spec.window - spec.hop_length) // 2
+    padded = np.pad(WAVE.astype(np.float64), (left, spec.window))
     spectrum = librosa.stft(
-        padded, n_fft=SPEC.window, hop_length=SPEC.hop_length, center=False, window="hann", dtype=np.complex128
+        padded, n_fft=spec.window, hop_length=spec.hop_length, center=False, window="hann", dtype=np.complex128
     )
     bank = librosa.filters.mel(
-        sr=16_000, n_fft=SPEC.window, n_mels=80, fmin=0.0, fmax=8000.0, htk=True, norm=None, dtype=np.float64
+        sr=16_000, n_fft=spec.window, n_mels=80, fmin=0.0, fmax=8000.0, htk=scale == "htk", norm=None, dtype=np.float64
     )
-    power = (bank @ np.abs(spectrum) ** 2) / (SPEC.window / 4) ** 2
+    power = (bank @ np.abs(spectrum) ** 2) / (spec.window / 4) ** 2
     expected = np.clip((np.log10(power.T) - LOW) / (HIGH - LOW) * 255, 0, 255)
-    plane = mel_plane(SPEC, WAVE)
+    plane = mel_plane(spec, WAVE)
     assert plane.shape == (-(-60_000 // 320), 80)
     assert np.abs(plane - expected[: len(plane)]).max() <= 0.5 + 1e-6
-    assert np.abs(SPEC.log_power(plane) - np.clip(np.log10(power.T), LOW, HIGH)[: len(plane)]).max() <= 12 / 510 + 1e-5
+    assert np.abs(spec.log_power(plane) - np.clip(np.log10(power.T), LOW, HIGH)[: len(plane)]).max() <= 12 / 510 + 1e-5
 
 
 def test_a_full_scale_sine_has_power_1():
@@ -67,7 +75,13 @@ SEGMENTS = card((1024,), segment_samples=4000, segment_stride=3960)
 def naive(spec, samples, starts):
     """Frame by frame, with librosa's filters."""
     bank = librosa.filters.mel(
-        sr=spec.sample_rate, n_fft=spec.fft, n_mels=spec.bands, fmax=spec.high_hz, htk=True, norm=None, dtype=np.float64
+        sr=spec.sample_rate,
+        n_fft=spec.fft,
+        n_mels=spec.bands,
+        fmax=spec.high_hz,
+        htk=spec.scale == "htk",
+        norm=None,
+        dtype=np.float64,
     )
     hann, margin, found = get_window("hann", spec.window), (spec.window - spec.hop_length) // 2, []
     wave = np.pad(samples.astype(np.float64), (margin, spec.window))
@@ -77,9 +91,10 @@ def naive(spec, samples, starts):
     return np.clip((np.array(found) - LOW) / (HIGH - LOW) * 255, 0, 255)
 
 
+@SCALES
 @pytest.mark.parametrize("bands", [1, 13, 256])
-def test_any_number_of_bands(bands):
-    spec = MelSpec.for_codec(bands, card((1024,)))
+def test_any_number_of_bands(bands, scale):
+    spec = MelSpec.for_codec(bands, card((1024,)), scale)
     expected = naive(spec, WAVE[:9_999], range(0, 9_999, 320))
     assert np.abs(mel_plane(spec, WAVE[:9_999]) - expected).max() <= 0.5 + 1e-6
     if bands == 256:
@@ -107,6 +122,7 @@ def test_a_codec_with_segments_has_the_columns_of_each_segment(samples, cuts):
 
 
 @given(st.integers(1, 5_000), st.integers(8, 700))
+@example(965, 9)  # an odd hop: the window reaches one sample further to the right than to the left
 @settings(max_examples=40, deadline=None)
 def test_one_column_a_frame(samples, hop):
     made = replace(card((1024,)), hop_length=hop)
@@ -126,11 +142,14 @@ def test_a_window_hardly_reaches_into_the_next_frame():
 
 
 def test_a_description_of_before_the_padded_transform_is_read():
-    values = {k: v for k, v in SPEC.to_dict().items() if k not in ("fft", "segment_samples", "segment_stride")}
-    assert MelSpec.from_dict(values) == SPEC
+    later = ("fft", "scale", "segment_samples", "segment_stride")
+    values = {k: v for k, v in SPEC.to_dict().items() if k not in later}
+    assert MelSpec.from_dict(values) == replace(SPEC, scale="htk")
 
 
-@pytest.mark.parametrize("change", [{"bands": 10**9}, {"bands": "80"}, {"window": 0}, {"color": "blue"}])
+@pytest.mark.parametrize(
+    "change", [{"bands": 10**9}, {"bands": "80"}, {"window": 0}, {"scale": "bark"}, {"color": "blue"}]
+)
 def test_an_impossible_description_is_refused(change):
     with pytest.raises(UserError, match="mel plane"):
         MelSpec.from_dict(SPEC.to_dict() | change)
@@ -178,6 +197,22 @@ def test_another_plane_is_another_dataset(dataset):
     dataset("a")
     with pytest.raises(UserError, match="begun with mel"):
         dataset("a", mel_bands=40)
+    with pytest.raises(UserError, match="begun with mel"):
+        dataset("a", mel_scale="htk")
+
+
+def test_a_folder_begun_before_there_were_scales_is_finished_in_htk(dataset, monkeypatch):
+    """Its plan.json names no scale."""
+    root, whole = dataset("a", mel_scale="htk"), dataset("b", mel_scale="htk")
+    plan = json.loads((root / "plan.json").read_text())
+    del plan["mel"]["scale"], plan["check"]
+    (root / "plan.json").write_bytes(to_json(sealed(plan)))
+    for name in ("shards/00001.tar", "shards/00001.json", "dataset.json"):
+        (root / name).unlink()
+    dataset("a")
+    assert Shards(root).mel_spec == Shards(whole).mel_spec
+    assert (root / "shards" / "00001.tar").read_bytes() == (whole / "shards" / "00001.tar").read_bytes()
+    assert Shards(dataset("c")).mel_spec.scale == "slaney"
 
 
 def test_a_damaged_plane_is_found_named_and_repaired(dataset):
