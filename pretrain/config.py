@@ -111,7 +111,7 @@ class MaskConfig:
 
     kind: Literal["spans", "exact"] = "spans"
     """spans: HuBERT's masking, a fixed number of spans that may overlap. exact: EnCodecMAE's masking, exactly
-    `fraction` of the frames."""
+    `fraction` of the frames. `KINDS` in data/masking.py has their functions."""
     starts_per_second: float = 4.0
     """Spans that start in a second of audio (spans)."""
     start_probability: float = 0.0

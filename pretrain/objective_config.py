@@ -31,7 +31,7 @@ class ObjectiveConfig:
     target: Literal["codes", "labels", "online"] = "codes"
     """codes: the codec's own codes, one head per codebook (Codec2Vec's reconstruction target). labels: classes
     from data.labels, such as k-means clusters of a model's features (its iterative clustering). online: clusters of a
-    moving average of the model itself (DinoSR)."""
+    moving average of the model itself (DinoSR). `TARGETS` in objectives/targets.py has their classes."""
     gamma: Literal["uniform", "encodecmae"] = "uniform"
     """Weights of the codebooks in the loss, normalised to sum to 1."""
     head: Literal["linear", "cosine", "codebook"] = "linear"

@@ -25,7 +25,9 @@
 : "${CODECSSL_TIME:=24:00:00}"   # limit of each job; a longer job continues in the next one
 
 # Limits and retries.
-: "${CODECSSL_WARN_SECONDS:=300}"   # before the time limit: time for a checkpoint, or for the rest of a block
+# Seconds before the time limit at which a job is warned, to write a checkpoint or finish a block. This file does not reach
+# a script that is submitted by sbatch itself: there, the line "#SBATCH --signal" in the script has the seconds.
+: "${CODECSSL_WARN_SECONDS:=300}"
 : "${CODECSSL_STALL_MINUTES:=120}"  # tokenize: stuck if no input is finished for this long (pretrain: log.stall_minutes)
 : "${CODECSSL_RETRIES:=3}"          # requeues after crashes without progress; those after a warning do not count
 : "${CODECSSL_LOGS:=logs}"          # folder of the jobs' output

@@ -8,3 +8,8 @@ ResultRow = dict[str, Any]
 """A finished run or probe, as in results.jsonl."""
 TrialLine = tuple[int, str, str]
 """A line of a trial list of speaker verification: 1 for the same speaker, else 0, and the two files."""
+
+SPECTRA = ("fbank", "logmel", "mfcc")
+"""Kinds of upstreams that compute spectra of the wave; each has its constructor in upstreams/build.py."""
+BASELINES = (*SPECTRA, "codes", "random")
+"""Kinds of upstreams to which the others are compared, in the order of the tables."""

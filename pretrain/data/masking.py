@@ -1,4 +1,8 @@
-"""Masking of frames and dropout of codebooks: pure functions of keys, for a whole batch."""
+"""Masking of frames and dropout of codebooks: pure functions of keys, for a whole batch.
+
+A new masking is a function with the arguments of `span_mask`, an entry of `KINDS`, and its name in `MaskConfig.kind`
+(pretrain/config.py).
+"""
 
 from typing import Any
 
@@ -16,11 +20,11 @@ _COUNT, _STARTS, _DROP, _KEEP, _ORDER = range(5)  # one stream of random numbers
 def span_mask(config: MaskConfig, keys: Keys, frames: npt.NDArray[Any]) -> Bools:
     """Mask frames: [B] keys and [B] lengths -> bool [B, T] with T = max(frames), false in the padding.
 
-    Every length must be at least the span. See `_spans` and `_exact` for the two kinds.
+    `KINDS` has a function for each `config.kind`. Every length must be at least the span.
     """
     assert config.span_frames, "the config has lengths in seconds: convert it with `frame_rate.at_frame_rate`"
     assert int(frames.min()) >= config.span_frames, "shorter utterances are left out by data.min_frames"
-    return _KINDS[config.kind](config, keys, frames)
+    return KINDS[config.kind](config, keys, frames)
 
 
 def _spans(config: MaskConfig, keys: Keys, frames: npt.NDArray[Any]) -> Bools:
@@ -54,8 +58,8 @@ def _exact(config: MaskConfig, keys: Keys, frames: npt.NDArray[Any]) -> Bools:
     return masked
 
 
-_KINDS = {"spans": _spans, "exact": _exact}
-"""The names of `MaskConfig.kind`."""
+KINDS = {"spans": _spans, "exact": _exact}
+"""The function of each `MaskConfig.kind`."""
 
 
 def _start_ranks(

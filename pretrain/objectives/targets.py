@@ -1,5 +1,12 @@
-"""Prediction targets. A new target is one class here, and its name in `ObjectiveConfig.target`."""
+"""Prediction targets: the classes that an objective predicts at masked frames.
 
+An objective (codec2vec.py, encodecmae.py, dinosr.py) is a network with its loss; a target supplies the labels of that
+loss. A new target is a class here, an entry of `TARGETS`, and its name in `ObjectiveConfig.target`
+(pretrain/objective_config.py). A target that needs files also needs a setting in `DataConfig` (pretrain/config.py), and
+`open_data` (pretrain/data/open_data.py) must read them into the batches.
+"""
+
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -44,11 +51,18 @@ class Labels:
         return batch.labels
 
 
+TARGETS: dict[str, Callable[[CodecCard, tuple[int, ...]], Target] | None] = {
+    "codes": lambda card, label_sizes: Codes(card),
+    "labels": lambda card, label_sizes: Labels(label_sizes),
+    "online": None,  # the clusters of objectives/dinosr.py
+}
+"""The constructor of each `ObjectiveConfig.target`. Its arguments are those of `make_target`."""
+
+
 def make_target(config: ObjectiveConfig, card: CodecCard, label_sizes: tuple[int, ...] = ()) -> Target | None:
-    """The codes of `card`, or labels, of `label_sizes` classes a stream; None where targets are made while training."""
-    if config.target == "online":
-        return None
-    if config.target == "labels":
-        return Labels(label_sizes)
-    assert config.target == "codes", f"no class for objective.target {config.target}"
-    return Codes(card)
+    """Make the target of a config; None if the objective makes its targets while training.
+
+    card: card of the shards' codec. label_sizes: number of classes of each stream of the label folders.
+    """
+    make = TARGETS[config.target]
+    return None if make is None else make(card, label_sizes)

@@ -21,8 +21,7 @@ from codecssl.pretrain.export.sources import seen_sources
 from codecssl.superb import results
 from codecssl.superb.probe.crossvalidate import Settings, evaluate
 from codecssl.superb.probe.features import open_rows
-from codecssl.superb.reporting.comparison import BASELINES
-from codecssl.superb.rows import ResultRow
+from codecssl.superb.rows import BASELINES, ResultRow
 from codecssl.superb.upstreams.build import UpstreamBuilder
 from codecssl.superb.upstreams.names import Upstream, parse_all
 from codecssl.tokenize.common.errors import UserError

@@ -11,9 +11,8 @@ import numpy as np
 
 from codecssl.superb import results
 from codecssl.superb.paired import LEVEL, sign_flip_p, verdict
-from codecssl.superb.reporting.comparison import BASELINES
 from codecssl.superb.reporting.tables import percent
-from codecssl.superb.rows import ResultRow
+from codecssl.superb.rows import BASELINES, ResultRow
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -12,11 +12,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 from codecssl.superb import results
-from codecssl.superb.rows import ResultRow
+from codecssl.superb.rows import BASELINES, ResultRow
 from codecssl.superb.tasks import TASKS, Budget, Metric
 from codecssl.tokenize.common.errors import UserError
 
-BASELINES = ("fbank", "logmel", "mfcc", "codes", "random")
 SAMPLE = "sample corpus (synthetic speech)"
 MOST_DEVIATIONS = 6
 """Number of deviations from the official data that a claim lists."""

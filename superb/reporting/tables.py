@@ -1,20 +1,20 @@
-"""Tables of finished runs: on the console, as report.md and as one self-contained report.html."""
+"""The report's tables as text, on the console and as Markdown. `web_page.py` makes report.html of the same rows."""
 
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from codecssl.superb.paired import LEVEL
-from codecssl.superb.reporting.comparison import BASELINES, SAMPLE, Cell, Column, Comparison, compare, load
+from codecssl.superb.reporting.comparison import SAMPLE, Cell, Column, Comparison, compare, load
 from codecssl.superb.reporting.superb_score import PUBLISHED, missing, score
 from codecssl.superb.reporting.verdicts import beyond_noise, paired_p, sentence
-from codecssl.superb.rows import ResultRow
+from codecssl.superb.rows import BASELINES, ResultRow
 from codecssl.superb.tasks import TASKS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["BASELINES", "SAMPLE", "compare", "console_table", "lines", "load", "markdown", "notes"]
+__all__ = ["BASELINES", "SAMPLE", "compare", "console_table", "load", "markdown", "notes", "table_rows"]
 
 MOST_COLUMNS = 7
 """Largest number of columns on the console or in Markdown. Wider tables are transposed."""
@@ -63,22 +63,23 @@ def heading(column: Column) -> str:
     return f"{task} {metric.label} {'↑' if metric.higher_better else '↓'}"
 
 
-def lines(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the main table: chance, every upstream, then differences to the baselines.
+def table_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the main table: chance, every upstream, then differences to the baselines.
 
-    A SUPERB result also gets the published figures.
+    A SUPERB result also has the score and the published rows. A new column is a heading in `header` and a cell at the
+    end of the rows that have one (`upstreams` here, `_published`). Shorter rows are padded with empty cells.
     """
     c = comparison
-    scored = ["score"] if c.is_superb else []
-    header = ["upstream", *(heading(column) for column in c.columns), *scored]
-    body = [_chance(c, len(header))]
-    for name in c.upstreams:
-        cells = [_marked(c, name, column) for column in c.columns]
-        body.append([name, *cells, *([_score(c, name)] if scored else [])])
-    for name, base in c.pairs:
-        deltas = [_delta(c, name, base, column) for column in c.columns]
-        body.append([f"{name} − {base}", *deltas, *[""] * len(scored)])
-    return header, body + (_published(c) if scored else [])
+    header = ["upstream", *(heading(column) for column in c.columns), *(["score"] if c.is_superb else [])]
+    upstreams = [
+        [name, *(_marked(c, name, column) for column in c.columns), *([_score(c, name)] if c.is_superb else [])]
+        for name in c.upstreams
+    ]
+    differences = [
+        [f"{name} − {base}", *(_delta(c, name, base, column) for column in c.columns)] for name, base in c.pairs
+    ]
+    rows = [_chance(c), *upstreams, *differences, *(_published(c) if c.is_superb else [])]
+    return header, [row + [""] * (len(header) - len(row)) for row in rows]
 
 
 def _marked(c: Comparison, name: str, column: Column) -> str:
@@ -89,11 +90,10 @@ def _marked(c: Comparison, name: str, column: Column) -> str:
     return f"**{text}**" if leads else text
 
 
-def _chance(c: Comparison, width: int) -> list[str]:
+def _chance(c: Comparison) -> list[str]:
     chances = {task: cell.runs[0]["chance"] for (_, task), cell in c.cells.items()}
     cells = [percent(chances[task]) if metric.key == "accuracy" else "" for task, metric in c.columns]
-    line = ["chance (most frequent class)", *cells]
-    return line + [""] * (width - len(line))
+    return ["chance (most frequent class)", *cells]
 
 
 def _delta(c: Comparison, name: str, base: str, column: Column) -> str:
@@ -237,8 +237,8 @@ def _scoring(c: Comparison) -> list[str]:
 
 
 def _narrow(comparison: Comparison) -> tuple[list[str], list[list[str]], bool]:
-    """`lines`, transposed if too wide: one line per metric instead of one per upstream."""
-    header, body = lines(comparison)
+    """`table_rows`, transposed if too wide: one row per metric instead of one per upstream."""
+    header, body = table_rows(comparison)
     if len(header) <= MOST_COLUMNS:
         return header, body, False
     header, *body = (list(line) for line in zip(header, *body, strict=True))

@@ -5,7 +5,7 @@ from html import escape
 
 from codecssl.superb.reporting.comparison import Comparison, values_of
 from codecssl.superb.reporting.svg_charts import PALETTE, heat_chart, legend, line_chart
-from codecssl.superb.reporting.tables import lines, notes, percent
+from codecssl.superb.reporting.tables import notes, percent, table_rows
 from codecssl.superb.reporting.verdicts import sentence
 from codecssl.superb.tasks import TASKS
 
@@ -71,7 +71,7 @@ def _section(c: Comparison) -> str:
 
 
 def _main_table(c: Comparison) -> str:
-    header, body = lines(c)
+    header, body = table_rows(c)
     first, last = 1 + len(c.upstreams), 1 + len(c.upstreams) + len(c.pairs)
     rows = [_row(body[0], "chance")]
     rows += [_row(line, "upstream") for line in body[1:first]]

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 DEFAULT_CODEC = "tiny_16khz"  # codec of bare `codes` and `random` if no model is named with them
 DEFAULT_CONFIG = "codec2vec_tiny_codes"  # architecture of that `random`
+BUILD_SPECTRA: dict[str, Callable[[], nn.Module]] = {
+    "fbank": lambda: s3prl_upstreams.fbank("fbank"),
+    "logmel": spectral.LogMel,
+    "mfcc": spectral.Mfcc,
+}
+"""The constructor of each of `SPECTRA` (superb/rows.py)."""
 
 
 class UpstreamBuilder:
@@ -38,10 +44,8 @@ class UpstreamBuilder:
 
     def build(self, upstream: Upstream) -> nn.Module:
         """Build the upstream, frozen and on the device."""
-        if upstream.kind == "fbank":
-            return s3prl_upstreams.fbank("fbank").to(self.device)
-        if upstream.kind in ("logmel", "mfcc"):
-            return (spectral.LogMel() if upstream.kind == "logmel" else spectral.Mfcc()).to(self.device)
+        if make := BUILD_SPECTRA.get(upstream.kind):
+            return make().to(self.device)
         if upstream.kind == "s3prl":
             return s3prl_upstreams.from_s3prl(upstream.argument or "").to(self.device)
         if upstream.kind == "hf":

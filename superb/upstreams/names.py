@@ -5,16 +5,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from codecssl.pretrain.export.shipped import model_folder
+from codecssl.superb.rows import BASELINES, SPECTRA
 from codecssl.superb.upstreams import transformers_upstreams
 from codecssl.tokenize.common.errors import UserError
 
 NAMES = (
-    "an exported model's folder, a shipped model's name (laptop_16khz), a codec's of task-codec, fbank, logmel, mfcc, "
-    "codes, random, codes:MODEL, codes:CODEC, random:MODEL, NAME@s3prl, or hf:PATH|NAME for a HuBERT, wav2vec2 or WavLM"
-    " of transformers"
+    "an exported model's folder, a shipped model's name (laptop_16khz), a codec's folder of task-codec, "
+    f"{', '.join(BASELINES)}, codes:MODEL, codes:CODEC, random:MODEL, NAME@s3prl, or hf:PATH|NAME for a HuBERT, "
+    "wav2vec2 or WavLM of transformers"
 )
 
 
@@ -22,11 +23,12 @@ NAMES = (
 class Upstream:
     """A parsed upstream name.
 
-    `argument`: a model's folder, a codec's name, an s3prl name, or a transformers checkpoint.
+    kind: "model", "s3prl", "hf", or one of `BASELINES`. argument: a model's folder, a codec's name, an s3prl name, or a
+    transformers checkpoint.
     """
 
     name: str
-    kind: Literal["model", "fbank", "logmel", "mfcc", "codes", "random", "s3prl", "hf"]
+    kind: str
     argument: str | None = None
 
     @property
@@ -52,8 +54,8 @@ def parse(name: str) -> Upstream:
     head, _, tail = name.partition(":")
     if name.endswith("@s3prl"):
         return Upstream(name=name, kind="s3prl", argument=name.removesuffix("@s3prl"))
-    if name in ("fbank", "logmel", "mfcc"):
-        return Upstream(name=name, kind=name)  # type: ignore[arg-type]
+    if name in SPECTRA:
+        return Upstream(name=name, kind=name)
     if head == "hf" and tail:
         return Upstream(name=name, kind="hf", argument=tail)
     if head == "codes":

@@ -1,6 +1,7 @@
 """The batch scripts as files: clean, documented, dry, and packaged; what they do is tested on a real Slurm."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -43,6 +44,13 @@ def test_help_is_the_comment_at_the_top(script, tmp_path):
     assert f"bash slurm/{script} [--dry-run]" in done.stdout
     assert "set -euo" not in done.stdout
     assert "#SBATCH" not in done.stdout
+
+
+def test_scripts_submitted_by_sbatch_itself_warn_as_early_as_site_sh():
+    seconds = re.search(r"CODECSSL_WARN_SECONDS:=(\d+)", (SLURM / "site.sh").read_text())[1]
+    found = {name: re.findall(r"^#SBATCH --signal=(.*)$", (SLURM / name).read_text(), re.M) for name in SCRIPTS}
+    warned = {name: lines for name, lines in found.items() if name != "export.sbatch"}  # an export takes seconds
+    assert set(map(tuple, warned.values())) == {(f"B:USR2@{seconds}",)}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,4 +1,4 @@
-"""Read inputs from .tsv, .csv and .jsonl manifests and from lists on standard input."""
+"""Read inputs from manifests (tables, JSON rows, Kaldi's and fairseq's files, lists) and from standard input."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from codecssl.tokenize.common.files import atomic_file
 from codecssl.tokenize.sources.columns import PATHS, Rows, first_of, from_lhotse, segment_of, with_segments
 from codecssl.tokenize.sources.inputs import MOST_DEPTH, Input, Seen, as_label, in_utf8
 
-MANIFESTS = (".tsv", ".csv", ".jsonl", ".jsonl.gz", ".json", ".scp", ".txt", ".lst", ".list")
+TABLES = (".tsv", ".csv", ".jsonl")
+"""Suffixes of tables with named columns. They are suggested where a folder without audio holds such files."""
 LISTS = (".txt", ".lst", ".list")
 """Suffixes of lists with one path per line."""
+MANIFESTS = (*TABLES, ".jsonl.gz", ".json", ".scp", *LISTS)
+"""Suffixes of all manifests. `read_manifest` has a branch for each."""
 
 
 def read_manifest(manifest: Path) -> Iterator[Input]:
@@ -30,7 +33,7 @@ def read_manifest(manifest: Path) -> Iterator[Input]:
     {"root": FOLDER}, which replaces the table's folder. Other supported formats are NeMo's .json and .jsonl.gz (rows of
     JSON), Lhotse's MonoCuts and recordings, lists of paths (.txt, .lst, .list), Kaldi's wav.scp without pipes and the
     segments, utt2spk and text next to it, fairseq's .tsv with its root line, and Common Voice's .tsv next to clips/.
-    Raises UserError naming the line.
+    Raises UserError for another suffix, and naming the line for an invalid one.
     """
     name, root = manifest.name.lower(), manifest.parent
     if name.endswith((".jsonl", ".jsonl.gz", ".json")):
@@ -41,7 +44,9 @@ def read_manifest(manifest: Path) -> Iterator[Input]:
         return _inputs(_list_rows(manifest), str(manifest), root)
     if name.endswith(".tsv") and (folder := _fairseq_root(manifest)) is not None:
         return _inputs(_fairseq_rows(manifest), str(manifest), root / folder)
-    return _inputs(_table_rows(manifest), str(manifest), root, clips=True)
+    if name.endswith((".tsv", ".csv")):
+        return _inputs(_table_rows(manifest), str(manifest), root, clips=True)
+    raise UserError(f"{manifest}: not a manifest by its name; it must end in one of {' '.join(MANIFESTS)}")
 
 
 def read_list(stream: BinaryIO, name: str = "standard input") -> Iterator[Input]:

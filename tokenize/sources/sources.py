@@ -18,7 +18,7 @@ from pathlib import Path
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.sources.audio import EXTENSIONS, OTHER_MEDIA
 from codecssl.tokenize.sources.inputs import Input, in_utf8
-from codecssl.tokenize.sources.manifest import MANIFESTS, read_list, read_manifest
+from codecssl.tokenize.sources.manifest import MANIFESTS, TABLES, read_list, read_manifest
 
 __all__ = ["Input", "is_stream", "read_source", "read_sources", "walk"]
 
@@ -145,7 +145,7 @@ def _hint(folder: Path) -> str:
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
         return f". It is a saved dataset: give hf:{folder}:SPLIT"
     paths = sorted(islice(folder.rglob("*"), HINT_ENTRIES))
-    if found := [str(p) for p in paths if p.suffix.lower() in MANIFESTS[:3]]:
+    if found := [str(p) for p in paths if p.suffix.lower() in TABLES]:
         return f". It holds manifests: give {' or '.join(found[:3])}"
     if found := [str(p) for p in paths if p.name.lower().endswith(TARS)]:
         return f". It holds tars: give 'wds:{Path(found[0]).parent}/*{''.join(Path(found[0]).suffixes)}'"

@@ -1,16 +1,22 @@
+from typing import get_args, get_type_hints
+
 import numpy as np
 import pytest
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
 from codecssl.pretrain.config import MaskConfig, ObjectiveConfig, RunConfig
 from codecssl.pretrain.data.hashed_random import hashed, smallest, uniform
-from codecssl.pretrain.data.masking import kept_codebooks, span_mask
+from codecssl.pretrain.data.masking import KINDS, kept_codebooks, span_mask
 from codecssl.pretrain.frame_rate import at_frame_rate
 
 HUBERT = at_frame_rate(RunConfig(), 50).mask
 
 
-def test_mask_statistics_are_huberts() -> None:
+def test_every_kind_of_masking_has_a_function() -> None:
+    assert set(KINDS) == set(get_args(get_type_hints(MaskConfig)["kind"]))
+
+
+def test_mask_statistics_equal_huberts() -> None:
     """The published pair (8 % starts, span 10) masks as many frames as transformers' HuBERT masking."""
     frames = np.full(400, 500)
     ours = span_mask(HUBERT, hashed(1, np.arange(400)), frames)

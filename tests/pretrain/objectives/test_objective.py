@@ -1,4 +1,5 @@
 import math
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from codecssl.pretrain.objectives.objective import (
     merged,
     summary,
 )
-from codecssl.pretrain.objectives.targets import Codes, make_target
+from codecssl.pretrain.objectives.targets import TARGETS, Codes, make_target
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 
@@ -25,6 +26,10 @@ CARD = CodecCard(
     codebook_sizes=SIZES, codes_per_frame=(1, 1, 1), latent_dim=10,
 )  # fmt: skip
 MODEL = ModelConfig(dim=16, layers=1, heads=2, ffn_dim=16, conv_kernel=4, conv_groups=2, layerdrop=0.0)
+
+
+def test_every_target_has_an_entry() -> None:
+    assert set(TARGETS) == set(get_args(get_type_hints(ObjectiveConfig)["target"]))
 
 
 def objective(**changes: object) -> MaskedPrediction:

@@ -58,7 +58,7 @@ def rows() -> list[dict[str, Any]]:
 
 def test_the_table() -> None:
     (comparison,) = tables.compare(rows())
-    header, body = tables.lines(comparison)
+    header, body = tables.table_rows(comparison)
     assert header == ["upstream", "ks acc % ↑", "er acc % ↑"]
     assert [line[0] for line in body[:5]] == [
         "chance (most frequent class)",
@@ -294,7 +294,7 @@ def official(name: str = "/runs/tiny") -> list[dict[str, Any]]:
 
 def test_all_ten_tasks_in_one_table() -> None:
     (comparison,) = tables.compare([*all_ten("fbank"), *all_ten(better=0.5)])
-    header, body = tables.lines(comparison)
+    header, body = tables.table_rows(comparison)
     assert header[1:4] == ["pr PER % ↓", "asr WER % ↓", "asr WER with LM % ↓"]
     assert len(header) == 1 + 12
     lines = {line[0]: dict(zip(header, line, strict=True)) for line in body}
@@ -316,7 +316,7 @@ def test_all_ten_tasks_in_one_table() -> None:
 
 def test_a_full_row_has_a_score_next_to_published_ones() -> None:
     (comparison,) = tables.compare(official())
-    header, body = tables.lines(comparison)
+    header, body = tables.table_rows(comparison)
     values = {(task, key): 100 * value for task, found in TESTED.items() for key, value in found.items()}
     lines = {line[0]: dict(zip(header, line, strict=True)) for line in body}
     assert lines["tiny"]["score"] == f"{superb_score.score(values):.0f}"
@@ -327,7 +327,7 @@ def test_a_full_row_has_a_score_next_to_published_ones() -> None:
 
 def test_a_missing_task_is_no_score_and_is_named() -> None:
     (comparison,) = tables.compare([found for found in official() if found["task"] not in ("sd", "sf")])
-    header, body = tables.lines(comparison)
+    header, body = tables.table_rows(comparison)
     assert dict(zip(header, body[1], strict=True))["score"] == ""
     assert "tiny has no score: sd, sf missing." in tables.notes(comparison)
 

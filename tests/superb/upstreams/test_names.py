@@ -4,8 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from codecssl.superb.rows import SPECTRA
+from codecssl.superb.upstreams.build import BUILD_SPECTRA
 from codecssl.superb.upstreams.names import parse, parse_all
 from codecssl.tokenize.common.errors import UserError
+
+
+def test_every_spectral_baseline_has_a_constructor() -> None:
+    assert tuple(BUILD_SPECTRA) == SPECTRA == tuple(parse(name).kind for name in SPECTRA)
 
 
 @pytest.mark.parametrize("name", ["hubert_basse", "random:nowhere", "nowhere/model", "fbank:x"])

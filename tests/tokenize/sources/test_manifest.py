@@ -9,7 +9,7 @@ import pytest
 
 from codecssl.tokenize.cli import main
 from codecssl.tokenize.common.errors import UserError
-from codecssl.tokenize.sources.manifest import read_list, read_rows, spool_stdin
+from codecssl.tokenize.sources.manifest import read_list, read_manifest, read_rows, spool_stdin
 from codecssl.tokenize.sources.sources import read_sources
 
 
@@ -19,6 +19,15 @@ def rows(path):
 
 def simple(items):
     return [(item.id, item.path, item.file, item.start, item.end, item.labels) for item in items]
+
+
+def test_a_suffix_without_a_reader_is_an_error_and_not_read_as_a_table(tmp_path):
+    table = tmp_path / "list.psv"
+    table.write_text("path\tspeaker\na.wav\tanna\n")
+    with pytest.raises(
+        UserError, match=r"list.psv: not a manifest by its name; it must end in one of .tsv .csv .jsonl "
+    ):
+        read_manifest(table)
 
 
 @pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
