@@ -42,11 +42,11 @@ class Task:
     classes: bool = False
     """True for a closed set of labels: a label that never occurs in training cannot be predicted."""
     work: int = 1
-    """A step's cost beside a pooled linear head's, roughly; a budget that lightens divides its steps by it."""
+    """Approximate cost of a step; a pooled linear head has 1. Budgets with `lighten` divide their steps by it."""
     lrs: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """Learning rates swept by default under a budget, where they differ from the budget's own."""
+    """Default learning rates under a budget, by the budget's name, where they differ from `Budget.learning_rates`."""
     shortest: float = 0.02
-    """Seconds; shorter clips are left out and counted."""
+    """Minimum duration of a clip, seconds. Shorter clips are left out and counted."""
 
     @property
     def metric(self) -> str:

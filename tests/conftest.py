@@ -10,7 +10,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 _CACHE = tempfile.TemporaryDirectory(prefix="codecssl-tests-")
-os.environ["XDG_CACHE_HOME"] = _CACHE.name  # tests remember no weights in the user's own cache
+os.environ["XDG_CACHE_HOME"] = _CACHE.name  # keeps the tests' records of weights out of the user's cache
 
 
 @pytest.fixture(scope="session")

@@ -126,8 +126,10 @@ def newest_intact(folder: Path) -> tuple[Path | None, list[Path]]:
     """
     corrupt: list[Path] = []
     if old := next(folder.glob("step-*/engine"), None):
-        raise UserError(f"{old.parent}: is DeepSpeed's own, this codecssl writes and reads format {FORMAT}; go on with"
-                        " the codecssl that wrote it, or give another --output")  # fmt: skip
+        raise UserError(
+            f"{old.parent}: uses DeepSpeed's checkpoint format, but this version needs format {FORMAT}; resume with "
+            "the codecssl version that wrote it, or give another --output"
+        )
     for path in reversed(_all(folder)):
         if damage(path) is None:
             return path, corrupt

@@ -81,7 +81,8 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], where: object
     parameters = dict(module.named_parameters())
     if wrong := parameters.keys() ^ weights.keys():
         raise UserError(
-            f"{where}: {sorted(wrong)[0]} is in the file or in the model, but not in both; another config or codecssl?"
+            f"{where}: {sorted(wrong)[0]} is in the file or in the model, but not in both; was it saved with a "
+            "different config or codecssl version?"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():

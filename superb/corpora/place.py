@@ -33,7 +33,7 @@ class Place:
         )
 
     def file(self, names: tuple[str, ...], source: str, *near: Path) -> Path:
-        """The first of `names` in side, in `near`, or in root; else a UserError that says where to get it."""
+        """Return the first of `names` found in side, `near` or root; raise UserError if none is."""
         folders = [folder for folder in (self.side, *near, self.root) if folder is not None]
         for name in names:
             for folder in folders:

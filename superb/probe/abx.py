@@ -67,7 +67,7 @@ def _unit(clip: NDArray[np.floating]) -> Array:
 def _warped(clip: Array, others: Array, lengths: NDArray[np.intp]) -> Array:
     """Distances [N] of a clip [S, D] to N others [N, T, D], by dynamic time warping of all at once.
 
-    Of the steps to a cell (diagonal, down, right) the cheapest is taken, of equal ones the first.
+    Each cell takes its cheapest predecessor (diagonal, above, left); ties go to the first.
     """
     size, longest = len(clip), others.shape[1]
     angles = np.arccos(np.clip(np.einsum("sd,ntd->nst", clip, others), -1.0, 1.0)) / np.pi

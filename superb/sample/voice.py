@@ -108,7 +108,7 @@ def phones(text: str, accent: str) -> list[str]:
         if bare not in PHONES:
             raise UserError(f"{text!r} ({accent}): phone {bare!r} is not in PHONES; add it there")
         for symbol in PHONES.get(token, PHONES[bare]).split():
-            # espeak-ng writes the r that links to the next vowel twice.
+            # espeak-ng writes a linking r twice: at the end of one word and before the vowel of the next.
             if not (symbol == "R" and symbols and symbols[-1] in ("R", "ER")):
                 symbols.append(symbol)
     return symbols

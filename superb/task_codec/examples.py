@@ -118,7 +118,7 @@ def _choose(rows: Sequence[ManifestRow], task: str, probes: str) -> tuple[Probe,
     else:
         raise UserError(f"task {task}: give none, pr, ks, ic, sid, er, or one of the probes {', '.join(known)}")
     if not found:
-        raise UserError(f"task {task}: no utterance of the data has it and its label")
+        raise UserError(f"task {task}: no utterance in the data has both this task and its label")
     if probe.group and any(rows[i].get(probe.group) is None for i in found):
         probe = Probe(name=probe.name, label=probe.label, task=probe.task)
     return probe, found

@@ -100,7 +100,7 @@ def test_ports_of_jobs_and_steps_differ_and_are_the_same_on_all_ranks():
         (SRUN | {"MASTER_ADDR": "localhost"}, "MASTER_ADDR localhost: each of the step's 4 nodes would connect"),
     ],
 )
-def test_no_meeting_place_is_one_line(environment, says):
+def test_a_missing_or_invalid_rendezvous_is_a_one_line_error(environment, says):
     with pytest.raises(UserError, match=says):
         find_meeting(environment)
 

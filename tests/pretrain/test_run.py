@@ -94,7 +94,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(
     assert_same(*map(tensors, ends))
     assert rows(tmp_path / "whole") == rows(resumed)
     steps = [row["step"] for row in rows(resumed) if row["split"] == "train"]
-    assert steps == [3, 6, 9, 12, 15, 18, 20], "each step once"
+    assert steps == [3, 6, 9, 12, 15, 18, 20], "each logged step must occur once"
 
 
 def test_a_short_run_learns_and_repeats_bit_for_bit(make_shards: Make, small_config: Config, tmp_path: Path) -> None:

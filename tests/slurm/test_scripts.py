@@ -64,7 +64,7 @@ def test_the_settings_of_the_site_reach_sbatch_and_nothing_is_submitted(script, 
     assert expected <= set(last)
     on_gpus = {"pretrain.sbatch": "4", "export.sbatch": None}.get(script, "1")
     assert ("--partition=h100" in last, f"--gpus-per-node={on_gpus}" in last) == (bool(on_gpus), bool(on_gpus))
-    assert not list(tmp_path.iterdir()), "not even a folder for logs"
+    assert not list(tmp_path.iterdir()), "--dry-run must create nothing, no folder of logs either"
 
 
 def test_pretrain_asks_for_a_process_per_gpu_on_each_node(tmp_path):

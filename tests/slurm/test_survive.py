@@ -63,7 +63,7 @@ def job(tmp_path: Path) -> SlurmJob:
     return SlurmJob(tmp_path)
 
 
-def test_done_is_done(job):
+def test_a_finished_job_is_not_requeued(job):
     assert job.run('echo "$@" >arguments')[0] == 0
     assert (job.folder / "arguments").read_text() == "-m codecssl.pretrain run tiny --data shards --output run\n"
     assert (job.folder / "done/run").exists()
@@ -165,7 +165,7 @@ def test_checkpoints_of_s3prl_are_progress_of_superb(tmp_path):
 
 
 def test_a_warning_between_two_programs_is_not_lost(job):
-    """While the shards are copied, say: the first program does not start, and the job goes back."""
+    """For example while shards are copied: the first program does not start, and the job is requeued."""
     job.environment["CODECSSL_SETUP"] = "kill -USR2 $$; touch ready; sleep 0.5"
     code, said = job.run("touch started")
     assert "warned before the next start" in said

@@ -32,7 +32,7 @@ def test_the_official_settings_are_superbs() -> None:
     }
 
 
-def test_the_official_heads_are_superbs() -> None:
+def test_official_heads_match_superb() -> None:
     import_patches.install()
     recurrent = {"proj_size": 1024, "hidden_size": [1024, 1024], "bidirectional": True, "module": "LSTM"}
     for name in ("asr", "sf"):

@@ -115,7 +115,7 @@ def _as_it_is(sample):
 
 @pytest.mark.parametrize("rates", RATES)
 def test_the_webdataset_loader_of_datasets_opens_the_tars(tmp_path, monkeypatch, rates):
-    """It gives the blocks, which `utterances` takes apart. It knows no labels of mixed kinds."""
+    """The loader yields blocks, which `utterances` splits. It does not support labels of mixed types."""
     monkeypatch.setitem(globals(), "labels_of", lambda number: {"speaker": f"s{number}", "n": number})
     made = Shards(make(tmp_path / "d", RATES[rates], False))
     for streaming in (True, False):

@@ -144,7 +144,7 @@ def test_worker_i_has_gpu_i() -> None:
 def test_workers_on_several_devices_give_the_same_results_in_order(
     audio: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two processes, each with a device of its own: torch also counts CPUs."""
+    """Two processes, each with its own device. torch accepts CPU indices as devices."""
     items = list(read_sources([str(audio)]))
     device = Device(codec="tiny_16khz", num_codebooks=None, device="cuda")
     codec = Device(codec="tiny_16khz", num_codebooks=None, device="cpu").load()
@@ -153,4 +153,6 @@ def test_workers_on_several_devices_give_the_same_results_in_order(
     assert same(list(encode_on(["cpu:0", "cpu:1"], device, items, None)), alone)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(module, "device_of_workers", lambda device, workers, gpus: ["cpu:0", "cpu:1"][:workers])
-    assert same(list(encode_inputs(device, codec, items, workers=2)), alone), "encode_inputs takes this way"
+    assert same(list(encode_inputs(device, codec, items, workers=2)), alone), (
+        "encode_inputs must use one worker per device"
+    )

@@ -99,11 +99,11 @@ class Operations:
         if writes and isinstance(path, str | os.PathLike) and (os.fspath(path) + "/").startswith(self.folder):
             self.step(None)
         elif writes and arguments and isinstance(path, str) and "/" not in path:
-            self.step(None)  # rmtree names what it removes relative to a folder's descriptor
+            self.step(None)  # rmtree names files relative to a folder's descriptor
 
     def on_fsync(self, descriptor):
         self.step(descriptor)
-        if self.how == "outside":  # else without the real one: what a killed process wrote outlives it
+        if self.how == "outside":  # a killed process needs no real fsync: its writes survive in the page cache
             self.fsync(descriptor)
 
     def step(self, descriptor):

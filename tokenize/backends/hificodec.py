@@ -153,7 +153,7 @@ class HifiCodec(SegmentCodec):
 
 
 def _normed(layer: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():  # torch deprecates it, but the checkpoints have its tensors
+    with warnings.catch_warnings():  # weight_norm is deprecated, but the checkpoints store its tensors
         warnings.simplefilter("ignore", FutureWarning)
         return nn.utils.weight_norm(layer)
 

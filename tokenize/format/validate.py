@@ -41,7 +41,7 @@ def check_header(header: Mapping[str, Any], file: Path) -> None:
     """Check the fields of dataset.json apart from its codec card."""
     totals = header.get("totals")
     if not isinstance(totals, dict):
-        raise UserError(f"{file}: damaged, no totals")
+        raise UserError(f"{file}: damaged: the totals are missing")
     for key in TOTALS:
         _whole(totals.get(key), f"totals.{key}", file)
     hours = totals.get("hours")

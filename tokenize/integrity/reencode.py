@@ -106,7 +106,7 @@ def _picked(shards: Shards, plan: dict[str, Any], count: int) -> Iterator[tuple[
     """Yield utterances and their inputs. The sources are listed once, in the shards' order."""
     sources = list(plan.get("sources", []))
     if not sources:
-        raise UserError("the dataset was made of codes, not of audio")
+        raise UserError("the dataset was written from existing codes, so there is no audio to re-encode")
     streamed = any(is_stream(source) for source in sources)
     picks = iter(_spread(min(len(shards), count) if streamed else len(shards), count))  # not to fetch a corpus for it
     wanted = next(picks, None)

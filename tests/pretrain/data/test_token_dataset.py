@@ -130,5 +130,5 @@ def test_the_readmes_loop_trains(make_shards: Make, tmp_path: Path) -> None:
     assert torch.isfinite(first["loss"])
     second: dict[str, Any] = {}
     exec(example.replace("steps=4", "steps=6"), second)
-    assert second["batch"]["step"] == 5, "it resumed behind step 3"
+    assert second["batch"]["step"] == 5, "the second run must resume after step 3"
     assert torch.load(state)["data"]["step"] == 6

@@ -102,7 +102,7 @@ def _work(job: Job, rank: int) -> dict[str, Any]:
 
 
 def _copy(run: Path, step: int, output: Path) -> None:
-    """A copy of a run as a crash soon after the checkpoint of `step` leaves it."""
+    """Copy a run as it would be after a crash soon after the checkpoint of `step`."""
     shutil.copytree(run, output, symlinks=True)
     for found in (output / "checkpoints").glob("step-*"):
         if int(found.name.removeprefix("step-")) > step:

@@ -149,7 +149,7 @@ def test_windows_of_tokens_keep_every_state_once(pool, frames):
     assert np.array_equal(np.concatenate(list(inputs._pieces(0, frames)))[:, 0], np.arange(frames * pool))
 
 
-def test_mistakes_are_one_line(audio, upstream, tmp_path, capsys):
+def test_user_errors_are_one_line(audio, upstream, tmp_path, capsys):
     with pytest.raises(UserError, match="--layer 9: .* has fewer hidden states"):
         embed(config(audio, upstream, tmp_path / "a", layer=9))
     assert not (tmp_path / "a").exists()

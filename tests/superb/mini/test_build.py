@@ -190,7 +190,7 @@ def test_keywords_have_one_band_and_at_most_a_second(built: Path, rows: Rows) ->
         assert above < (1e-2 if row["keyword"] == "_silence_" else 1e-3)  # rounding to 16 bits, of quiet clips
 
 
-def test_silence_is_quiet_and_no_word_is(built: Path, rows: Rows) -> None:
+def test_silence_clips_are_quieter_than_words(built: Path, rows: Rows) -> None:
     level: dict[bool, list[float]] = {True: [], False: []}
     for row in of(rows, "ks"):
         power = float(np.mean(read(built, row).astype(float) ** 2))
@@ -454,8 +454,8 @@ def test_activity_finds_the_tone_and_its_surroundings() -> None:
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data" / "manifest.jsonl"
 
 
-@pytest.mark.skipif(not SHARED.is_file(), reason="no ../shared/data beside the project: real speech is not there")
-def test_real_speech_gives_all_ten(source: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(not SHARED.is_file(), reason="needs real speech in ../shared/data next to the project")
+def test_real_speech_gives_all_ten_tasks(source: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
     text = (Path(mini.__file__).parents[2] / "configs" / "superb" / "mini.yaml").read_text()
     recipe.write_text(text + RECIPE.split("slot_order")[0])

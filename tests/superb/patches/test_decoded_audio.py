@@ -47,7 +47,7 @@ def test_a_rewritten_file_is_read_again(path: str) -> None:
     assert not once.load(path, sr=8_000)[0].any()
 
 
-def test_no_more_is_kept_than_fits(path: str) -> None:
+def test_the_cache_respects_its_size_limit(path: str) -> None:
     genuine = CountingLibrosa()
     once = DecodedOnce(genuine, limit_bytes=16_000 * 4)  # two seconds at 8 kHz, float32
     for rate in (16_000, 8_000, 16_000, 8_000):

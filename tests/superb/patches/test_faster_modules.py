@@ -50,7 +50,7 @@ def test_other_recurrent_layers_and_inputs_stay_torchs_own() -> None:
     assert torch.equal(again.data, output.data)
 
 
-def test_mostly_padding_stays_packed() -> None:
+def test_batches_of_mostly_padding_stay_packed() -> None:
     ours = quicken(nn.LSTM(2, 3, batch_first=True))
     for lengths, padded in (([9, 5, 3, 6], True), ([9, 5, 3, 5], False)):
         packed = pack_padded_sequence(
@@ -59,7 +59,7 @@ def test_mostly_padding_stays_packed() -> None:
         assert (ours(packed)[1] is None) == padded
 
 
-def test_weighted_sums_are_s3prls() -> None:
+def test_weighted_sums_equal_those_of_s3prl() -> None:
     from types import SimpleNamespace
 
     from s3prl.nn import Featurizer

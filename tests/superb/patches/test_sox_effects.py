@@ -86,8 +86,8 @@ def test_rate_gain_and_channels_are_soxs(source: int, channels: int, tmp_path: P
     assert np.abs(ours[0].numpy() - expected).max() < (1e-6 if source == 16_000 else 2e-4)
 
 
-def test_silence_is_the_manuals_state_machine() -> None:
-    """Without sox too."""
+def test_silence_equals_the_state_machine_of_the_manual() -> None:
+    """Runs without sox."""
     for seed in range(6):
         samples = bursts(3, 2_000, seed).astype(np.float64) * 65536
         ours = drop_silence(samples, 2_000, 200, 0.1)

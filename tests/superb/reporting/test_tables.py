@@ -56,7 +56,7 @@ def rows() -> list[dict[str, Any]]:
     return [row(name, task, v) for name, pair in values.items() for task, v in zip(("ks", "er"), pair, strict=True)]
 
 
-def test_the_table() -> None:
+def test_rows_are_chance_upstreams_and_differences() -> None:
     (comparison,) = tables.compare(rows())
     header, body = tables.table_rows(comparison)
     assert header == ["upstream", "ks acc % ↑", "er acc % ↑"]

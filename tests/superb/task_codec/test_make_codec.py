@@ -160,7 +160,7 @@ def test_without_labels_there_is_no_head(upstream, shards, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"task": "kz"}, "task kz: give none, pr"), ({"layer": 3}, "layer 3: this model has 0"),
-     ({"rate_bps": 5.0}, "less than one bit"), ({"task": "pr"}, "no utterance of the data has it")],
+     ({"rate_bps": 5.0}, "less than one bit"), ({"task": "pr"}, "no utterance in the data has both this task")],
 )  # fmt: skip
 def test_refuses_in_one_line(upstream, shards, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):

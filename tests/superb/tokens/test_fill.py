@@ -286,8 +286,8 @@ def test_diarisation_cuts_recordings_as_its_dataset_does(frame_shift: int, tmp_p
         assert wave_key(wave.load()) == wave_key(torch.from_numpy(item["x"]))  # type: ignore[arg-type]
 
 
-def test_query_by_example_hears_a_file_at_its_own_rate(tmp_path: Path) -> None:
-    """8 kHz, as QUESST14 is: what its search hands to the upstream."""
+def test_query_by_example_reads_a_file_at_its_own_rate(tmp_path: Path) -> None:
+    """The upstream gets the samples at 8 kHz, the rate of QUESST14."""
     from codecssl.superb.corpora.corpus import Example
     from codecssl.superb.runner import qbe
     from codecssl.superb.tasks import TASKS

@@ -28,7 +28,7 @@ def waves() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["MODEL", "codes", "random:MODEL", "codes:MODEL", "fbank", "fbank@s3prl"])
 def test_batch_equals_one_by_one(name: str, model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]) -> None:
-    """To 1e-4 on every wave's own frames, and zeros beyond them. Checkpoints of transformers: test_checkpoints.py."""
+    """Equal to 1e-4 on each wave's own frames, zero beyond. test_transformers_upstreams.py has the others."""
     expert: Any = UpstreamBuilder().build(parse(name.replace("MODEL", str(model_folder))))
     long = 0.3 * torch.randn(240_000, generator=torch.Generator().manual_seed(1))  # 15 s
     batch = [*waves[:-1], long, waves[0][:1600]] if "fbank" in name else [*waves, long]
@@ -252,7 +252,7 @@ def test_an_unknown_s3prl_name_is_refused() -> None:
 
 
 def test_the_codec_runs_once_per_wave(model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]) -> None:
-    """For all upstreams of a process, twice in one batch."""
+    """All upstreams of a process share one encoding; one wave is in the batch twice."""
     builder = UpstreamBuilder()
     experts = [
         builder.build(parse(name)) for name in (str(model_folder), f"codes:{model_folder}", f"random:{model_folder}")
@@ -267,7 +267,7 @@ def test_the_codec_runs_once_per_wave(model_folder: Path, loads_codec: Any, wave
 def test_cached_features_equal_uncached(
     limit: int, model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]
 ) -> None:
-    """With no memory, with some, with enough; first and second time."""
+    """For no memory, too little and enough, at the first and the second read."""
     expert = UpstreamBuilder().build(parse(str(model_folder)))
     cached = CachedUpstream(expert, limit)
     expected = expert(waves)["hidden_states"]

@@ -191,7 +191,7 @@ def test_decode_is_transformers_own(exact, count):
 
 @pytest.mark.parametrize("named", [False, True])
 def test_a_folder_in_the_hubs_format_loads_and_agrees_with_transformers(tmp_path, monkeypatch, named):
-    """named: the configuration says where its HuBERT came from, as those on the hub do; the hub is not asked."""
+    """named: the configuration names the source of its HuBERT, as on the hub. The hub must not be contacted."""
     model = random_model(seed=3).float()
     model.save_pretrained(tmp_path)
     theirs = transformers.XcodecModel.from_pretrained(tmp_path).eval()

@@ -146,10 +146,10 @@ def test_the_code_before_is_made_use_of():
     bits, coder = coded_bits([codes], [3000] * 20, [64])
     assert [level.source for level in coder.books[0].levels] == [PREVIOUS]
     assert bits < ideal * 1.01
-    assert bits + 8 * len(npz_bytes(coder.arrays())) > ideal  # nobody can do better, tables included
+    assert bits + 8 * len(npz_bytes(coder.arrays())) > ideal  # no coder beats the ideal once the tables are counted
 
 
-def test_coarser_codebooks_are_made_use_of_at_other_rates_too():
+def test_coarser_codebooks_are_contexts_at_other_rates_too():
     rng = np.random.default_rng(1)
     coarse = rng.integers(0, 32, 20_000)
     noise = rng.integers(0, 4, 40_000)

@@ -83,7 +83,7 @@ def read(root):
 
 
 def places(value, here=()):
-    """The path of every value inside a JSON document."""
+    """Yield the path of every value inside a JSON document."""
     yield here
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in children:
@@ -98,7 +98,7 @@ def set_at(value, path, new):
 
 @FUZZED
 @given(st.data())
-def test_json_files_with_any_value_anywhere(copied, data):
+def test_json_files_with_arbitrary_values(copied, data):
     root = copied()
     name = data.draw(st.sampled_from(["dataset.json", "plan.json", "shards/00000.json", "shards/00001.json"]))
     value = load_json(root / name)
@@ -107,7 +107,7 @@ def test_json_files_with_any_value_anywhere(copied, data):
         set_at(value, path, copy.deepcopy(data.draw(st.sampled_from(NASTY))))
     both = name == "plan.json" and data.draw(st.booleans())
     (root / name).write_bytes(to_json(sealed(value), indent=None if "/" in name else 1))
-    if both:  # so that neither of the two is called damaged
+    if both:  # neither file may be reported as damaged
         header = load_json(root / "dataset.json")
         (root / "dataset.json").write_bytes(to_json(sealed(header | value)))
     use(root)
@@ -115,7 +115,7 @@ def test_json_files_with_any_value_anywhere(copied, data):
 
 @FUZZED
 @given(st.data())
-def test_index_and_blocks_with_any_number(copied, data):
+def test_index_and_blocks_with_arbitrary_numbers(copied, data):
     root = copied()
     name, field = data.draw(st.sampled_from([("index.npy", None), *(("blocks.npy", field) for field in BLOCK.names)]))
     array = np.load(root / name)

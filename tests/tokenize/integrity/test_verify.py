@@ -180,7 +180,7 @@ def test_damage_of_a_cut_tar_names_the_lost_blocks(dataset):
 
 
 def test_exchanged_shards_and_values_that_disagree(dataset):
-    """Files that are each as somebody wrote them, but not in this dataset."""
+    """Each file is intact, but does not belong to this dataset."""
     for suffix in (".tar", ".json"):
         a, b = dataset / f"shards/00000{suffix}", dataset / f"shards/00001{suffix}"
         one, other = a.read_bytes(), b.read_bytes()
@@ -283,7 +283,7 @@ def test_changed_and_missing_sources_are_reported(encoded, audio_folder, codec_f
 
 
 def test_codes_of_other_audio_are_a_damage(audio_folder, encoded, tmp_path, monkeypatch):
-    """All checksums are right, but the codes are not those of the file: what only encoding again can find."""
+    """All checksums are right, but the codes are not those of the file. Only encoding again can find this."""
     from codecssl.tokenize import encode
 
     real = encode.encode_loaded

@@ -177,7 +177,7 @@ def encoded(kind, seconds=2, **options):
 
 @pytest.mark.parametrize("kind", ["WAV", "WAVEX", "AIFF", "AU", "W64", "RF64", "NIST", "FLAC", "MP3"])
 def test_a_file_shorter_than_its_header_states_is_refused(kind):
-    """libsndfile reads the first half of most formats as if it were all."""
+    """For most formats libsndfile reads the first half as if it were the whole file."""
     whole = encoded(kind)
     assert len(read(BytesIO(whole))[0]) == 32_000
     torn = read(BytesIO(whole[: len(whole) // 2]))
