@@ -29,5 +29,5 @@
 # a script that is submitted by sbatch itself: there, the line "#SBATCH --signal" in the script has the seconds.
 : "${CODECSSL_WARN_SECONDS:=300}"
 : "${CODECSSL_STALL_MINUTES:=120}"  # tokenize: stuck if no input is finished for this long (pretrain: log.stall_minutes)
-: "${CODECSSL_RETRIES:=3}"          # requeues after crashes without progress; those after a warning do not count
+: "${CODECSSL_RETRIES:=3}"          # requeues in a row without progress, after crashes, hangs or warnings
 : "${CODECSSL_LOGS:=logs}"          # folder of the jobs' output
