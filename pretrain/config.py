@@ -71,8 +71,8 @@ class ModelConfig:
     """Exclude the code embeddings from training."""
     freeze_front: bool = False
     """Exclude everything before the positions from training: embeddings, norm and projections. The first hidden state
-    then keeps what the input tells of the speaker. Vision Transformers are trained on frozen random projections of
-    patches likewise (Chen, Xie and He 2021, arXiv 2104.02057, section 4.2)."""
+    then keeps the speaker information of the input. Vision Transformers are also trained on frozen random projections
+    of patches (Chen, Xie and He 2021, arXiv 2104.02057, section 4.2)."""
     embedding_dim: int | None = None
     """Width of the code embeddings; null is the codec's latent width. Additional columns start from noise."""
     dropout: float = 0.1

@@ -70,7 +70,7 @@ def rank_environment(environment: Mapping[str, str], rank: int, processes: int, 
 
 
 def _watched(ranks: Sequence["subprocess.Popen[bytes]"], asked: Sequence[signal.Signals], grace: float) -> int:
-    """Wait for all ranks, pass signals on, and kill what is left `grace` seconds after a failure."""
+    """Wait for all ranks and forward signals. Remaining ranks are killed `grace` seconds after a failure."""
     first, failed_at, passed_on = 0, 0.0, 0
     while True:
         codes = [process.poll() for process in ranks]

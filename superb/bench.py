@@ -95,13 +95,13 @@ def _measure(config: SuperbBenchConfig, codec: Codec, task: Task, corpus: TaskCo
 
 
 def _fewer(splits: dict[str, list[Any]], count: int) -> dict[str, list[Any]]:
-    """At most so many of each split, evenly spread, so that all labels keep their shares."""
+    """Select at most `count` items of each split, evenly spaced: labels keep their proportions."""
     return {split: [all_[i * len(all_) // min(count, len(all_))] for i in range(min(count, len(all_)))]
             for split, all_ in splits.items()}  # fmt: skip
 
 
 def _upstreams(codec: Codec, folder: Path) -> dict[str, Any]:
-    """The same upstream each way. Nothing is kept in memory but what the way is about."""
+    """Build the upstream without a cache, with the token cache and with the feature cache, each in its own memory."""
 
     def expert(cache: TokenCache | None) -> CodecUpstream:
         codes = CachedCodec(lambda wavs: encode(codec, wavs), cache, limit_bytes=0)
@@ -113,7 +113,7 @@ def _upstreams(codec: Codec, folder: Path) -> dict[str, Any]:
 
 
 def _epoch(task: Task, splits: Any, corpus: TaskCorpus, folder: Path, upstream: Any) -> Callable[[int | None], None]:
-    """s3prl's task on `upstream`, ready to train: what it returns runs so many batches of the training set, or all."""
+    """Prepare s3prl's task on `upstream`. The returned function trains on the given number of batches, or on all."""
     import pickle
 
     import pandas
@@ -169,5 +169,5 @@ def console_table(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def as_lines(rows: Sequence[dict[str, Any]]) -> str:
-    """For programs: JSON, a line per task."""
+    """Format as JSON, one line per task."""
     return "\n".join(json.dumps(row) for row in rows)

@@ -28,7 +28,7 @@ def sign_flip_p(differences: Sequence[int]) -> float:
 
 
 def verdict(gain: float, p: float) -> str:
-    """In words; gain: positive where the first system is better."""
+    """Describe a difference in words. gain: positive if the first system is better."""
     if p >= LEVEL or gain == 0:
         return "no difference"
     return "better" if gain > 0 else "worse"

@@ -8,8 +8,8 @@ from codecssl.superb.rows import ResultRow
 from codecssl.tokenize.common.files import write_atomic
 
 FOLDERS = {"runs": "runs/*/*/*", "probes": "probes/*/*"}
-"""Where rows are: runs/UPSTREAM/TASK/NAME, probes/NAME/DIGEST. Below these, what other processes train with comes and
-goes, so that a search of all folders (**) fails now and then.
+"""Folders of rows: runs/UPSTREAM/TASK/NAME and probes/NAME/DIGEST. Other processes create and delete files below these
+while they train, so a search of all folders (**) may fail.
 """
 
 

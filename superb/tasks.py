@@ -1,8 +1,7 @@
 """SUPERB's ten tasks: which s3prl problem runs one, what its labels and metrics are, and how long it trains.
 
 Heads, batch sizes, optimisers and metrics are s3prl's own. A budget scales the number of steps and the spacing of
-evaluations only (and, since a short run can't afford SUPERB's small learning rates, the default learning rate), and
-a table says which budget made it.
+evaluations, and the default learning rates, because SUPERB's small rates need long training. Tables name the budget.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ class Metric:
     """One figure of a task. Rows of results hold it as s3prl's fraction; tables show it times 100."""
 
     key: str
-    """Its name in s3prl."""
+    """Name of the metric in s3prl."""
     label: str
     higher_better: bool
 
@@ -32,11 +31,11 @@ class Task:
     name: str
     title: str
     problem: str | None
-    """The class of s3prl.problem; None where SUPERB trains nothing (qbe)."""
+    """Class in s3prl.problem; None if SUPERB trains nothing (qbe)."""
     corpus: str
-    """Of the official benchmark."""
+    """Corpus of the official benchmark."""
     metrics: tuple[Metric, ...]
-    """The first one chooses among learning rates, by the validation set."""
+    """Metrics of the task. The first one, on the validation set, selects the learning rate."""
     columns: Callable[[ManifestRow], dict[str, Any]]
     splits: tuple[str, ...] = SPLITS
     classes: bool = False
@@ -64,26 +63,26 @@ class Budget:
     name: str
     divisor: int
     least: int
-    evaluations: int  # on the validation set, evenly spaced; the best one is tested
-    learning_rates: tuple[float, ...] = ()  # swept where the user names none; () is the task's official one
+    evaluations: int  # on the validation set, evenly spaced; the best checkpoint is tested
+    learning_rates: tuple[float, ...] = ()  # default sweep; () selects the official learning rate of the task
     lighten: bool = False  # divide steps and evaluations by the task's work, test heavy heads on a few utterances
-    pairs: int | None = None  # of query and document that QbE compares per layer; None is all
+    pairs: int | None = None  # pairs of query and document that QbE compares per layer; None: all
 
     def steps(self, official: int, work: int = 1) -> int:
         steps = max(official // self.divisor, min(self.least, official))
         return max(1, steps // work) if self.lighten else steps
 
     def tested(self, work: int = 1) -> int | None:
-        """Utterances that a recurrent head of this work is validated and tested on; None is all."""
+        """Maximum number of validation and test utterances of a head with this work; None: all."""
         return 8 if self.lighten and work >= 100 else None
 
     def checks(self, work: int = 1) -> int:
-        """Evaluations of a task."""
+        """Return the number of evaluations on the validation set."""
         return max(1, self.evaluations // work) if self.lighten else self.evaluations
 
 
 def _first(column: str, *names: str) -> Callable[[ManifestRow], dict[str, Any]]:
-    """The first of the manifest's columns that a row has, as s3prl's `column`."""
+    """Make a function that returns the first of the columns `names` that a row has, as s3prl's `column`."""
 
     def columns(row: ManifestRow) -> dict[str, Any]:
         for name in names:
@@ -95,7 +94,7 @@ def _first(column: str, *names: str) -> Callable[[ManifestRow], dict[str, Any]]:
 
 
 def _keyword(row: ManifestRow) -> dict[str, Any]:
-    """A keyword's label; seconds of a longer file where the row has `start` and `end`."""
+    """Return the label of a keyword, and its place in seconds if the row has `start` and `end`."""
     place = {"start_sec": row["start"], "end_sec": row["end"]} if row.get("end") is not None else {}
     return {**_first("label", "keyword", "label")(row), **place}
 
@@ -274,7 +273,7 @@ BUDGETS = {
 
 
 def choose(names: str) -> list[Task]:
-    """Tasks of a comma-separated list; `all` is every one."""
+    """Return the tasks of a comma-separated list. `all` selects all ten."""
     wanted = list(TASKS) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
         if name not in TASKS:
@@ -285,14 +284,14 @@ def choose(names: str) -> list[Task]:
 
 
 def lrs_of(task: Task, budget: Budget) -> tuple[float | None, ...]:
-    """Learning rates swept where the user names none; None is the official one, or that nothing is trained."""
+    """Return the default learning rates of a sweep. None stands for the official one, or for no training (qbe)."""
     if task.problem is None:
         return (None,)
     return task.lrs.get(budget.name, budget.learning_rates) or (None,)
 
 
 def official_config(task: Task) -> dict[str, Any]:
-    """The task's configuration as s3prl publishes it; empty where nothing is trained."""
+    """Return s3prl's configuration of the task; {} if nothing is trained."""
     import s3prl.problem
 
     if task.problem is None:

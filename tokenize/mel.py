@@ -57,7 +57,7 @@ class MelSpec:
     high: float = HIGH
     segment_samples: int = 0
     segment_stride: int = 0
-    """As in the codec's card. Nonzero for codecs whose frames belong to overlapping segments."""
+    """The codec card's values. Nonzero for codecs whose frames belong to overlapping segments."""
 
     @classmethod
     def for_codec(cls, bands: int, card: CodecCard, scale: Scale = "slaney") -> MelSpec:

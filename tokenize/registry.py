@@ -116,7 +116,7 @@ def load_codec_for(card: CodecCard, *, device: str = "cpu", weights: str | None 
 
 
 def _checked(card: CodecCard, weights: str | None, device: str) -> Codec:
-    """Load the codec of `card` from `weights`, or from where the card says, and compare its weights with the card's."""
+    """Load the codec of `card` from `weights`, or from the card's own source, and compare the weights with the card."""
     from codecssl.tokenize.backends.parts.weights import cache_only
 
     by_card = weights is None and card.weights not in names()

@@ -146,6 +146,6 @@ class TokenDataset(IterableDataset[TokenBatch]):
         self._first, self._own = int(state["step"]), bool(state["worker"])
 
     def _data(self) -> dict[str, Any]:
-        """Return what the order of data depends on."""
+        """Return the values on which the order of data depends."""
         order = {key: value for key, value in self._plan.items() if key != "parts"}
         return {"shards": list(self.corpus.fingerprints), "min_frames": self._min_frames, **order}

@@ -151,7 +151,7 @@ def metadata(
     license: str | None = None,
     datasets: Sequence[str] = (),
 ) -> str:
-    """Return the YAML metadata of the Hub's model cards, of what is known."""
+    """Return the YAML metadata of a model card for the Hub. Unknown fields are left out."""
     from huggingface_hub import EvalResult, ModelCardData
 
     training = description.get("training", {})

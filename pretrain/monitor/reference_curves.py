@@ -1,7 +1,7 @@
-"""Loss curves that ship with codecssl: what a run of the same config on the same data should look like.
+"""Shipped loss curves, to which runs of the same config on the same data are compared.
 
-They were made on the spoken sample corpus, which every user has: the README's demo, and each objective beside it. A run
-that is one of them draws its reference into curves.png and says at the end how far it came from it.
+They were recorded on the spoken sample corpus, which every user has: for the README's demo and for each objective. A
+matching run draws its reference curve into curves.png and prints the difference at its end.
 `python -m codecssl.pretrain.monitor.reference_curves RUN --what TEXT` adds a finished run, or replaces the one that
 it repeats.
 """

@@ -66,7 +66,7 @@ class Objective(nn.Module):
         return means[0] + self.visible_weight * means[1]
 
     def after_update(self, step: int) -> None:
-        """Called on every rank after the optimizer's update number `step` (1, 2, ...), for averages and the like."""
+        """Update moving averages after the optimizer's update number `step` (1, 2, ...). Called on every rank."""
 
     def place(self, device: torch.device) -> None:
         """Move the extra state to the device, once, before training."""

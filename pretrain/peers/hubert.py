@@ -70,7 +70,7 @@ def _audio_of(data: Shards, index: int, audio: Path | None) -> Path:
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """What a training took."""
+    """Cost of a training run."""
 
     steps: int
     cpu_seconds: float

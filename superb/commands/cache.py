@@ -1,4 +1,4 @@
-"""The subcommands of codecssl-superb about the token cache: fill it, and measure what it saves."""
+"""Subcommands that fill the token cache and measure the time it saves."""
 
 import argparse
 from pathlib import Path

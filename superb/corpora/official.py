@@ -51,9 +51,9 @@ WITHOUT = {"asv": {"valid"}, "qbe": {"train"}}
 
 
 def official_rows(task: str, root: Path, side: Path | None = None) -> list[ManifestRow]:
-    """The rows of one task, in the schema of sample_corpus.md, with absolute paths and SUPERB's splits.
+    """Return the rows of one task, in the schema of sample_corpus.md, with absolute paths and SUPERB's splits.
 
-    `id` is unique within a split and s3prl's own. Raises UserError that names what is missing and where to get it.
+    `id` is that of s3prl, unique within a split. Raises UserError for missing files, with their source.
     """
     if task not in READERS:
         raise UserError(f"task {task}: no official corpus is known; give one of {','.join(READERS)}")

@@ -1,4 +1,4 @@
-"""Find a corpus and its small side files on disk, or name what is missing in the error."""
+"""Find a corpus and its small side files on disk. Errors name the missing file and its source."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

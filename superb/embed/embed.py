@@ -1,6 +1,6 @@
 """`codecssl-superb embed`: embeddings of audio files or token shards, as Parquet that Hugging Face `datasets` opens.
 
-    OUTPUT/embed.json               what was asked for: sources, upstream, layer, pooling; every later run must agree
+    OUTPUT/embed.json               sources, upstream, layer and pooling; every later run must have the same
     OUTPUT/data/00000.parquet       id, path, labels (JSON), seconds, num_frames, embedding (a list of float32)
     OUTPUT/frames/00000.safetensors with --frames: the states [T, D] of each row, under its number in the shard
     OUTPUT/failed/00000.jsonl       inputs of that shard that could not be read
@@ -49,7 +49,7 @@ class EmbedConfig:
     upstream: str
     output: Path
     layer: int | None = None
-    """Which hidden state; None is the mean of all."""
+    """Index of the hidden state; None: the mean of all."""
     pool: str = "mean"
     """mean or meanstd, over the frames of an input."""
     frames: bool = False
@@ -168,7 +168,7 @@ class _Inputs:
         return shard % self.config.tasks == self.config.task and not _data(self.config.output, shard).exists()
 
     def shards(self, count: int | None) -> Iterator[tuple[int, Iterator[EmbeddingRow | Failure] | None]]:
-        """Shard number and its rows; None where it is another task's, or finished."""
+        """Yield each shard's number and rows. The rows are None for shards of other tasks and finished shards."""
         raise NotImplementedError
 
     def row(self, id: str, path: str, labels: dict[str, Any], seconds: float, pieces: Iterator[States]) -> EmbeddingRow:
@@ -243,7 +243,7 @@ class _AudioInputs(_Inputs):
             return [result for wave in waves for result in self._batch([wave])]
 
     def _read(self, item: Input) -> tuple[NDArray[np.float32] | None, float]:
-        """The wave and its seconds; None where it is longer than a window."""
+        """Read a wave and its duration in seconds. The wave is None if it is longer than a window."""
         blocks: list[NDArray[np.float32]] = []
         samples = 0
         with item.open() as file:

@@ -78,7 +78,7 @@ def _column(row: dict[str, Any]) -> str:
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
-    """Percent of shares and scores from 0 to 1, else the number."""
+    """Format a score: in percent if it lies between 0 and 1, else as it is."""
     scale = 1.0 if name in ("d_prime", "segment_1s_er") else 100.0
     value = f"{scale * row['scores'][name]:.{1 if scale > 1 else 2}f}"
     return value if len(row["folds"]) < 2 else f"{value} ± {scale * row['deviations'][name]:.{1 if scale > 1 else 2}f}"

@@ -22,7 +22,7 @@ class SplitWords:
     """Material of a split."""
 
     clips: dict[str, list[ManifestRow]]
-    """By word."""
+    """Clips of each word."""
     sentences: list[ManifestRow]
 
 

@@ -20,7 +20,7 @@ ENCODERS = {
         "PhonemeTokenizer",
     ),
 }
-"""What s3prl's SUPERB problems pickle: plain objects whose state is lists and dictionaries."""
+"""Classes that s3prl's SUPERB problems pickle: plain objects whose state is lists and dictionaries."""
 PLAIN = {
     "collections": ("OrderedDict",),
     "builtins": ("set", "frozenset", "complex", "slice", "range", "bytearray"),

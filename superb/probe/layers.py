@@ -34,7 +34,8 @@ def run(
 ) -> list[dict[str, Any]]:
     """Return a row with "layers", the ABX error of each layer, for each upstream. Finished rows are not computed again.
 
-    The probe's group column gives the speakers. clips: at most so many are drawn. Raises UserError if there are none.
+    The probe's group column gives the speakers. clips: maximum number of clips, drawn at random. Raises
+    UserError if there are none.
     """
     source, builder, rows = open_rows(data), UpstreamBuilder(device=device, code_folder=output / "cache"), []
     chosen = np.array([i for i, row in enumerate(source.rows) if probe.takes(row)], int)

@@ -40,7 +40,7 @@ class Search:
 
     @property
     def truth(self) -> np.ndarray:
-        """True where a document contains a query, bool [queries, documents]."""
+        """Return bool [queries, documents], true if the document contains the query."""
         held = [set(document.columns["queries"]) for document in self.documents]
         return np.array([[query.columns["query"] in names for names in held] for query in self.queries])
 

@@ -105,10 +105,10 @@ def _sha256(path: Path) -> str:
 
 
 def run_one(run: Run, machine: Machine) -> ResultRow:
-    """Train and test one task's head on one upstream, in this process; returns the row of result.json.
+    """Train and test one task's head on one upstream, in this process. Return the row of result.json.
 
-    An unfinished run starts its training again; with the official steps it resumes from s3prl's last whole checkpoint,
-    and `interrupted` of the row says so. Everything s3prl prints goes to run.log.
+    An unfinished run starts its training again. With the official steps it resumes from s3prl's last whole checkpoint,
+    and the row's `interrupted` records this. Everything s3prl prints goes to run.log.
     """
     refuse_links_out(run.folder, run.output)
     with alone_in(run.folder):

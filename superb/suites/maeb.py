@@ -61,7 +61,7 @@ class CodecSSLAudio(AbsEncoder):
 
 
 def model_meta(upstream: str | None = None, layer: int | None = None) -> ModelMeta:
-    """Describe an upstream to MTEB: what is known of it. By default it comes from the environment."""
+    """Build MTEB's description of an upstream, by default the one that the environment names."""
     if upstream is None:
         upstream, layer = from_environment()
     features = WaveFeatures(upstream, layer)

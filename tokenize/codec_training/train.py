@@ -29,7 +29,7 @@ from codecssl.tokenize.common.files import atomic_file
 from codecssl.tokenize.sources.manifest import read_rows
 
 FIT_BATCHES = 20
-"""Of 20 segments each, to which the codebooks are fitted."""
+"""Number of batches, of 20 segments each, to which the codebooks are fitted."""
 
 SAVE_EVERY = 500
 """Steps between checkpoints."""
@@ -37,11 +37,11 @@ SAVE_EVERY = 500
 
 @dataclass(frozen=True, kw_only=True)
 class CodecTrainConfig:
-    """How `tiny_16khz` is trained."""
+    """Training settings of `tiny_16khz`."""
 
     steps: int = 3400
     warmup_steps: int = 900
-    """At the start encoder and decoder learn apart, from the guide; then the codebooks are fitted by k-means."""
+    """Steps in which encoder and decoder are trained separately on the guide. Then k-means fits the codebooks."""
     batch_size: int = 8
     segment_seconds: float = 0.8
     lr: float = 1.5e-3
@@ -57,7 +57,7 @@ class CodecTrainConfig:
 
 
 def is_held_out(row: dict[str, Any]) -> bool:
-    """One in ten speakers, and one in ten clips where no speaker is known: never trained on."""
+    """True for one in ten speakers, and one in ten clips without a known speaker. They are not used for training."""
     key = row.get("speaker") or row["path"]
     return int(hashlib.sha256(str(key).encode()).hexdigest(), 16) % 10 == 0
 
@@ -139,11 +139,11 @@ def _compress(spectrum: Tensor) -> Tensor:
 
 
 class Guide(nn.Module):
-    """What the latent is led towards: the normalised 64-band log-mel spectrum at each frame's end.
+    """Regression target of the latent: the normalised 64-band log-mel spectrum at the end of each frame.
 
-    Left alone, encoder and decoder must invent a common language, which takes them days of CPU. With a guide the
-    encoder learns by regression and the decoder as a vocoder, at once and apart; quantization then starts from a latent
-    that already means something, as where a teacher guides a codec (SpeechTokenizer, Mimi).
+    Without a guide, encoder and decoder need days of CPU to agree on a latent. With it the encoder is trained by
+    regression and the decoder as a vocoder, separately and at the same time. Quantization then starts from an
+    informative latent, as in codecs that are distilled from a teacher (SpeechTokenizer, Mimi).
     """
 
     WINDOW, HOP = 1024, 320

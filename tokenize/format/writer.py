@@ -199,8 +199,8 @@ def _moved(place: BlockPlace, offset: int) -> dict[str, int]:
 def replace_shards(root: Path, folder: Path, mine: Callable[[int], bool]) -> list[int]:
     """Move the finished shards of `folder`, those for which `mine` is true, to `root` and return their numbers.
 
-    dataset.json is removed before, so that nobody reads a mixture, and a moved shard's mark appears last. An
-    interrupted call is completed by the next.
+    dataset.json is removed first: readers never see a mixture. The completion record of a moved shard appears last. The
+    next call completes an interrupted one.
     """
     marks = sorted((folder / "shards").glob("[0-9]*.json"))
     moved = [int(path.stem) for path in marks if path.stem.isdecimal() and mine(int(path.stem))]

@@ -69,7 +69,7 @@ def _codebooks(row: dict[str, Any]) -> str:
 
 
 def notes(found: dict[str, Any]) -> list[str]:
-    """Return what the columns mean, and what was not measured."""
+    """Return notes on the meaning of the columns, and on figures that were not measured."""
     lines = [
         f"{found['clips']} clips, {found['hours'] * 3600:.0f} s. Rates are in kbit/s over all codebooks. Entropies are "
         "estimates from these clips. Entropy-coded: with tables fitted to the other half of the clips.",

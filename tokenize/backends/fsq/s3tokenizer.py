@@ -127,8 +127,8 @@ class S3TokenizerCodec(SegmentCodec):
         return found[0].t()
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Raises UserError: the model has no decoder of its own."""
-        raise UserError(f"codec {self.card.name}: encodes only; CosyVoice 2 makes speech of its codes")
+        """Raise UserError: the model has no decoder."""
+        raise UserError(f"codec {self.card.name}: encodes only; CosyVoice 2 synthesises speech from its codes")
 
 
 # ---------------------------------------------------------------- loading
