@@ -1,4 +1,4 @@
-"""For all tests: one thread, since two that wait for each other on a busy machine take ten times as long."""
+"""Settings of all tests. They use one thread: two that wait for each other on a busy machine take ten times as long."""
 
 import os
 import tempfile

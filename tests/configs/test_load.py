@@ -60,7 +60,7 @@ def test_yaml_round_trip(file: str) -> None:
         (["width=3"], "overrides are --section.key value"),
     ],
 )
-def test_mistakes_are_errors_of_one_line(file: str, overrides: list[str], message: str) -> None:
+def test_user_errors_are_one_line(file: str, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError) as error:
         load_config(Outer, "pretrain", file, overrides)
     assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""The checks of `make gpu`: on a GPU where there is one, and all of them at tiny sizes on the CPU."""
+"""The checks of `make gpu`: on a GPU if there is one, and at tiny sizes on the CPU."""
 
 import json
 from pathlib import Path
@@ -48,6 +48,6 @@ def test_a_check_that_raises_or_fails_is_not_ok(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_without_a_gpu_the_command_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_gpu_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_checks.main(["--output", str(tmp_path)]) == 1
     assert "error: --device cuda: torch sees no GPU; on a CPU: make gpu DEVICE=cpu" in capsys.readouterr().err

@@ -30,7 +30,7 @@ def losses(folder: Path) -> list[float]:
 def test_the_batch_is_halved_after_each_out_of_memory(
     small_config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A model that runs out of memory in its backward pass above so many frames."""
+    """The model runs out of memory in its backward pass above a number of frames."""
     config = at_frame_rate(small_config(tmp_path, data={"batch_frames": 6400, "crop_frames": 100}), 50)
     objective = _objective(config, SYNTHETIC)
     forward, tried = type(objective).forward, []

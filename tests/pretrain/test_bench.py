@@ -1,4 +1,4 @@
-"""The bench: every way is timed on the same frames, and what it reports follows from the times."""
+"""Every variant of the benchmark is timed on the same frames, and the reported figures follow from the times."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -147,7 +147,7 @@ def test_nothing_heavy_is_imported_before_the_arguments_are_read() -> None:
 
 
 def test_the_same_command_resumes_a_killed_run(make_shards: Make, tmp_path: Path) -> None:
-    """kill -9 at a moment nobody chose; the finished run has every step once."""
+    """kill -9 at an arbitrary moment. The finished run has every step once."""
     run, shards = tmp_path / "run", make_shards()
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""Ranks and meeting places from what the launchers really set."""
+"""Ranks and rendezvous addresses from the variables that real launchers set."""
 
 import socket
 

@@ -394,7 +394,7 @@ def test_commands_on_a_run_into_a_closed_pipe_are_silent(tmp_path: Path, shards:
 
 
 def test_no_link_in_a_strangers_folder_is_followed(tmp_path: Path, shards: Path, small_config: Config) -> None:
-    """Of a run, of an export and of labels: a file outside stays as it is."""
+    """Links in a run, an export and labels. The file outside must not change."""
     mine = tmp_path / "mine.txt"
     mine.write_bytes(b"mine")
     config = small_config(shards, optim={"steps": 2})

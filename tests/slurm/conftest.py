@@ -180,7 +180,7 @@ class Cluster:
 
 
 def _processes(*marks: str) -> list[int]:
-    """Those whose command line or environment has all of the marks, but for this one."""
+    """Find the other processes with all marks in their command line or environment."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():

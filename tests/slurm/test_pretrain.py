@@ -75,7 +75,7 @@ sys.exit(max(os.waitpid(rank, 0)[1] for rank in ranks))
 
 @contextmanager
 def without_slurm(arguments: Sequence[str], log: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """The same run of two processes, uninterrupted, told who they are as torchrun tells it; one import for both."""
+    """Run the same training uninterrupted in two processes, with torchrun's variables and one shared import."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     command = [sys.executable, "-c", WITHOUT_SLURM, str(port), "run", *arguments]
     with log.open("w") as file:

@@ -28,7 +28,7 @@ def dry(script: str, *arguments: str, cwd: Path, **environment: str) -> list[lis
     return [shlex.split(line) for line in done.stderr.splitlines() if line.startswith("sbatch ")]
 
 
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_passes():
     if not shutil.which("shellcheck"):
         pytest.skip("no shellcheck here: apt-get install shellcheck")
     files = [*SLURM.glob("*.sh"), *SLURM.glob("*.sbatch")]
@@ -111,7 +111,7 @@ def test_superb_has_an_element_for_each_task_and_rate(tmp_path):
         ("pipeline.sh", ["nowhere.sh"], "nowhere.sh: no such file"),
     ],
 )
-def test_mistakes_are_one_line(script, arguments, says, tmp_path):
+def test_user_errors_are_one_line(script, arguments, says, tmp_path):
     done = bash(script, *arguments, cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.startswith("error: ")
@@ -128,7 +128,7 @@ def settings(folder: Path, **changes: str) -> Path:
     return path
 
 
-def test_the_pipeline_is_a_chain_in_which_each_job_waits_for_the_one_before(tmp_path):
+def test_each_job_of_the_pipeline_waits_for_the_previous_one(tmp_path):
     words = dry("pipeline.sh", str(settings(tmp_path)), cwd=tmp_path)
     names = [next(w.partition("=")[2] for w in line if w.startswith("--job-name=")) for line in words]
     stages = [name.split("-", 2)[2] for name in names]

@@ -84,7 +84,7 @@ def test_a_run_that_was_stopped_goes_back_as_often_as_it_takes(job):
         assert job.requeues == turn
 
 
-def test_a_run_that_is_always_stopped_before_its_first_step_does_not_go_back_for_ever(job):
+def test_a_run_stopped_before_its_first_step_is_not_requeued_for_ever(job):
     """A time limit below the time of the warning, say."""
     for turn in (1, 2):
         assert f"after a signal, stop {turn} without progress" in job.run("exit 75")[1]
@@ -94,7 +94,7 @@ def test_a_run_that_is_always_stopped_before_its_first_step_does_not_go_back_for
 
 
 @pytest.mark.parametrize("crash", ["exit 76", "exit 70", "kill -9 $$"])
-def test_crashes_and_hangs_without_progress_are_tried_so_often_and_no_more(job, crash):
+def test_crashes_and_hangs_without_progress_have_a_limit_of_retries(job, crash):
     for turn in (1, 2):
         assert f"crash {turn} without progress" in job.run(crash)[1]
         assert job.requeues == turn
@@ -111,7 +111,7 @@ def test_a_new_checkpoint_counts_as_progress(job):
         assert job.requeues == turn
 
 
-def test_of_an_arrays_element_only_its_own_blocks_are_progress(tmp_path):
+def test_only_own_blocks_are_progress_of_an_array_element(tmp_path):
     """With 8 tasks in 4 elements, element 1 has tasks 1 and 5: shards 1, 5, 9, 13, ..."""
     job = SlurmJob(tmp_path, "tokenize.sbatch", "--tasks", "8", "--elements", "4", "audio", "--output", "out")
     job.environment["SLURM_ARRAY_TASK_ID"] = "1"
@@ -153,7 +153,7 @@ def test_a_warning_before_the_program_listens_is_not_a_requeue_for_ever(job):
     assert (code, job.requeues) == (140, 2)
 
 
-def test_checkpoints_of_s3prl_are_progress_of_superb(tmp_path):
+def test_checkpoints_of_s3prl_count_as_progress(tmp_path):
     arguments = ("--upstream", "m", "--tasks", "ks", "--data", "d", "--output", "out")
     job = SlurmJob(tmp_path, "superb.sbatch", *arguments)
     for turn in (1, 2):
@@ -192,7 +192,7 @@ def test_without_requeueing_the_log_names_the_remedy(job):
     assert "job 17 cannot be requeued; submit it again to go on" in said
 
 
-def test_shards_are_copied_to_the_nodes_disk_once_and_read_there(job):
+def test_shards_are_copied_to_the_disk_of_the_node_once(job):
     for name in ("a", "b"):
         (job.folder / name / "shards").mkdir(parents=True)
         (job.folder / name / "dataset.json").write_text(name)

@@ -100,7 +100,9 @@ def test_a_failed_run_is_exit_1_and_one_line(corpus: Path, tmp_path: Path, capsy
         (["probe", "--upstream", "fbank", "--data", "OUT", "--output", "OUT"], "no dataset.json"),
     ],
 )
-def test_mistakes_are_one_line(arguments: list[str], message: str, corpus: Path, tmp_path: Path, capsys: Any) -> None:
+def test_user_errors_are_one_line(
+    arguments: list[str], message: str, corpus: Path, tmp_path: Path, capsys: Any
+) -> None:
     places = {"CORPUS": str(corpus), "OUT": str(tmp_path)}
     assert main([places.get(argument, argument) for argument in arguments]) == 1
     error = capsys.readouterr().err
@@ -108,7 +110,7 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, corpus: Path,
     assert error.count("\n") == 1
 
 
-def test_an_output_that_is_a_file_is_one_line(corpus: Path, tmp_path: Path, capsys: Any) -> None:
+def test_an_output_that_is_a_file_is_a_one_line_error(corpus: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "out").write_text("")
     command = ["run", "--upstream", "fbank", "--tasks", "ks", "--data", str(corpus), "--output", str(tmp_path / "out")]
     assert main(command) == 1
@@ -161,8 +163,8 @@ def test_python_m() -> None:
     assert "SuperbKS" in done.stdout
 
 
-def test_sample_unpacks_the_corpus_that_ships(tmp_path: Path, capsys: Any) -> None:
-    """And every task finds its splits in it."""
+def test_sample_unpacks_the_shipped_corpus(tmp_path: Path, capsys: Any) -> None:
+    """Every task must find its splits in the corpus."""
     assert main(["sample", str(tmp_path / "sample")]) == 0
     found = TaskCorpus(tmp_path / "sample")
     least = {"sd": 6, "sf": 32}
@@ -207,7 +209,7 @@ def test_sample_and_report_into_a_closed_pipe_are_silent(tmp_path: Path) -> None
     assert (tmp_path / "out" / "report.html").exists()
 
 
-def test_a_signal_to_the_group_of_a_sweep_is_one_line(corpus: Path, tmp_path: Path) -> None:
+def test_a_signal_to_the_group_of_a_sweep_prints_one_line(corpus: Path, tmp_path: Path) -> None:
     """Two workers train; a batch system sends USR2 to every process of the job."""
     words = ["run", "--upstream", "fbank", "--tasks", "ks,ic", "--data", str(corpus), "--output", str(tmp_path)]
     command = [sys.executable, "-m", "codecssl.superb", *words, "--budget", "quick", "--lr", "1e-3", "--jobs", "2"]

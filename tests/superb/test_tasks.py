@@ -9,7 +9,7 @@ from codecssl.superb.tasks import BUDGETS, TASKS, choose, lrs_of, official_confi
 from codecssl.tokenize.common.errors import UserError
 
 
-def test_the_official_settings_are_superbs() -> None:
+def test_official_settings_match_superb() -> None:
     """Steps, batch (with accumulation) and learning rate as the SUPERB paper's table gives them."""
     import_patches.install()
     table = {}
@@ -44,7 +44,7 @@ def test_official_heads_match_superb() -> None:
     assert loss == {"loss_type": "amsoftmax", "loss_conf": {"margin": 0.4, "scale": 30}}
 
 
-def test_all_ten_tasks_are_there() -> None:
+def test_there_are_ten_tasks() -> None:
     assert list(TASKS) == ["pr", "asr", "ks", "qbe", "sid", "asv", "sd", "ic", "sf", "er"]
 
 

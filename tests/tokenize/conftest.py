@@ -56,7 +56,7 @@ def codec(codec_file):
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch):
-    """No test asks a network."""
+    """Tests must not use the network."""
 
     def ask(repository):
         raise OSError("no net")

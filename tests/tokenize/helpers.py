@@ -8,7 +8,7 @@ from codecssl.tokenize.codec import Backend, CodecCard
 from codecssl.tokenize.integrity.verify import examine
 
 HASHCODEC = Backend(module="hashcodec", summary="", weights="")
-"""The module beside this file, as tests register it under the name hash_16khz."""
+"""hashcodec.py in this folder. Tests register it under the name hash_16khz."""
 
 
 def card(sizes, per_frame=None, **more):

@@ -15,9 +15,9 @@ from codecssl.tokenize.backends.parts.vocos import FourierHead, VocosBackbone
 
 
 def entries_of(latents, count, size, seed=0):
-    """Codebooks [count, size, D] drawn from what they have to code: latents [D, T] and what is left of them.
+    """Draw codebooks [count, size, D] from their inputs: latents [D, T] and the residuals.
 
-    No two entries are alike, so that rounding decides no code.
+    All entries differ clearly: no code depends on rounding.
     """
     generator = torch.Generator().manual_seed(seed)
     residual, tables = latents.t(), []
@@ -49,7 +49,7 @@ SPEECHTOKENIZER = {
 
 
 def speechtokenizer_state(seed=0):
-    """As the authors' package stores it."""
+    """State dict in the layout of the authors' package."""
     torch.manual_seed(seed)
     network = livened(speechtokenizer.SpeechTokenizerNetwork(speechtokenizer.DEFAULTS | SPEECHTOKENIZER), seed)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def write_speechtokenizer(folder, seed=0):
 
 
 def wavtokenizer_state(ratios=(8, 5, 4, 2), seed=0):
-    """As the authors' Lightning module stores it, without its discriminators."""
+    """State dict in the layout of the authors' Lightning module, without discriminators."""
     torch.manual_seed(seed)
     encoder = livened(
         build_encoder(lstm_layers=2, bidirectional=False, dimension=16, n_filters=2, ratios=list(ratios)), seed
@@ -100,7 +100,7 @@ def write_wavtokenizer(folder, ratios=(8, 5, 4, 2), seed=0):
 
 
 def hificodec_state(channels=8, block_kernels=(3, 5), size=64, rate=16_000, seed=0):
-    """As the authors' code stores it. The authors' own network has 32 channels."""
+    """State dict in the layout of the authors' code. The authors' network has 32 channels."""
     torch.manual_seed(seed)
     latent_dim, kernels = 16 * channels, [4, 8, 11, 16]
     encoder = livened(hificodec.HiFiCodecEncoder(channels, kernels, list(block_kernels)[::-1], latent_dim), seed)
@@ -122,7 +122,7 @@ def write_hificodec(folder, seed=0):
 
 
 def mimi_model(seed=0, **changes):
-    """A narrow transformers.MimiModel whose layers all matter, with codebooks drawn from what they quantize."""
+    """A narrow transformers.MimiModel in which every layer has an effect, with codebooks drawn from their inputs."""
     torch.manual_seed(seed)
     config = transformers.MimiConfig(
         **{"num_filters": 4, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
@@ -148,7 +148,7 @@ def mimi_model(seed=0, **changes):
 
 
 def write_qwen3_tts(folder, seed=0):
-    """As the hub has it: a Mimi without decoder under `encoder.`, another decoder, 4 of 6 codebooks valid."""
+    """Write the hub's layout: a Mimi without decoder under `encoder.`, another decoder, 4 of 6 codebooks valid."""
     model = mimi_model(seed)
     decoder = ("decoder", "decoder_transformer", "upsample")
     state = {k: v for k, v in model.state_dict().items() if k.partition(".")[0] not in decoder}
@@ -160,7 +160,7 @@ def write_qwen3_tts(folder, seed=0):
 
 
 def xcodec2_state(seed=0):
-    """As the authors' packages store it: narrow, 2 layers in the decoder, 17 in w2v-BERT."""
+    """State dict in the layout of the authors' packages: narrow, 2 layers in the decoder, 17 in w2v-BERT."""
     torch.manual_seed(seed)
     semantic = transformers.Wav2Vec2BertModel(
         transformers.Wav2Vec2BertConfig(
@@ -194,7 +194,7 @@ def write_neucodec(folder, seed=0):
 
 
 def write_s3tokenizer(folder, seed=0):
-    """As torch.save of the package's state_dict; 2 layers of 2 heads."""
+    """Write the package's state_dict with torch.save: 2 layers of 2 heads."""
     torch.manual_seed(seed)
     encoder, down = livened(s3tokenizer.S3Encoder(128, 128, 2, 31), seed), torch.nn.Linear(128, 8)
     with torch.no_grad():

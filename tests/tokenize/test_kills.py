@@ -77,10 +77,10 @@ def child(argv, log, fail_at=None, how=None, tmpfs=None, tasks=1):
 
 
 class Operations:
-    """Counts what a run does to its folder: files opened for writing, fsynced, renamed, removed, folders made.
+    """Count the operations of a run on its folder: files opened for writing, fsynced, renamed, removed, folders made.
 
-    At the `fail_at`-th one the process is killed, or the disk is full; where that is an fsync, half of the file is
-    lost before.
+    At operation `fail_at` the process is killed, or the disk is full. If that is an fsync, half of the file is lost
+    first.
     """
 
     def __init__(self, folder, fail_at, how):

@@ -202,7 +202,7 @@ def test_another_plane_is_another_dataset(dataset):
 
 
 def test_a_folder_begun_before_there_were_scales_is_finished_in_htk(dataset, monkeypatch):
-    """Its plan.json names no scale."""
+    """plan.json of such a folder names no scale."""
     root, whole = dataset("a", mel_scale="htk"), dataset("b", mel_scale="htk")
     plan = json.loads((root / "plan.json").read_text())
     del plan["mel"]["scale"], plan["check"]
@@ -300,7 +300,7 @@ def test_every_flipped_bit_of_the_member_is_found(dataset):
     assert not examine(root).damages
 
 
-def test_stats_say_its_size(dataset):
+def test_stats_print_the_size_of_the_plane(dataset):
     with_mel, without = stats(dataset("a")), stats(dataset("b", mel_bands=None))
     assert with_mel["mel_bytes"] == 80 * with_mel["frames"]
     assert with_mel["mel_bands"] == 80

@@ -35,7 +35,7 @@ def test_folders_and_files_with_any_bytes_in_their_names(tmp_path, hashcodec, ca
 
 
 @pytest.mark.parametrize("stage", ["tokenize", "pretrain", "superb"])
-def test_a_missing_folder_with_such_a_name_is_one_line(stage):
+def test_a_missing_folder_with_such_a_name_is_a_one_line_error(stage):
     command = {"tokenize": ["verify"], "pretrain": ["status"], "superb": ["report"]}[stage]
     words = [sys.executable, "-m", f"codecssl.{stage}", *command, b"n\xffone"]
     done = subprocess.run(words, capture_output=True, check=False)
@@ -68,14 +68,14 @@ DIGITS = "1" * 10_000
         ("x.jsonl.gz", "no gzip", "x.jsonl.gz: not a whole gzip file"),
     ],
 )
-def test_crafted_rows_are_one_line(tmp_path, name, text, says):
+def test_crafted_rows_are_one_line_errors(tmp_path, name, text, says):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=says) as caught:
         list(read_sources([str(tmp_path / name)]))
     assert len(str(caught.value)) < 400
 
 
-def test_json_nested_ten_thousand_deep_is_one_line(tmp_path):
+def test_deeply_nested_json_is_a_one_line_error(tmp_path):
     """In a process of its own: CPython 3.11 can end with an internal error after it ran out of recursion."""
     (tmp_path / "x.jsonl").write_text('{"path": "a", "n": ' + "[" * 10_000 + "]" * 10_000 + "}")
     words = [sys.executable, "-m", "codecssl.tokenize", "run", "x.jsonl", "-o", "out", "--workers", "0"]
@@ -83,7 +83,7 @@ def test_json_nested_ten_thousand_deep_is_one_line(tmp_path):
     assert done.stderr == "error: x.jsonl, line 1: JSON nested too deep; a label may have 32 levels\n"
 
 
-def test_a_fairseq_list_with_a_number_that_is_none(tmp_path):
+def test_a_fairseq_list_with_an_invalid_number(tmp_path):
     (tmp_path / "x.tsv").write_text(f"/data\na.wav\t16000\nb.wav\t{DIGITS}\nc.wav\t²\n")
     assert [item.labels["samples"] for item in read_sources([str(tmp_path / "x.tsv")])] == [16000, DIGITS, "²"]
 
@@ -96,7 +96,7 @@ def test_a_wav_of_one_hertz_takes_no_memory(tmp_path, hashcodec):
     assert row["reason"] == "sample rate 1 Hz: must be from 1000 to 1000000; correct the file's header"
 
 
-def test_what_was_cut_or_cancelled_is_counted_in_the_dataset(tmp_path, hashcodec, capsys):
+def test_truncated_segments_and_cancelled_channels_are_counted(tmp_path, hashcodec, capsys):
     left = np.random.default_rng(0).uniform(-0.5, 0.5, 16_000)
     soundfile.write(tmp_path / "anti.wav", np.stack([left, -left], 1), 16_000)
     soundfile.write(tmp_path / "mono.wav", left, 16_000)

@@ -80,7 +80,7 @@ def load(name, weights, num_codebooks, device):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """run(*argv): Python in a process that sees the toy package, in a folder of its own."""
+    """A function that runs Python in a separate process and folder, with the toy package installed."""
     folder = tmp_path_factory.mktemp("toy")
     source, target = folder / "source", folder / "target"
     source.mkdir()
@@ -138,7 +138,7 @@ print(*state.shape)
 """
 
 
-def test_a_broken_plug_in_is_one_line_and_hides_no_other(run):
+def test_a_broken_plug_in_is_a_one_line_error_and_hides_no_other(run):
     done = run("-m", "codecssl.tokenize", "codecs")
     assert done.returncode == 0, done.stderr
     assert "toy              a toy" in done.stdout

@@ -247,7 +247,7 @@ def test_records_of_entropy_coded_blocks_hold_the_packed_crc32(tmp_path):
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("name", ["tables", "codes"])
 def test_damage_of_a_compressed_shard_is_a_clear_error(tmp_path, name, check):
-    """Without its CRC-32, damage of the codes may give other codes instead."""
+    """Without the CRC-32, damaged codes may decode to other codes."""
     made, rng = card([64] * 3), np.random.default_rng(0)
     items = [(str(i), lively(made, 300, rng), {}) for i in range(4)]
     write_shards(tmp_path, made, items, entropy_code=True)

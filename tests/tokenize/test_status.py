@@ -56,7 +56,7 @@ def test_counts_rate_and_time_left(folder):
 
 
 def test_a_shard_that_is_finished_while_status_reads(folder, monkeypatch):
-    """Its folder of blocks is there when it is listed, gone when it is opened."""
+    """The shard's folder of blocks exists when it is listed and is gone when it is opened."""
     shard(folder, 0, 100)
     block(folder, 1, 0, 50)
     block(folder, 2, 0, 20)
@@ -87,7 +87,7 @@ def test_blocks_of_unfinished_shards_count_once(folder):
     assert (state["shards"], state["blocks"], state["inputs"]) == (1, 2, 20)
 
 
-def test_a_shard_without_a_write_for_long_is_named_with_its_task(folder):
+def test_a_stalled_shard_is_named_with_its_task(folder):
     for n in range(5):
         block(folder, 1, n, 9000 - 100 * n)  # a block each 100 s, until 8600 s ago
         block(folder, 2, n, 900 - 100 * n)  # until 500 s ago
@@ -125,7 +125,7 @@ def test_a_finished_run_and_a_strangers_folder(folder, tmp_path_factory):
         status(tmp_path_factory.mktemp("stranger"))
 
 
-def test_tasks_with_work_left_are_named_as_an_array_takes_them(folder, capsys):
+def test_unfinished_tasks_are_listed_in_the_syntax_of_arrays(folder, capsys):
     """Ten shards in eight tasks: 0 and 1 have two each."""
     for number in (0, 1, 3, 7, 8):
         shard(folder, number, 9000 - number)

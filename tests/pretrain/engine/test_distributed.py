@@ -111,7 +111,7 @@ def _copy(run: Path, step: int, output: Path) -> None:
 
 @contextmanager
 def _trouble(rank: int, read: dict[int, list[str]], kind: str = "", at: int = 0, on: int = 0) -> Iterator[None]:
-    """Note what is read; and before step `at` (0, 1, ...) let something happen on one rank."""
+    """Record the data that is read. Before step `at` (0, 1, ...), cause a fault of the given kind on one rank."""
     import torch
 
     from codecssl.pretrain import training
@@ -273,7 +273,7 @@ def assert_close(left: dict[str, Any], right: dict[str, Any], tolerance: float) 
      ("four-from-two", STEPS)],
 )  # fmt: skip
 def test_the_same_global_batches_train_the_same_model(sessions: Sessions, name: str, steps: int) -> None:
-    """For any number of ranks and micro-batches, at any ZeRO stage, also if these change in the middle."""
+    """The number of ranks, of micro-batches and the ZeRO stage do not matter, even if they change during the run."""
     assert {outcome["error"] for outcome in sessions.outcomes(name)} == {None}
     alone = "one" if steps == STEPS else "short"
     one, other = sessions.rows(alone), sessions.rows(name)

@@ -107,8 +107,9 @@ def test_compile_compiles_every_layer_for_any_length(
 
 
 def test_freed_memory_is_kept() -> None:
-    """A large tensor is made of the pages of one before, and the kernel has none to zero. Not always from the first
-    on: what is allocated between two tensors may take the start of a freed one.
+    """A large tensor reuses the pages of a freed one, and the kernel need not zero new pages.
+
+    The first reuse may come late: an allocation between two tensors may take the start of a freed one.
     """
     script = """
 import platform, resource, torch

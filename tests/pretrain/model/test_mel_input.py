@@ -1,4 +1,4 @@
-"""Models that read the log-mel plane: what they need, what they never see, and that an export computes the same."""
+"""Models that read the log-mel plane: their inputs, hidden frames, and equal outputs after export."""
 
 import json
 from dataclasses import replace

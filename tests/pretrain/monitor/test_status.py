@@ -17,7 +17,7 @@ from codecssl.pretrain.monitor.status import status
 def beat(
     run: Path, rank: int, *, age: float = 5.0, doing: str = "in step 41", since: float = 6.0, **other: Any
 ) -> None:
-    """A rank's note of `age` seconds ago, about what it has been doing for `since` seconds."""
+    """Write the status file of a rank, `age` seconds old, with an activity that has lasted `since` seconds."""
     now = time.time()
     row = {"state": "running", "doing": doing, "since": now - since, "time": now - age, "started": now - 500.0,
            "host": f"node{rank // 2}", "job": "17", "restarts": 1, **other}  # fmt: skip

@@ -91,7 +91,7 @@ def test_the_logmel_hubert_predicts_the_labels_from_mels_alone(corpus: Path) -> 
 
 
 def test_loss_of_the_waveform_hubert_is_cross_entropy_at_masked_frames_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a model that returns its own labels' logits, the loss counts the labels of masked frames alone."""
+    """The model returns logits of known labels. The loss depends on the labels of masked frames only."""
     waves, labels = torch.zeros(2, 41 * 320), torch.randint(0, CLUSTERS, (2, 41))
     seen: dict[str, torch.Tensor] = {}
 

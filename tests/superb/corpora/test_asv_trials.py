@@ -39,7 +39,7 @@ def test_few_pairs_of_two_speakers_and_too_many_of_one() -> None:
     assert [sum(t.same is label for t in many) for label in (True, False)] == [MOST_PAIRS, MOST_PAIRS]
 
 
-def test_one_speaker_is_no_trial() -> None:
+def test_a_single_speaker_gives_no_trial() -> None:
     with pytest.raises(UserError, match="two speakers with two utterances"):
         paired(examples_of({"a": 4}))
 

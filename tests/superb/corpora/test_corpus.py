@@ -56,7 +56,7 @@ def test_a_manifest_in_another_encoding_is_one_clear_line(tmp_path: Path) -> Non
         TaskCorpus(tmp_path).examples(TASKS["ks"])
 
 
-def test_a_root_that_is_missing_or_is_no_corpus(tmp_path: Path) -> None:
+def test_a_root_without_a_corpus_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         TaskCorpus(tmp_path / "none")
     with pytest.raises(UserError, match=r"no manifest\.jsonl in it; as SUPERB's own ks: "):
@@ -142,7 +142,7 @@ def test_chance_answers_the_most_frequent_training_class() -> None:
     assert chance({"train": intents[:1], "test": intents}) == 0.5
 
 
-def test_trials_are_part_of_verifications_identity_only(tmp_path: Path) -> None:
+def test_only_the_identity_of_verification_contains_the_trials(tmp_path: Path) -> None:
     corpus = make(tmp_path, [keyword("a.wav", "train")])
     before = corpus.identity("asv"), corpus.identity("ks")
     (tmp_path / "trials.txt").write_text("1 a.wav a.wav\n")

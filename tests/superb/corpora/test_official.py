@@ -1,6 +1,6 @@
 """Rows of official corpora: miniature trees of each layout, compared with the CSVs that s3prl writes.
 
-The audio is cut from the sample corpus. Where s3prl would download a list, the list is put where it looks.
+The audio is cut from the sample corpus. Lists that s3prl would download are written to its cache.
 """
 
 import io
@@ -163,7 +163,7 @@ def test_ks_splits_by_the_speakers_hash(tmp_path: Path, write: Write) -> None:
 
 
 def _numbers(splits: dict[str, set[tuple[Any, ...]]]) -> dict[str, set[tuple[Any, ...]]]:
-    """Seconds as floats; pandas gives text where a column has blanks."""
+    """Convert seconds to floats. pandas returns text if a column has blanks."""
     return {
         split: {(*values[:-2], *("" if v == "" else float(v) for v in values[-2:])) for values in rows}
         for split, rows in splits.items()

@@ -46,7 +46,7 @@ def files(output):
     return {p.relative_to(output): p.read_bytes() for p in sorted(output.rglob("*")) if p.is_file()}
 
 
-def test_embeddings_are_the_models_states_pooled(audio, upstream, tmp_path):
+def test_embeddings_equal_the_pooled_states_of_the_model(audio, upstream, tmp_path):
     run(TokenizeConfig(sources=(str(audio),), output=tmp_path / "shards", workers=0))
     shards, model = Shards(tmp_path / "shards"), from_pretrained(upstream)
     totals = embed(config(audio, upstream, tmp_path / "waves", layer=1, pool="meanstd", frames=True))

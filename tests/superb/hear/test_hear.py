@@ -168,7 +168,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TaskFolder]:
     return {path.name: TaskFolder(path) for path in root.iterdir()}
 
 
-def test_folds_are_hears(tasks: dict[str, TaskFolder]) -> None:
+def test_folds_equal_those_of_hear(tasks: dict[str, TaskFolder]) -> None:
     """test=fold00, valid=fold01, the rest trains; then the next."""
     folds = tasks["two-v1-full"].folds
     assert [(fold.test, fold.valid, fold.train) for fold in folds] == [
@@ -244,7 +244,7 @@ def test_notes_have_their_pitch() -> None:
             assert np.abs(wave).max() <= 0.71
 
 
-def test_mistakes_are_one_line(
+def test_user_errors_are_one_line(
     tasks: dict[str, TaskFolder], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ["--upstream", "logmel", "--output", str(tmp_path / "out")]

@@ -129,7 +129,7 @@ def read(built: Path, row: dict[str, Any]) -> np.ndarray:
     return np.asarray(wave)
 
 
-def test_the_ten_tasks_are_there_and_the_runner_takes_them(built: Path) -> None:
+def test_the_runner_opens_all_ten_tasks(built: Path) -> None:
     from codecssl.superb.corpora.corpus import open_corpus
     from codecssl.superb.tasks import TASKS
 
@@ -311,7 +311,7 @@ def test_a_rerun_does_nothing_and_another_recipe_is_refused(
         build(source / "manifest.jsonl", built, seed=3, on_progress=said.append)
 
 
-def test_a_kill_leaves_nothing_and_the_next_run_clears_up(
+def test_a_kill_leaves_no_output_and_the_next_run_removes_temporary_files(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(builder: Any) -> Rows:
@@ -375,7 +375,7 @@ def test_a_bad_manifest_is_one_clear_line(
     assert {path.name for path in tmp_path.iterdir()} <= {"manifest.jsonl"}
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(source: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_content_is_not_changed(source: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(UserError, match="exists and is not a mini-SUPERB corpus"):
@@ -402,7 +402,7 @@ def test_speakers_are_dealt_by_share() -> None:
     assert Counter(dealt.values()) == {"train": 2, "valid": 1, "test": 1}
 
 
-def test_utterances_are_dealt_so_that_training_knows_every_label() -> None:
+def test_every_label_occurs_in_training() -> None:
     rows = [{"label": label, "n": n} for n, label in enumerate("aaaaaaaabbbbc" * 2)]
     for seed in range(10):
         shares = {"train": 0.6, "valid": 0.2, "test": 0.2}

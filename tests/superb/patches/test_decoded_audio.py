@@ -13,7 +13,7 @@ from codecssl.tokenize.common.errors import UserError
 
 
 class CountingLibrosa:
-    """librosa, with a list of what was loaded."""
+    """librosa that records its calls of `load`."""
 
     def __init__(self) -> None:
         self.loaded: list[tuple[Any, ...]] = []

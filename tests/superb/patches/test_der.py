@@ -37,7 +37,7 @@ def naive(reference: Turns, hypothesis: Turns) -> tuple[int, int]:
 
 
 def some_turns(draw: Any, speakers: int) -> Turns:
-    """On a grid of 10 ms; turns of a speaker may overlap, and those of two."""
+    """Draw turns on a grid of 10 ms. Turns may overlap, also those of one speaker."""
     turns = []
     for _ in range(draw.integers(1, 8)):
         start = int(draw.integers(0, 800))

@@ -13,7 +13,7 @@ from codecssl.superb.patches import import_patches
 
 
 def test_s3prl_imports_with_the_patches() -> None:
-    """Its problems, its hub and the classic keyword task, with `install` called twice."""
+    """s3prl's problems, its hub and the classic keyword task import after two calls of `install`."""
     code = "from codecssl.superb.patches import import_patches as compat; compat.install(); compat.install()\n"
     code += "import s3prl.problem, s3prl.hub, s3prl.downstream.speech_commands.expert"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -27,7 +27,7 @@ class Evil:
 @pytest.mark.parametrize(
     "call", [(os.system, "touch ran"), (eval, "open('ran', 'w')"), (getattr, "", "join"), (Path.touch, Path("ran"))]
 )
-def test_a_pickle_that_calls_something_is_one_line(call, tmp_path: Path, monkeypatch) -> None:
+def test_a_pickle_with_a_call_is_a_one_line_error(call, tmp_path: Path, monkeypatch) -> None:
     import s3prl.problem.base as base
     import s3prl.problem.common.superb_sid as sid
 
@@ -69,7 +69,7 @@ def test_a_table_of_pandas_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04", b"cos\nsystem\n", b"(" * 1000])
-def test_a_damaged_pickle_is_one_line(content: bytes, tmp_path: Path) -> None:
+def test_a_damaged_pickle_is_a_one_line_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "e.pkl").write_bytes(content)
     with (tmp_path / "e.pkl").open("rb") as file, pytest.raises(UserError, match="e.pkl: (damaged|holds)"):
         restricted_pickle.load(file)

@@ -61,7 +61,7 @@ def by_hand(samples: list[int], rate: int, duration: int, percent: float) -> lis
 
 @needs_sox
 @pytest.mark.parametrize("seed", range(6))
-def test_the_chain_of_speaker_verification_is_soxs_bit_for_bit(seed: int, tmp_path: Path) -> None:
+def test_the_chain_of_speaker_verification_equals_sox_bit_for_bit(seed: int, tmp_path: Path) -> None:
     """16 kHz, mono, 16 bit, as VoxCeleb is: nothing to resample."""
     wave = bursts((0.05, 0.3, 2, 4, 11, 25)[seed], 16_000, seed)
     soundfile.write(tmp_path / "a.wav", wave, 16_000, subtype="PCM_16")
@@ -74,7 +74,7 @@ def test_the_chain_of_speaker_verification_is_soxs_bit_for_bit(seed: int, tmp_pa
 
 @needs_sox
 @pytest.mark.parametrize(("source", "channels"), [(8_000, 1), (44_100, 1), (16_000, 2), (48_000, 2)])
-def test_rate_gain_and_channels_are_soxs(source: int, channels: int, tmp_path: Path) -> None:
+def test_rate_gain_and_channels_equal_those_of_sox(source: int, channels: int, tmp_path: Path) -> None:
     """To 1e-6 of full scale without resampling, to 2e-4 with (speech-like noise of RMS 0.1)."""
     rng = np.random.default_rng(source)
     wave = np.clip(rng.standard_normal((source * 2, channels)) * 3277, -32768, 32767).astype(np.int16)
@@ -106,7 +106,7 @@ def test_a_long_wave_is_searched_in_steps(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("samples", [np.zeros(0), np.zeros(5_000), np.full(50, 1e9)])
-def test_silence_of_nothing_is_nothing(samples: Any) -> None:
+def test_an_empty_wave_stays_empty(samples: Any) -> None:
     assert len(drop_silence(samples, 16_000, 1600, 0.1)) == 0
 
 

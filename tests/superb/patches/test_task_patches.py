@@ -24,7 +24,7 @@ def test_error_rates_of_empty_references() -> None:
     assert slot_value_cer(["play jazz"], ["play jazz"]) == 0
 
 
-def test_slot_metrics_are_s3prls_where_there_are_slots() -> None:
+def test_slot_metrics_equal_those_of_s3prl_if_there_are_slots() -> None:
     """Two slots, one heard right; by hand: two letters of eight wrong, one true positive, one false, one missed."""
     from s3prl.metric import slot_filling
 
@@ -66,7 +66,7 @@ def test_diarisation_is_scored_without_a_clone() -> None:
     assert util.score_with_dscore is score_files
 
 
-def test_no_memory_error_is_acceptable() -> None:
+def test_memory_errors_are_not_caught() -> None:
     import s3prl.problem.base as base
 
     assert base.ACCEPTABLE_ERRORS == []

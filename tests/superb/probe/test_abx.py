@@ -40,7 +40,7 @@ def test_distances_are_those_of_a_loop() -> None:
 
 
 @pytest.mark.parametrize("with_speakers", [False, True])
-def test_errors_are_those_of_a_loop_over_triples(with_speakers: bool) -> None:
+def test_errors_equal_those_of_a_loop_over_triples(with_speakers: bool) -> None:
     random = np.random.default_rng(1)
     labels, speakers = list("aabbccab"), list("stststts")
     distances = random.integers(0, 4, (8, 8)).astype(float)  # with ties

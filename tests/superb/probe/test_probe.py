@@ -1,4 +1,4 @@
-"""Probes: folds that keep groups apart, layers chosen without the test folds, shards and audio alike."""
+"""Probes: folds that keep groups apart, layers selected without the test folds, and both shards and audio."""
 
 import json
 from itertools import product
@@ -92,8 +92,8 @@ def test_accuracy_matches_scikit_learn() -> None:
     assert row["chosen_C"] == [[0.1] * 4]
 
 
-def test_layer_and_strength_are_chosen_without_the_test_folds() -> None:
-    """Against a plain nested cross-validation, on noise where the optimistic figure is far above it."""
+def test_layer_and_penalty_are_selected_without_the_test_folds() -> None:
+    """Compared with a plain nested cross-validation on noise, where selection on the test folds looks much better."""
     generator = np.random.default_rng(0)
     features, labels, grid = generator.standard_normal((60, 8, 5)), np.array([0, 1] * 30), (1e-3, 1e-1, 10.0)
     row = evaluate(features, labels, None, Settings(seeds=(0,), C=grid))

@@ -40,7 +40,7 @@ def text(tmp_path: Path, *rows: dict[str, Any]) -> str:
     return tables.write_markdown(tmp_path).read_text()
 
 
-def test_the_paired_test_is_mcnemars_for_one_seed() -> None:
+def test_the_paired_test_equals_mcnemars_for_one_seed() -> None:
     from scipy.stats import binomtest
 
     generator = np.random.default_rng(0)

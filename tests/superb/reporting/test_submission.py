@@ -37,7 +37,7 @@ CLASSIC: dict[str, tuple[str, str, list[str], list[Any]]] = {
 
 
 def classic_names(task: str, paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """By s3prl's own datasets, given nothing but paths."""
+    """Return the names that s3prl's own datasets derive from the paths."""
     import torchaudio
     from s3prl.downstream.asr.dataset import SequenceDataset
     from s3prl.downstream.ctc.data import collect_audio_batch
@@ -78,7 +78,7 @@ def classic_names(task: str, paths: list[str], tmp_path: Path, monkeypatch: pyte
 
 
 class _Row(dict[str, Any]):
-    """A row of pandas, as far as it is asked for."""
+    """The parts of a pandas row that s3prl uses."""
 
     @property
     def path(self) -> Any:
@@ -86,8 +86,10 @@ class _Row(dict[str, Any]):
 
 
 @pytest.mark.parametrize("task", CLASSIC)
-def test_the_files_are_those_of_s3prls_classic_task(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own datasets name the utterances, its own experts write the file."""
+def test_the_files_equal_those_of_s3prls_classic_task(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """s3prl's datasets name the utterances, and its experts write the file."""
     import importlib
 
     import_patches.install()
@@ -196,7 +198,7 @@ def test_the_winners_of_the_lowest_seed_are_packed(tmp_path: Path, capsys: Any) 
     assert capsys.readouterr().err == "error: --of: give one of other, tiny; a zip holds one upstream\n"
 
 
-def test_an_incomplete_submission_is_an_error_of_one_line_without_a_zip(tmp_path: Path) -> None:
+def test_an_incomplete_submission_is_a_one_line_error_without_a_zip(tmp_path: Path) -> None:
     def refusal(folder: Path) -> str:
         with pytest.raises(UserError) as stopped:
             write_zip([folder], tmp_path / "predict.zip")

@@ -124,7 +124,7 @@ def of_share(value: float, utterances: int) -> Cell:
     return Cell(task="ks", runs=(found,), lrs=(1.0,))
 
 
-def test_the_interval_is_wilsons() -> None:
+def test_the_interval_equals_wilsons() -> None:
     """Against the value for 60 of 100 in Brown, Cai and DasGupta's formula, and at the edges."""
     cell = of_share(0.6, 100)
     assert cell.interval == pytest.approx((0.5020, 0.6906), abs=2e-4)
@@ -325,14 +325,14 @@ def test_a_full_row_has_a_score_next_to_published_ones() -> None:
     assert lines["Codec2Vec online (reported, via a secondary digest)"]["score"] == ""
 
 
-def test_a_missing_task_is_no_score_and_is_named() -> None:
+def test_a_missing_task_is_named_and_leaves_no_score() -> None:
     (comparison,) = tables.compare([found for found in official() if found["task"] not in ("sd", "sf")])
     header, body = tables.table_rows(comparison)
     assert dict(zip(header, body[1], strict=True))["score"] == ""
     assert "tiny has no score: sd, sf missing." in tables.notes(comparison)
 
 
-def test_official_tasks_are_one_table_though_their_rows_differ() -> None:
+def test_official_tasks_share_one_table() -> None:
     rows = [{**found, "rows_sha256": str(i)} for i, found in enumerate(official())]
     assert len(tables.compare(rows)) == 1
 
@@ -349,7 +349,7 @@ def test_a_run_that_ran_away_neither_wins_nor_spoils_the_page() -> None:
     assert "nan" not in text
 
 
-def test_where_less_is_better_the_least_valid_figure_wins() -> None:
+def test_the_lowest_validation_error_is_selected() -> None:
     sweep = [
         row("fbank", "pr", value, values={"per": value}, metric="per", valid=valid, learning_rate=rate)
         for value, valid, rate in ((0.1, 0.9, 1.0), (0.5, 0.2, 2.0))
@@ -376,7 +376,7 @@ def test_folds_are_averaged_within_a_seed() -> None:
     assert any(note.startswith("Tested utterances: er 80;") for note in notes)  # of both folds
 
 
-def test_emotion_without_a_fold_is_no_score() -> None:
+def test_emotion_without_all_folds_has_no_score() -> None:
     """One seed without one of the five folds is sufficient."""
     others = [found for found in official() if found["task"] != "er"]
     (er,) = [found for found in official() if found["task"] == "er"]

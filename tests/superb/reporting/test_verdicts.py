@@ -33,7 +33,7 @@ def row(name: str, task: str, errors: list[int] | None, seed: int = 0, value: fl
     }
 
 
-def test_the_pair_of_one_seed_is_mcnemars_and_seeds_are_summed() -> None:
+def test_one_seed_gives_mcnemars_test_and_seeds_are_summed() -> None:
     one, other = [0] * 30 + [1] * 10, [0] * 25 + [1] * 14 + [0]
     (c,) = tables.compare([row("a", "ks", one), row("b", "ks", other)])
     expected = binomtest(1, 6).pvalue

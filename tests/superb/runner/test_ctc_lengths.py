@@ -16,7 +16,7 @@ from codecssl.tokenize.common.errors import UserError
 TEXTS = ("A", "AA B", "THE  CAT", "BOOKKEEPER")
 
 
-def test_labels_are_those_of_s3prls_tokenizers() -> None:
+def test_labels_equal_those_of_s3prls_tokenizers() -> None:
     import_patches.install()
     from s3prl.dataio.encoder.tokenizer import CharacterSlotTokenizer, CharacterTokenizer, PhonemeTokenizer
 
@@ -32,7 +32,7 @@ def test_labels_are_those_of_s3prls_tokenizers() -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_the_frames_needed_are_those_of_a_finite_ctc_loss(text: str) -> None:
+def test_the_frames_needed_match_a_finite_ctc_loss(text: str) -> None:
     labels = labels_of("asr", {"transcription": text})
     number = {label: i + 1 for i, label in enumerate(sorted(set(labels)))}
     target = torch.tensor([[number[label] for label in labels]])
@@ -54,7 +54,7 @@ def selection(folder: Path, seconds: list[float]) -> Selection:
     return Selection(splits=examples)
 
 
-def test_a_codec_of_few_frames_is_counted_and_where_nothing_is_left_refused(tmp_path: Path) -> None:
+def test_short_utterances_are_counted_and_an_empty_set_is_an_error(tmp_path: Path) -> None:
     found = shortfall("pr", selection(tmp_path, [1.0, 1.0, 2.0, 3.0]), 1_280, "mimi")  # 12.5 frames a second
     assert found is not None
     assert found.short == {"train": 2, "valid": 0, "test": 1}

@@ -17,8 +17,8 @@ from codecssl.superb.tasks import TASKS
 from codecssl.tokenize.common.errors import UserError
 
 
-def test_scores_are_s3prls(tmp_path: Path) -> None:
-    """Its own expert writes an XML list with four decimals; a query of four frames is found nowhere."""
+def test_scores_equal_those_of_s3prl(tmp_path: Path) -> None:
+    """s3prl's expert writes an XML list with four decimals. A query of four frames has no detection."""
     import_patches.install()
     from s3prl.downstream.quesst14_dtw.expert import DownstreamExpert
 
@@ -73,7 +73,7 @@ def example(name: str, **columns: Any) -> Example:
     return Example(id=name, path=Path(name), columns=columns)
 
 
-def test_a_sample_has_no_more_pairs_and_is_the_same_each_time() -> None:
+def test_a_sample_is_limited_and_deterministic() -> None:
     documents = [example(f"d{i}", role="document", queries=["a", "b"][: i % 3]) for i in range(90)]
     queries = [example(f"q{i}", role="query", query="ab"[i % 2]) for i in range(40)] + [
         example("lost", role="query", query="none")
@@ -89,7 +89,7 @@ def test_a_sample_has_no_more_pairs_and_is_the_same_each_time() -> None:
     assert queries[-1] not in few[0].queries
 
 
-def test_queries_that_nothing_holds_are_refused() -> None:
+def test_queries_in_no_document_are_an_error() -> None:
     with pytest.raises(UserError, match="no valid document holds a valid query"):
         qbe.searches({"valid": [example("q", role="query", query="a"), example("d", role="document", queries=[])]})
 
@@ -116,7 +116,7 @@ def naive_mtwv(scores: np.ndarray, truth: np.ndarray, beta: float) -> float:
 
 
 def test_beta_matches_quesst_2014() -> None:
-    """Its scoring tool is called with an effective prior of 0.0741289."""
+    """QUESST's scoring tool is called with an effective prior of 0.0741289."""
     assert pytest.approx(12.49) == BETA
     assert pytest.approx(0.0741289, abs=1e-7) == 1 / (1 + BETA)
 

@@ -181,7 +181,7 @@ def test_search_trains_nothing_and_chooses_a_layer(
 def test_recognition_with_a_language_model(
     make: Any, tmp_path: Path, small_heads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The figure is the word error rate of what the decoder heard, here always the same word."""
+    """The figure is the word error rate of the decoder's output, here always the same word."""
     from codecssl.superb.runner import lm_decoding
 
     (tmp_path / "lm.arpa").write_text("")
@@ -197,7 +197,7 @@ def test_recognition_with_a_language_model(
     assert run.folder != make("asr", budget=TWO).folder
 
 
-def test_the_decoder_hears_words_of_the_language_model_only(make: Any, tmp_path: Path, small_heads: None) -> None:
+def test_the_decoder_outputs_only_words_of_the_language_model(make: Any, tmp_path: Path, small_heads: None) -> None:
     pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
     pytest.importorskip("kenlm", reason="kenlm is not installed")
     words = {"<unk>": -2, "<s>": -1, "</s>": -1, "low": -1, "mid": -1, "high": -1}
@@ -244,7 +244,7 @@ def test_broken_features_are_counted_or_end_the_run(make: Any, corpus: Path, mon
     import torch
 
     class Broken(torch.nn.Module):
-        """For waves with this sum, or for all."""
+        """Fails for waves with this sum, or for all."""
 
         def __init__(self, total: float | None) -> None:
             super().__init__()
@@ -268,7 +268,7 @@ def test_broken_features_are_counted_or_end_the_run(make: Any, corpus: Path, mon
         run_one(make("er", budget=TWO, seed=1), Machine())
 
 
-def test_out_of_memory_is_an_error_of_its_own(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_has_its_own_error(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     def full(*arguments: Any) -> None:
@@ -286,7 +286,7 @@ def test_training_lowers_the_loss(make: Any) -> None:
     assert losses[-1][1] < 0.9 * losses[0][1]
 
 
-def test_the_value_is_s3prls_and_agrees_with_its_predictions(make: Any, truth: dict[str, Any]) -> None:
+def test_the_value_equals_s3prls_and_agrees_with_its_predictions(make: Any, truth: dict[str, Any]) -> None:
     import yaml
 
     run = make()
@@ -319,7 +319,7 @@ def test_only_paths_steps_and_the_learning_rate_differ_from_s3prl(make: Any) -> 
     assert changed == {"total_steps", "eval_step", "save_step", "log_step"}
 
 
-def test_a_full_run_is_s3prls_own_training(make: Any) -> None:
+def test_a_full_run_equals_s3prls_own_training(make: Any) -> None:
     ours = configure(make("ks", budget=tasks.BUDGETS["full"], learning_rate=None), Machine())
     official = tasks.official_config(tasks.TASKS["ks"])
     assert ours["train"] == {**official["train"], "seed": 0}
@@ -468,7 +468,7 @@ def test_a_run_killed_in_training_gives_the_same_figure_or_records_it(
         )
 
 
-def test_a_kill_between_the_result_and_tidying_trains_nothing_again(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_after_the_result_is_written_repeats_no_training(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make()
     with monkeypatch.context() as patch:
         patch.setattr(running, "_tidy", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -481,7 +481,7 @@ def test_a_kill_between_the_result_and_tidying_trains_nothing_again(make: Any, m
 
 
 def test_results_are_read_while_another_process_trains(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its checkpoints come and go, and no one else may look for rows among them."""
+    """A training process creates and deletes checkpoints. Others must not search for rows among them."""
     done, training = make("ks"), make("er")
     results.write_json(done.folder / "result.json", {"task": "ks"})
     (training.folder / "train" / "step_100" / "task").mkdir(parents=True)
@@ -497,7 +497,7 @@ def test_results_are_read_while_another_process_trains(make: Any, monkeypatch: p
     assert results.read_rows(done.output, "probes") == []
 
 
-def test_a_run_that_another_process_is_at_is_left_to_it(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_locked_by_another_process_is_skipped(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "PATIENCE", {"here": 0.3, "elsewhere": 0.3})
     run = make("ks")
     with files.alone_in(run.folder):

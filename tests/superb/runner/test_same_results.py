@@ -28,7 +28,7 @@ def ks(root: Path, output: Path, upstream: str) -> Run:
     )
 
 
-def test_fbank_on_our_runner_is_s3prls_own_fbank(corpus: Path, tmp_path: Path) -> None:
+def test_fbank_on_our_runner_equals_fbank_on_s3prls(corpus: Path, tmp_path: Path) -> None:
     """The same losses, the same layer weights, the same test accuracy, to the last bit."""
     from codecssl.superb.corpora.corpus import open_corpus
     from codecssl.superb.runner.csvs import write_csvs

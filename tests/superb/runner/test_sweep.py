@@ -33,13 +33,13 @@ def test_rates_and_seeds_multiply_except_where_nothing_is_trained(sweep: Any) ->
     assert random == [("random", "qbe", None, seed, None) for seed in (0, 1)]
 
 
-def test_a_stopped_sweep_leaves_whole_comparisons_and_nothing_is_listed_twice(sweep: Any) -> None:
+def test_a_stopped_sweep_leaves_whole_comparisons_and_lists_each_run_once(sweep: Any) -> None:
     upstreams = [parse("fbank"), parse("random"), parse("fbank")]
     runs = keys(sweep("er,ks", upstreams=upstreams, lrs=(0.1, 0.1), seeds=(0, 0)).runs())
     assert [run[:2] for run in runs] == [("fbank", "er"), ("random", "er"), ("fbank", "ks"), ("random", "ks")]
 
 
-def test_default_rates_are_the_tasks(sweep: Any) -> None:
+def test_default_rates_are_those_of_the_task(sweep: Any) -> None:
     assert [run[1:3] for run in keys(sweep("ks,asr").runs())] == [("ks", 1e-2), ("ks", 1e-3), ("asr", 1e-3)]
     assert [run[1:3] for run in keys(sweep("ks", budget=tasks.BUDGETS["full"]).runs())] == [("ks", None)]
 
@@ -55,7 +55,7 @@ def test_folders_differ(sweep: Any) -> None:
     assert len({run.folder for run in runs}) == len(runs) == 4 + 20 + 1
 
 
-def test_parts_are_all_runs_and_none_twice(sweep: Any) -> None:
+def test_parts_cover_each_run_once(sweep: Any) -> None:
     runs = sweep("all", seeds=(0, 1)).runs()
     shares = [part(runs, 3, index) for index in range(3)]
     assert sorted(keys(run for share in shares for run in share), key=str) == sorted(keys(runs), key=str)

@@ -13,7 +13,7 @@ from torchaudio.functional import edit_distance as reference_distance
 from codecssl.superb.sample import measure
 
 
-def test_edit_distance_is_torchaudios() -> None:
+def test_edit_distance_equals_that_of_torchaudio() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         one, other = (list("".join(rng.choice(list("abc"), rng.integers(0, 9)))) for _ in range(2))
@@ -44,6 +44,6 @@ def test_accuracy_is_high_only_where_labels_are_audible(tones: measure.SampleCor
     assert measure.accuracy(tones, "t", "both")[1] < 0.85
 
 
-def test_an_absent_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_folder_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert measure.main([str(tmp_path / "absent")]) == 1
     assert capsys.readouterr().err.count("\n") == 1

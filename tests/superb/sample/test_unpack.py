@@ -68,7 +68,7 @@ def test_archive_is_a_few_megabytes() -> None:
     assert unpack.ARCHIVE.stat().st_size <= 5_000_000
 
 
-def test_every_row_is_one_file_of_its_length_and_rate(corpus: Path, rows: list[unpack.ManifestRow]) -> None:
+def test_every_row_matches_the_length_and_rate_of_its_file(corpus: Path, rows: list[unpack.ManifestRow]) -> None:
     for row in rows:
         info = soundfile.info(row["path"])
         assert (info.samplerate, info.channels) == (row["sample_rate"], 1) == (16_000, 1)
@@ -92,7 +92,7 @@ def test_unpack_again_touches_nothing(small: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["remove", "truncate", "manifest", "marker", "older"])
-def test_a_damaged_copy_is_not_whole_and_is_replaced(small: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_copy_is_replaced(small: Path, tmp_path: Path, damage: str) -> None:
     folder = unpack.unpack(tmp_path / "out")
     clip = Path(unpack.manifest_rows(folder)[2]["path"])
     whole = clip.read_bytes()
@@ -115,7 +115,7 @@ def test_a_damaged_copy_is_not_whole_and_is_replaced(small: Path, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "small.tar"]
 
 
-def test_a_folder_of_something_else_is_refused_and_kept(small: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_content_is_refused_and_kept(small: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="give a new or an empty folder"):
@@ -185,7 +185,7 @@ def test_manifest_rows_takes_a_folder_or_a_manifest(small: Path, tmp_path: Path)
 
 
 def test_the_plan_is_the_manifest(rows: list[unpack.ManifestRow]) -> None:
-    """Somebody who edits the grammar or the plan has to remake the archive."""
+    """After changes to the grammar or the plan, the archive must be made again."""
     items = make.plan()
     assert len(items) == len(rows)
     for item, row in zip(items, rows, strict=True):
@@ -331,7 +331,7 @@ def test_speakers_and_takes_differ_and_repeat_exactly() -> None:
         assert abs(np.corrcoef(another[:length], take(speaker, 1)[:length])[0, 1]) < 0.8
 
 
-def test_without_espeak_the_error_is_one_line(
+def test_a_missing_espeak_is_a_one_line_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))

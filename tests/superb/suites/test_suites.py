@@ -16,7 +16,7 @@ from codecssl.tokenize.common.errors import UserError
 MODEL = "laptop_16khz"
 
 
-def test_features_are_the_models_states() -> None:
+def test_features_equal_the_states_of_the_model() -> None:
     """The oracle is `from_pretrained` on each wave alone."""
     waves = [0.1 * torch.randn(n) for n in (16_000, 7_777)]
     model = from_pretrained(MODEL)
@@ -60,7 +60,7 @@ def test_x_ares_own_checker_takes_the_encoder() -> None:
 
 
 def test_xares_llm_masks_are_those_of_each_wave() -> None:
-    """Its contract: 1 keeps, 0 masks, `mask.size(-1) == features.size(1)`; the mask of samples may be None."""
+    """XARES-LLM's interface: 1 keeps, 0 masks, `mask.size(-1) == features.size(1)`; the mask of samples may be None."""
     encoder = xares_llm.CodecSSLEncoder(MODEL)
     waves = 0.1 * torch.randn(3, 16_000)
     frames, mask = encoder(waves, None)
@@ -73,7 +73,7 @@ def test_xares_llm_masks_are_those_of_each_wave() -> None:
     assert not frames[2, 13:].any()
 
 
-def test_hears_own_validator_takes_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_module_passes_the_validator_of_hear(monkeypatch: pytest.MonkeyPatch) -> None:
     """The validator imports tensorflow to tell tensorflow's models apart; a stand-in class is enough for ours."""
     tensorflow = types.ModuleType("tensorflow")
     tensorflow.Module = type("Module", (), {})  # type: ignore[attr-defined]

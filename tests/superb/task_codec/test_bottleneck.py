@@ -48,7 +48,7 @@ def test_gradients_reach_through_the_later_layers(codec):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_refuses_layers_that_are_not_there(codec):
+def test_missing_layers_are_an_error(codec):
     with pytest.raises(UserError, match="layer 4: this model has 0 .* to 3"):
         check_layer(model_of(codec), 4)
 
@@ -67,7 +67,7 @@ def test_pooling_equals_a_loop():
     torch.testing.assert_close(alone[0], pooled[1, :2])
 
 
-def test_start_gives_the_states_back_as_near_as_it_can():
+def test_the_start_reconstructs_the_states_as_closely_as_possible():
     """States of few kinds, in groups: few entries say all, and the out-projection finds the way back."""
     random = torch.Generator().manual_seed(0)
     kinds = torch.randn(6, 3 * 8, generator=random)

@@ -57,7 +57,7 @@ def test_loads_by_path_and_by_card(folder):
     assert load_codec(f"machine@{folder}", num_codebooks=1).card.bits_per_second == 75
 
 
-def test_encode_is_stream_is_alone(folder, short_segments):
+def test_batches_streams_and_single_waves_give_equal_codes(folder, short_segments):
     codec = load_codec(str(folder))
     together = codec.encode(waves())
     for wave, encoded in zip(waves(), together, strict=True):

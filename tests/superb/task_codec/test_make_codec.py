@@ -66,7 +66,7 @@ def config_of(upstream, data, output, **changes):
 
 @pytest.fixture(scope="module")
 def made(upstream, shards, tmp_path_factory):
-    """A codec for sid of one codebook of 256, its config.json, and what was reported."""
+    """A codec for sid with one codebook of 256, its config.json, and its progress messages."""
     folder = tmp_path_factory.mktemp("made") / "codec"
     rows = []
     return folder, make_task_codec(config_of(upstream, shards, folder), rows.append), rows
@@ -162,7 +162,7 @@ def test_without_labels_there_is_no_head(upstream, shards, tmp_path):
     [({"task": "kz"}, "task kz: give none, pr"), ({"layer": 3}, "layer 3: this model has 0"),
      ({"rate_bps": 5.0}, "less than one bit"), ({"task": "pr"}, "no utterance in the data has both this task")],
 )  # fmt: skip
-def test_refuses_in_one_line(upstream, shards, tmp_path, changes, message):
+def test_invalid_arguments_are_one_line_errors(upstream, shards, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         make_task_codec(config_of(upstream, shards, tmp_path / "x", **changes))
 
@@ -312,7 +312,7 @@ def test_report_table_and_plot(tmp_path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_kept_accuracy_has_no_meaning_where_the_model_guesses():
+def test_kept_accuracy_is_undefined_at_chance_level():
     rows = [point("model", 0, 0, 40, 4000.0), point("compress", 0, 0, 30)]  # 20 %, as the commonest answer
     assert "not meaningful: the most frequent answer alone has 20.0 %" in markdown(summary(rows))
 
@@ -366,7 +366,7 @@ def test_report_end_to_end(upstream, shards, tmp_path, capsys):
 
 
 def test_codec_is_an_upstream(made, manifest):
-    """Waves in, states after the bottleneck out at the base codec's rate; the head answers alike."""
+    """Waves become states after the bottleneck at the base codec's rate. The head gives the same answers."""
     from codecssl.superb.upstreams.build import UpstreamBuilder
     from codecssl.superb.upstreams.names import parse, parse_all
 

@@ -118,7 +118,7 @@ def test_straight_through_gradient():
     torch.testing.assert_close(x.grad[0, 0], weights[0, 0] @ jacobian)
 
 
-def test_padding_moves_nothing():
+def test_padding_has_no_effect():
     rvq, x, mask = random_rvq(), frames(), torch.arange(7) < torch.tensor([7, 4, 1])[:, None]
     other = torch.where(mask[..., None], x, 100 * torch.ones_like(x))
     gradients, losses = [], []
@@ -170,7 +170,7 @@ def test_kmeans_lives_with_fewer_frames_than_entries():
     assert bool(entries.isfinite().all())
 
 
-def test_start_is_near_and_more_codebooks_are_nearer():
+def test_more_codebooks_start_closer_to_the_states():
     x = frames(1, 600, seed=5) @ torch.diag(torch.linspace(2, 0.1, 12, dtype=torch.float64)) + 3
     rvq = random_rvq(num_codebooks=3, size=32, width=6)
     before = float((rvq.dequantise(rvq.encode(x)) - x).square().mean())

@@ -103,7 +103,7 @@ def test_a_set_is_a_dataset_of_the_tokenize_stage(
 
 
 def test_nothing_is_encoded_twice(waves: list[Wave], codec: Any, tmp_path: Path) -> None:
-    """A second task's set holds only what the first has not; the same set again needs no codec."""
+    """A second task's set holds only new waves. Filling the same set again needs no codec."""
     root, encoded = tmp_path / "cache", []
 
     def load() -> Any:
@@ -185,7 +185,7 @@ def many(tmp_path: Path) -> list[Wave]:
 
 
 def test_processes_share_the_work_and_a_kill_loses_little(many: list[Wave], codec_file: Path, tmp_path: Path) -> None:
-    """One is killed in the middle; two that come later finish what it left, and the set is the one of a single run."""
+    """One process is killed while it encodes. Two later ones finish its work; the set equals that of one run."""
     context, root, weights = multiprocessing.get_context("fork"), tmp_path / "cache", str(codec_file)
     card = load_codec(weights).card
     killed = context.Process(target=_fill_elsewhere, args=(root, many, weights))
@@ -227,7 +227,7 @@ def test_workers_give_the_same_set(many: list[Wave], codec_file: Path, tmp_path:
     assert sets[0].fingerprint == sets[1].fingerprint
 
 
-def test_a_full_disk_is_an_error_of_one_line(
+def test_a_full_disk_is_a_one_line_error(
     waves: list[Wave], codec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import errno
@@ -241,7 +241,7 @@ def test_a_full_disk_is_an_error_of_one_line(
 
 
 def test_waves_match_those_of_s3prl(corpus: Path) -> None:
-    """Keyword spotting: sample by sample what the problem's own dataset hands to the upstream."""
+    """For keyword spotting, each sample equals that of the problem's own dataset."""
     from codecssl.superb.corpora.corpus import open_corpus
     from codecssl.superb.patches import import_patches
     from codecssl.superb.tasks import TASKS

@@ -89,7 +89,9 @@ def test_frame_counts_follow_s3prls_rule(name: str, samples: int, model_folder: 
     assert {s.shape[1] for s in states} == {int(n) for n in lengths} == {-(-samples // rate)}
 
 
-def test_hidden_states_are_the_models_own(model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]) -> None:
+def test_hidden_states_equal_those_of_the_model(
+    model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]
+) -> None:
     from codecssl.pretrain.export.export import load_pretrained
 
     states = UpstreamBuilder().build(parse(str(model_folder)))(waves[:1])["hidden_states"]
@@ -99,7 +101,7 @@ def test_hidden_states_are_the_models_own(model_folder: Path, loads_codec: Any, 
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(states, expected, strict=True))
 
 
-def test_codes_are_the_codecs_dequantised_latent(loads_codec: Any, waves: list[torch.Tensor]) -> None:
+def test_codes_equal_the_dequantised_latent_of_the_codec(loads_codec: Any, waves: list[torch.Tensor]) -> None:
     state = UpstreamBuilder().build(parse("codes"))(waves[:1])["hidden_states"][0]
     latents = loads_codec.latents(loads_codec.encode(waves[:1])[0].codes)
     assert torch.allclose(state[0].T, latents, atol=1e-5)
@@ -116,8 +118,8 @@ def test_random_has_the_models_shape_but_not_its_weights(
     assert not torch.allclose(other[-1], untrained[-1], atol=1e-2)
 
 
-def test_nothing_can_train_it(model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]) -> None:
-    """No parameter, no gradient and no dropout, in any mode that s3prl sets."""
+def test_the_upstream_is_frozen_in_every_mode(model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]) -> None:
+    """In every mode that s3prl sets there is no parameter, no gradient and no dropout."""
     expert = UpstreamBuilder().build(parse(str(model_folder)))
     expert.train()
     states = expert(waves)["hidden_states"]
@@ -153,7 +155,7 @@ def test_frames_follow_s3prl_at_any_rate(codec: Any, sample_rate: int, hop: int,
         assert abs(float(state[j]) - j * rate * sample_rate / 16000 / hop) < 1 or j == len(state) - 1
 
 
-def test_a_24_khz_codec_hears_the_same_sound(codec: Any) -> None:
+def test_a_24_khz_codec_gets_the_resampled_wave(codec: Any) -> None:
     """Waves reach the codec at its own rate, on all its channels."""
     from types import SimpleNamespace
 
@@ -237,7 +239,7 @@ def test_rates_of_several_states_reach_s3prl() -> None:
     assert CachedUpstream(Two(), 0).get_downsample_rates("hidden_states") == [320, 640]
 
 
-def test_fbank_is_s3prls(waves: list[torch.Tensor]) -> None:
+def test_fbank_equals_that_of_s3prl(waves: list[torch.Tensor]) -> None:
     import_patches.install()
     import s3prl.hub
 

@@ -20,7 +20,7 @@ def test_an_unknown_name_is_refused(name: str) -> None:
         parse(name)
 
 
-def test_a_codec_in_the_hubs_format_is_no_model(tmp_path: Path) -> None:
+def test_a_codec_in_the_hubs_format_is_not_taken_for_a_model(tmp_path: Path) -> None:
     """A codec's folder also has a config.json. The identity depends on the contents of its files."""
     (tmp_path / "config.json").write_text('{"model_type": "encodec"}')
     upstream = parse(f"codes:encodec_24khz@{tmp_path}")

@@ -19,13 +19,13 @@ def reference(bands: int) -> np.ndarray:
     return np.log(np.maximum(power, FLOOR))[:, :FRAMES]
 
 
-def test_log_mel_is_librosas() -> None:
+def test_log_mel_equals_that_of_librosa() -> None:
     found = LogMel().frames(torch.from_numpy(WAVE)).numpy()
     assert found.shape == (FRAMES, 80)
     assert np.abs(found.T - reference(80)).max() < 1e-4  # torchaudio's and librosa's filters are float32
 
 
-def test_mfcc_is_librosas_with_deltas_of_deltas() -> None:
+def test_mfcc_equals_that_of_librosa_with_second_deltas() -> None:
     cepstra = librosa.feature.mfcc(S=reference(40), n_mfcc=13)
     deltas = librosa.feature.delta(cepstra, width=5, mode="nearest")
     expected = np.concatenate([cepstra, deltas, librosa.feature.delta(deltas, width=5, mode="nearest")])

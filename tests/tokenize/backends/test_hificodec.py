@@ -12,7 +12,7 @@ from codecssl.tokenize.registry import load_codec
 
 
 def test_codes_and_wave_are_those_of_the_authors_code(tmp_path, monkeypatch):
-    """At the authors' width, with fewer residual blocks. Their encoder wants whole frames."""
+    """The width is that of the authors, with fewer residual blocks. Their encoder needs whole frames."""
     references.cloned("yangdongchao/AcademiCodec", monkeypatch)
     own = references.installed("academicodec.models.hificodec.models", "the clone")
     settings = {

@@ -26,7 +26,7 @@ def parts_of(model):
 
 
 def small_model(**changes):
-    """A narrow Mimi whose layers all matter: layer scales near 1, codebooks spread as what they quantize."""
+    """A narrow Mimi in which every layer has an effect: layer scales near 1, codebooks as wide as their inputs."""
     torch.manual_seed(0)
     config = transformers.MimiConfig(
         **{"num_filters": 4, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48}

@@ -117,7 +117,7 @@ def package(monkeypatch):
 
 
 def save(folder, width=768, entries=4096, seed=0):
-    """A checkpoint's files as the hub has them; the semantic codebook is drawn from what it has to code."""
+    """Write a checkpoint with the hub's files. The semantic codebook is drawn from its own inputs."""
     torch.manual_seed(seed)
     grid = GRIDS[width]
     network = folder / f"semanticodec_tokenrate_{grid.token_rate}"

@@ -1,4 +1,4 @@
-"""The three commands behave alike: exit codes, one line for an error, help, examples, Ctrl-C and closed pipes."""
+"""Conventions of the three commands: exit codes, one-line errors, help, examples, Ctrl-C and closed pipes."""
 
 import errno
 import os
@@ -128,7 +128,7 @@ def test_a_short_output_into_a_closed_pipe_is_silent(stage: str) -> None:
     assert done.stderr == b""
 
 
-def test_ctrl_c_in_a_process_of_its_own_is_one_line_and_130() -> None:
+def test_ctrl_c_prints_one_line_and_exits_130() -> None:
     program = (
         "import sys, time\nfrom codecssl.tokenize.common.command_line import CommandLine\n"
         "line = CommandLine('toy', 'A toy.')\n"

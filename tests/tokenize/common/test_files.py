@@ -18,7 +18,7 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import alone_in, atomic_file, names_in, temporaries, write_atomic
 
 
-def test_a_file_is_not_there_until_it_is_whole(tmp_path):
+def test_a_file_appears_when_it_is_complete(tmp_path):
     with atomic_file(tmp_path / "x") as file:
         file.write(b"half")
         assert names_in(tmp_path) == set()
@@ -123,7 +123,7 @@ def test_a_file_system_without_locks_is_worked_on_all_the_same(tmp_path, monkeyp
         pass
 
 
-def test_links_out_of_a_folder_are_refused_and_others_are_not(tmp_path):
+def test_only_links_out_of_a_folder_are_refused(tmp_path):
     run, outside = tmp_path / "run", tmp_path / "outside.txt"
     (run / "a" / "b").mkdir(parents=True)
     outside.write_text("mine")

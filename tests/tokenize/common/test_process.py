@@ -107,7 +107,7 @@ if __name__ == "__main__":
         (signal.SIGUSR2, 75, "stopped by SIGUSR2"),
     ],
 )
-def test_a_signal_to_a_group_of_processes_is_one_line(number, code, said, tmp_path: Path):
+def test_a_signal_to_a_group_of_processes_prints_one_line(number, code, said, tmp_path: Path):
     """A batch system signals all processes of a job, multiprocessing's resource tracker too."""
     (tmp_path / "group.py").write_text(GROUP)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}

@@ -100,7 +100,7 @@ def same(local: Shards, remote: Shards) -> bool:
     return whole and middle and rows[0] == rows[1] and local.fingerprint == remote.fingerprint
 
 
-def test_memory_gives_the_bytes_of_the_disk(cache: Path, shards: Path, in_memory: Callable[[Path, str], str]) -> None:
+def test_memory_and_disk_hold_the_same_bytes(cache: Path, shards: Path, in_memory: Callable[[Path, str], str]) -> None:
     url = in_memory(shards, "bucket/shards")
     remote = Shards(url, remote=True)
     assert same(Shards(shards), remote)
@@ -109,7 +109,7 @@ def test_memory_gives_the_bytes_of_the_disk(cache: Path, shards: Path, in_memory
     assert same(Shards(shards), remote), "the cache has every block"
 
 
-def test_http_asks_for_each_block_once(cache: Path, shards: Path, served: tuple[str, type[Server]]) -> None:
+def test_http_requests_each_block_once(cache: Path, shards: Path, served: tuple[str, type[Server]]) -> None:
     url, server = served
     assert same(Shards(shards), Shards(url, remote=True))
     asked = [request for request in server.requests if "bytes=" in request]
@@ -153,7 +153,7 @@ def test_a_damaged_block_of_the_cache_is_fetched_again(
     assert np.array_equal(codes, Shards(shards).codes(0)), place
 
 
-def test_damage_at_the_source_is_an_error_that_names_the_url(
+def test_a_damaged_source_is_an_error_with_the_url(
     cache: Path, shards: Path, in_memory: Callable[[Path, str], str]
 ) -> None:
     [place] = Shards(shards).blocks

@@ -24,7 +24,7 @@ def test_control_characters_and_bytes_that_are_not_utf8_are_escaped() -> None:
     assert one_printable_line("a\r\nb") == r"a\r\nb"
 
 
-def test_whatever_a_command_prints_is_escaped_but_our_own_colours(capsys) -> None:
+def test_all_printed_text_is_escaped_except_our_colours(capsys) -> None:
     def act(arguments: Namespace) -> None:
         from rich.table import Table
 

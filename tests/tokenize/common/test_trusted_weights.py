@@ -37,7 +37,7 @@ def test_a_path_or_url_that_only_the_card_names_is_not_read(scheme, codec_file, 
     assert not cache.exists()
 
 
-def test_no_address_of_a_card_is_asked(monkeypatch):
+def test_addresses_in_a_card_are_not_contacted(monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises(UserError, match="have not given"):
         load_codec_for(card_of("http://127.0.0.1:9/weights.th"))
@@ -76,7 +76,7 @@ def test_weights_given_by_the_user_are_used_and_remembered(codec_file):
         load_codec_for(card, weights=str(codec_file))
 
 
-def test_a_home_that_cannot_be_written_is_no_error(codec_file, cache):
+def test_an_unwritable_home_is_not_an_error(codec_file, cache):
     cache.parent.mkdir()
     cache.write_text("a file where the folder should be")
     assert load_codec(str(codec_file)).card.weights == str(codec_file)

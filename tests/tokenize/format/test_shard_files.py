@@ -113,7 +113,7 @@ except UserError as error:
 """
 
 
-def test_a_shard_that_is_cut_short_under_a_reader_is_one_line(tmp_path):
+def test_a_shard_truncated_while_it_is_read_is_a_one_line_error(tmp_path):
     """Through a memory map this is SIGBUS: the process ends with -7 and no word."""
     write(tmp_path / "d", codes(400, 300), per_shard=400)
     reader = subprocess.Popen(
@@ -128,7 +128,7 @@ def test_a_shard_that_is_cut_short_under_a_reader_is_one_line(tmp_path):
     assert len(out.splitlines()) == 1
 
 
-def test_a_disk_that_is_away_for_a_moment_is_waited_for(tmp_path):
+def test_reading_waits_for_a_disk_that_is_unavailable_for_a_moment(tmp_path):
     items = codes(20)
     write(tmp_path / "d", items)
     shards = Shards(tmp_path / "d", retry_seconds=30.0)

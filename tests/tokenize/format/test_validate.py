@@ -165,7 +165,7 @@ def test_tar_headers_with_a_right_checksum(copied, data):
 
 
 def replace_member(root, name, content):
-    """Put other content into the first member of shard 0 whose name ends so; places and records stay as they were."""
+    """Replace the first member of shard 0 whose name ends in `name`. Offsets and records do not change."""
     path, members = root / "shards" / "00000.tar", []
     with tarfile.open(path) as tar:
         members = [(m.name, tar.extractfile(m).read()) for m in tar]
@@ -231,7 +231,7 @@ def test_shards_that_are_not_there_by_the_billion(copied):
 
 
 @pytest.mark.parametrize("command", ["verify", "repair", "status", "stats"])
-def test_commands_end_with_one_line(copied, command, capsys):
+def test_commands_print_one_line_errors(copied, command, capsys):
     root = copied()
     header = load_json(root / "dataset.json")
     header["codec"]["hop_length"] = 0

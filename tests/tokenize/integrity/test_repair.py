@@ -173,7 +173,7 @@ def test_a_missing_source_is_reported_before_anything_is_moved(audio, tmp_path):
     assert contents(tmp_path / "out") == before
 
 
-def test_sources_named_from_a_folder_are_looked_for_from_there(audio, tmp_path, monkeypatch):
+def test_relative_sources_are_resolved_from_the_original_folder(audio, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(config("audio", tmp_path / "out"))
     whole = contents(tmp_path / "out")

@@ -77,7 +77,7 @@ def flip(path, bit):
     path.write_bytes(content)
 
 
-def test_a_coder_that_gives_other_codes_is_found(tmp_path):
+def test_a_coder_with_other_codes_is_found(tmp_path):
     """Another version of the library may decode intact bytes to other codes."""
     root = make(tmp_path / "d", entropy_code=True)
     assert verify(root) == []
@@ -282,7 +282,7 @@ def test_changed_and_missing_sources_are_reported(encoded, audio_folder, codec_f
     assert note.startswith("no utterance encoded again: ")
 
 
-def test_codes_of_other_audio_are_a_damage(audio_folder, encoded, tmp_path, monkeypatch):
+def test_codes_of_other_audio_are_reported_as_damage(audio_folder, encoded, tmp_path, monkeypatch):
     """All checksums are right, but the codes are not those of the file. Only encoding again can find this."""
     from codecssl.tokenize import encode
 

@@ -67,7 +67,7 @@ def test_the_figures_of_a_codec(manifest, path):
 
 
 def test_entropy_coded_bits_are_those_of_the_source():
-    """Draws of 64 cost 6 bits. Codes that stay with 0.9, else draws of 16, cost 0.95."""
+    """Uniform draws of 64 cost 6 bits. Codes that repeat with probability 0.9, else are one of 16, cost 0.95."""
     rng = np.random.default_rng(0)
     draws = rng.integers(0, 64, (20, 2000))
     moves = rng.random((20, 2000)) < 0.1

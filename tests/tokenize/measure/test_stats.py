@@ -34,7 +34,7 @@ def test_a_conditional_entropy_of_little_data_pretends_nothing():
 
 
 def test_entropies_of_sources_that_are_known(tmp_path):
-    """Codebook 0 holds with 0.9, else draws of 16; 1 is 0's code plus one of four; 2, at two a frame, is 1's code."""
+    """Codebook 0 repeats with probability 0.9, else draws of 16; 1 is 0 plus one of four; 2 (two per frame) is 1."""
     rng = np.random.default_rng(2)
     items = []
     for i in range(100):

@@ -42,7 +42,7 @@ def test_blocks_equal_the_whole_file_downmixed_and_resampled_at_once(tmp_path, r
     assert (reader.source_rate, reader.source_samples) == (rate, len(mono))
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"gone\.wav: cannot read: no such file"):
         read_wave(tmp_path / "gone.wav", 16_000)
 
@@ -86,7 +86,7 @@ def test_incomplete_audio_is_refused_with_a_reason(tmp_path):
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="real audio beside the project is absent")
-def test_107_odd_files_either_read_whole_or_give_one_line():
+def test_107_odd_files_are_either_read_whole_or_a_one_line_error():
     import json
 
     rows = [json.loads(line) for line in (SHARED / "manifest.jsonl").read_text().splitlines()]

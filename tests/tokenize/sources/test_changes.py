@@ -86,7 +86,7 @@ def test_other_content_is_refused_when_its_block_is_finished(config, audio, tmp_
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
 
-def test_the_same_content_with_another_date_is_no_change(config, audio, tmp_path):
+def test_a_new_date_of_the_same_content_is_accepted(config, audio, tmp_path):
     """A corpus that was copied again, made read-only, or deleted."""
     run(config())
     before = contents(tmp_path / "out")
@@ -130,7 +130,7 @@ def test_a_changed_member_of_a_tar_is_refused(config, audio, tmp_path):
         run(wanted)
 
 
-def test_a_repair_needs_no_source_of_intact_shards(config, audio, tmp_path):
+def test_a_repair_does_not_read_sources_of_intact_shards(config, audio, tmp_path):
     run(config())
     soundfile.write(audio / "0.wav", noise(10), 16_000)
     (tmp_path / "out/shards/00001.tar").write_bytes(b"")

@@ -19,7 +19,7 @@ def supervision(**more):
 
 
 def cut(**more):
-    """As CutSet.to_jsonl writes a MonoCut."""
+    """A MonoCut in the layout of CutSet.to_jsonl."""
     place = {"id": "cut-1", "start": 2.5, "duration": 2.0, "channel": 1}
     return place | {"supervisions": [supervision()], "recording": recording(), "type": "MonoCut"} | more
 
@@ -73,7 +73,7 @@ def test_other_rows_are_refused_with_their_line(tmp_path, row, says):
         read(tmp_path, cut(), row)
 
 
-def test_kaldis_segments_speakers_and_texts_beside_a_wav_scp(tmp_path):
+def test_kaldis_segments_speakers_and_texts_next_to_a_wav_scp(tmp_path):
     (tmp_path / "wav.scp").write_text("rec1 /data/a.wav\nrec2 b.wav\n")
     (tmp_path / "utt2spk").write_text("u1 anna\nu2 ben\n")
     (tmp_path / "text").write_text("u1 hello  there\n")

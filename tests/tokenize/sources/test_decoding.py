@@ -96,7 +96,7 @@ def test_a_wrong_xing_count_does_not_shorten_an_mp3(media, tmp_path, count):
 
 @pytest.mark.parametrize("before", [b"", b"ID3\x03\0\0\0\0\x06\0" + bytes(6 << 7)])
 @pytest.mark.parametrize("behind", [b"", bytes(5000), b"TAG" + bytes(125)])
-def test_tags_a_cover_and_zeros_round_an_mp3_are_no_audio(media, tmp_path, before, behind):
+def test_tags_covers_and_zeros_around_an_mp3_are_not_audio(media, tmp_path, before, behind):
     (tmp_path / "x.mp3").write_bytes(before + (media / "cbr.mp3").read_bytes() + behind)
     found, _ = ours(tmp_path / "x.mp3")
     assert abs(len(found) - len(by_ffmpeg(media / "cbr.mp3"))) <= 1152

@@ -277,7 +277,7 @@ def test_the_digest_follows_the_row_and_the_audio(tmp_path):
         ("hf:{}:train?labels=text,x", "labels 'x': the columns are"),
     ],
 )
-def test_mistakes_are_errors_of_one_line(parquets, spec, says):
+def test_user_errors_are_one_line(parquets, spec, says):
     with pytest.raises(UserError, match=r"source 'hf:.*") as caught:
         inputs(spec.format(parquets))
     assert says in str(caught.value)
@@ -307,7 +307,7 @@ def test_the_error_of_an_interrupted_stream_names_place_and_remedy(parquets):
 
 
 @pytest.mark.parametrize("kind", ["hf", "hf-stream"])
-def test_columns_that_select_a_segment_or_a_channel_are_honoured_as_in_manifests(tmp_path, kind):
+def test_columns_of_segments_and_channels_work_as_in_manifests(tmp_path, kind):
     more = dict(start=[0.01] * 2, end=[0.02, None], channel=[0, None], duration=[0.5, 0.01])
     dataset(2, **more).save_to_disk(str(tmp_path / "cut"))
     first, second = inputs(f"{kind}:{tmp_path}/cut:train")
@@ -320,7 +320,7 @@ def test_columns_that_select_a_segment_or_a_channel_are_honoured_as_in_manifests
     assert (one.start, one.end, one.labels) == (None, 0.02, {"start": 0.01, "text": "héllo 0"})
 
 
-def test_a_segment_column_that_holds_something_else_is_named_with_the_remedy(tmp_path):
+def test_an_invalid_segment_column_is_named_with_the_remedy(tmp_path):
     dataset(2, start=["soon", "late"]).save_to_disk(str(tmp_path / "cut"))
     with pytest.raises(UserError, match=r"row 0: start 'soon' is not a number of seconds; with \?labels="):
         inputs(f"hf:{tmp_path}/cut:train")

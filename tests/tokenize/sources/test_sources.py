@@ -26,7 +26,7 @@ def test_a_folder_is_listed_by_the_bytes_of_its_names(tree):
     assert ids(tree) == ["a.flac", "a.wav", "b/a.FLAC", "b/z.wav", "b.wav", "Ä.mp3"]
 
 
-def test_links_are_followed_but_not_in_circles(tree):
+def test_links_are_followed_except_in_loops(tree):
     (tree / "c" / "up").symlink_to(tree)
     (tree / "c" / "b").symlink_to(tree / "b")
     assert ids(tree).count("c/b/z.wav") == 1
@@ -122,7 +122,7 @@ def test_the_error_of_a_folder_without_audio_names_its_contents(tmp_path, files,
         ids(tmp_path)
 
 
-def test_a_folder_that_cannot_be_listed_is_one_line(tree, monkeypatch):
+def test_an_unlistable_folder_is_a_one_line_error(tree, monkeypatch):
     scandir = os.scandir
 
     def refusing(path):

@@ -244,12 +244,12 @@ def test_patterns(tars):
         ("{}/train-000.tar?adio=wav", "unknown option 'adio'; there are audio"),
     ],
 )
-def test_mistakes_are_errors(tars, pattern, says):
+def test_invalid_patterns_are_errors(tars, pattern, says):
     with pytest.raises(UserError, match=says):
         found("wds:" + pattern.format(tars))
 
 
-def test_a_tar_without_files_is_no_source(tmp_path):
+def test_a_tar_without_files_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no files named KEY.EXTENSION in 1 tars"):
         found(write(tmp_path / "x.tar", ("nodot", b"1")))
     with pytest.raises(UserError, match=r"a tar; write wds:.*x\.tar"):
@@ -280,7 +280,7 @@ def test_tars_joined_by_cat_are_read_to_their_end(tars, tmp_path, padding):
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_links_in_a_tar_are_read_or_named(tmp_path, compressed):
-    """As `tar` writes a folder in which two names are one file."""
+    """`tar` writes such members for a folder with hard links."""
     path, content = tmp_path / ("x.tar.gz" if compressed else "x.tar"), flac(3)
     with tarfile.open(path, "w:gz" if compressed else "w") as archive:
         for name, kind, target in [

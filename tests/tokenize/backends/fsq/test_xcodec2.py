@@ -20,7 +20,7 @@ INSTALL = "pip install --no-deps {} vector-quantize-pytorch==1.17.8 einx"
 
 
 class Rotary(nn.Module):
-    """As torchtune's: [b, s, h, d] are rotated by s. The packages give it [b, h, s, d]."""
+    """torchtune's interface: [b, s, h, d] are rotated by s. The packages pass [b, h, s, d]."""
 
     def __init__(self, dim):
         super().__init__()
@@ -42,7 +42,7 @@ def torchtune(monkeypatch):
 
 
 def parts(package, state, hop):
-    """The package's own modules with these weights, in the package's width of everything but what they fix."""
+    """The package's own modules with these weights and widths, except for widths that the package fixes."""
     encoder = references.installed(
         f"{package}.codec_encoder", INSTALL.format(package.partition(".")[0]), "neucodec.model"
     )
@@ -61,7 +61,7 @@ def parts(package, state, hop):
 
 @pytest.mark.parametrize(("name", "package"), [("xcodec2", "xcodec2.vq"), ("neucodec", "neucodec")])
 def test_codes_and_wave_are_those_of_the_authors_packages(name, package, tmp_path, torchtune):
-    """Their parts, joined as in their encode_code and decode_code, which load w2v-BERT from the hub."""
+    """The packages' modules, joined as in their encode_code and decode_code, which load w2v-BERT from the hub."""
     folder = random_weights.WRITERS[name](tmp_path)
     codec = load_codec(f"{name}@{folder}")
     if name == "xcodec2":
@@ -96,7 +96,7 @@ def test_codes_and_wave_are_those_of_the_authors_packages(name, package, tmp_pat
 
 
 def test_levels_and_codes_by_hand():
-    """Of 2 channels with 4 levels: -1, -0.5, 0 and 0.5; the first channel is the least digit."""
+    """Two channels with 4 levels: -1, -0.5, 0 and 0.5. The first channel is the least significant digit."""
     quantizer = FiniteScalarQuantizer(2, 4)
     assert quantizer.size == 16
     assert quantizer.dequantize(torch.tensor([[0, 1, 4, 15]])).t().tolist() == [

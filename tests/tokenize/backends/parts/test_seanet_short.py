@@ -14,7 +14,7 @@ def codec():
 
 
 def alone(codec, wave):
-    """By the stream, which always encodes whole pieces of one wave."""
+    """Encode with the stream, which always encodes whole pieces of one wave."""
     stream = codec.stream()
     return torch.cat([stream.push(wave), stream.finish()], 1)
 
@@ -26,11 +26,11 @@ def test_waves_of_any_few_frames_give_the_codes_of_each_alone(codec, monkeypatch
     monkeypatch.setattr(ShortEncoder, "__call__", lambda self, w, n: batches.append(len(w)) or call(self, w, n))
     codes = helpers.codes_of(codec, waves)
     assert all(torch.equal(found, alone(codec, wave)) for found, wave in zip(codes, waves))
-    assert batches.count(3) == lengths >= MAX_FRAMES - 1, "three waves of each length run together"
+    assert batches.count(3) == lengths >= MAX_FRAMES - 1, "three waves of each length must run in one batch"
 
 
 def test_lengths_whose_bits_differ_run_alone(codec, monkeypatch):
-    """As on a machine whose products sum in another order for another number of rows."""
+    """Emulates a machine on which the order of sums depends on the number of rows."""
     monkeypatch.setattr(codec.short, "_exact", {})
     monkeypatch.setattr(seanet_short, "activated", lambda x: torch.nn.functional.elu(x) * (1 + 1e-6))
     assert not any(codec.short.runs(n) for n in (3, 8, 16))
