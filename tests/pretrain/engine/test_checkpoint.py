@@ -111,5 +111,5 @@ def test_checkpoints_of_another_format_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has format 99, this codecssl reads 2"):
         checkpoint.load(state.parent)
     (tmp_path / "step-00000001" / "engine").mkdir(parents=True)
-    with pytest.raises(UserError, match="step-00000001: is DeepSpeed's own"):
+    with pytest.raises(UserError, match="step-00000001: uses DeepSpeed's checkpoint format"):
         checkpoint.newest_intact(tmp_path)
