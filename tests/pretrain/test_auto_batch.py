@@ -48,9 +48,9 @@ def test_the_batch_is_halved_after_each_out_of_memory(
         return dry_run(objective, random_batch(config, SYNTHETIC, items, 100, label_sizes=()))
 
     assert smallest_accumulation(config, 1, 100, fits) == 4
-    assert tried == [6500, 3300, 1700], "a share, and the piece by which shares differ"
+    assert tried == [6500, 3300, 1700], "must try a share plus the piece by which shares differ"
     tried.clear()
-    assert smallest_accumulation(config, 2, 100, fits) == 2, "two ranks have half of it each"
+    assert smallest_accumulation(config, 2, 100, fits) == 2, "each of two ranks must have half of the batch"
     with pytest.raises(UserError, match="a micro-batch of 100 frames, one piece, does not fit into memory"):
         smallest_accumulation(config, 1, 100, lambda items: False)
 
@@ -62,10 +62,10 @@ def test_what_a_step_saves_is_counted_without_the_weights(small_config: Config, 
         saved_bytes(objective, random_batch(config, SYNTHETIC, items, 50, label_sizes=())) for items in (1, 2, 4)
     )
     frames, dim, layers = 50, config.model.dim, config.model.layers
-    assert one > 4 * frames * dim * layers * 6, "at least six activations a layer"
+    assert one > 4 * frames * dim * layers * 6, "must count at least six activations per layer"
     assert four - two == pytest.approx(2 * (two - one), rel=0.2)
     weights = sum(4 * parameter.numel() for parameter in objective.parameters())
-    assert one < weights, "the embeddings and heads of 12 x 1024 entries are not counted"
+    assert one < weights, "must not count the embeddings and heads of 12 x 1024 entries"
 
 
 def test_a_run_writes_its_choice_and_a_resume_keeps_it(

@@ -36,7 +36,7 @@ def test_train_status_export(make_shards: Make, tmp_path: Path, capsys: pytest.C
     dirs = [str(make_shards("it's a", seed=0)), str(make_shards("b, c", seed=1))]
     arguments = ["run", "codec2vec_tiny_codes", "--data", *dirs, "--output", run, *SMALL, "--optim.steps=3"]
     assert main(arguments) == 0
-    assert main(arguments) == 0, "a finished run is done, not an error"
+    assert main(arguments) == 0, "a finished run must not be an error"
     assert "all 3 steps are done" in capsys.readouterr().out
     assert main(["status", run]) == 0
     said = capsys.readouterr().out
@@ -54,7 +54,9 @@ def test_mistakes_are_one_line_and_exit_1(
     data = ["--data", str(make_shards())]
     assert main([*tiny, *data, *out, "--optim.lrr", "1"]) == 1
     assert "unknown key 'optim.lrr'; did you mean 'optim.lr'?" in error_line(capsys)
-    assert main(["run", "--optim.steps", "x", "codec2vec_tiny_codes", *data, *out]) == 1, "in any order"
+    assert main(["run", "--optim.steps", "x", "codec2vec_tiny_codes", *data, *out]) == 1, (
+        "options must be accepted in any order"
+    )
     assert "key \"optim.steps\": Expected a <class 'int'>" in error_line(capsys)
     assert main([*tiny, *data, "--otput", "here"]) == 1
     assert "option --otput: unknown; did you mean --output?" in error_line(capsys)
@@ -117,7 +119,7 @@ def test_a_file_system_that_refuses_and_an_interrupt_are_one_line(
     assert "interrupted; the same command resumes from the newest checkpoint" in error_line(capsys)
     monkeypatch.setattr(status_module, "status", interrupted)
     assert main(["status", str(tmp_path / "run")]) == 130
-    assert error_line(capsys) == "error: interrupted\n", "only a training run resumes"
+    assert error_line(capsys) == "error: interrupted\n", "only a training run may promise to resume"
 
 
 def test_wrong_usage_exits_2() -> None:
@@ -164,10 +166,10 @@ def test_the_same_command_resumes_a_killed_run(make_shards: Make, tmp_path: Path
     deadline = time.monotonic() + 240
     while not checkpoint.whole(run / "checkpoints"):
         assert process.poll() is None
-        assert time.monotonic() < deadline, "no checkpoint within four minutes"
+        assert time.monotonic() < deadline, "must write a checkpoint within four minutes"
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert main(command[3:]) == 0
     steps = [row["step"] for row in read_rows(run / "metrics.jsonl") if row["split"] == "train"]
-    assert steps == list(range(1, 61)), "a step is missing or was told twice"
+    assert steps == list(range(1, 61)), "each step must occur once"

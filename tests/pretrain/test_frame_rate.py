@@ -53,8 +53,10 @@ def test_as_much_is_masked_at_any_rate(rate: float, tmp_path: Path) -> None:
     config = from_dict(RunConfig, {**SMALL, "data": {**SMALL["data"], "dirs": [str(shards)], "batch_seconds": 2000.0}})
     train, _, _ = open_data(config, ALONE)
     [batch] = train.step(0)
-    assert max(batch.frames) == round(5 * rate), "crops of 5 s"
-    assert float(batch.mask.float().mean()) == pytest.approx(1 - 0.92**10, abs=0.04), "HuBERT's share"
+    assert max(batch.frames) == round(5 * rate), "crops must have 5 s"
+    assert float(batch.mask.float().mean()) == pytest.approx(1 - 0.92**10, abs=0.04), (
+        "must mask as many frames as HuBERT"
+    )
 
 
 def test_at_12_hz_no_utterance_of_half_a_second_vanishes(tmp_path: Path, capsys: Any) -> None:

@@ -52,7 +52,7 @@ def started(tmp_path: Path, script: str, *arguments: str, grace: float = 30.0) -
 def until(happens: Callable[[], bool], process: "subprocess.Popen[Any]", seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not happens():
-        assert process.poll() is None, "it ended too early"
+        assert process.poll() is None, "must still be running"
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -134,7 +134,7 @@ def test_two_processes_stop_resume_and_compute_what_one_does(
     process.send_signal(signal.SIGUSR2)
     assert process.wait(400) == 75
     saved = losses(tmp_path / "two")
-    assert 1 <= len(saved) < 40, "it was stopped after the last step: no resume is tested"
+    assert 1 <= len(saved) < 40, "must be stopped before the last step"
     torchrun = [*base, "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*torchrun, "-m", "codecssl.pretrain", *arguments], env=environment, cwd=tmp_path, check=True)
     run(config, tmp_path / "one")

@@ -85,7 +85,7 @@ def test_ports_of_jobs_and_steps_differ_and_are_the_same_on_all_ranks():
     ports = [find_meeting(step)[1] for step in steps]
     assert len(set(ports)) == 4
     assert ports == [find_meeting(step | {"SLURM_PROCID": "6"})[1] for step in steps]
-    assert all(20_000 <= port < 30_000 for port in ports), "below the range from which Linux gives ports away"
+    assert all(20_000 <= port < 30_000 for port in ports), "ports must lie below Linux's ephemeral range"
     assert find_meeting(TORCHRUN)[1] == 29_400
     assert find_meeting(SRUN | {"MASTER_PORT": "4000"})[1] == 4000
 

@@ -86,7 +86,9 @@ def test_resume_equals_uninterrupted_bit_for_bit(
     dirs = make_shards(count=50)
     config = small_config(dirs, engine={"precision": precision, "accumulation": 2})
     steps_per_epoch = open_data(config, Ranks(rank=0, world_size=1, local_rank=0))[0].plan.steps_per_epoch
-    assert any(10 < boundary < 20 for boundary in range(0, 20, steps_per_epoch)), "no epoch ends in the resumed part"
+    assert any(10 < boundary < 20 for boundary in range(0, 20, steps_per_epoch)), (
+        "an epoch must end in the resumed part"
+    )
     run(config, tmp_path / "whole")
     resumed = forget_after(tmp_path / "whole", 10, tmp_path / "resumed")
     run(config, resumed)
@@ -110,7 +112,7 @@ def test_a_short_run_learns_and_repeats_bit_for_bit(make_shards: Make, small_con
         split: [row["loss"] for row in rows(tmp_path / "a") if row["split"] == split] for split in ("train", "valid")
     }
     guess = np.mean([np.log(size) for size in (16, 12, 8)])
-    assert losses["train"][0] == pytest.approx(guess, rel=0.05), "an untrained model should know nothing"
+    assert losses["train"][0] == pytest.approx(guess, rel=0.05), "an untrained model must be at chance level"
     assert losses["train"][-1] < losses["train"][0] - 0.1
     assert losses["valid"][-1] < losses["valid"][0]
     for name in ("curves.png", "config.yaml", "versions.json", "tensorboard", "checkpoints/latest"):
@@ -159,7 +161,7 @@ def test_export_loads_without_deepspeed_and_is_the_checkpoint(
     saved = load_file(found / "model.safetensors")
     assert_same(dict(model.named_parameters()), saved)
     rounded = sum(int((value != value.bfloat16().float()).sum()) for value in saved.values())
-    assert rounded > 1000, "the fp32 master weights are to be exported, not their bf16 copies"
+    assert rounded > 1000, "the fp32 master weights must be exported, not their bf16 copies"
     states = model.extract(torch.zeros(1, 3, 9, dtype=torch.int64), [9])
     assert [tuple(state.shape) for state in states] == [(1, 9, 32)] * 3
     summary = json.loads((tmp_path / "model" / "config.json").read_text())["training"]
@@ -391,7 +393,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(make_shards: Make, small_conf
     config = small_config(make_shards(), optim={"lr": 1e30, "clip_norm": 0.0, "warmup_fraction": 0.0})
     with pytest.raises(UserError, match=r"step \d+: the loss is (nan|inf); lower optim.lr"):
         run(config, tmp_path / "run")
-    assert not checkpoint.whole(tmp_path / "run" / "checkpoints"), "a broken model was saved"
+    assert not checkpoint.whole(tmp_path / "run" / "checkpoints"), "no broken model may be saved"
 
 
 def test_torn_checkpoints_are_passed_over_and_the_newest_kept(

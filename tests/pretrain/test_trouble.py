@@ -87,7 +87,7 @@ def test_a_disk_that_stays_away_ends_the_run_saved_with_70_and_the_cause(
     assert "No such file or directory, tried for 0.3 s; bring the disk back" in line
     [saved] = checkpoint.whole(tmp_path / "run" / "checkpoints")
     step = checkpoint.read_state(saved)["step"]
-    assert step >= 2, "work of all steps before is kept"
+    assert step >= 2, "the work of all previous steps must be kept"
     assert line.endswith(f"step {step} is saved")
     shutil.move(shards, tmp_path / "unmounted")  # the whole folder: a start waits too, and is worth another try
     assert main([*command, str(tmp_path / "run")]) == 70
@@ -199,7 +199,7 @@ def test_lr_clip_norm_and_steps_may_change_and_are_recorded(
     assert {row["key"]: [row["old"], row["new"]] for row in read_changes(tmp_path / "run")} == expected
     assert {row["step"] for row in read_changes(tmp_path / "run")} == {4}
     run(small_config(shards, optim=more, log=often), tmp_path / "run")
-    assert len(read_changes(tmp_path / "run")) == 3, "the same settings again are no change"
+    assert len(read_changes(tmp_path / "run")) == 3, "equal settings must not count as a change"
     export(tmp_path / "run", tmp_path / "model")
     assert len(json.loads((tmp_path / "model" / "config.json").read_text())["training"]["changes"]) == 3
     assert "from step 4: `optim.lr` 0.0002, before 0.001" in (tmp_path / "model" / "README.md").read_text()

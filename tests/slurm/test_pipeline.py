@@ -59,10 +59,10 @@ def test_audio_to_report_by_dependent_jobs_and_a_second_call_submits_nothing(clu
     first = pipeline(cluster, folder)
     assert "6 stages submitted" in first
     twice = pipeline(cluster, folder)
-    assert "0 stages submitted" in twice, "while the jobs wait or run"
+    assert "0 stages submitted" in twice, "must submit nothing while the jobs wait or run"
     assert "run-1: job" in twice
     cluster.wait(*{job.partition("_")[0] for job in cluster.jobs()}, seconds=1200)
-    assert "0 stages submitted" in pipeline(cluster, folder), "when all is done"
+    assert "0 stages submitted" in pipeline(cluster, folder), "must submit nothing when all is done"
 
     for name in ("shards/dataset.json", "labels-1/report.json", "model/model.safetensors", "superb/report.html"):
         assert (work / name).exists(), name
@@ -74,13 +74,13 @@ def test_audio_to_report_by_dependent_jobs_and_a_second_call_submits_nothing(clu
     assert found == {(task, rate) for task in ("ks", "sid", "er") for rate in (1e-2, 1e-3)}
     logs = [path.read_text() for path in (work / "logs").glob("*-superb-*_*.out")]
     assert len(logs) == 6
-    assert all("1 runs, 0 finished before" in log for log in logs), "an element has one run"
+    assert all("1 runs, 0 finished before" in log for log in logs), "each element must have one run"
     assert np.isfinite([row["loss"] for row in map(json.loads, (work / "run-1/metrics.jsonl").open())]).all()
 
     trained = (work / "run-1/checkpoints/latest").resolve()
     (work / "done/model").unlink()
     again = pipeline(cluster, folder)
-    assert "1 stages submitted" in again, "only what is missing"
+    assert "1 stages submitted" in again, "must submit only the missing stage"
     cluster.wait(max((job.partition("_")[0] for job in cluster.jobs()), key=int), seconds=300)
     assert (work / "run-1/checkpoints/latest").resolve() == trained
 

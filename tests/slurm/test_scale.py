@@ -89,8 +89,8 @@ def test_a_large_corpus_begins_within_seconds_and_little_memory(tmp_path):
     found = json.loads(done.stdout)
     assert found["utterances"] >= 1_200_000
     assert found["hours"] > 2_800
-    assert found["peak_gib"] < 1.5, "of which torch alone is a half"
-    assert found["open_seconds"] < 10, "0.1 s on an idle core"
+    assert found["peak_gib"] < 1.5, "must stay below 1.5 GiB, of which torch takes half"
+    assert found["open_seconds"] < 10, "must be quick (0.1 s on an idle core)"
 
 
 def test_1024_ranks_take_every_piece_of_an_epoch_exactly_once():
@@ -104,17 +104,17 @@ def test_1024_ranks_take_every_piece_of_an_epoch_exactly_once():
         first = np.cumsum(frames, dtype=np.int64) - frames
         for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
             shares = cut(plan.batch(step), RANKS)
-            assert min(map(len, shares)) > 0, "every rank has work at every step"
+            assert min(map(len, shares)) > 0, "every rank must have work at every step"
             sums = np.array([int(share.frames.sum()) for share in shares])
-            assert np.ptp(sums) <= 2 * 780, "and as much as any other, but for a piece"
+            assert np.ptp(sums) <= 2 * 780, "ranks must have equal work, up to one piece"
             for share in shares:
                 begin = first[share.utterance] + share.start
                 np.add.at(change, begin, 1)
                 np.add.at(change, begin + share.frames, -1)
         seen = np.cumsum(change, dtype=np.int8)[:-1]
-        assert seen.max() == 1, "a frame was given to two ranks, or twice to one"
+        assert seen.max() == 1, "each frame must be read once, by one rank"
         kept = np.where(frames <= 780, frames, frames // 780 * 780)
-        assert np.array_equal(np.add.reduceat(seen, first, dtype=np.int64), kept), "an utterance was left out"
+        assert np.array_equal(np.add.reduceat(seen, first, dtype=np.int64), kept), "each utterance must be read"
 
 
 def test_each_rank_reads_its_own_share(tmp_path):

@@ -86,7 +86,7 @@ def test_an_array_beyond_the_clusters_limit_folds_several_tasks_into_an_element(
     assert "--array=0-1000%50" in array
     assert array[array.index("--elements") + 1] == "1001"
     covered = sorted(task for element in range(1001) for task in range(element, 2500, 1001))
-    assert covered == list(range(2500)), "as tokenize.sbatch counts"
+    assert covered == list(range(2500)), "the elements must cover each task once"
     assert "--finish" in finish
     assert "--dependency=afterany:JOB-OF-codecssl-tokenize" in finish
 
@@ -97,7 +97,7 @@ def test_superb_has_an_element_for_each_task_and_rate(tmp_path):
     assert "--array=0-5" in array
     assert array[array.index("--parts") + 1] == "6"
     assert "--dependency=afterany:JOB-OF-codecssl-superb" in report
-    assert "--parts" not in report, "the last job does whatever is left"
+    assert "--parts" not in report, "the last job must do the remaining work"
     assert "--array=0-19%4" in dry("superb.sbatch", *arguments, "--parts", "20", "--throttle", "4", cwd=tmp_path)[0]
 
 
@@ -135,11 +135,13 @@ def test_each_job_of_the_pipeline_waits_for_the_previous_one(tmp_path):
     assert stages == ["shards", "shards-finish", "run-0", "labels-1", "run-1", "labels-2", "run-2", "model", "superb",
                       "superb-report"]  # fmt: skip
     waits = [next((w.partition("=")[2] for w in line if w.startswith("--dependency=")), "") for line in words]
-    assert ["--nodes=2" in line for line in words] == [stage == "run-0" for stage in stages], "as PRETRAIN says"
+    assert ["--nodes=2" in line for line in words] == [stage == "run-0" for stage in stages], (
+        "only run-0 must have the options of PRETRAIN"
+    )
     jobs = [f"JOB-OF-{name}" for name in names]
     assert waits[:2] == ["", f"afterany:{jobs[0]}"]
     assert waits[2:9] == [f"afterok:{job}" for job in jobs[1:8]]
-    assert waits[9] == f"afterok:{jobs[7]},afterany:{jobs[8]}", "no report where there is no model"
+    assert waits[9] == f"afterok:{jobs[7]},afterany:{jobs[8]}", "without a model there must be no report"
     assert f"--data.labels=['{tmp_path}/work/labels-2']" in words[6]
     assert not (tmp_path / "work").exists()
 

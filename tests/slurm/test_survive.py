@@ -138,7 +138,7 @@ def signalled(job: SlurmJob, program: str, number: signal.Signals) -> tuple[int,
 
 def test_a_warning_reaches_the_program_which_may_take_its_time(job):
     said = signalled(job, WAITS.format(trap="sleep 1; touch saved; exit 75"), signal.SIGUSR2)[1]
-    assert (job.folder / "saved").exists(), "the script waited for it"
+    assert (job.folder / "saved").exists(), "the script must wait for the program"
     assert "exit code 75 after USR2, stop 1" in said
     assert job.requeues == 1
 
@@ -208,4 +208,4 @@ def test_shards_are_copied_to_the_disk_of_the_node_once(job):
             assert Path(copy).parent == job.folder / "local disk"
             assert (Path(copy) / "shards/00000.tar").read_text() == f"codes of {name}"
         (Path(words[2]) / "shards/00000.tar").touch()
-    assert len(list((job.folder / "local disk").iterdir())) == 2, "no second copy, nothing half-made"
+    assert len(list((job.folder / "local disk").iterdir())) == 2, "there must be one complete copy"

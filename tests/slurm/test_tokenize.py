@@ -88,7 +88,7 @@ def test_an_array_killed_and_warned_makes_the_bytes_of_a_local_run(cluster, fold
     cluster.until(in_the_middle, 300, "three tasks to have a block", every=0.02)
     cluster.wait(array, last, seconds=600)
     for task, now in seen.items():
-        assert task in now["tasks_unfinished"], "it was interrupted"
+        assert task in now["tasks_unfinished"], "must have been interrupted"
         assert (now["finished"], now["inputs_total"], now["stalled"]) == (False, SHARD * SHARDS, [])
         assert 0 < now["inputs"] < SHARD * SHARDS
         assert now["inputs_per_second"] > 0

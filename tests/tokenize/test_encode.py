@@ -136,7 +136,7 @@ def test_worker_i_has_gpu_i() -> None:
     assert device_of_workers("cuda", 5, 2) == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0"]
     assert device_of_workers("cuda", 8, 8) == [f"cuda:{i}" for i in range(8)]
     for named, gpus in (("cuda", 1), ("cuda:1", 8), ("cpu", 8)):
-        assert device_of_workers(named, 2, gpus) == [named, named], "one device: no spreading"
+        assert device_of_workers(named, 2, gpus) == [named, named], "all workers must use the one device"
     assert default_workers("cuda", 8) == 16
     assert default_workers("cuda", 1) == default_workers("cpu", 8) == default_workers()
 

@@ -98,7 +98,7 @@ def test_any_number_of_bands(bands, scale):
     expected = naive(spec, WAVE[:9_999], range(0, 9_999, 320))
     assert np.abs(mel_plane(spec, WAVE[:9_999]) - expected).max() <= 0.5 + 1e-6
     if bands == 256:
-        assert spec.fft > spec.window, "no filter of a transform as long as the window may be empty"
+        assert spec.fft > spec.window, "no filter may be empty with a transform as long as the window"
         assert (mel_plane(spec, WAVE)[50] > 0).all()
 
 
@@ -305,7 +305,7 @@ def test_stats_print_the_size_of_the_plane(dataset):
     assert with_mel["mel_bytes"] == 80 * with_mel["frames"]
     assert with_mel["mel_bands"] == 80
     assert without["mel_bytes"] == 0
-    assert abs(with_mel["stored_bits_per_code"] / without["stored_bits_per_code"] - 1) < 0.5, "the plane is not counted"
+    assert abs(with_mel["stored_bits_per_code"] / without["stored_bits_per_code"] - 1) < 0.5, "the plane must not count"
     assert [line for line in lines(with_mel) if "80 bands, 32." in line]
     assert not [line for line in lines(without) if "log-mel" in line]
 

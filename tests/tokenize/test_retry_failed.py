@@ -74,14 +74,14 @@ def test_what_can_be_read_now_is_encoded_as_if_it_always_could(audio, tmp_path, 
     before = kept(output)
     for task in tasks:
         run(config(audio, output, **more, task=task, retry_failed=True))
-    assert kept(output) == before, "nothing can be read yet"
+    assert kept(output) == before, "nothing may change while the inputs are unreadable"
     mend(audio)
     encoded = []
     real = encode._read
     monkeypatch.setattr(encode, "_read", lambda item, card: encoded.append(item.path) or real(item, card))
     for task in tasks:
         run(config(audio, output, **more, task=task, retry_failed=True))
-    assert set(encoded) == {*BROKEN, "07.wav"}, "the codes of the others are taken from the shards"
+    assert set(encoded) == {*BROKEN, "07.wav"}, "the codes of the others must be copied from the shards"
     assert failed(output) == {"07.wav"}
     assert kept(output) == expected
     assert verify(output) == []
@@ -163,7 +163,7 @@ def test_a_stopped_retry_resumes_after_its_last_block(audio, tmp_path, hashcodec
             break
         except Stopped:
             stops += 1
-            assert len(Shards(tmp_path / "out")) == 16, "the dataset stays readable"
+            assert len(Shards(tmp_path / "out")) == 16, "the dataset must stay readable"
     assert stops > 3
     assert kept(tmp_path / "out") == expected
 

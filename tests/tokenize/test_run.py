@@ -93,7 +93,7 @@ def test_tasks_workers_and_kills_do_not_change_a_byte(audio_folder, tmp_path, co
     count = []
     monkeypatch.setattr(encode_module, "read", lambda item, card: count.append(item) or read(item, card))
     run(config(audio_folder, tmp_path / "killed", codec_file))
-    assert 0 < len(count) < 15, "finished blocks are not encoded again"
+    assert 0 < len(count) < 15, "finished blocks must not be encoded again"
     one = contents(tmp_path / "one")
     assert one == contents(tmp_path / "two") == contents(tmp_path / "workers") == contents(tmp_path / "killed")
 

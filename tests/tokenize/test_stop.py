@@ -45,8 +45,8 @@ def test_it_stops_after_each_block_if_asked_and_ends_with_the_same_bytes(audio_f
             found.append(blocks(tmp_path / "out"))
             kept = {name: data for name, data in before.items() if name.startswith(("work", "shards"))}
             after = contents(tmp_path / "out")
-            assert all(after.get(name, data) == data for name, data in kept.items()), "a finished block changed"
-    assert found == [1, 2, 3, 0, 1, 2, 3], "blocks of the shard in work"
+            assert all(after.get(name, data) == data for name, data in kept.items()), "finished blocks must not change"
+    assert found == [1, 2, 3, 0, 1, 2, 3], "must be the block counts of the shard in work"
     run(config(audio_folder, tmp_path / "whole", codec_file))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

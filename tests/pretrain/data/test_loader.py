@@ -47,7 +47,7 @@ def test_batches_are_the_planned_codes(train: Loader, tmp_path: Path) -> None:
 def test_the_native_pipeline_gives_the_pure_functions_batches_in_order(
     train: Loader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert loader.NATIVE_DATA, "the pinned fairseq2n has its native half"
+    assert loader.NATIVE_DATA, "the pinned fairseq2n must have its native data pipeline"
     piped = list(train.steps(3, 12, workers=3, prefetch=2))
     monkeypatch.setattr(loader, "NATIVE_DATA", False)
     plain = list(train.steps(3, 12, workers=3, prefetch=2))
@@ -250,11 +250,13 @@ def test_a_grid_of_codes_is_masked_by_whole_columns_of_time(
     train, _, _ = open_data(config, Ranks(rank=0, world_size=1, local_rank=0))
     (batch,) = train.step(0)
     assert batch.codes.shape[1:] == (16, 60)
-    assert batch.mask.shape == (len(batch.frames), 60), "one decision for all cells of a frame"
-    assert torch.equal(batch.kept[:, :8], batch.kept[:, :1].expand(-1, 8)), "a codebook is dropped with all its cells"
+    assert batch.mask.shape == (len(batch.frames), 60), "all cells of a frame must share one decision"
+    assert torch.equal(batch.kept[:, :8], batch.kept[:, :1].expand(-1, 8)), (
+        "a codebook must be dropped with all its cells"
+    )
     assert not batch.kept[:, 8:].all()
     model = untrained(config.model, card, None, seed=0).eval()
     dirty = torch.where(batch.mask[:, None], (batch.codes + 1) % 16, batch.codes)
     with torch.no_grad():
         first, second = (model(codes, batch.frames, batch.mask) for codes in (batch.codes, dirty))
-    assert torch.equal(first, second), "what is masked is seen"
+    assert torch.equal(first, second), "masked codes must not reach the output"

@@ -60,7 +60,7 @@ def test_a_mask_does_not_depend_on_its_batch() -> None:
 def test_quantizer_dropout_keeps_prefixes_of_uniform_length_on_half_of_the_items() -> None:
     keys = hashed(3, np.arange(20_000))
     kept = kept_codebooks(ObjectiveConfig(), keys, 8)
-    assert not (kept[:, 1:] & ~kept[:, :-1]).any(), "a kept codebook follows a dropped one"
+    assert not (kept[:, 1:] & ~kept[:, :-1]).any(), "only the first codebooks may be kept"
     shares = np.bincount(kept.sum(1), minlength=9)[1:] / len(kept)
     assert np.allclose(shares, [1 / 16] * 7 + [1 / 2 + 1 / 16], atol=0.008)
     assert kept_codebooks(ObjectiveConfig(quantizer_dropout=0.0), keys, 8).all()

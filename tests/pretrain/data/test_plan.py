@@ -34,7 +34,7 @@ def test_an_epoch_takes_every_utterance_in_whole_disjoint_pieces(window: int) ->
                 assert 0 <= start <= start + count <= frames[utterance]
                 seen[utterance][start : start + count] += 1
         for count, n in zip(seen, frames, strict=True):
-            assert count.max() == 1, "a frame was taken twice"
+            assert count.max() == 1, "each frame must be taken once"
             assert count.sum() == (n if n <= CROP else n // CROP * CROP)
 
 
@@ -59,7 +59,7 @@ def test_a_step_depends_on_nothing_but_seed_and_step() -> None:
     steps = plan(frames).steps_per_epoch
     forward = [rows(made.batch(s)) for made in [plan(frames)] for s in range(2 * steps)]
     assert [rows(plan(frames).batch(s)) for s in (2 * steps - 1, steps, 0)] == [forward[i] for i in (-1, steps, 0)]
-    assert sorted(map(str, forward[:steps])) != sorted(map(str, forward[steps:])), "two epochs have the same batches"
+    assert sorted(map(str, forward[:steps])) != sorted(map(str, forward[steps:])), "epochs must have different batches"
     assert rows(plan(frames, seed=2).batch(0)) != forward[0]
 
 
@@ -131,4 +131,4 @@ def test_short_and_held_out_utterances_are_never_drawn() -> None:
     share = made.frames_per_epoch / made.steps_per_epoch
     sums = [int(made.batch(s).frames.sum()) for s in range(made.steps_per_epoch)]
     assert sum(sums) == made.frames_per_epoch
-    assert max(abs(total - share) for total in sums) < 0.25 * share, "windows are nearly equal"
+    assert max(abs(total - share) for total in sums) < 0.25 * share, "windows must be nearly equal"

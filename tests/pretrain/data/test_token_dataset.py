@@ -84,7 +84,7 @@ def test_workers_change_nothing_and_a_resume_is_exact(make_shards: Make) -> None
     assert equal(list(islice(one, 5)), expected[:5])
     again = TokenDataset([folder], **SMALL, steps=9)
     again.load_state_dict(one.state_dict())
-    assert equal(list(again), expected[5:]), "without workers the dataset knows its own position"
+    assert equal(list(again), expected[5:]), "without workers the dataset must know its position"
 
 
 def test_a_stateful_loader_saves_each_workers_own_position(make_shards: Make, monkeypatch: pytest.MonkeyPatch) -> None:

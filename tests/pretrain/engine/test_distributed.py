@@ -285,7 +285,7 @@ def test_the_same_global_batches_train_the_same_model(sessions: Sessions, name: 
             assert right.get(key) == pytest.approx(left.get(key), abs=1e-4), key
         # a rounding may turn a guess where two classes are level
         assert right["accuracy"] == pytest.approx(left["accuracy"], abs=0.02)
-    assert one[-2]["loss"] < one[0]["loss"] - 0.1, "nothing was learnt, so that nothing was compared"
+    assert one[-2]["loss"] < one[0]["loss"] - 0.1, "the model must have learned something"
     assert_close(sessions.tensors(alone), sessions.tensors(name), 2e-3)
 
 
@@ -309,7 +309,7 @@ def test_resume_is_bit_exact(sessions: Sessions, world: int, stage: int, precisi
     assert any(key.startswith("exp_avg_sq/") for key in whole)
     assert_close(whole, resumed, 0.0)
     kept = sum(int((value != value.bfloat16()).sum()) for key, value in whole.items() if key.endswith("weight"))
-    assert kept > 1000, "weights are kept in fp32"
+    assert kept > 1000, "weights must be kept in fp32"
 
 
 def test_only_the_first_rank_speaks(sessions: Sessions) -> None:

@@ -71,7 +71,7 @@ for folder in sys.argv[1:]:
     except ValueError as error:
         assert "\\n" not in str(error), error
     else:
-        assert config.input == "mel", "codes out of range were taken"
+        assert config.input == "mel", "codes out of range must be refused"
 """
 
 

@@ -58,7 +58,7 @@ def test_fit_finds_blobs_and_depends_on_the_seed_alone() -> None:
 
     centroids = fit(batches(), 6, frames=2500, seed=1)
     labels, _ = Clustering(centroids, {}).assign(features)
-    assert len({(a, b) for a, b in zip(labels.tolist(), owner.tolist())}) == 6, "one cluster for each blob"
+    assert len({(a, b) for a, b in zip(labels.tolist(), owner.tolist())}) == 6, "each blob must have one cluster"
     assert np.array_equal(centroids, fit(batches(), 6, frames=2500, seed=1))
     with pytest.raises(UserError, match="only 3000 frames"):
         fit(batches(), 5000, frames=6000, seed=1)
@@ -143,7 +143,7 @@ def test_labels_are_the_nearest_centroids_of_the_layer_and_can_be_trained_on(
     )
     run(config, tmp_path / "second")
     rows = read_rows(tmp_path / "second" / "metrics.jsonl")
-    assert len(rows[-1]["accuracy"]) == 1, "one stream of labels"
+    assert len(rows[-1]["accuracy"]) == 1, "there must be one stream of labels"
     again = tmp_path / "again"
     other = make_shards("other", seed=5)
     same = LabelConfig(
@@ -151,7 +151,7 @@ def test_labels_are_the_nearest_centroids_of_the_layer_and_can_be_trained_on(
         clustering=tmp_path / "labels" / "clustering.safetensors",
     )  # fmt: skip
     label(same)
-    assert Shards(again / "0-data").fingerprint == labels.fingerprint, "the same centroids give the same labels"
+    assert Shards(again / "0-data").fingerprint == labels.fingerprint, "the same centroids must give the same labels"
     assert len(Shards(again / "1-other")) == len(Shards(other))
 
 
@@ -253,7 +253,7 @@ def test_a_killed_label_resumes_and_tasks_share_the_work(
     assert written[0] == ("0-data", 2)
     assert contents(killed.output) == whole
     written.clear()
-    assert label(killed) == report, "and again: nothing is done"
+    assert label(killed) == report, "the second call must do nothing"
     assert written == []
     monkeypatch.undo()
 

@@ -36,7 +36,7 @@ def test_sum_of_the_tables_is_the_codecs_own_latent() -> None:
     drawn = torch.stack([torch.randint(size, (50,)) for size in sizes])
     ours = made.embedding(drawn[None])[0].detach()
     theirs = codec.latents(drawn).T
-    assert theirs.std() > 0.01, "an all-zero latent would prove nothing"
+    assert theirs.std() > 0.01, "the latent must not be zero"
     assert (ours - theirs).abs().max() < 1e-5
 
 

@@ -97,7 +97,7 @@ def test_a_run_that_is_stored_finds_its_curve_and_another_does_not(tmp_path: Pat
     frames = sum(codes.shape[1] for _, codes, _ in utterances())
     curve = reference_curves.add(finished, "the test's", frames, store)
     assert reference_curves.add(finished, "again", frames, store).losses == curve.losses
-    assert len(store.read_text().splitlines()) == 1, "the same run is stored once"
+    assert len(store.read_text().splitlines()) == 1, "the same run must be stored once"
     assert curve.losses["train"] == [
         [row["step"], round(row["loss"], 4)] for row in read_rows(finished / "metrics.jsonl")
     ]

@@ -16,7 +16,7 @@ def test_collapse_is_reported_only_after_the_start() -> None:
     many = [90.0, 80.0]
     assert "one code for every frame" in str(collapse(5000, 10_000, [1.0, 1.1], many))
     assert collapse(5000, 10_000, [1.0, 40.0], many) is None
-    assert collapse(200, 400, [1.0, 1.0], many) is None, "every model starts with the commonest code"
+    assert collapse(200, 400, [1.0, 1.0], many) is None, "every model must start with the most frequent code"
     assert collapse(2400, 10_000, [1.0, 1.0], many) is None
     assert "stream 1 are (nearly) one class (perplexity 1.20)" in str(collapse(5000, 10_000, [30.0, 9.0], [90.0, 1.2]))
 

@@ -49,7 +49,7 @@ def test_rate_time_left_and_who_runs_where(run: Path) -> None:
     assert (found["frames_per_second"], found["seconds_left"]) == (1000.0, 120.0)
     assert (found["ranks"], found["hosts"], found["job"], found["restarts"]) == (4, ["node0", "node1"], "17", 1)
     assert (found["late"], found["gone"], found["doing"]) == ([], [], "in step 41")
-    assert 5.0 <= found["age_seconds"] < 50.0, "the notes are newer than the metrics"
+    assert 5.0 <= found["age_seconds"] < 50.0, "the status files must be newer than the metrics"
 
 
 def test_the_rank_that_others_wait_for_is_named(run: Path) -> None:
@@ -81,7 +81,7 @@ def test_status_shows_how_a_run_ended_long_ago(run: Path, state: str) -> None:
         beat(run, rank, age=9_000.0, state=state, started=time.time() - 9_500)
     assert status(run)["state"] == state
     beat(run, 2, age=9_000.0)
-    assert status(run)["state"] == state, "another rank was killed before it could say so"
+    assert status(run)["state"] == state, "a rank that was killed without a report must not count"
 
 
 def test_ranks_of_an_earlier_start_with_more_of_them_do_not_count(run: Path) -> None:

@@ -113,7 +113,7 @@ def test_codewords_move_as_published_and_unused_ones_stay() -> None:
                 sums[stream, label] += z
                 counts[stream, label] += 1
         made(part)
-    assert (counts == 0).any(), "the test wants unused codewords"
+    assert (counts == 0).any(), "some codewords must be unused"
     made.after_update(1)
     after = {key: value.double().numpy() for key, value in made.extra_state().items()}
     used = counts > 0

@@ -79,7 +79,7 @@ def test_all_three_train_and_open(corpus: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "peers" / "peers.json").read_text()) == made
     again = compare(config(corpus), tmp_path / "peers", cpu_seconds=0.5, audio=tmp_path, conv_dim=8, say=lines.append)
     assert again == made
-    assert sum(line.endswith(": training") for line in lines) == 3, "ended trainings are kept"
+    assert sum(line.endswith(": training") for line in lines) == 3, "finished trainings must be kept"
 
 
 def test_the_logmel_hubert_predicts_the_labels_from_mels_alone(corpus: Path) -> None:

@@ -170,7 +170,7 @@ def test_other_spellings_are_read_rightly(tmp_path: Path) -> None:
     iemocap(tmp_path / "er", {**EMOTION, "path": EMOTION["path"].replace("/", "\\")})
     assert {row["label"] for row in official_rows("er", tmp_path / "er")} == {"neu", "hap"}
     librispeech(tmp_path / "asr")
-    assert len(official_rows("asr", tmp_path / "asr")) == 3, "no ._ file of macOS"
+    assert len(official_rows("asr", tmp_path / "asr")) == 3, "macOS's ._ files must be ignored"
 
 
 def test_part_of_a_corpus_is_not_the_official_data() -> None:

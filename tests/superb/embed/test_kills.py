@@ -45,7 +45,7 @@ def test_five_kills_leave_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Mon
             embed(config("killed"))
             os._exit(0)
         while not marker.exists():
-            assert os.waitpid(child, os.WNOHANG) == (0, 0), "ended before it was killed"
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "must be killed before it ends"
             time.sleep(0.01)
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL

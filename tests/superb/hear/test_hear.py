@@ -224,7 +224,7 @@ def test_probes_become_tasks(tmp_path: Path) -> None:
     for split in task.splits:
         assert len(task.labels(split)) == 4
         speakers = {int(file[:5]) // 4 for file in task.labels(split)}
-        assert len(speakers) == 1, "a speaker in two folds"
+        assert len(speakers) == 1, "no speaker may be in two folds"
     wave, rate = soundfile.read(task.clip("fold00", sorted(task.labels("fold00"))[0]))
     assert rate == 16_000
     assert 1_000 <= len(wave) < 1_016

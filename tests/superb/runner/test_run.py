@@ -405,7 +405,7 @@ def test_another_spelling_of_a_models_path_or_a_moved_disk_is_the_same_run(
     spelled = first.with_name(f"{first.name.rpartition('-')[0]}-{running._digest(old.identity())}")
     place = spelled.parents[1].with_name("._disk2") / "ks" / spelled.name
     place.mkdir(parents=True)
-    assert make(upstream="./disk2").folder == place, "results of an earlier codecssl are found"
+    assert make(upstream="./disk2").folder == place, "results of an earlier version must be found"
 
 
 @pytest.mark.parametrize("torn", ["", "step_20/model/state_dict.pt", "valid_best/task/state.pt", "step_20/config.yaml"])
@@ -426,7 +426,7 @@ def test_a_run_killed_while_saving_resumes(torn: str, make: Any, monkeypatch: py
     assert row["curves"]["train-loss"][-1][0] == 20
     assert (row["value"], row["valid"], row["curves"]) == (whole["value"], whole["valid"], whole["curves"])
     complete = torn in ("", "step_20/config.yaml")  # all of step 20 but a file that nobody reads again
-    assert bool(row.get("interrupted")) == (not complete), "a complete training is not repeated"
+    assert bool(row.get("interrupted")) == (not complete), "a complete training must not be repeated"
     assert not list((run.folder / "train").glob("step_*"))
 
 
@@ -474,7 +474,7 @@ def test_a_kill_after_the_result_is_written_repeats_no_training(make: Any, monke
         patch.setattr(running, "_tidy", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_one(run, Machine())
-    assert run.finished, "the result is there before anything is removed"
+    assert run.finished, "the result must be written before anything is removed"
     monkeypatch.setattr(running, "_run", lambda *arguments: pytest.fail("trained again"))
     run_one(run, Machine())
     assert not list((run.folder / "train").glob("step_*"))
@@ -504,7 +504,7 @@ def test_a_run_locked_by_another_process_is_skipped(make: Any, monkeypatch: pyte
         failures = run_all([run], Machine(), on_result=lambda run, outcome: None)
         results.write_json(run.folder / "result.json", {"task": "ks"})
     assert "is at work there" in str(failures[str(run.folder)])
-    assert run_one(run, Machine()) == {"task": "ks"}, "what the other one found"
+    assert run_one(run, Machine()) == {"task": "ks"}, "the other process's result must be returned"
 
 
 def test_two_processes_match_one(make: Any) -> None:

@@ -91,7 +91,7 @@ def test_ctrl_c_ends_all_processes(parent: Any, delay: float | None) -> None:
     else:
         time.sleep(delay)
     os.killpg(parent.pid, signal.SIGINT)
-    assert ended(parent) < GRACE_SECONDS + 5, "a worker sleeps for 60 s"
+    assert ended(parent) < GRACE_SECONDS + 5, "must not wait for a worker that sleeps for 60 s"
     assert parent.returncode == 130
 
 

@@ -140,7 +140,7 @@ def test_a_killed_unpacking_leaves_no_output(tmp_path: Path) -> None:
     while len(list(tmp_path.rglob("*.flac"))) < 20 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert process.wait() == -signal.SIGKILL, "must be killed before it ends"
     assert not (tmp_path / "out").exists()
     assert not any(unpack.is_whole(folder) for folder in tmp_path.iterdir())
 
@@ -234,7 +234,7 @@ def test_words_do_not_give_the_style_or_the_transcript_away(rows: list[unpack.Ma
     assert len(texts) == len(set(texts))
     known = {word for row in _of(rows, "asr", "train") for word in row["text"].split()}
     unseen = {word for row in _of(rows, "asr", "test") for word in row["text"].split()} - known
-    assert len(unseen) <= 2, "the grammar is small: hardly a word of the test is untrained"
+    assert len(unseen) <= 2, "the grammar is small: almost all test words must occur in training"
 
 
 def test_labels_are_well_formed(rows: list[unpack.ManifestRow]) -> None:

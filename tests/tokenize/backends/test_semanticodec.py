@@ -91,7 +91,7 @@ class SemantiCodec(nn.Module):
         cache_path="pretrained",
     ):
         super().__init__()
-        assert semantic_vocab_size in (4096, 8192, 16384, 32768), "no such vocabulary"
+        assert semantic_vocab_size in (4096, 8192, 16384, 32768), "must be a vocabulary of the package"
         print("Loading")
         self.token_rate, self.device = token_rate, torch.device("meta")
         folder = f"combine_{ {25: 128, 50: 256, 100: 512}[token_rate] }_audioset_dominate"

@@ -106,7 +106,7 @@ def test_memory_and_disk_hold_the_same_bytes(cache: Path, shards: Path, in_memor
     assert same(Shards(shards), remote)
     assert same(remote, pickle.loads(pickle.dumps(remote)))
     fsspec.filesystem("memory").rm("/bucket/shards/shards", recursive=True)
-    assert same(Shards(shards), remote), "the cache has every block"
+    assert same(Shards(shards), remote), "every block must be in the cache"
 
 
 def test_http_requests_each_block_once(cache: Path, shards: Path, served: tuple[str, type[Server]]) -> None:
@@ -118,7 +118,7 @@ def test_http_requests_each_block_once(cache: Path, shards: Path, served: tuple[
     assert len(asked) == len(set(asked))
     server.requests.clear()
     assert same(Shards(shards), Shards(url, remote=True))
-    assert not [request for request in server.requests if "bytes=" in request], "a second start reads the cache"
+    assert not [request for request in server.requests if "bytes=" in request], "the second start must read the cache"
 
 
 def test_a_url_is_refused_where_the_user_did_not_give_it(shards: Path, in_memory: Callable[[Path, str], str]) -> None:

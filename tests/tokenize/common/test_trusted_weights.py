@@ -92,7 +92,7 @@ def test_a_download_is_the_users_own_and_has_a_limit(codec_file, monkeypatch, ca
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
     card = load_codec(f"tiny_16khz@{url}").card
     assert load_codec_for(card).card == card
-    assert load_codec_for(dataclasses.replace(card, weights=url)).card == card, "it lies in the cache"
+    assert load_codec_for(dataclasses.replace(card, weights=url)).card == card, "the file must be in the cache"
 
 
 @pytest.mark.parametrize("weights", ["file:///etc/passwd", "http://127.0.0.1:9/x", "/etc/passwd"])

@@ -141,7 +141,7 @@ def test_a_binary_file_reads_as_its_path_does(tmp_path, kind):
     with path.open("rb") as file:
         file.seek(100)  # wherever it was left
         assert same(read(file), expected)
-        assert same(read(file), expected), "and again"
+        assert same(read(file), expected), "the second read must be equal"
         assert same(read(BytesIO(path.read_bytes())), expected)
         assert sha256_of(file) == sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
         assert np.array_equal(read_wave(file, 16_000), expected[0])

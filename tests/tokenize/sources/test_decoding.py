@@ -80,7 +80,9 @@ def test_files_joined_by_cat_are_read_to_their_end(media, tmp_path, names):
     path = tmp_path / f"joined{Path(names[0]).suffix}"
     path.write_bytes(b"".join((media / name).read_bytes() for name in names))
     found, _ = ours(path)
-    assert abs(len(found) - len(by_ffmpeg(path))) <= 312, "to Opus's delay, which newer versions leave out in each part"
+    assert abs(len(found) - len(by_ffmpeg(path))) <= 312, (
+        "must agree up to Opus's delay, which newer versions skip in each part"
+    )
     assert len(found) > 1.99 * min(len(by_ffmpeg(media / name)) for name in names)
 
 

@@ -107,7 +107,7 @@ def test_labels_are_names_numbers_and_short_lists(parquets, kind):
         "vector": [0.5] * 3,
     }
     assert [item.labels["emotion"] for item in found[:3]] == [None, "calm", "angry"]
-    assert found[0].labels["vector"] is None, "1001 floats are features, not a label"
+    assert found[0].labels["vector"] is None, "1001 floats must be taken for features, not for a label"
     assert inputs(f"{kind}:{parquets}:train?labels=text,phones")[2].labels == {"text": "héllo 2", "phones": ["A", "B"]}
     assert inputs(f"{kind}:{parquets}:train?labels=")[2].labels == {}
 
@@ -223,7 +223,7 @@ def test_decoded_arrays_become_wavs_of_the_same_samples(tmp_path, kind, dtype, c
         read, rate = soundfile.read(file, dtype="float32", always_2d=True)
     assert rate == 8_000
     assert np.array_equal(read.T, (array / scale).astype("f4"))
-    assert sha256(item) == sha256(item), "the same bytes each time: no clock in the header"
+    assert sha256(item) == sha256(item), "the bytes must not depend on the time"
 
 
 def test_integers_of_unknown_scale_are_refused(tmp_path):

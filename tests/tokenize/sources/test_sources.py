@@ -39,7 +39,7 @@ def test_a_glob_follows_links_but_not_in_circles(tree, monkeypatch):
     expected = ["a.wav", "b/z.wav", "b.wav", "c/b/z.wav"]
     assert ids(tree / "**" / "*.wav") == expected
     monkeypatch.chdir(tree / "c")
-    assert ids("../c/../**/*.wav") == expected, "the way to the first wildcard may pass a folder twice"
+    assert ids("../c/../**/*.wav") == expected, "the path before the first wildcard may visit a folder twice"
     monkeypatch.chdir(tree)
     assert ids("**/*.wav") == expected
 
@@ -133,7 +133,7 @@ def test_an_unlistable_folder_is_a_one_line_error(tree, monkeypatch):
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(UserError, match="tree/b: cannot be listed: Permission denied"):
         ids(tree / "b")
-    assert ids(tree) == ["a.flac", "a.wav", "b", "b.wav", "Ä.mp3"], "the others are not lost with it"
+    assert ids(tree) == ["a.flac", "a.wav", "b", "b.wav", "Ä.mp3"], "the other files must be listed"
 
 
 def test_files_left_out_of_a_folder_are_counted(tree):

@@ -223,7 +223,7 @@ def test_a_sparse_member_is_read_whole(tmp_path):
 def test_patterns(tars):
     first = [item.id for item in found(f"wds:{tars}/train-000.tar")]
     both = [item.id for item in found(f"wds:{tars}/train-{{001,000}}.tar")]
-    assert both[2:] == first, "in the order of the braces"
+    assert both[2:] == first, "must follow the order of the braces"
     assert sorted(both) == [item.id for item in found(f"wds:{tars}/train-00?.tar")]
     (tars / "deep").mkdir()
     (tars / "train-001.tar").rename(tars / "deep" / "train-000.tar")
