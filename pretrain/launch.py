@@ -1,6 +1,6 @@
 """Several processes of one run on this machine, started and stopped as one (`codecssl-pretrain run --nproc N`).
 
-Unlike torchrun, which ends with 1 whatever happened and does not pass SIGUSR2 on, the launcher forwards the signals of
+Unlike torchrun, which exits with 1 after any failure and does not forward SIGUSR2, the launcher forwards the signals of
 `tokenize.common.process` to every rank and returns the exit code of the rank that ended first.
 """
 

@@ -24,7 +24,7 @@ die() {
 
 usage() { sed -n '/^#SBATCH/d; /^#!/d; /^[^#]/q; s/^# \{0,1\}//p' "$script"; }
 
-# Sets own[...] to this folder's own options, wherever they are, and rest to all others.
+# Sets own[...] to the options of the scripts of this folder, at any position, and rest to all others.
 parse() {
     declare -gA own=([dry-run]="" [after]="" [done]="" [name]="" [finish]="")
     rest=()
@@ -42,7 +42,7 @@ parse() {
     done
 }
 
-# The value of option $1 (or its short form $2) among the other arguments; fails where it is not there.
+# The value of option $1 (or its short form $2) among the other arguments. Fails if the option is missing.
 value_of() {
     local long=$1 short=$2
     shift 2
@@ -85,7 +85,7 @@ place() {
     echo "--cpus-per-task=$CODECSSL_CPUS"
 }
 
-# after JOB: wait for the jobs of --after to succeed; and for the array JOB, if any, to end, whatever becomes of it.
+# after JOB: wait until the jobs of --after succeed, and until the array JOB, if given, ends with any result.
 after() {
     local rules=${own[after]:+afterok:${own[after]}}${1:+,afterany:$1}
     [ -z "$rules" ] || echo "--dependency=${rules#,}"
@@ -113,7 +113,7 @@ survive() {
     [ -z "$warned" ] || requeue "warned before the next start"
     "$@" &
     child=$!
-    while [ -n "$interrupted" ]; do # a signal to this script ends the wait, not the program
+    while [ -n "$interrupted" ]; do # a signal to this script interrupts the wait, not the program
         interrupted="" status=0
         wait "$child" || status=$?
     done
@@ -127,7 +127,7 @@ survive() {
     esac
 }
 
-# retry STATUS WHAT: requeue, unless the job came here CODECSSL_RETRIES times before without any progress in between.
+# retry STATUS WHAT: requeue, unless the job was requeued CODECSSL_RETRIES times in a row without progress.
 retry() {
     local file="$CODECSSL_LOGS/retries-$SLURM_JOB_ID" before="" count=0 now
     now=$(progress)
@@ -144,8 +144,8 @@ retry() {
 requeue() {
     trap - USR2 TERM
     say "$1 on $(hostname -s) at $(date '+%F %T'); job $SLURM_JOB_ID goes back into the queue"
-    scontrol requeue "$SLURM_JOB_ID" || die "job $SLURM_JOB_ID cannot be requeued; submit it again to go on" 75
-    sleep 300 & # Slurm ends this script; it must not end by itself before
+    scontrol requeue "$SLURM_JOB_ID" || die "job $SLURM_JOB_ID cannot be requeued; submit it again to continue" 75
+    sleep 300 & # Slurm ends this script; it must not end earlier
     wait
 }
 

@@ -40,7 +40,7 @@ queued() {
         END { if (last) print last }' || true
 }
 
-# stage NAME AFTER SCRIPT ARGUMENT...: sets job to the one that ends the stage, or to nothing when it is done.
+# stage NAME AFTER SCRIPT ARGUMENT...: sets `job` to the last job of the stage, or to nothing if the stage is done.
 stage() {
     local name=$1 before=$2 file=$3 mark=$WORK/done/$1
     shift 3

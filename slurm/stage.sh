@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# stage.sh FROM TO: copy a folder of shards to a local disk. TO appears when it is whole; one that is there stays.
+# stage.sh FROM TO: copy a folder of shards to a local disk. TO appears when it is complete. An existing TO is kept.
 set -euo pipefail
 from=$1 to=$2
 [ ! -e "$to/dataset.json" ] || exit 0

@@ -1,7 +1,7 @@
-"""`codecssl-superb bench`: seconds of one training epoch, without the caches and with them, in one process, in turns.
+"""`codecssl-superb bench`: seconds of one training epoch with and without the caches, interleaved in one process.
 
-An epoch is s3prl's own: its dataset loads each wave of the training set once, its batches, head, loss, gradients and
-optimiser. The upstream is `codes`, so that what is left beside the codec is as small as it gets for a codec model.
+An epoch is that of s3prl: its dataset loads each wave of the training set once, with its batches, head, loss, gradients
+and optimiser. The upstream is `codes`: among codec models it has the least work next to the codec.
 """
 
 import json

@@ -52,7 +52,7 @@ def utterances(blocks: Iterable[dict[str, Any]], card: CodecCard | None = None) 
     tables: tuple[str, Coder] | None = None
     for block in blocks:
         url = str(block.get("__url__", ""))
-        card_here = card or cards.get(url) or cards.setdefault(url, _card_beside(url))
+        card_here = card or cards.get(url) or cards.setdefault(url, _card_next_to(url))
         if "tables.npz" in block:
             tables = url, Coder.from_bytes(_npz_bytes(block["tables.npz"]), card_here.codes_per_frame)
         if "codes" not in block:
@@ -71,11 +71,13 @@ def utterances(blocks: Iterable[dict[str, Any]], card: CodecCard | None = None) 
             yield sample
 
 
-def _card_beside(url: str) -> CodecCard:
+def _card_next_to(url: str) -> CodecCard:
     try:
         return CodecCard.from_dict(read_header(Path(url.removeprefix("file:")).parent.parent)["codec"])
     except UserError as error:
-        raise UserError(f"{url or 'a block'}: no codec card beside it ({error}); give card=Shards(...).card") from error
+        raise UserError(
+            f"{url or 'a block'}: no codec card next to it ({error}); give card=Shards(...).card"
+        ) from error
 
 
 def _text(value: Any) -> dict[str, Any]:

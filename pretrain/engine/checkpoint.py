@@ -103,8 +103,10 @@ def load(checkpoint: Path) -> Saved:
     """Load a checkpoint's contents, on the CPU. Raises UserError if another version of codecssl wrote it."""
     state = read_state(checkpoint)
     if state["format"] != FORMAT:
-        raise UserError(f"{checkpoint}: has format {state['format']}, this codecssl reads {FORMAT}; go on with the"
-                        " codecssl that wrote it, or give another --output")  # fmt: skip
+        raise UserError(
+            f"{checkpoint}: has format {state['format']}, this version reads {FORMAT}; resume with the codecssl version "
+            "that wrote it, or give another --output"
+        )
     from safetensors.torch import load_file
 
     saved = Saved(state, {_MODEL + name: value for name, value in load_file(checkpoint / WEIGHTS).items()})

@@ -137,7 +137,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     if description.get("format") != FORMAT or description.get("version") != VERSION:
         raise UserError(
             f"{folder}: format {description.get('format')!r} version {description.get('version')!r},"
-            f" this codecssl reads {FORMAT!r} version {VERSION}; export it again"
+            f" this version reads {FORMAT!r} version {VERSION}; export it again"
         )
     return description
 

@@ -159,7 +159,7 @@ def _open_plan(config: EmbedConfig, upstream: Upstream, inputs: int | None) -> N
 
 
 class _Inputs:
-    """Rows and failures of each shard of this task that is not there yet."""
+    """Yield the rows and failures of each unfinished shard of this task."""
 
     def __init__(self, config: EmbedConfig) -> None:
         self.config = config
@@ -234,7 +234,7 @@ class _AudioInputs(_Inputs):
         return (found[number] for number in range(len(group)))
 
     def _batch(self, waves: Sequence[NDArray[np.float32]]) -> Sequence[States | Exception]:
-        """The states of each wave; one that the upstream cannot take costs itself alone."""
+        """Return the states of each wave. A wave that the upstream rejects becomes a failure; the others are kept."""
         try:
             return self.states.batch(waves)
         except (RuntimeError, ValueError) as error:

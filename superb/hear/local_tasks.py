@@ -1,4 +1,4 @@
-"""HEAR task folders from audio at hand: labels of a manifest, synthesised notes, music against speech.
+"""HEAR task folders from local audio: labels of a manifest, synthesised notes, music against speech.
 
 Every probe of a probes file (see `superb.probe`) becomes a scene task with folds, by its label and group columns.
 """

@@ -120,7 +120,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if description.get("model_type") != MODEL_TYPE:
         raise UserError(f"{folder}: is not a codec of codecssl-superb task-codec (its config.json says otherwise)")
     if description["version"] != VERSION:
-        raise UserError(f"{folder}: version {description['version']}, this codecssl reads {VERSION}; make it again")
+        raise UserError(f"{folder}: version {description['version']}, this version reads {VERSION}; make it again")
     return description
 
 

@@ -189,7 +189,7 @@ def test_without_requeueing_the_log_names_the_remedy(job):
     job._tool("scontrol", "exit 1")
     code, said = job.run("exit 75")
     assert code == 75
-    assert "job 17 cannot be requeued; submit it again to go on" in said
+    assert "job 17 cannot be requeued; submit it again to continue" in said
 
 
 def test_shards_are_copied_to_the_disk_of_the_node_once(job):

@@ -103,7 +103,7 @@ def test_shuffled_blocks_worker_processes_and_tars_without_a_card(made, tmp_path
         shutil.copy(tar, tmp_path)
     moved = [str(path) for path in sorted(tmp_path.glob("*.tar"))]
     dataset = webdataset.WebDataset(moved, shardshuffle=False)
-    with pytest.raises(UserError, match=r"no codec card beside it .*; give card="):
+    with pytest.raises(UserError, match=r"no codec card next to it .*; give card="):
         next(iter(dataset.compose(utterances)))
     dataset = webdataset.WebDataset(moved, shardshuffle=False).compose(partial(utterances, card=made.card))
     same(list(DataLoader(dataset, batch_size=None, num_workers=2, collate_fn=_as_it_is)), made)

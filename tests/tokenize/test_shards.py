@@ -361,7 +361,7 @@ def test_strangers_are_refused(dataset, tmp_path):
         Shards(tmp_path)
     header = load_json(dataset / "dataset.json")
     (dataset / "dataset.json").write_text(json.dumps(header | {"format_version": 3}))
-    with pytest.raises(UserError, match="format version 3, this codecssl reads up to 2"):
+    with pytest.raises(UserError, match="format version 3, this version reads up to 2"):
         Shards(dataset)
     with pytest.raises(UserError, match="holds a dataset already"):
         write_shards(dataset, card([4]), [])

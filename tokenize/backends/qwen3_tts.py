@@ -1,4 +1,4 @@
-"""Qwen3-TTS-Tokenizer-12Hz (Qwen team 2026): Mimi's encoder, trained anew, with the first 16 of its codebooks.
+"""Qwen3-TTS-Tokenizer-12Hz (Qwen team 2026): Mimi's encoder, retrained, with the first 16 of its codebooks.
 
 The checkpoint holds a `transformers.MimiModel` without decoder under the prefix `encoder.`, so `backends/mimi.py`
 encodes it, exactly for any length. Its decoder is another network with codebooks of its own, in the `qwen-tts` package.

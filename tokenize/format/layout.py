@@ -147,7 +147,7 @@ def read_header(path: Path) -> dict[str, Any]:
         raise UserError(f"{file}: format {header.get('format')!r}, expected {FORMAT!r}")
     version = header.get("format_version")
     if type(version) is not int or version > FORMAT_VERSION:
-        raise UserError(f"{file}: format version {version}, this codecssl reads up to {FORMAT_VERSION}")
+        raise UserError(f"{file}: format version {version}, this version reads up to {FORMAT_VERSION}")
     check_header(header, file)
     return header
 

@@ -1,7 +1,7 @@
 """`codecssl-tokenize repair`: damaged shards are encoded again from their sources; intact ones stay unchanged.
 
-Damaged files are kept in DIR/damaged until the new shard is complete. dataset.json is moved there first, so nobody
-reads a dataset under repair. An interrupted repair resumes when it is run again.
+Damaged files are kept in DIR/damaged until the new shard is complete. dataset.json is moved there first, so that no
+reader opens a dataset under repair. An interrupted repair resumes when it is run again.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def find_damage(root: Path, on_progress: OnShards) -> State:
         return _unfinished(root, on_progress)
     found, statements = examine(root, on_progress=on_progress).damages, read_statements(root)
     if statements.plan is None:
-        raise UserError(f"{root}: dataset.json is damaged and there is no plan.json: nobody knows the codec")
+        raise UserError(f"{root}: dataset.json is damaged and there is no plan.json: the codec is unknown")
     if lost := [damage for damage in found if damage.file == STDIN]:
         raise UserError(f"{root}: {lost[0]}; it cannot be made again: put it back")
     if not statements.agree:

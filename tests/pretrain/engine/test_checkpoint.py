@@ -108,7 +108,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 def test_checkpoints_of_another_format_are_refused(tmp_path: Path) -> None:
     state = checkpoint.save(saved(2), tmp_path, keep=1) / "state.json"
     state.write_text(json.dumps({"format": 99, "step": 2}))
-    with pytest.raises(UserError, match="has format 99, this codecssl reads 2"):
+    with pytest.raises(UserError, match="has format 99, this version reads 2"):
         checkpoint.load(state.parent)
     (tmp_path / "step-00000001" / "engine").mkdir(parents=True)
     with pytest.raises(UserError, match="step-00000001: uses DeepSpeed's checkpoint format"):

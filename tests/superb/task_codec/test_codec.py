@@ -106,7 +106,7 @@ def test_other_folders_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match="cannot be read .* make it again"):
         load_codec(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(description | {"version": 2}))
-    with pytest.raises(UserError, match="version 2, this codecssl reads 1"):
+    with pytest.raises(UserError, match="version 2, this version reads 1"):
         load_codec(str(tmp_path))
     with pytest.raises(UserError, match="1 to 2"):
         load_codec(str(folder), num_codebooks=3)
