@@ -104,8 +104,8 @@ def load(checkpoint: Path) -> Saved:
     state = read_state(checkpoint)
     if state["format"] != FORMAT:
         raise UserError(
-            f"{checkpoint}: has format {state['format']}, this version reads {FORMAT}; resume with the codecssl version "
-            "that wrote it, or give another --output"
+            f"{checkpoint}: has format {state['format']}, this version reads {FORMAT}; resume with the codecssl "
+            "version that wrote it, or give another --output"
         )
     from safetensors.torch import load_file
 
