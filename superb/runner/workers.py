@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -23,6 +24,9 @@ Item = TypeVar("Item")
 
 GRACE_SECONDS = 2.0
 """Time between SIGTERM and SIGKILL."""
+QUIET_TRACKER = "ignore:resource_tracker:UserWarning"
+"""A warning filter for multiprocessing's resource tracker. The tracker removes the semaphores of killed workers. Its
+warning about them would follow the line that Ctrl-C prints."""
 
 
 class WorkerDiedError(RuntimeError):
@@ -75,6 +79,8 @@ def in_workers(
     takes the remaining items. Close the generator (`contextlib.closing`) to end the workers early.
     """
     waiting, workers = deque(items), list[Worker[Item]]()
+    if QUIET_TRACKER not in sys.warnoptions:
+        sys.warnoptions.append(QUIET_TRACKER)  # the tracker starts with the first worker and gets these as -W
     try:
         with interrupts_deferred():
             for _ in range(min(jobs, len(items))):

@@ -15,12 +15,13 @@ import pytest
 from codecssl.superb.runner.workers import GRACE_SECONDS, WorkerDiedError, in_workers
 
 PARENT = """
-import os, signal, subprocess, sys, time
+import multiprocessing, os, signal, subprocess, sys, time
 from contextlib import closing
 from codecssl.superb.runner.workers import in_workers
 
 def stubborn(item):
-    '''Ignores SIGTERM and Ctrl-C, and so does the process that it starts.'''
+    '''Ignores SIGTERM and Ctrl-C, and so does the process that it starts. The lock leaves a semaphore behind.'''
+    lock = multiprocessing.Lock()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -74,11 +75,12 @@ def parent(tmp_path: Path) -> Iterator[Any]:
 
 
 def ended(parent: Any) -> float:
-    """Seconds until no process holds the command's stdout any more, neither workers nor their helpers."""
+    """Return the seconds until no process holds the command's stdout, neither workers nor their helpers."""
     began = time.monotonic()
     output, errors = parent.communicate(timeout=60)
     assert "outlived" not in output
     assert "Traceback" not in errors
+    assert "resource_tracker" not in errors, "the semaphores of killed workers must be removed silently"
     return time.monotonic() - began
 
 
