@@ -284,8 +284,8 @@ class RunConfig:
             raise UserError(f"data.labels: given, but objective.target is {target}; add --objective.target labels")
         if (self.objective.name == "encodecmae" or target == "online") and self.objective.visible_weight:
             raise UserError(
-                f"objective.visible_weight: {self.objective.visible_weight}, is of codec2vec with codes or labels;"
-                " encodecmae has mae.masked_weight"
+                f"objective.visible_weight: {self.objective.visible_weight}, applies to codec2vec with codes or labels;"
+                " set mae.masked_weight for encodecmae"
             )
 
     def _check_online(self) -> None:
@@ -293,9 +293,9 @@ class RunConfig:
         if online.top_layers > model.layers:
             raise UserError(f"online.top_layers: {online.top_layers}, the model has {model.layers} layers; lower it")
         if online.variant == "spidr" and model.layerdrop > 0.0:
-            raise UserError(f"model.layerdrop: {model.layerdrop}, spidr looks at every layer; set it to 0")
+            raise UserError(f"model.layerdrop: {model.layerdrop}, spidr needs every layer; set it to 0")
         if self.objective.gamma != "uniform":
-            raise UserError(f"objective.gamma: {self.objective.gamma}, but online clusters all weigh the same")
+            raise UserError(f"objective.gamma: {self.objective.gamma}, but all online clusters have the same weight")
         if self.objective.head != "linear":
             raise UserError(f"objective.head: {self.objective.head}, but online clusters have linear heads")
 

@@ -137,9 +137,7 @@ def _check_config(run: Path, config: RunConfig, step: int) -> list[str]:
     changed = {key: pair for key, pair in differences(before, config).items() if not key.startswith(FREE)}
     for key, (old, new) in changed.items():
         if key not in RECORDED:
-            raise UserError(
-                f"{run}: was made with {key} {old}, this run says {new}; use that value or another --output"
-            )
+            raise UserError(f"{run}: was made with {key} {old}, this run has {new}; use that value or another --output")
     # A start may resume from before an earlier change: that change is then undone, or made again.
     rows = [row for row in read_changes(run) if row["step"] <= step]
     rows += [{"step": step, "key": key, "old": old, "new": new} for key, (old, new) in changed.items()]

@@ -23,9 +23,9 @@ def codecssl(ckpt: str | None = None, model_config: str | None = None, refresh: 
     from codecssl.superb.upstreams.names import parse
 
     if not ckpt:
-        raise UserError("upstream codecssl: which one? give -k MODEL, an exported model's folder or a name")
+        raise UserError("upstream codecssl: -k is missing; give -k MODEL, an exported model's folder or a name")
     if model_config is not None:
-        raise UserError(f"upstream codecssl: -g {model_config}: a model has its configuration inside; leave -g out")
+        raise UserError(f"upstream codecssl: -g {model_config}: a model contains its configuration; omit -g")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return UpstreamBuilder(device=device).build(parse(ckpt))
 
@@ -51,7 +51,7 @@ def refuse_trainable() -> None:
 
     def get_upstream(self: Any) -> Any:
         if self.args.upstream == "codecssl" and self.args.upstream_trainable:
-            raise UserError("upstream codecssl: -f/--upstream_trainable: it is always frozen; leave the option out")
+            raise UserError("upstream codecssl: -f/--upstream_trainable: it is always frozen; omit the option")
         return build(self)
 
     get_upstream.refuses_trainable = True  # type: ignore[attr-defined]

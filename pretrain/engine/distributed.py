@@ -110,7 +110,9 @@ class ProcessGroup:
                 raise
             if any(sign in text for sign in _LOST):
                 self.fail(
-                    TransientError(f"another process of this run has ended; its own output says why ({text[:200]})")
+                    TransientError(
+                        f"another process of this run has ended; its own output has the cause ({text[:200]})"
+                    )
                 )
             if isinstance(error, torch.distributed.DistError) or any(word in text for word in _FAILED):
                 cause = f"rank {self.rank}: exchanging data with the other ranks failed: {text[:600]}"
@@ -255,6 +257,6 @@ def _meet(ranks: Ranks, address: str, port: int) -> Any:
         return next(rendezvous)[0]
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"rank {ranks.rank}: no meeting of {ranks.world_size} processes at {address} port {port}"
+            f"rank {ranks.rank}: {ranks.world_size} processes did not connect at {address} port {port}"
             f" ({str(error).splitlines()[0]}); check that all of them were started, MASTER_ADDR and MASTER_PORT"
         ) from None

@@ -64,7 +64,7 @@ def _audio_of(data: Shards, index: int, audio: Path | None) -> Path:
     utterance = data.utterance(index)
     path = (audio or Path()) / utterance.path
     if not path.exists():
-        raise UserError(f"{path}: the audio of {utterance.id!r} is not there; --audio names its folder")
+        raise UserError(f"{path}: no audio file of {utterance.id!r}; give its folder as --audio")
     return path
 
 

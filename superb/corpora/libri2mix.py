@@ -52,7 +52,7 @@ def _kaldi(place: Place, split: str, folder: Path) -> list[ManifestRow]:
 
 def _table(path: Path) -> dict[str, str]:
     if not path.is_file():
-        raise UserError(f"{path}: not there; a Kaldi folder has {', '.join(KALDI_FILES)}")
+        raise UserError(f"{path}: no such file; a Kaldi folder has {', '.join(KALDI_FILES)}")
     return dict(read_lines(path, _pair, "`name value`"))
 
 

@@ -34,7 +34,7 @@ def qbe_rows(place: Place) -> list[ManifestRow]:
 def _listed(corpus: Path, name: str) -> list[Path]:
     listed = corpus / "scoring" / name
     if not listed.is_file():
-        raise UserError(f"{listed}: not there; unpack quesst14Database.tgz again (speech.fit.vutbr.cz)")
+        raise UserError(f"{listed}: no such file; unpack quesst14Database.tgz again (speech.fit.vutbr.cz)")
     entries = read_lines(listed, _entry, "`folder/file language`")
     paths = [corpus / name for name, language in entries if language == ENGLISH]
     check_files(paths, listed)
@@ -45,7 +45,7 @@ def _ground_truth(corpus: Path, part: str) -> dict[str, set[str]]:
     """Map document ids to their query ids, from lines `LEXEME document ... query ...` (NIST's RTTM)."""
     path = corpus / "scoring" / f"groundtruth_quesst14_{part}" / f"quesst14_{part}.rttm"
     if not path.is_file():
-        raise UserError(f"{path}: not there; the eval part is its own archive at speech.fit.vutbr.cz")
+        raise UserError(f"{path}: no such file; the eval part is its own archive at speech.fit.vutbr.cz")
     held: dict[str, set[str]] = defaultdict(set)
 
     def lexeme(line: str) -> tuple[str, str] | None:

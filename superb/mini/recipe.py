@@ -47,6 +47,6 @@ class Recipe:
         if min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6:
             raise UserError(f"shares {self.shares}: must be positive and sum to 1; correct the recipe")
         if not 0 < self.asv_share < 1:
-            raise UserError(f"asv_share {self.asv_share}: lies between 0 and 1; correct the recipe")
+            raise UserError(f"asv_share {self.asv_share}: must be between 0 and 1; correct the recipe")
         if not 0 <= self.sd_overlap <= 1:
-            raise UserError(f"sd_overlap {self.sd_overlap}: a probability, 0 to 1; correct the recipe")
+            raise UserError(f"sd_overlap {self.sd_overlap}: must be between 0 and 1; correct the recipe")

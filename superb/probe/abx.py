@@ -33,7 +33,9 @@ def abx_error(distances: Array, labels: Sequence[str], speakers: Sequence[str] |
         if not np.isnan(cells).all():
             found.append(float(np.nanmean(cells)))
     if not found:
-        raise UserError("ABX: no triple; give two classes with two clips each, and with speakers two that say both")
+        raise UserError(
+            "ABX: no triple; give two classes with two clips each, spoken by the same two speakers if a group is given"
+        )
     return float(np.mean(found))
 
 

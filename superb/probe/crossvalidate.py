@@ -36,7 +36,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.folds < 3:
-            raise UserError(f"folds {self.folds}: at least 3, since layers are chosen by the folds that remain")
+            raise UserError(f"folds {self.folds}: must be at least 3, because the remaining folds select the layer")
         if not self.C or min(self.C) <= 0:
             raise UserError(f"C {self.C}: give at least one value, each above 0")
 

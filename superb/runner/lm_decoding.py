@@ -72,7 +72,9 @@ def make_decoder(vocabulary: list[str], language_model: Path, folder: Path) -> A
         raise UserError(f"--lm: the transcripts need spaces and must not contain {BLANK} or {SPACE}; change them")
     words = [word for word in unigrams(language_model) if set(word) <= set(names)]
     if not words:
-        raise UserError(f"--lm {language_model}: no word of it is in the transcripts' letters; mind the case")
+        raise UserError(
+            f"--lm {language_model}: none of its words is spelled in the letters of the transcripts; check the case"
+        )
     tokens, lexicon = folder / "lm_tokens.txt", folder / "lm_lexicon.txt"
     tokens.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     lexicon.write_text("".join(f"{word}\t{' '.join(word)} {SPACE}\n" for word in words), encoding="utf-8")

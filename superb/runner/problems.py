@@ -49,7 +49,7 @@ def make_problem(task: Task, csvs: dict[str, Path]) -> Any:
         def build_dataset(self, *arguments: Any, **options: Any) -> Any:
             dataset = super().build_dataset(*arguments, **options)
             if len(dataset) == 0:
-                raise UserError(f"task {task.name}: no utterance is left (asv drops those up to 2 s); give longer")
+                raise UserError(f"task {task.name}: no utterance is left (asv drops those up to 2 s); give longer ones")
             return dataset
 
     return OnManifest()

@@ -81,5 +81,5 @@ class Sweep:
 def part(runs: Sequence[Run], parts: int, index: int) -> list[Run]:
     """Return runs[index::parts]. The parts are disjoint and together contain all runs."""
     if not 0 <= index < parts:
-        raise UserError(f"--part {index}: of {parts} parts the numbers are 0 to {parts - 1}")
+        raise UserError(f"--part {index}: must be 0 to {parts - 1}, for {parts} parts")
     return list(runs[index::parts])

@@ -133,7 +133,7 @@ def check_layer(model: CodecModel, layer: int) -> None:
         raise UserError(f"layer {layer}: this model has 0 (the input of the first layer) to {last}")
     if isinstance(model.encoder, ResidualEncoder) and 0 < layer < last:
         raise UserError(
-            f"layer {layer}: the layers of a model.norm residual model hand on two streams; give layer 0 or {last}"
+            f"layer {layer}: the layers of a model.norm residual model pass on two streams; give layer 0 or {last}"
         )
 
 

@@ -105,5 +105,5 @@ def test_a_run_of_an_earlier_release_states_frames_and_resumes(tmp_path: Path) -
     run(from_dict(RunConfig, new), tmp_path / "run")
     assert "step-00000003" in [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     other = {**new, "data": {**new["data"], "crop_seconds": 4.0}}
-    with pytest.raises(UserError, match=r"data.crop_seconds 5.0, this run says 4.0|data.crop_frames 250"):
+    with pytest.raises(UserError, match=r"data.crop_seconds 5.0, this run has 4.0|data.crop_frames 250"):
         run(from_dict(RunConfig, other), tmp_path / "run")

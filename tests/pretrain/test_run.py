@@ -331,7 +331,7 @@ def test_another_config_or_other_data_is_refused(make_shards: Make, small_config
     run(
         small_config(dirs, optim={"steps": 2}, log={"log_every": 1}), tmp_path / "run"
     )  # how often it speaks may change
-    with pytest.raises(UserError, match=r"was made with optim.eps 1e-06, this run says 0.1"):
+    with pytest.raises(UserError, match=r"was made with optim.eps 1e-06, this run has 0.1"):
         run(small_config(dirs, optim={"steps": 2, "eps": 0.1}), tmp_path / "run")
     with pytest.raises(UserError, match="other train shards"):
         run(small_config(make_shards("other", seed=5), optim={"steps": 2}), tmp_path / "run")

@@ -205,7 +205,7 @@ def test_lr_clip_norm_and_steps_may_change_and_are_recorded(
     assert "from step 4: `optim.lr` 0.0002, before 0.001" in (tmp_path / "model" / "README.md").read_text()
     run(small_config(shards, optim={**more, "steps": 5}, log=often), tmp_path / "run")  # fewer than are done
     assert "all 5 steps are done" in capsys.readouterr().out
-    with pytest.raises(UserError, match="was made with optim.weight_decay 0.01, this run says 0.1"):
+    with pytest.raises(UserError, match="was made with optim.weight_decay 0.01, this run has 0.1"):
         run(small_config(shards, optim={**more, "weight_decay": 0.1}, log=often), tmp_path / "run")
 
 

@@ -123,7 +123,7 @@ def sealed(value: dict[str, Any]) -> dict[str, Any]:
 def load_json(path: Path) -> dict[str, Any]:
     """Read a sealed JSON object. Raises UserError if it is not one or was changed."""
     if path.exists() and (not path.is_file() or path.stat().st_size > MOST_TEXT):
-        raise UserError(f"{path}: not a file, or one of more than {MOST_TEXT >> 20} MiB; no run writes such")
+        raise UserError(f"{path}: not a file, or larger than {MOST_TEXT >> 20} MiB, which no run writes")
     try:
         value = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:  # including a number with too many digits

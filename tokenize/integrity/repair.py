@@ -98,7 +98,7 @@ def find_damage(root: Path, on_progress: OnShards) -> State:
     if statements.plan is None:
         raise UserError(f"{root}: dataset.json is damaged and there is no plan.json: the codec is unknown")
     if lost := [damage for damage in found if damage.file == STDIN]:
-        raise UserError(f"{root}: {lost[0]}; it cannot be made again: put it back")
+        raise UserError(f"{root}: {lost[0]}; it cannot be restored; put it back")
     if not statements.agree:
         raise UserError(f"{root}: {found[0]}; put back the right one by hand, nothing was changed")
     return State(

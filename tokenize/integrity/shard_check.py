@@ -97,7 +97,7 @@ def read_document(path: Path, indent: int | None = 1) -> dict[str, Any]:
     value = load_json(path)
     content = path.read_bytes()
     if to_json(json.loads(content), indent) != content:
-        raise UserError(f"{path}: damaged, not as it was written")
+        raise UserError(f"{path}: damaged: the content differs from what was written")
     return value
 
 

@@ -124,7 +124,7 @@ def _listed(stream: BinaryIO, name: str) -> Rows:
 def _list_rows(manifest: Path) -> Rows:
     with manifest.open("rb") as file:
         if b"\0" in file.read(4096):
-            raise UserError(f"{manifest}: not a text file; a list has a path a line")
+            raise UserError(f"{manifest}: not a text file; a list has one path per line")
         file.seek(0)
         yield from _listed(file, str(manifest))
 
@@ -196,7 +196,7 @@ def _table_rows(manifest: Path) -> Rows:
             for row in reader:
                 if None in row or None in row.values():
                     where = f"{manifest}, line {reader.line_num}"
-                    raise UserError(f"{where}: another number of fields than the header has")
+                    raise UserError(f"{where}: the number of fields differs from the header")
                 yield reader.line_num, dict(row)
         except csv.Error as error:
             raise UserError(f"{manifest}, line {reader.line_num + 1}: {error}") from error

@@ -361,7 +361,7 @@ def test_the_rank_with_an_nccl_error_reports_it(sessions: Sessions) -> None:
     assert "error: rank 1: exchanging data with the other ranks failed: NCCL error in: x.cpp:3," in second["err"]
     assert "Xid 94 on n7" in second["err"]
     assert len(second["err"].splitlines()) == 1
-    assert "another process of this run has ended; its own output says why" in first["error"]
+    assert "another process of this run has ended; its own output has the cause" in first["error"]
     assert (first["code"], second["code"]) == (70, 70)
 
 

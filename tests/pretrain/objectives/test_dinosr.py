@@ -179,10 +179,13 @@ def test_extra_state_comes_back() -> None:
         ({"online": {"top_layers": 2, "clusters": 1}}, "online.clusters: 1, must be at least 2"),
         (
             {"online": {"top_layers": 2}, "objective": {"gamma": "encodecmae"}},
-            "objective.gamma: encodecmae, but online",
+            "objective.gamma: encodecmae, but all online clusters",
         ),
         ({"online": {"top_layers": 2}, "objective": {"head": "cosine"}}, "objective.head: cosine, but online"),
-        ({"online": {"top_layers": 2}, "objective": {"visible_weight": 0.5}}, "objective.visible_weight: 0.5, is of"),
+        (
+            {"online": {"top_layers": 2}, "objective": {"visible_weight": 0.5}},
+            "objective.visible_weight: 0.5, applies to codec2vec",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(

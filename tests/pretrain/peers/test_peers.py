@@ -129,7 +129,7 @@ def test_data_that_cannot_be_compared_is_refused_before_anything_is_written(corp
     with pytest.raises(UserError, match="not a folder of token shards"):
         compare(config(tmp_path / "nowhere"), output, cpu_seconds=1.0)
     (tmp_path / "3.wav").unlink()
-    with pytest.raises(UserError, match=r"3\.wav: the audio of 'u3' is not there; --audio names its folder"):
+    with pytest.raises(UserError, match=r"3\.wav: no audio file of 'u3'; give its folder as --audio"):
         compare(config(corpus), output, cpu_seconds=1.0, audio=tmp_path)
     assert not output.exists()
 

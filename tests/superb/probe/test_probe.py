@@ -196,7 +196,7 @@ def test_a_probe_that_does_not_fit_is_one_clear_line(wrong: Probe, message: str,
 
 
 def test_bad_settings_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="folds 2: at least 3"):
+    with pytest.raises(UserError, match="folds 2: must be at least 3"):
         Settings(folds=2)
     with pytest.raises(UserError, match="neither a file nor a name"):
         load_probes("nothing")

@@ -59,7 +59,7 @@ def test_parts_cover_each_run_once(sweep: Any) -> None:
     runs = sweep("all", seeds=(0, 1)).runs()
     shares = [part(runs, 3, index) for index in range(3)]
     assert sorted(keys(run for share in shares for run in share), key=str) == sorted(keys(runs), key=str)
-    with pytest.raises(UserError, match="the numbers are 0 to 2"):
+    with pytest.raises(UserError, match="must be 0 to 2, for 3 parts"):
         part(runs, 3, 3)
 
 

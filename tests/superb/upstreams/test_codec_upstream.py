@@ -225,7 +225,7 @@ def test_s3prls_hub_names_the_missing_option(model_folder: Path) -> None:
 
     with pytest.raises(UserError, match="give -k MODEL"):
         hubconf.codecssl(ckpt=None, model_config=None, refresh=False)
-    with pytest.raises(UserError, match="-g some.yaml: a model has its configuration inside"):
+    with pytest.raises(UserError, match="-g some.yaml: a model contains its configuration"):
         hubconf.codecssl(ckpt=str(model_folder), model_config="some.yaml", refresh=False)
 
 

@@ -276,7 +276,7 @@ def test_a_damaged_list_from_standard_input_is_an_error(audio, tmp_path):
         (tmp_path / "out/stdin.jsonl").write_text(wrong)
         [line] = verify(tmp_path / "out")
         assert line.startswith("stdin.jsonl: ")
-        with pytest.raises(UserError, match=r"stdin\.jsonl.*; it cannot be made again: put it back"):
+        with pytest.raises(UserError, match=r"stdin\.jsonl.*; it cannot be restored; put it back"):
             repair(tmp_path / "out")
 
 

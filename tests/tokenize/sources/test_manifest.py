@@ -91,7 +91,7 @@ def test_ids_that_are_numbers_and_labels_of_all_kinds(tmp_path):
         ("x.csv", "sound,id\na,1\n", "line 2: no 'path' column; the columns are sound, id"),
         ("x.csv", "path,id\nb,1\n\na,1\n", "line 4: id '1' is there twice"),
         ("x.csv", f"path,t\na,{'x' * 140_000}\n", "line 2: field larger than"),
-        ("x.tsv", "path\tid\na\n", "line 2: another number of fields"),
+        ("x.tsv", "path\tid\na\n", "line 2: the number of fields differs from the header"),
         ("x.tsv", "", "no rows in it"),
         ("x.csv", "path\n", "no rows in it"),
     ],

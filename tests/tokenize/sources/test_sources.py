@@ -76,7 +76,7 @@ def test_tables_with_labels_and_segments(tree):
     with pytest.raises(UserError, match=r"list\.csv, line 3: id 'x' is there twice"):
         ids(table.with_suffix(".csv"))
     table.with_suffix(".csv").write_text("path,id\na.wav,x,3\n")
-    with pytest.raises(UserError, match="another number of fields than the header"):
+    with pytest.raises(UserError, match="the number of fields differs from the header"):
         ids(table.with_suffix(".csv"))
 
 
