@@ -9,7 +9,7 @@ LEVEL = 0.05
 
 
 def sign_flip_p(differences: Sequence[int]) -> float:
-    """Two-sided p of the exact sign-flip test for the sum of integer differences, one a clip.
+    """Two-sided p of the exact sign-flip test for the sum of integer differences, one per clip.
 
     Under the null hypothesis each clip's difference has either sign with probability 1/2. The distribution of the sum
     is computed exactly, as a product of polynomials. For differences of -1, 0 and 1 this is McNemar's exact test.

@@ -40,7 +40,7 @@ class Recording:
 def check(data: Shards, audio: Path | None) -> None:
     """Raise UserError for shards that the comparison cannot use: without a log-mel plane, or without their audio.
 
-    The HuBERT's front end has 320 samples a frame at 16 kHz, and so must the codec.
+    The HuBERT's front end has 320 samples per frame at 16 kHz. The codec must have the same.
     """
     card = data.card
     if (card.sample_rate, card.hop_length) != (SAMPLE_RATE, HOP):

@@ -44,10 +44,12 @@ def add_commands(line: CommandLine) -> None:
     bench.add_argument("--codec", default="tiny_16khz", metavar="NAME|PATH", help="as in codecssl-tokenize")
     bench.add_argument("--task", default="ks,sid,ic", help="comma-separated tasks with a linear head")
     bench.add_argument("--data", default="sample", metavar="ROOT|sample", help="as in run")
-    bench.add_argument("--utterances", type=int, default=96, help="training utterances in an epoch, at most")
-    bench.add_argument("--rounds", type=positive, default=2, help="runs of each, in turns; the fastest counts")
-    bench.add_argument("--threads", type=positive, default=1, help="threads of torch; small heads gain nothing by more")
-    bench.add_argument("--json", action="store_true", help="print JSON, one line a task")
+    bench.add_argument("--utterances", type=int, default=96, help="maximum number of training utterances in an epoch")
+    bench.add_argument(
+        "--rounds", type=positive, default=2, help="interleaved runs of each variant; the fastest is reported"
+    )
+    bench.add_argument("--threads", type=positive, default=1, help="threads of torch; small heads do not need more")
+    bench.add_argument("--json", action="store_true", help="print JSON, one line per task")
 
 
 def _cache(arguments: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ def add_commands(line: CommandLine) -> None:
         "sample",
         _sample,
         group=group,
-        help="unpack the spoken sample corpus that ships with codecssl",
+        help="unpack the shipped corpus of synthetic speech",
         example="sample corpus",
         resume="unpacks it again",
     )

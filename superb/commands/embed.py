@@ -29,7 +29,7 @@ def add_commands(line: CommandLine) -> None:
     add(
         "--layer", default="mean", metavar="L|mean", help="hidden state 0 to L (negative: from the last), or their mean"
     )
-    add("--pool", default="mean", choices=("mean", "meanstd"), help="over the frames of an input")
+    add("--pool", default="mean", choices=("mean", "meanstd"), help="pooling over the frames of an input")
     add("--frames", action="store_true", help="keep the states of every frame too, as safetensors")
     add("--device", default="cpu", help=DEVICE)
     add_codec_weights(sub)
@@ -37,7 +37,13 @@ def add_commands(line: CommandLine) -> None:
     add("--task", type=whole, default=0, metavar="I", help="do task I of 0..N-1")
     add("--window-seconds", type=amount, default=30.0, help="longest piece that goes through the upstream at once")
     add("--overlap-seconds", type=amount, default=1.0, help="context of a window on each side, computed and dropped")
-    add("--shard-inputs", type=positive, default=512, metavar="N", help="inputs a shard; a kill loses one shard")
+    add(
+        "--shard-inputs",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="inputs per shard; a kill loses at most one shard",
+    )
 
 
 def _embed(arguments: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ def add_commands(line: CommandLine) -> None:
     add("--upstream", action="append", required=True, metavar="MODEL|NAME", help=UPSTREAMS)
     add("--output", required=True, type=Path, metavar="DIR", help="results; may hold earlier ones")
     add("--layer", type=int, metavar="L", help="hidden state 0 to L (negative: from the last); default: mean of all")
-    add("--grid-points", type=positive, default=8, metavar="N", help="points of the predictor's grid that are tried")
+    add("--grid-points", type=positive, default=8, metavar="N", help="number of points of the predictor's grid to try")
     add("--seed", type=int, default=0, help="seed of the grid points, weights and batches")
     add("--device", default="cpu", help=DEVICE)
     tasks = line.command(
@@ -33,7 +33,7 @@ def add_commands(line: CommandLine) -> None:
         example="hear-tasks manifest.jsonl --output tasks",
     )
     add = tasks.add_argument
-    add("manifest", nargs="?", type=Path, help="a .jsonl with path, task and label columns; without it notes alone")
+    add("manifest", nargs="?", type=Path, help="a .jsonl with path, task and label columns; without it, notes only")
     add("--output", required=True, type=Path, metavar="DIR", help="the folder of tasks")
     add("--probes", default="probes", metavar="NAME|YAML", help="labels to make tasks of, as in probe")
     add("--seed", type=int, default=0, help="seed of the notes and folds")

@@ -54,8 +54,10 @@ def add_commands(line: CommandLine) -> None:
     add_upstreams(abx)
     abx.add_argument("--data", required=True, type=Path, metavar="MANIFEST|SHARDS", help="as in probe")
     abx.add_argument("--probes", default="probes", metavar="NAME|YAML", help="as in probe")
-    abx.add_argument("--probe", default="digits", help="whose label column has the classes, and group the speakers")
-    abx.add_argument("--clips", type=int, default=200, metavar="N", help="clips that are drawn at most")
+    abx.add_argument(
+        "--probe", default="digits", help="probe: its label column has the classes, its group column the speakers"
+    )
+    abx.add_argument("--clips", type=int, default=200, metavar="N", help="maximum number of clips")
     abx.add_argument("--seed", type=int, default=0, help="seed of the draw")
 
 

@@ -59,7 +59,9 @@ def add_commands(line: CommandLine) -> None:
     training.add_argument("--budget", choices=BUDGETS, default="quick", help="share of the official steps to run")
     training.add_argument("--lr", type=_lrs, help="learning rates to sweep, 1e-3,1e-4 (default: those of the budget)")
     seeds = training.add_mutually_exclusive_group()
-    seeds.add_argument("--seeds", type=integers, default=(0,), help="of heads, order of data, random upstream: 0,1,2")
+    seeds.add_argument(
+        "--seeds", type=integers, default=(0,), help="seeds of heads, data order and random upstream: 0,1,2"
+    )
     seeds.add_argument("--seed", type=int, help="one seed")
     training.add_argument("--folds", action="store_true", help="er: test five folds in turn (full always does)")
     training.add_argument("--lm", type=Path, metavar="FILE", help="asr: 4-gram model (ARPA, .gz) for WER with LM")

@@ -61,7 +61,9 @@ def add_commands(line: CommandLine) -> None:
         "--rates-bps", type=positive_floats, default=(50.0, 100.0, 200.0), help="bit/s, comma-separated"
     )
     report.add_argument("--seeds", type=integers, default=(0, 1, 2), help="comma-separated")
-    report.add_argument("--folds", type=int, default=4, help="folds of each seed's four to test; fewer are quicker")
+    report.add_argument(
+        "--folds", type=int, default=4, help="number of folds to test, of four per seed; fewer are faster"
+    )
 
 
 def _common(parser: argparse.ArgumentParser) -> None:

@@ -46,7 +46,7 @@ class WaveStates:
     ) -> None:
         self.expert, self.layers, self.device = expert, layers, device
         self.shift = int(expert.get_downsample_rates("hidden_states"))
-        """Samples at 16 kHz a frame."""
+        """Samples at 16 kHz per frame."""
         self.overlap = max(1, round(overlap_seconds * SAMPLE_RATE / self.shift)) * self.shift
         self.window = max(4, round(window_seconds * SAMPLE_RATE / self.shift)) * self.shift
         self.step = max(self.shift, self.window - 2 * self.overlap)

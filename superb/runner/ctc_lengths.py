@@ -1,7 +1,7 @@
 """Utterances with more labels than frames, which CTC cannot learn.
 
-CTC emits at most one label a frame, with a blank between two equal ones. s3prl sets the infinite loss of a longer
-transcript to zero (`zero_infinity`): training on it changes nothing, and nothing tells. Codecs of few frames a second
+CTC emits at most one label per frame, with a blank between two equal ones. s3prl sets the infinite loss of a longer
+transcript to zero (`zero_infinity`): such an utterance has no effect, without a warning. Codecs of low frame rates
 have many such utterances.
 """
 
@@ -53,7 +53,7 @@ def shortfall(task: str, selection: Selection, stride: int, upstream: str) -> Sh
     if short["train"] == utterances["train"]:
         raise UserError(
             f"task {task}: all {short['train']} training utterances have more labels than frames, at"
-            f" {SAMPLE_RATE / stride:g} frames a second of {upstream}: CTC can learn nothing; take other tasks, or an"
+            f" {SAMPLE_RATE / stride:g} frames per second of {upstream}: CTC cannot learn; take other tasks, or an"
             " upstream of a higher frame rate"
         )
     return Shortfall(utterances, short)

@@ -61,7 +61,7 @@ def choose_bit_rate(rate_bps: float, card: CodecCard, frame_rate: float) -> BitR
     per_frame = math.floor(rate_bps / rate)
     if per_frame < 1:
         raise UserError(
-            f"rate {rate_bps:g} bit/s: less than one bit for each of {float(rate):g} frames a second; give "
+            f"rate {rate_bps:g} bit/s: less than one bit for each of {float(rate):g} frames per second; give "
             f"{float(rate):g} or more, or a lower --frame-rate"
         )
     num_codebooks = -(-per_frame // MOST_BITS)

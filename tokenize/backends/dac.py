@@ -156,7 +156,7 @@ def load(name: str, weights: str | None, num_codebooks: int | None, device: str)
     found = (model.config.sampling_rate, math.prod(model.config.downsampling_ratios))
     if found != NETWORKS[name]:
         raise UserError(
-            "{}: a DAC of {} Hz and {} samples a frame, {} has {} Hz and {}; give its own weights".format(
+            "{}: a DAC of {} Hz and {} samples per frame, {} has {} Hz and {}; give its own weights".format(
                 source, *found, name, *NETWORKS[name]
             )
         )

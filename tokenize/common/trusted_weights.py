@@ -25,7 +25,7 @@ MOST_FILES = 1000
 """Maximum number of files of a recorded folder."""
 
 VARIABLE = "CODECSSL_CODEC_WEIGHTS"
-"""Environment variable with the paths or URLs of `--codec-weights`, one a line."""
+"""Environment variable with the paths or URLs of `--codec-weights`, one per line."""
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def _scales(utterance: EncodedUtterance, card: CodecCard) -> NDArray[np.float32]
     expected = card.segments_of(utterance.samples)
     scales = np.zeros(0, np.float32) if utterance.scales is None else np.asarray(utterance.scales, np.float32).ravel()
     if len(scales) != expected:
-        raise UserError(f"{utterance.id}: {len(scales)} scales, {card.name} has {expected} for it, one a segment")
+        raise UserError(f"{utterance.id}: {len(scales)} scales, {card.name} has {expected} for it, one per segment")
     return scales
 
 

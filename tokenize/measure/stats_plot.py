@@ -27,7 +27,7 @@ def draw(path: Path, found: dict[str, Any], sample: Sample, shards: Shards) -> N
     compressed = ", compressed" if found["compressed"] else ""
     figure.suptitle(
         f"{shards.path.name}: {found['codec']}, {found['hours']:.2f} h, {found['utterances']} utterances, "
-        f"{found['stored_bits_per_code']:.2f} bits a code{compressed}"
+        f"{found['stored_bits_per_code']:.2f} bits per code{compressed}"
     )
     (lengths, bits), (ranks, evenness) = figure.subplots(2, 2)
     _lengths(lengths, shards)
@@ -62,7 +62,7 @@ def _bits(axes: Any, found: dict[str, Any]) -> None:
         heights = [0.0 if value is None else value for value in values]
         axes.bar(places + (i - 1.5) * 0.2, heights, 0.2, label=name, color=colors[i])
     axes.axhline(found["stored_bits_per_code"], color="k", lw=0.8, ls="--", label="in the files, mean")
-    axes.set(xlabel="codebook", ylabel="bits a code", title="Bits per code")
+    axes.set(xlabel="codebook", ylabel="bits per code", title="Bits per code")
     axes.set_xticks(places[:: -(-len(books) // 16)])
     axes.set_ylim(0, 1.35 * max(series["packed"], default=1))
     axes.legend(fontsize=8, ncols=2, loc="upper right")

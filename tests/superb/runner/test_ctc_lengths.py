@@ -63,7 +63,9 @@ def test_short_utterances_are_counted_and_an_empty_set_is_an_error(tmp_path: Pat
         " them"
     )
     assert shortfall("ks", selection(tmp_path, [0.1]), 1_280, "mimi") is None
-    with pytest.raises(UserError, match=r"task pr: all 2 training .* at 12.5 frames a second of mimi: CTC can learn"):
+    with pytest.raises(
+        UserError, match=r"task pr: all 2 training .* at 12.5 frames per second of mimi: CTC cannot learn"
+    ):
         shortfall("pr", selection(tmp_path, [1.0, 1.0]), 1_280, "mimi")
     whole = shortfall("pr", selection(tmp_path, [1.0, 1.0]), 320, "tiny")
     assert whole is not None

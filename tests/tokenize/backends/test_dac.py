@@ -216,7 +216,7 @@ def test_weights_in_the_hubs_format_load(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "count", "says"),
     [
-        ("dac_44khz", None, "a DAC of 16000 Hz and 320 samples a frame, dac_44khz has 44100 Hz and 512"),
+        ("dac_44khz", None, "a DAC of 16000 Hz and 320 samples per frame, dac_44khz has 44100 Hz and 512"),
         ("dac_24khz", None, "a DAC of 16000 Hz .* dac_24khz has 24000 Hz"),
         ("dac_16khz", 4, "num_codebooks 4: dac_16khz has 1 to 3"),
         ("dac_16khz", 0, "num_codebooks 0: dac_16khz has 1 to 3"),
