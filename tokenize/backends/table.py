@@ -26,7 +26,7 @@ BACKENDS = {
     ),
     "encodec_48khz": Backend(
         module="codecssl.tokenize.backends.encodec_48khz",
-        summary="48 kHz stereo, 150 Hz in segments of 1 s, up to 16 x 1024, 1.5 kbps per codebook (Defossez et al. 2022)",
+        summary="48 kHz stereo, 150 Hz in segments of 1 s, up to 16 x 1024, 1.5 kbps/codebook (Defossez et al. 2022)",
         weights=_hub("facebook/encodec_48khz", " or the .th file"),
         model_type="encodec",
         sample_rates=(48_000,),
@@ -55,7 +55,7 @@ BACKENDS = {
     ),
     "mimi": Backend(
         module="codecssl.tokenize.backends.mimi",
-        summary="24 kHz, 12.5 Hz, up to 32 x 2048, 0.14 kbps per codebook, the first one semantic (Defossez et al. 2024)",
+        summary="24 kHz, 12.5 Hz, up to 32 x 2048, 0.14 kbps/codebook, the first one semantic (Defossez et al. 2024)",
         weights=_hub("kyutai/mimi"),
         model_type="mimi",
         sample_rates=(24_000,),
