@@ -93,7 +93,7 @@ def dac_16khz() -> Any:
 
 
 def codecs(setting: Setting) -> Iterator[Row]:
-    """Batched = single = chunked on the device, and the device against the CPU, per codebook."""
+    """Compare batched, single and chunked codes on the device, and the device with the CPU, per codebook."""
     from codecssl.tokenize.measure.check_codec import check_codec, differing, synthetic_waves
     from codecssl.tokenize.registry import load_codec
 

@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {
 
 
 def shards_at(folder: Path, rate: float, seconds: list[float]) -> Path:
-    """Random codes of utterances of these lengths, at `rate` frames a second."""
+    """Random codes of utterances of these lengths, at `rate` frames per second."""
     card = CodecCard(
         name="synthetic", weights="none", weights_sha256="0" * 64, sample_rate=24_000, hop_length=int(24_000 / rate),
         codebook_sizes=(16, 16), codes_per_frame=(1, 1), latent_dim=4,

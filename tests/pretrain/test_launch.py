@@ -122,7 +122,7 @@ def test_another_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_processes_stop_resume_and_compute_what_one_does(
     make_shards: Callable[..., Path], small_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """The first half by --nproc 2, ended by one SIGUSR2 to the launcher; the second half by torchrun."""
+    """--nproc 2 trains the first half, until the launcher gets a SIGUSR2; torchrun trains the second half."""
     log = {"log_every": 1, "checkpoint_every": 1000, "valid_every": 1000}
     config = small_config(make_shards(), model=NO_DROPOUT, optim={"steps": 40}, log=log)
     (tmp_path / "config.yaml").write_text(to_yaml(config))

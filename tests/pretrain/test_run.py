@@ -63,7 +63,7 @@ def tensors(checkpoint: Path | None) -> dict[str, torch.Tensor]:
 
 
 def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    """Bit for bit."""
+    """Assert that two sets of tensors are equal bit for bit."""
     assert left.keys() == right.keys()
     for name, value in left.items():
         assert torch.equal(value, right[name]), name
@@ -82,7 +82,7 @@ def forget_after(path: Path, step: int, into: Path) -> Path:
 def test_resume_equals_uninterrupted_bit_for_bit(
     make_shards: Make, small_config: Config, tmp_path: Path, precision: str
 ) -> None:
-    """From step 10 of 20, over an epoch boundary: weights, optimizer, schedule and metrics."""
+    """A run resumed at step 10 of 20, before an epoch boundary, has equal weights, optimizer, schedule and metrics."""
     dirs = make_shards(count=50)
     config = small_config(dirs, engine={"precision": precision, "accumulation": 2})
     steps_per_epoch = open_data(config, Ranks(rank=0, world_size=1, local_rank=0))[0].plan.steps_per_epoch

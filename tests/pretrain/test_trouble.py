@@ -47,7 +47,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 
 def away_at(step: int, monkeypatch: pytest.MonkeyPatch, shards: Path, seconds: float | None) -> None:
-    """Rename the shards before an update; back after some seconds, or never."""
+    """Rename the shards before an update, and back after some seconds or never."""
     update = Training.update
 
     def renamed(self: Training, number: int, *arguments: Any, **options: Any) -> Any:
@@ -137,7 +137,7 @@ def test_a_damaged_shard_stops_a_run_instead_of_training_on_garbage(
 def test_the_output_disk_may_be_away_for_a_moment(
     shards: Path, small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both a row of the metrics and a checkpoint fall into that time."""
+    """A row of the metrics and a checkpoint are due during that time."""
     config = small_config(shards, optim={"steps": 6}, log={"log_every": 1, "checkpoint_every": 3, "valid_every": 100})
     run(config, tmp_path / "undisturbed")
     update, moved = Training.update, []

@@ -33,7 +33,7 @@ CLOCKS |= {"memory_gib"}
 
 @pytest.fixture(scope="module")
 def config(cluster, write_learnable) -> tuple[Path, Path]:
-    """(config file, shards)."""
+    """Paths of a config file and of shards."""
     root = cluster.root / "work-config"
     root.mkdir()
     (root / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))

@@ -85,7 +85,7 @@ def test_a_run_that_was_stopped_goes_back_as_often_as_it_takes(job):
 
 
 def test_a_run_stopped_before_its_first_step_is_not_requeued_for_ever(job):
-    """A time limit below the time of the warning, say."""
+    """For example with a time limit below the warning time."""
     for turn in (1, 2):
         assert f"after a signal, stop {turn} without progress" in job.run("exit 75")[1]
     code, said = job.run("exit 75")

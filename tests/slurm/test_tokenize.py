@@ -49,7 +49,7 @@ def slow_python(folder: Path) -> str:
 
 
 def alone(manifest: Path, output: Path, *arguments: str) -> None:
-    """Without Slurm, in one process."""
+    """Tokenize without Slurm, in one process."""
     command = ["run", str(manifest), "--output", str(output), "--workers", "0", *SIZES, *arguments]
     subprocess.run([sys.executable, "-m", "codecssl.tokenize", *command], check=True, capture_output=True)
 

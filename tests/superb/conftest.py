@@ -82,7 +82,7 @@ def shipped_model(shipped: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def upstream(shipped: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, exported, as `--upstream`."""
+    """The exported model's path, as given to `--upstream`."""
     return exported(shipped, tmp_path_factory.mktemp("upstream"))
 
 

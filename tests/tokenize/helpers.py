@@ -12,7 +12,7 @@ HASHCODEC = Backend(module="hashcodec", summary="", weights="")
 
 
 def card(sizes, per_frame=None, **more):
-    """The card of a codec at 16 kHz and 50 frames a second, with codebooks of these sizes."""
+    """The card of a codec at 16 kHz and 50 frames per second, with codebooks of these sizes."""
     return CodecCard(
         name="made",
         weights="made",

@@ -141,7 +141,7 @@ def test_a_task_that_is_started_twice_runs_once(audio_folder, tmp_path, codec_fi
 
 
 def test_a_shard_that_others_finish_meanwhile_is_one_line(audio_folder, tmp_path, codec_file):
-    """Tasks of two divisions of the work at a time."""
+    """Two runs with different --tasks work on the same dataset."""
     mine = config(audio_folder, tmp_path / "out", codec_file)
 
     def others(progress):

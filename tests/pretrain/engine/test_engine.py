@@ -38,7 +38,7 @@ def test_polynomial_rises_linearly_and_falls_linearly() -> None:
 
 
 def test_tri_stage_warms_up_holds_and_decays_exponentially() -> None:
-    """DinoSR's 3/47/50 %."""
+    """The phases are DinoSR's: 3, 47 and 50 % of the steps."""
     config = OptimConfig(
         steps=100, lr=2.0, schedule="tri_stage", warmup_fraction=0.03, hold_fraction=0.47, final_scale=0.05
     )

@@ -100,7 +100,7 @@ MODELS = [
 
 
 def test_the_same_numbers_without_codecssl(export_of: Callable[..., Path], bare_python: Path, tmp_path: Path) -> None:
-    """Both families' architectures, with padding; also the shipped model."""
+    """Models of both families and the shipped model, with padded batches."""
     random, codec = np.random.default_rng(0), load_codec("tiny_16khz")
     folders = [*(export_of(codec.card, **settings) for settings in MODELS), "laptop_16khz"]
     waves = [0.1 * random.standard_normal(n).astype(np.float32) for n in (9_999, 16_000)]

@@ -359,7 +359,7 @@ def test_phones_with_times_are_scored(tmp_path: Path) -> None:
     items, rows = [], []
     for number in range(6):
         phones = [["a", 0.0, 0.2], ["b", 0.2, 0.5], ["c", 0.5, 0.6]]
-        labels = [0] * 10 + [1] * 15 + [2] * 5  # at 50 frames a second
+        labels = [0] * 10 + [1] * 15 + [2] * 5  # at 50 frames per second
         items.append((f"u{number}", np.tile(labels, (3, 1)), {"phones": phones}))
         rows.append(json.dumps({"id": f"u{number}", "labels": labels}))
     write_shards(tmp_path / "data", CARD, items)

@@ -26,7 +26,7 @@ Write = Callable[[Path, float], None]
 
 @pytest.fixture(scope="session")
 def write() -> Write:
-    """Writes the next stretch of one speaker of the sample corpus to a path."""
+    """Write the next part of a speaker's audio in the sample corpus to a path."""
     from codecssl.superb.sample.unpack import ARCHIVE
 
     with tarfile.open(ARCHIVE) as archive:
@@ -66,7 +66,7 @@ def by_split(rows: Rows, task: str, *columns: str) -> dict[str, set[tuple[Any, .
 
 
 def s3prls(csvs: tuple[Path, Path, list[Path]], *columns: str) -> dict[str, set[tuple[Any, ...]]]:
-    """The same of the three CSVs that s3prl wrote."""
+    """Read the three CSVs that s3prl wrote, in the same form."""
     splits = {}
     for split, path in zip(("train", "valid", "test"), (csvs[0], csvs[1], *csvs[2]), strict=True):
         table = pandas.read_csv(path, keep_default_na=False)
@@ -84,7 +84,7 @@ def problem(name: str) -> Any:
 
 
 def prepare(name: str, folder: Path, **arguments: Any) -> Any:
-    """s3prl's own prepare_data into a new folder."""
+    """Run s3prl's own prepare_data into a new folder."""
     target = folder / f"s3prl-{name}"
     target.mkdir()
     defaults = problem(name).default_config()["prepare_data"]

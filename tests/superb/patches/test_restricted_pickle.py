@@ -76,7 +76,7 @@ def test_a_damaged_pickle_is_a_one_line_error(content: bytes, tmp_path: Path) ->
 
 
 def test_fine_tuning_is_refused() -> None:
-    """Otherwise frozen results could be mistaken for fine-tuned ones."""
+    """If it were ignored, frozen results could be mistaken for fine-tuned ones."""
     from argparse import Namespace
 
     from codecssl.superb import hubconf

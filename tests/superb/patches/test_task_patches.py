@@ -25,7 +25,7 @@ def test_error_rates_of_empty_references() -> None:
 
 
 def test_slot_metrics_equal_those_of_s3prl_if_there_are_slots() -> None:
-    """Two slots, one heard right; by hand: two letters of eight wrong, one true positive, one false, one missed."""
+    """Two slots, one correct. By hand: two letters of eight wrong, one true positive, one false, one missed."""
     from s3prl.metric import slot_filling
 
     reference = ["play B-genre jazz E-genre by B-name anne E-name"]

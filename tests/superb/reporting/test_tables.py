@@ -185,7 +185,7 @@ def test_a_difference_beyond_chance_is_marked() -> None:
 
 
 def test_incomparable_runs_are_in_separate_tables() -> None:
-    """Other data, another version of the same data, another budget: a table each."""
+    """Other data, another version of the same data and another budget have separate tables."""
     others = [row("fbank", "ks", 0.1, data="x"), row("fbank", "ks", 0.1, manifest_sha256="1"),
               row("fbank", "ks", 0.1, budget={**rows()[0]["budget"], "divisor": 7})]  # fmt: skip
     assert len(tables.compare([*rows(), *others])) == 4

@@ -55,7 +55,7 @@ def selection(folder: Path, seconds: list[float]) -> Selection:
 
 
 def test_short_utterances_are_counted_and_an_empty_set_is_an_error(tmp_path: Path) -> None:
-    found = shortfall("pr", selection(tmp_path, [1.0, 1.0, 2.0, 3.0]), 1_280, "mimi")  # 12.5 frames a second
+    found = shortfall("pr", selection(tmp_path, [1.0, 1.0, 2.0, 3.0]), 1_280, "mimi")  # 12.5 frames per second
     assert found is not None
     assert found.short == {"train": 2, "valid": 0, "test": 1}
     assert found.warning() == (

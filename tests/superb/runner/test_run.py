@@ -300,7 +300,7 @@ def test_the_value_equals_s3prls_and_agrees_with_its_predictions(make: Any, trut
 
 
 def test_only_paths_steps_and_the_learning_rate_differ_from_s3prl(make: Any) -> None:
-    """Heads, batch sizes, clipping, accumulation, optimiser, effects: as published."""
+    """Heads, batch sizes, clipping, accumulation, optimiser and effects are the published ones."""
     run = make("er", learning_rate=0.5)
     ours, official = configure(run, Machine()), tasks.official_config(tasks.TASKS["er"])
     for key in (

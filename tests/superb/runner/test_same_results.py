@@ -29,7 +29,7 @@ def ks(root: Path, output: Path, upstream: str) -> Run:
 
 
 def test_fbank_on_our_runner_equals_fbank_on_s3prls(corpus: Path, tmp_path: Path) -> None:
-    """The same losses, the same layer weights, the same test accuracy, to the last bit."""
+    """Losses, layer weights and test accuracy are equal bit for bit."""
     from codecssl.superb.corpora.corpus import open_corpus
     from codecssl.superb.runner.csvs import write_csvs
     from codecssl.superb.runner.outcome import outcome

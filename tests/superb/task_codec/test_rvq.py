@@ -30,7 +30,7 @@ def seeded(seed=0):
 
 
 def naive(rvq, x, mask, kept):
-    """Frame by frame, entry by entry."""
+    """Search each frame over all entries in a loop."""
     batch, length, _ = x.shape
     features, codes = torch.zeros_like(x), torch.zeros(batch, len(rvq.books), length, dtype=torch.int64)
     loss, real = 0.0, int(mask.sum())

@@ -202,7 +202,7 @@ def test_segments_that_overlap_do_not_drift(codec: Any, samples: int) -> None:
         assert begins <= j * rate * 3 < begins + 320 or number == numbers.shape[1] - 1
 
 
-def test_s3prl_takes_it(model_folder: Path, loads_codec: Any) -> None:
+def test_the_upstream_works_in_s3prl(model_folder: Path, loads_codec: Any) -> None:
     """Through the hub, the wrapper and the featurizer of s3prl."""
     import_patches.install()
     from s3prl.nn import Featurizer, S3PRLUpstream

@@ -37,7 +37,7 @@ def random_24khz(seed=0):
 
 
 def small(seed=0, decoder_lstm=2):
-    """EnCodec's architecture, thin, with a second, dilated residual layer: 24 samples a frame, 16 kHz."""
+    """EnCodec's architecture, thin, with a second, dilated residual layer: 24 samples per frame, 16 kHz."""
     torch.manual_seed(seed)
     width = dict(dimension=8, n_filters=4, ratios=[4, 3, 2], causal=True, n_residual_layers=2)
     quantizer = ResidualVectorQuantizer(dimension=8, n_q=4, bins=64)
@@ -108,7 +108,7 @@ def test_plain_codes_are_the_encodec_packages_own():
 
 
 def test_trained_codes_are_the_plain_ones():
-    """tiny_16khz as shipped; rounding decides about a near tie in less than one of 1000 codes."""
+    """The shipped tiny_16khz. Rounding changes less than one of 1000 codes, at near ties."""
     codec = load_codec("tiny_16khz")
     waves = [wave(seconds, 16_000, seed) for seed, seconds in enumerate([1 / 16_000, 0.0199, 0.02, 0.021, 0.7, 9, 14])]
     ours, plain = helpers.codes_of(codec, waves), [codec.encode_reference(audio) for audio in waves]

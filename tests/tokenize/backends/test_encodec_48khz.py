@@ -32,7 +32,7 @@ def wave(samples, seed=0):
 
 
 def randomise(model, encoder, embeds):
-    """Group norms that matter, and codebooks with spread entries of the size of what they quantize."""
+    """Make group norms non-trivial, and spread the codebooks' entries as widely as their inputs."""
     for module in model.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.weight.uniform_(0.5, 1.5)

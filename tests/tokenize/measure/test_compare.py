@@ -22,7 +22,7 @@ from codecssl.tokenize.sources.sources import read_sources
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
-    """12 clips of 0.8 s: tones or noise, by 3 speakers; and one of another task."""
+    """12 clips of 0.8 s (tones or noise, 3 speakers) and one clip of another task."""
     folder = tmp_path_factory.mktemp("clips")
     rows = []
     for i in range(13):

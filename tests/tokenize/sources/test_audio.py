@@ -105,7 +105,7 @@ def test_107_odd_files_are_either_read_whole_or_a_one_line_error():
 
 @pytest.mark.skipif(not SHARED.exists(), reason="real audio beside the project is absent")
 def test_an_mp3_whose_header_counts_its_padding_is_whole():
-    """One of Common Voice's: 253,680 samples promised, 253,440 there."""
+    """A file of Common Voice: the header states 253,680 samples, and 253,440 are decoded."""
     path = SHARED / "pretrain_cv_en" / "common_voice_en_37154639.mp3"
     reader = AudioReader(path, 32_000)
     assert sum(len(block) for block in reader.blocks()) == reader.source_samples < soundfile.info(path).frames
