@@ -22,7 +22,7 @@ HEADER += ["clips", "in pretraining"]
 PAIRED_HEADER = ["probe", "upstream", "baseline", "difference", "p", "verdict"]
 NOTE = (
     "Best layer: layer and C chosen inside the training folds. Optimistic: the layer that is best on the test folds. "
-    "Bold: better than every baseline in the table, beyond noise. In pretraining: the probe's clips whose sha256 is in "
+    "Bold: significantly better than every baseline in the table. In pretraining: the probe's clips whose sha256 is in "
     "the pretraining set. fbank is taken without its per-utterance normalisation, which would leave means of 0."
 )
 PAIRED_NOTE = (

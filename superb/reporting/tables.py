@@ -152,7 +152,7 @@ def notes(comparison: Comparison) -> list[str]:
         f"Steps: {steps}. Heads, batch sizes, optimisers: s3prl's own. The upstream is frozen.",
         f"Learning rates tried: {_tried(c)}; selected: {_won(c)}.",
         "; ".join([f"Tested utterances: {tested}", *_spread(c)]) + ".",
-        "A difference with a * is more than noise (95 %; paired over test utterances where answers were kept).",
+        "A difference with a * is significant (95 %; paired over test utterances where answers were kept).",
         *([verdict] if (verdict := sentence(c)) else []),
         *_brief(trained),
         *_choices(c, runs),
@@ -170,7 +170,7 @@ def _spread(c: Comparison) -> list[str]:
     return [
         *(["± is the deviation over seeds"] if True in several else []),
         *(["a figure without it is of one seed"] if len(several) > 1 else []),
-        *(["in brackets the 95 % interval of so few (Wilson)"] if alone else []),
+        *(["in brackets: the 95 % Wilson interval"] if alone else []),
     ]
 
 

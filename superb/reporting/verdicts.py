@@ -65,8 +65,8 @@ def sentence(c: Comparison) -> str:
     close = [task for task in won if task not in clear]
     lost = [f"{task} ({leaders[task] or 'a tie'})" for task in c.tasks if task not in won]
     parts = [f"{winner} is best on {len(won)} of {len(c.tasks)} tasks"]
-    parts += [f"by more than noise against every other upstream on {len(clear)} ({', '.join(clear)})" if clear else ""]
-    parts += [f"within noise of another on {', '.join(close)}" if close else ""]
+    parts += [f"significantly better than every other upstream on {len(clear)} ({', '.join(clear)})" if clear else ""]
+    parts += [f"not significantly better on {', '.join(close)}" if close else ""]
     parts += [f"others are best on {', '.join(lost)}" if lost else ""]
     return "; ".join(part for part in parts if part) + f" (paired over test utterances, {LEVEL:.0%})."
 

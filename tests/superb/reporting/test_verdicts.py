@@ -53,8 +53,8 @@ def test_the_sentence_and_the_bold_cells() -> None:
     rows += [row("good", "pr", poor), row("fbank", "pr", fair), row("codes", "pr", poor)]  # lost
     (c,) = tables.compare(rows)
     said = verdicts.sentence(c)
-    assert said.startswith("good is best on 2 of 3 tasks; by more than noise against every other upstream on 1 (ks);")
-    assert "within noise of another on er; others are best on pr (fbank)" in said
+    assert said.startswith("good is best on 2 of 3 tasks; significantly better than every other upstream on 1 (ks);")
+    assert "not significantly better on er; others are best on pr (fbank)" in said
     header, body = tables.table_rows(c)
     ours = dict(zip(header, next(line for line in body if line[0] == "good"), strict=True))
     assert [key.split()[0] for key, text in ours.items() if text.startswith("**")] == ["ks"]
