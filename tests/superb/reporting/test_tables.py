@@ -90,7 +90,7 @@ def test_the_rates_that_won_stand_with_their_tasks() -> None:
     (comparison,) = tables.compare([*runs, row("fbank", "sid", 0.5)])
     text = " ".join(tables.notes(comparison))
     assert "selected: fbank ks: 0.001/0.01; sid er: 0.01." in text
-    assert "± is the deviation over seeds; a figure without it is of one seed; in brackets: the 95 % Wilson interval" in text
+    assert "± is the deviation over seeds; a figure without it is of one seed; in brackets: the 95 % Wilson" in text
     (comparison,) = tables.compare([row("fbank", "ks", 0.5), row("fbank", "er", 0.5)])
     text = " ".join(tables.notes(comparison))
     assert "selected: fbank 0.01." in text
