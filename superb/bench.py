@@ -56,7 +56,7 @@ class SuperbBenchConfig:
 
 
 def run(config: SuperbBenchConfig, corpus: TaskCorpus) -> list[dict[str, Any]]:
-    """A row per task: audio, seconds of the fastest epoch each way, and how the caches were used."""
+    """Return a row per task: audio, seconds of the fastest epoch of each variant, and the use of the caches."""
     import_patches.install()
     torch.set_num_threads(config.threads)
     codec = load_codec(config.codec)
@@ -156,7 +156,7 @@ def _seconds(epoch: Callable[[int | None], None]) -> tuple[float, float]:
 
 
 def console_table(rows: Sequence[dict[str, Any]]) -> Any:
-    """The rows as a table for the console."""
+    """Format the rows as a table for the console."""
     from rich.table import Table
 
     table = Table("task", "codec", "audio, s", "no cache, s", "token cache, s", "feature cache, s", "filling once, s")

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command_line() -> CommandLine:
-    """The subcommands and their arguments. Nothing heavy is imported."""
+    """Build the command line of all subcommands, without slow imports."""
     line = CommandLine("codecssl-superb", "Evaluate speech encoders on the ten SUPERB tasks.", OLD_NAMES)
     for commands in (run, report, probe, hear, embed, cache, corpora, task_codec):
         commands.add_commands(line)

@@ -13,7 +13,7 @@ from codecssl.tokenize.common.errors import UserError
 
 
 def codecssl(ckpt: str | None = None, model_config: str | None = None, refresh: bool = False) -> Any:
-    """The upstream of an exported model's folder, or of any name that codecssl-superb takes.
+    """Build the upstream of an exported model's folder, or of any name that codecssl-superb accepts.
 
     `refresh` is s3prl's: nothing is downloaded here. UserError without `ckpt`, and for a `model_config`.
     """

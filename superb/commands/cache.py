@@ -70,7 +70,7 @@ def _cache(arguments: argparse.Namespace) -> None:
 
 
 def _named(name: str) -> str:
-    """An upstream's name; another word is taken for a codec's name."""
+    """Parse the name of an upstream. Any other word is taken for the name of a codec."""
     from codecssl.superb.upstreams.names import parse
     from codecssl.tokenize.common.errors import UserError
 

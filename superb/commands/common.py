@@ -25,14 +25,14 @@ def add_upstreams(parser: argparse.ArgumentParser) -> None:
 
 
 def data_root(data: str, output: Path) -> Path:
-    """The corpus folder that --data names; the word `sample` unpacks the sample corpus into `output`."""
+    """Return the corpus folder that --data names. The word `sample` unpacks the sample corpus into `output`."""
     from codecssl.superb.sample.unpack import unpack
 
     return unpack(output / "sample") if data == "sample" else Path(data)
 
 
 def open_data(data: str, output: Path, side: Path | None = None) -> Any:
-    """The corpus that --data names."""
+    """Open the corpus that --data names."""
     from codecssl.superb.corpora.corpus import open_corpus
 
     return open_corpus(data_root(data, output), side)

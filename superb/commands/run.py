@@ -192,7 +192,7 @@ def _do(arguments: argparse.Namespace, runs: "list[Run]", console: Any) -> dict[
 
 
 def title(run: "Run") -> str:
-    """One line that names a run."""
+    """Describe a run in one line."""
     lr = "official lr" if run.learning_rate is None else f"lr {run.learning_rate:g}"
     lr = "no training" if TASKS[run.task].problem is None else lr
     fold = f"  fold {run.fold}" if run.fold is not None else ""

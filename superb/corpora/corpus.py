@@ -53,7 +53,7 @@ class TaskCorpus:
 
     @functools.cached_property
     def rows(self) -> list[ManifestRow]:
-        """The manifest's rows, with absolute paths."""
+        """Return the manifest's rows, with absolute paths."""
         try:
             lines = self.manifest.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
@@ -92,7 +92,7 @@ class TaskCorpus:
 
     @functools.cache  # noqa: B019 - as above
     def _rows_sha256(self, task: str) -> str:
-        """The sha256 of the rows, with paths relative to the root."""
+        """Return the sha256 of the rows, with paths relative to the root."""
         roots = str(self.root.resolve()), str(self.root.absolute())
         under = [row["path"].removeprefix(roots[0]).removeprefix(roots[1]) for row in self.rows_of(task)]
         rows = [{**row, "path": path} for row, path in zip(self.rows_of(task), under, strict=True)]

@@ -41,7 +41,7 @@ def _transcript(line: str) -> tuple[str, str]:
 
 
 def pr_rows(place: Place) -> list[ManifestRow]:
-    """The rows of asr with `phones`, looked up word by word in the lexicons that SUPERB's PR uses."""
+    """Return the rows of asr with `phones`, looked up word by word in the lexicons of SUPERB's PR."""
     rows = asr_rows(place)
     corpus = Path(rows[0]["path"]).parents[3] if rows else place.root
     source = "the dataset s3prl/g2p, folder lexicon, on the Hugging Face hub"

@@ -20,7 +20,7 @@ class Place:
     side: Path | None = None
 
     def corpus(self, title: str, names: tuple[str, ...], marks: tuple[str, ...]) -> Path:
-        """The folder, root/NAME or root itself, that has every one of `marks` (glob patterns allowed)."""
+        """Return the folder, root/NAME or root itself, that has all `marks` (names or glob patterns)."""
         if not self.root.is_dir():
             raise UserError(f"data {self.root}: no such folder; give the one that holds {title}")
         folders = [self.root / name for name in names] + [self.root]
@@ -44,7 +44,7 @@ class Place:
 
 
 def make_row(task: str, split: str, path: Path, **columns: Any) -> ManifestRow:
-    """A row of manifest.jsonl; `path` absolute."""
+    """Make a row of manifest.jsonl with an absolute `path`."""
     return {"path": str(path), "task": task, "splits": {task: split}, **columns}
 
 

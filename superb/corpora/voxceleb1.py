@@ -49,7 +49,7 @@ def _trial(line: str) -> tuple[int, str, str]:
 
 
 def _name(written: str) -> str:
-    """A file as id10001/VIDEO/00001.wav; some copies of the lists have `wav/` before it."""
+    """Return a file as id10001/VIDEO/00001.wav. Some copies of the lists have `wav/` before it."""
     name = written.replace("\\", "/").removeprefix("./").removeprefix("wav/")
     if not re.fullmatch(r"id\d{5}/[^/]+/[^/]+\.wav", name):
         raise ValueError(f"{written} does not begin with a speaker as id10001")

@@ -115,7 +115,7 @@ def embed(config: EmbedConfig, on_progress: OnProgress = lambda done, total, not
 
 
 def _token_folder(sources: Sequence[str]) -> Path | None:
-    """The folder of token shards, if that is the source."""
+    """Return the folder of token shards, or None for sources of audio."""
     folders = [Path(source) for source in sources if (Path(source) / "dataset.json").is_file()]
     if folders and len(sources) > 1:
         raise UserError(f"{folders[0]}: token shards and other sources; embed them into separate outputs")

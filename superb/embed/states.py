@@ -61,7 +61,7 @@ class WaveStates:
         return [states[i, :count].copy() for i, count in enumerate(counts)]
 
     def windows(self, blocks: Iterable[NDArray[np.float32]]) -> Iterator[States]:
-        """The states of a long wave that comes in blocks, piece by piece; two windows are in memory at most."""
+        """Yield the states of a long wave, read in blocks. At most two windows are in memory."""
         rest, first = np.zeros(0, np.float32), True
         for block in blocks:
             rest = np.concatenate([rest, block])

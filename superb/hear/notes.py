@@ -70,7 +70,7 @@ TIMBRES: dict[str, Callable[[float, Wave, np.random.Generator], Wave]] = {
 
 
 def note(timbre: str, pitch: int, seconds: float, rng: np.random.Generator) -> Wave:
-    """One note at 16 kHz, with a peak from 0.1 to 0.7 and 10 ms of fading at its end."""
+    """Synthesise a note at 16 kHz, with a peak from 0.1 to 0.7 and a fade of 10 ms at its end."""
     t = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     wave = TIMBRES[timbre](440 * 2 ** ((pitch - 69 + rng.uniform(-0.2, 0.2)) / 12), t, rng)
     wave = wave / np.abs(wave).max() * 10 ** (rng.uniform(-20, -3) / 20)

@@ -57,7 +57,7 @@ class TaskFolder:
                 raise UserError(f"{path}: metric {name} does not fit a task of {self.metadata['embedding_type']}s")
 
     def _folds(self) -> list[Fold]:
-        """A test fold is followed by its validation fold; the others train (heareval's data_splits_from_folds)."""
+        """Split the folds: the fold after the test fold validates, the others train (heareval, data_splits_from_folds)."""
         if self.metadata["split_mode"] == "trainvaltest":
             return [Fold(("train",), "valid", "test")]
         names = [f"fold{number:02d}" for number in range(int(self.metadata["nfolds"]))]
@@ -88,7 +88,7 @@ class TaskFolder:
         return found
 
     def event_lists(self, split: str) -> dict[str, list[Event]]:
-        """The events of each file."""
+        """Return the events of each file."""
         rows = self.labels(split)
         return {
             file: [Event(str(e["label"]), float(e["start"]), float(e["end"])) for e in events]

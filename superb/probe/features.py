@@ -67,7 +67,7 @@ class ShardRows:
 
 
 def open_rows(path: Path) -> "AudioRows | ShardRows":
-    """A manifest file, a folder with manifest.jsonl, or a folder of token shards."""
+    """Open a manifest file, a folder with manifest.jsonl, or a folder of token shards."""
     if (path / "manifest.jsonl").is_file():
         return AudioRows(path / "manifest.jsonl")
     if path.is_file():

@@ -127,7 +127,7 @@ def _in_pretraining(row: ResultRow) -> str:
 
 
 def summary(rows: Sequence[ResultRow]) -> list[str]:
-    """One line per model and baseline, with the numbers of probes where it is better, worse, or not different."""
+    """Write one line per model and baseline, with the numbers of probes where it is better, worse, or not different."""
     found = sorted(pairs(rows), key=lambda pair: (pair.model, _order(pair.baseline), pair.baseline))
     lines = []
     for (model, baseline), group in groupby(found, key=lambda pair: (pair.model, pair.baseline)):

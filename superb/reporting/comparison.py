@@ -76,7 +76,7 @@ class Cell:
 
 
 def values_of(run: ResultRow) -> dict[str, float]:
-    """All metrics of a row. Older rows have only the first one."""
+    """Return all metrics of a row. Older rows have only the first one."""
     return dict(run.get("values") or {run["metric"]: run["value"]})
 
 

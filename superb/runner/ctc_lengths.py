@@ -30,7 +30,7 @@ class Shortfall:
         return sum(self.short.values())
 
     def warning(self) -> str | None:
-        """One line with the share of each split, or None."""
+        """Return one line with the proportion in each split, or None."""
         if not self.total:
             return None
         shares = [

@@ -50,7 +50,7 @@ class Worker(Generic[Item]):
             self.connection.send(item)
 
     def outcome(self) -> tuple[Any] | None:
-        """The next outcome in a tuple; None after the last. Raises WorkerDiedError."""
+        """Return the next outcome in a tuple, and None after the last. Raises WorkerDiedError."""
         if self.connection.poll():
             with contextlib.suppress(EOFError, OSError):
                 received: tuple[Any] | None = self.connection.recv()

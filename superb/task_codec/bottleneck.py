@@ -88,7 +88,7 @@ class Bottleneck(nn.Module):
 
     @torch.no_grad()
     def encode(self, state: Tensor) -> Tensor:
-        """The state [T, D] of one utterance -> codes int64 [K, ceil(T / pool)]."""
+        """Encode the state [T, D] of one utterance to codes int64 [K, ceil(T / pool)]."""
         pooled, _ = self.pooled(state[None], [len(state)])
         return self.rvq.encode(pooled)[0]
 

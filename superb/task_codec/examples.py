@@ -104,7 +104,7 @@ def _unlabelled(count: int, seed: int) -> Examples:
 
 
 def _choose(rows: Sequence[ManifestRow], task: str, probes: str) -> tuple[Probe, dict[int, tuple[str, ...]]]:
-    """The task's rows, and each one's labels by name."""
+    """Return the rows of the task, and the labels of each row by name."""
     known = {probe.name: probe for probe in load_probes(probes)}
     if task in known:
         probe = known[task]

@@ -32,7 +32,7 @@ def steps_of(config: BottleneckTrainConfig, stage: int) -> int:
 
 
 def lr_at(config: BottleneckTrainConfig, stage: int, step: int) -> float:
-    """The learning rate of a step."""
+    """Return the learning rate of a step."""
     return float(getattr(config, f"{STAGES[stage]}_learning_rate")) * (1 - step / steps_of(config, stage))
 
 

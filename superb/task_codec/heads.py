@@ -115,7 +115,7 @@ class CtcHead(_Linear):
         return (_divergence(logits[:, :length], teacher[:, :length]) * mask).sum() / mask.sum()
 
     def answers(self, logits: Tensor, frames: Sequence[int]) -> list[list[int]]:
-        """The most likely label of each frame, without repeats and blanks."""
+        """Decode the most likely label of each frame, without repeats and blanks."""
         best = logits.argmax(dim=2)
         rows = [row[:n].unique_consecutive().tolist() for row, n in zip(best, frames)]
         return [[label for label in row if label != BLANK] for row in rows]

@@ -42,7 +42,7 @@ class Clusters(nn.Module):
 
 
 def cluster_bottleneck(dim: int, pool: int, size: int) -> Bottleneck:
-    """A bottleneck quantized by k-means; `fit` sets all of its weights."""
+    """Make a bottleneck quantized by k-means. `fit` sets all of its weights."""
     bottleneck = Bottleneck(dim, pool, RvqConfig(codebook_dim=1, codebook_size=2))
     quantizer: Any = Clusters(dim, size)
     bottleneck.rvq = quantizer

@@ -83,7 +83,7 @@ def prepare(upstream: Path, data: Path, work: Path, device: str) -> Prepared:
 
 
 def settle(config: TaskCodecConfig, ready: Prepared, fold: int = 0) -> tuple[Examples, BitRate]:
-    """The task's utterances and the chosen rate. Raises a one-line UserError for impossible settings."""
+    """Return the task's utterances and the rate. Raises UserError for impossible settings."""
     check_layer(ready.model, config.layer)
     spoken = config.task in (*SPOKEN, "none")
     bit_rate = choose_bit_rate(config.rate_bps, ready.model.card, config.frame_rate or FRAME_RATE[spoken])
@@ -149,7 +149,7 @@ def first_head(config: TaskCodecConfig, ready: Prepared, found: Examples) -> Any
 def build(
     config: TaskCodecConfig, ready: Prepared, found: Examples, bit_rate: BitRate, head: Any
 ) -> BottleneckTraining:
-    """A bottleneck initialized from the seed, and its training with a copy of `first_head`."""
+    """Make a bottleneck initialized from the seed, and its training with a copy of `first_head`."""
     dim = ready.model.config.dim
     sizes = RvqConfig(
         num_codebooks=bit_rate.num_codebooks,
@@ -164,7 +164,7 @@ def build(
 
 
 def new_head(config: TaskCodecConfig, found: Examples, dim: int, states: int) -> Any:
-    """A head for S states [B, T, D], initialized from the seed."""
+    """Make a head for S states [B, T, D], initialized from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         return HEADS[found.kind](dim, states, len(found.names)).to(config.device)

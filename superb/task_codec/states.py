@@ -56,12 +56,12 @@ def batched(source: Source) -> Batched:
 
 
 def after(source: Source, layer: int) -> Source:
-    """The states L, L + 1, ... of a source of all states."""
+    """Return the states L, L + 1, ... of a source of all states."""
     return lambda index: source(index)[layer:]
 
 
 def whole_model(model: CodecModel, shards: Shards, device: str = "cpu") -> Source:
-    """All states of the unmodified model."""
+    """Return all states of the unmodified model."""
 
     @torch.no_grad()
     def states(index: int) -> States:
@@ -72,7 +72,7 @@ def whole_model(model: CodecModel, shards: Shards, device: str = "cpu") -> Sourc
 
 
 def first_codebooks(model: CodecModel, shards: Shards, count: int, device: str = "cpu") -> Source:
-    """All states given the first `count` codebooks of the base codec. The others are dropped as in pretraining."""
+    """Return all states given the first `count` codebooks of the base codec. Others are dropped as in pretraining."""
 
     @torch.no_grad()
     def states(index: int) -> States:
@@ -86,7 +86,7 @@ def first_codebooks(model: CodecModel, shards: Shards, count: int, device: str =
 
 
 def tables(embeddings: Sequence[Tensor], shards: Shards, count: int, device: str = "cpu") -> Source:
-    """One state: the sum of the base codec's own embeddings of its first `count` codebooks."""
+    """Return one state: the sum of the base codec's own embeddings of its first `count` codebooks."""
     kept = [table.to(device) for table in embeddings[:count]]
 
     def states(index: int) -> States:

@@ -32,7 +32,7 @@ class Guarded(FrozenUpstream):
         return {"hidden_states": states}
 
     def count(self, name: str, utterances: int) -> int:
-        """The number of broken waves. Raises UserError if it is large among `utterances`."""
+        """Return the number of broken waves. Raises UserError if they are many among `utterances`."""
         if len(self.broken) > max(FEW_BROKEN, MOST_BROKEN * utterances):
             raise UserError(
                 f"upstream {name}: NaN or infinite features for {len(self.broken)} waves of {utterances} utterances, "

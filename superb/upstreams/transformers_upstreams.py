@@ -66,7 +66,7 @@ class TransformersUpstream(FrozenUpstream):
         return {"hidden_states": [pad([s[i, at] for i, at in enumerate(index)], batch_first=True) for s in states]}
 
     def _normalised(self, wav: Tensor) -> Tensor:
-        """The wave scaled as the checkpoint's preprocessor_config asks, padded to at least one frame."""
+        """Scale the wave as the checkpoint's preprocessor_config requires, and pad it to at least one frame."""
         out = self.extractor(wav.detach().cpu().float().numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt")
         wave = out.input_values[0].to(device=wav.device, dtype=next(self.frozen.parameters()).dtype)
         return nn.functional.pad(wave, (0, max(0, self.least - len(wave))))
@@ -93,7 +93,7 @@ class TransformersUpstream(FrozenUpstream):
 
 
 def load(source: str) -> TransformersUpstream:
-    """The upstream `hf:SOURCE`: a folder in the hub's format, or a NAME of the hub (from its cache when offline).
+    """Load the upstream `hf:SOURCE`: a folder in the hub's format, or a NAME of the hub (from its cache if offline).
 
     Raises UserError for another kind of model, and if loading fails.
     """
@@ -116,7 +116,7 @@ def load(source: str) -> TransformersUpstream:
 
 
 def _extractor(source: str) -> Any:
-    """The checkpoint's feature extractor. Without one, each wave is normalised, as s3prl does."""
+    """Load the checkpoint's feature extractor. Without one, each wave is normalised, as s3prl does."""
     from transformers import Wav2Vec2FeatureExtractor
 
     try:

@@ -50,7 +50,7 @@ class Shared:
         return self._summaries[key]
 
     def head(self, config: TaskCodecConfig, found: Examples, summaries: Summaries, *key: Any) -> Any:
-        """A copy of the key's head after its first stage. Only heads of the last fold are cached."""
+        """Return a copy of the key's head after its first stage. Only heads of the last fold are cached."""
         key = (config.task, config.train.seed, found.parts["test"], *key)
         if key not in self._heads:
             if self._heads and next(iter(self._heads))[:3] != key[:3]:
@@ -62,7 +62,7 @@ class Shared:
         return copy.deepcopy(self._heads[key])
 
     def model_head(self, config: TaskCodecConfig, found: Examples) -> Any:
-        """The head on the states L, L + 1, ... of the unmodified model."""
+        """Return the head on the states L, L + 1, ... of the unmodified model."""
         summaries = self.summaries(config, found, after(self.ready.states, config.layer), "model", config.layer)
         return self.head(config, found, summaries, "model", config.layer)
 

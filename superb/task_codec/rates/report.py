@@ -62,7 +62,7 @@ def report(config: ReportConfig, say: Callable[[str], None] = print) -> list[Pat
 def _all_folds(
     config: ReportConfig, shared: Shared, work: Path, which: Point, say: Callable[[str], None]
 ) -> list[Point]:
-    """All points of a task, layer and seed. Each is stored in a file and computed once."""
+    """Compute all points of a task, layer and seed. Each is stored in a file and computed once."""
     plain = {name: getattr(config, name) for name in COMMON} | {"train": replace(config.train, seed=which["seed"])}
     plain |= {"task": which["task"], "layer": which["layer"]}
     configs = [TaskCodecConfig(**plain, rate_bps=rate) for rate in sorted(config.rates_bps)]

@@ -71,7 +71,7 @@ def markdown(points: Sequence[Point]) -> str:
 
 
 def reached(points: Sequence[Point]) -> list[str]:
-    """A line for each task and layer: the lowest nominal rate at which codes keep 99 % of the model's accuracy."""
+    """Write a line per task and layer: the lowest nominal rate at which codes keep 99 % of the model's accuracy."""
     lines = []
     for task, layer in sorted({(p["task"], p["layer"]) for p in points if p["metric"] == "accuracy"}):
         here = [p for p in points if (p["task"], p["layer"]) == (task, layer)]
