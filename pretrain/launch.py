@@ -118,7 +118,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def _end_with(parent: int, libc: ctypes.CDLL) -> None:
-    """In a new child: ask the kernel for SIGTERM when the parent dies. It may be dead already."""
+    """Ask the kernel for SIGTERM when the parent dies, which may have happened already. Runs in a new child."""
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         os._exit(PREEMPTED)

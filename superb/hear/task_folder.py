@@ -57,7 +57,7 @@ class TaskFolder:
                 raise UserError(f"{path}: metric {name} does not fit a task of {self.metadata['embedding_type']}s")
 
     def _folds(self) -> list[Fold]:
-        """Split the folds: the fold after the test fold validates, the others train (heareval, data_splits_from_folds)."""
+        """Split the folds: the one after the test fold validates, the others train (as in heareval)."""
         if self.metadata["split_mode"] == "trainvaltest":
             return [Fold(("train",), "valid", "test")]
         names = [f"fold{number:02d}" for number in range(int(self.metadata["nfolds"]))]

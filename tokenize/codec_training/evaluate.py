@@ -72,7 +72,7 @@ def held_out_clips(manifest: Path, count: int) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The figures as Markdown."""
+    """Format the figures as Markdown."""
     lines = [
         "| codec | kbps | mel distance | SI-SDR (median, dB) | encode, x real time "
         "| entries used, per codebook | perplexity, per codebook |",

@@ -269,7 +269,7 @@ class Renamed(argparse.Action):
 
 
 def console(**options: Any) -> Any:
-    """A rich console that leaves a closed pipe to `CommandLine.main` and prints strings as `printable`.
+    """Make a rich console that leaves a closed pipe to `CommandLine.main` and prints strings as `printable`.
 
     `options` are passed to rich's Console.
     """
@@ -291,7 +291,7 @@ OnProgress = Callable[[int, int | None, str], None]
 
 @contextmanager
 def progress_bar(unit: str, *, every: float = 0.5) -> Iterator[OnProgress]:
-    """A progress bar on stderr if it is a terminal. Yields on_progress(done, total, note).
+    """Show a progress bar on stderr if it is a terminal. Yields on_progress(done, total, note).
 
     It is drawn at most once in `every` seconds, by the caller's thread. It starts no thread of its own, so the caller
     may fork.

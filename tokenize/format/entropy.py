@@ -115,7 +115,7 @@ class _BookCoder:
 
     @cached_property
     def rows(self) -> list[list[Any]]:
-        """The grid with coder models as entries: two look-ups per code."""
+        """Return the grid with coder models as entries: two look-ups per code."""
         return [[self.models[c] for c in row] for row in self.grid.tolist()]
 
     @cached_property

@@ -153,12 +153,12 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def shard_path(root: Path, shard: int) -> Path:
-    """The tar of a shard."""
+    """Return the path of a shard's tar."""
     return root / "shards" / f"{shard:05d}.tar"
 
 
 def shard_name(shard: int) -> str:
-    """The tar of a shard, relative to its dataset."""
+    """Return the path of a shard's tar, relative to its dataset."""
     return f"shards/{shard:05d}.tar"
 
 

@@ -176,7 +176,7 @@ class Xcodec2Codec(SegmentCodec):
 
     @cached_property
     def filter_bank(self) -> Any:
-        """The input features of w2v-BERT 2.0."""
+        """Compute the input features of w2v-BERT 2.0."""
         return transformers.SeamlessM4TFeatureExtractor(padding_value=1.0)
 
     def encode_latents(self, audio: Tensor) -> Tensor:

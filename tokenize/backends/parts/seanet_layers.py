@@ -122,7 +122,7 @@ class CausalConvolution:
             lane.memory[self] = self.tail.clone()
 
     def _mirrored(self, lane: Lane) -> Tensor:
-        """The reference's left padding: the wave's mirrored beginning, or zeros where a short wave lacks samples."""
+        """Return the reference's left padding: the mirrored beginning of the wave, or zeros if it is too short."""
         mirrored = self.body[1 : self.pad + 1].flip(0)
         length = len(self.body) * lane.first_frames // self.frames if self.mirror else 0
         mirrored[: max(0, self.pad + 1 - length)] = 0
