@@ -78,6 +78,17 @@ class CodecCard:
         return tuple(size for size, count in zip(self.codebook_sizes, self.codes_per_frame) for _ in range(count))
 
     @property
+    def fsq_levels(self) -> int | None:
+        """Levels of each channel of a finite scalar quantizer (`backends/parts/fsq.py`), None for any other codec.
+
+        Its latent has one channel for each digit of the code: a single codebook of levels ** latent_dim codes.
+        """
+        if self.num_rows != 1:
+            return None
+        levels = round(self.codebook_sizes[0] ** (1.0 / self.latent_dim))
+        return levels if levels > 1 and levels**self.latent_dim == self.codebook_sizes[0] else None
+
+    @property
     def bits_per_second(self) -> float:
         """Nominal bit rate of the stored codes."""
         per_frame = sum(b * n for b, n in zip(self.code_bits, self.codes_per_frame))

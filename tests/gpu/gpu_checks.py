@@ -49,29 +49,12 @@ class Setting:
 def random_codecs(folder: Path, tiny: bool) -> Iterator[tuple[str, str]]:
     """Yield (name, --codec) of each codec with narrow random weights. At tiny sizes two of them."""
     import random_weights
-    import test_dac
-    import test_mimi
-    import test_snac
-    import test_xcodec
 
     yield "tiny_16khz", "tiny_16khz"
-    models: dict[str, Callable[[], Any]] = {"dac_16khz": test_dac.random_model}
-    if not tiny:
-        models["dac_24khz"] = lambda: test_dac.random_model("dac_24khz")
-        models["dac_44khz"] = lambda: test_dac.random_model("dac_44khz")
-        models["mimi"] = test_mimi.small_model
-        models["xcodec"] = lambda: test_xcodec.random_model().float()
-        models["encodec_24khz"] = encodec_24khz
-    for name, model in models.items():
-        model().save_pretrained(folder / name)
-        yield name, str(folder / name)
-    if tiny:
-        return
-    for name, write in random_weights.WRITERS.items():
+    names = ["dac_16khz"] if tiny else list(random_weights.WRITERS)
+    for name in names:
         (folder / name).mkdir()
-        yield name, str(write(folder / name))
-    (folder / "snac").mkdir()
-    yield "snac_24khz", str(test_snac.save(test_snac.random_net(), folder / "snac"))
+        yield name, f"{name}@{random_weights.WRITERS[name](folder / name)}"
 
 
 def encodec_24khz() -> Any:
@@ -87,9 +70,9 @@ def encodec_24khz() -> Any:
 
 def dac_16khz() -> Any:
     """DAC at 16 kHz of the published size with random weights."""
-    import test_dac
+    import random_models
 
-    return test_dac.random_model(num_codebooks=12, width=64)
+    return random_models.dac_model(num_codebooks=12, width=64)
 
 
 def codecs(setting: Setting) -> Iterator[Row]:

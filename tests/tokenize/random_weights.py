@@ -1,32 +1,23 @@
 """Random weights of each codec, narrow, in the files that the hub has: write(folder) returns the path to give."""
 
 import json
+from pathlib import Path
 
 import helpers
+import numpy as np
+import pytest
+import random_models
 import torch
 import transformers
+from random_models import entries_of
 from safetensors.torch import save_file
 
-from codecssl.tokenize.backends import hificodec, speechtokenizer, wavtokenizer
-from codecssl.tokenize.backends.fsq import s3tokenizer, xcodec2
+from codecssl.tokenize.backends import hificodec, speechtokenizer, tiny_16khz, wavtokenizer
+from codecssl.tokenize.backends.fsq import focalcodec, s3tokenizer, xcodec2
 from codecssl.tokenize.backends.parts import bigcodec_encoder
 from codecssl.tokenize.backends.parts.noncausal_seanet import build_encoder
 from codecssl.tokenize.backends.parts.vocos import FourierHead, VocosBackbone
-
-
-def entries_of(latents, count, size, seed=0):
-    """Draw codebooks [count, size, D] from their inputs: latents [D, T] and the residuals.
-
-    All entries differ clearly: no code depends on rounding.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    residual, tables = latents.t(), []
-    for _ in range(count):
-        picked = residual[torch.randint(len(residual), (size,), generator=generator)]
-        table = 0.8 * picked + 0.2 * picked.std() * torch.randn(picked.shape, generator=generator).to(picked)
-        residual = residual - table[torch.cdist(residual, table).argmin(1)]
-        tables.append(table)
-    return torch.stack(tables)
+from codecssl.tokenize.backends.semanticodec import audiomae, grid
 
 
 def livened(module, seed=0):
@@ -121,6 +112,11 @@ def write_hificodec(folder, seed=0):
     return path
 
 
+def write_hificodec_24khz(folder, seed=0):
+    torch.save(hificodec_state(rate=24_000, seed=seed), path := folder / "HiFi-Codec-24k-320d")
+    return path
+
+
 def mimi_model(seed=0, **changes):
     """A narrow transformers.MimiModel in which every layer has an effect, with codebooks drawn from their inputs."""
     torch.manual_seed(seed)
@@ -205,12 +201,152 @@ def write_s3tokenizer(folder, seed=0):
     return path
 
 
+FOCALCODEC = {
+    "encoder_name": "WavLM",
+    "encoder_config": {
+        "hidden_dims": [8] * 7, "num_layers": 2, "dim": 32, "ffn_dim": 48, "num_heads": 2, "conv_pos": 16,
+        "conv_pos_groups": 2, "num_buckets": 32, "max_distance": 80, "max_cached_steps": 0,
+    },
+    "compressor_name": "FocalEncoder",
+    "compressor_config": {
+        "input_dim": 32, "output_dim": 13, "hidden_dims": [32, 24, 16], "downscale_factors": [1, 1, 1],
+        "focal_window": 7, "focal_level": 2, "focal_factor": 2, "use_layerscale": True,
+    },
+    "quantizer_name": "BinarySphericalQuantizer",
+    "quantizer_config": {"codebook_size": 8192},
+    "decompressor_name": "FocalDecoder",
+    "decompressor_config": {
+        "input_dim": 13, "output_dim": 32, "hidden_dims": [16, 24, 32], "upscale_factors": [1, 1, 1],
+        "focal_window": 7, "focal_level": 2, "focal_factor": 2, "use_layerscale": True,
+    },
+    "decoder_name": "Vocos",
+    "decoder_config": {"input_dim": 32, "num_layers": 2, "dim": 24, "ffn_dim": 32, "n_fft": 1024, "hop_length": 320},
+}  # fmt: skip
+
+
+def focalcodec_config(factors=(1, 1, 1), **changes):
+    """changes: of compressor and decompressor."""
+    compressor = FOCALCODEC["compressor_config"] | changes | {"downscale_factors": list(factors)}
+    decompressor = FOCALCODEC["decompressor_config"] | changes | {"upscale_factors": list(factors)[::-1]}
+    return FOCALCODEC | {"compressor_config": compressor, "decompressor_config": decompressor}
+
+
+def write_focalcodec(folder, seed=0, config=None):
+    """As the hub has it; the bits of a code are balanced on some audio."""
+    config = config or focalcodec_config()
+    torch.manual_seed(seed)
+    network = livened(focalcodec.FocalNetwork(config, folder, "focalcodec"), seed)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.dim() < 2 or name.endswith("gru_rel_pos_const"):
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+        wave = helpers.wave(32_000, rate=16_000, levels=(0.1, 0.9))[None]
+        network.compressor.out_proj.bias.sub_(network.compressor(network.encoder(wave))[0].mean(0))
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(network.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def semanticodec_state(joined=1, width=64, depth=10, layers=2, sizes=(300, 80), seed=0):
+    """encoder.ckpt and the table of centroids, drawn from the features that it has to code.
+
+    joined: patches in a cell. The published networks have width 768, depth 12, 4, 3 or 2 layers and 8,192 acoustic
+    entries.
+    """
+    torch.manual_seed(seed)
+    generator, dim = torch.Generator().manual_seed(seed), joined * width
+    mae = audiomae.AudioMAE(width, depth)
+    lstm, linear = (
+        torch.nn.LSTM(2 * dim, 2 * dim, layers, bidirectional=True),
+        torch.nn.Linear(4 * dim, dim, bias=False),
+    )
+    mels = torch.stack([audiomae.log_mel(window.audio) for window in grid.windows(semantic_wave(300_000))])
+    with torch.no_grad():
+        for module in (mae, lstm, linear):
+            for name, parameter in module.named_parameters():
+                if parameter.dim() > 1:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    gain = 8 if "patch" in name else 4 if module is lstm else 1
+                    parameter.copy_(noise * gain * parameter[0].numel() ** -0.5)
+                else:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        features = grid.GRIDS[joined].join(mae.eval()(mels)).flatten(0, 1)
+        [centroids] = entries_of(features.t(), 1, sizes[0], seed)
+        near = centroids[torch.cdist(features, centroids).argmin(1)]
+        residual = linear(lstm(torch.cat([features, near], 1))[0])
+        acoustic = entries_of(residual.t(), 1, sizes[1], seed)
+    state = {f"audiomae.model.{key}": value for key, value in mae.state_dict().items()}
+    state |= {f"encoder.{key}": value for key, value in lstm.state_dict().items()}
+    state |= {"encoder_output_linear.weight": linear.weight.data, "quantizer._codebook.embed": acoustic}
+    more = {"quantizer._codebook.embed_avg": acoustic, "quantizer._codebook.cluster_size": torch.ones(1, sizes[1])}
+    return state | more | {"quantizer._codebook.initted": torch.ones(1)}, centroids
+
+
+def semantic_wave(samples, seed=0):
+    return helpers.wave(samples, seed, rate=16_000, levels=(0.1, 0.9), noise=0.5)
+
+
+def write_semanticodec(folder, seed=0, **sizes):
+    """Encoder and centroids in the hub's folders."""
+    state, centroids = semanticodec_state(seed=seed, **sizes)
+    rate = grid.GRIDS[sizes.get("joined", 1)].token_rate
+    network = folder / f"semanticodec_tokenrate_{rate}" / "encoder.ckpt"
+    codebook = folder / "codebook_idx" / "combine_audioset_dominate" / f"codebook_{len(centroids) // 2}_0.npy"
+    for file in (network, codebook):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, network)
+    np.save(codebook, centroids.numpy())
+    return folder
+
+
+def saved(model):
+    """Return a writer of a transformers model."""
+
+    def write(folder, seed=0):
+        model(seed).save_pretrained(folder)
+        return folder
+
+    return write
+
+
+def write_snac(folder, seed=0):
+    pytest.importorskip("snac")
+    return random_models.save_snac(random_models.snac_model(seed), folder)
+
+
+def shipped_lyra(folder):
+    """Lyra's own weights, which nobody can write; skip where they are absent."""
+    pytest.importorskip("ai_edge_litert")
+    weights = Path(__file__).parents[3] / "shared" / "weights" / "lyra_v2"
+    if not weights.exists():
+        pytest.skip("the lyra_v2 weights beside the project are absent")
+    return weights
+
+
+def shipped_tiny(folder):
+    return Path(tiny_16khz.__file__).with_suffix(".safetensors")
+
+
 WRITERS = {
+    "encodec_24khz": saved(lambda seed: random_models.encodec_24khz_model()),
+    "encodec_48khz": saved(lambda seed: random_models.encodec_48khz_model()),
+    "dac_16khz": saved(lambda seed: random_models.dac_model(seed=seed)),
+    "dac_24khz": saved(lambda seed: random_models.dac_model("dac_24khz", seed=seed)),
+    "dac_44khz": saved(lambda seed: random_models.dac_model("dac_44khz", seed=seed)),
+    "mimi": saved(lambda seed: mimi_model(seed, num_quantizers=8)),
+    "xcodec": saved(lambda seed: random_models.xcodec_model(seed).float()),
+    "snac_24khz": write_snac,
+    "semanticodec": write_semanticodec,
     "s3tokenizer_v2": write_s3tokenizer,
     "xcodec2": write_xcodec2,
+    "focalcodec": write_focalcodec,
     "neucodec": write_neucodec,
     "qwen3_tts_12hz": write_qwen3_tts,
     "hificodec_16khz": write_hificodec,
+    "hificodec_24khz": write_hificodec_24khz,
     "speechtokenizer": write_speechtokenizer,
     "wavtokenizer": write_wavtokenizer,
 }
+"""By codec. Every codec of the table is here or in SHIPPED."""
+SHIPPED = {"tiny_16khz": shipped_tiny, "lyra_v2": shipped_lyra}
+"""Codecs with trained weights."""

@@ -119,6 +119,11 @@ BACKENDS = {
         file="speech_tokenizer_v2*.pt",
         contains="speech_tokenizer_v2*.pt",
     ),
+    "focalcodec": Backend(
+        module="codecssl.tokenize.backends.fsq.focalcodec",
+        summary="16 kHz, 50, 25 or 12.5 Hz, 1 x 8192, 0.65 to 0.16 kbps, WavLM inside (Della Libera et al. 2025)",
+        weights=_hub("lucadellalib/focalcodec_50hz"),
+    ),
     "snac_24khz": Backend(
         module="codecssl.tokenize.backends.snac",
         summary="24 kHz, 3 x 4096 at 11.7, 23.4 and 46.9 Hz, 0.98 kbps (Siuzdak et al. 2024; needs pip install snac)",
@@ -127,10 +132,11 @@ BACKENDS = {
         sample_rates=(24_000,),
     ),
     "semanticodec": Backend(
-        module="codecssl.tokenize.backends.semanticodec",
-        summary="16 kHz, a semantic and an acoustic code in each cell of a time-frequency grid (Liu et al. 2024)",
-        weights="install the semanticodec package from its repository (haoheliu/SemantiCodec-inference); give a folder "
-        "with one encoder.ckpt, its decoder.ckpt and one codebook_*.npy as --codec semanticodec@PATH",
+        module="codecssl.tokenize.backends.semanticodec.codec",
+        summary="16 kHz, 6.25 or 3.1 columns/s of 8 or 4 x (centroid + 8192), encodes only (Liu et al. 2024)",
+        weights="`huggingface-cli download haoheliu/SemantiCodec`, or give a folder with one encoder.ckpt and one "
+        "codebook_*.npy of it as --codec semanticodec@PATH",
+        contains="semanticodec_tokenrate_*/encoder.ckpt",
     ),
     "lyra_v2": Backend(
         module="codecssl.tokenize.backends.lyra",

@@ -6,9 +6,8 @@ from functools import partial
 import helpers
 import numpy as np
 import pytest
+import random_models
 import torch
-import transformers
-from torch import nn
 from torch.nn import functional as F
 
 from codecssl.tokenize.backends import dac
@@ -16,45 +15,7 @@ from codecssl.tokenize.codec import CodecCard, stored_tables
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.registry import load_codec
 
-RATIOS = {"dac_16khz": [2, 4, 5, 8], "dac_24khz": [2, 4, 5, 8], "dac_44khz": [2, 4, 8, 8]}
-
-
 wave = partial(helpers.wave, rate=16_000)
-
-
-def random_model(name="dac_16khz", num_codebooks=6, seed=0, width=4):
-    """A narrow DacModel whose layers all matter: biases and alphas too, so that a border padded wrongly shows."""
-    torch.manual_seed(seed)
-    config = transformers.DacConfig(
-        encoder_hidden_size=width,
-        decoder_hidden_size=8 * width,
-        downsampling_ratios=RATIOS[name],
-        n_codebooks=num_codebooks,
-        codebook_size=128,
-        sampling_rate=dac.NETWORKS[name][0],
-    )
-    model = transformers.DacModel(config).eval().requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
-            fan_in = module.weight.numel() / module.out_channels
-            module.weight.normal_(std=0.6 * fan_in**-0.5)
-            module.bias.normal_(std=0.1)
-        elif hasattr(module, "alpha"):
-            module.alpha.uniform_(0.2, 3)
-        elif isinstance(module, nn.Embedding):
-            module.weight.normal_()
-    model.encoder.conv1.weight.mul_(5)
-    spread(model)
-    return model
-
-
-def spread(model):
-    """Centre and scale each level's projection on some audio. Otherwise all frames have the same code."""
-    residual = model.encoder(wave(16_384, 99)[None, None])
-    for level in model.quantizer.quantizers:
-        level.in_proj.weight.div_(level.in_proj(residual).std())
-        level.in_proj.bias.sub_(level.in_proj(residual).mean((0, 2)))
-        residual = residual - level(residual)[0]
 
 
 def as_codec(model, name="dac_16khz", count=6, pace=None):
@@ -81,7 +42,7 @@ def padded(audio, hop):
 @pytest.mark.parametrize("pace", [None, dac.Pace(chunk=5, piece=2), dac.Pace(chunk=1, piece=1)])
 def test_pieces_equal_the_whole_wave_of_the_reference(name, pace):
     """In float64, where rounding cannot hide a wrong border."""
-    model = random_model(name).double()
+    model = random_models.dac_model(name).double()
     codec, hop = as_codec(model, name, pace=pace), dac.NETWORKS[name][1]
     frames = 3 * codec.pace.chunk + 4 if pace else 205
     latents, quantize = [], codec.quantize
@@ -98,7 +59,7 @@ def test_pieces_equal_the_whole_wave_of_the_reference(name, pace):
 
 def test_a_padded_batch_of_the_reference_would_not_do():
     """The reference's own padded batch changes frames at the end of the shorter wave."""
-    model = random_model().double()
+    model = random_models.dac_model().double()
     audio = wave(320 * 40).double()
     alone = model.encode(audio[None, None]).audio_codes[0]
     longer = model.encode(F.pad(audio, (0, 3200))[None, None]).audio_codes[0, :, :40]
@@ -107,7 +68,7 @@ def test_a_padded_batch_of_the_reference_would_not_do():
 
 
 def test_in_float32_the_codes_are_the_references():
-    model = random_model(width=8)
+    model = random_models.dac_model(width=8)
     codec = as_codec(model)
     waves = [wave(n, n) for n in (1, 319, 320, 321, 16_000, 60_123)]
     ours = helpers.codes_of(codec, waves)
@@ -120,7 +81,7 @@ def test_in_float32_the_codes_are_the_references():
 
 
 def test_any_cut_of_the_stream_and_any_batch_give_the_same_codes():
-    codec = as_codec(random_model(width=8))
+    codec = as_codec(random_models.dac_model(width=8))
     waves = [wave(n, n) for n in (1, 320, 5_000, 192 * 320, 192 * 320 + 1, 65_001)]
     for audio, codes in zip(waves, helpers.codes_of(codec, waves)):
         assert torch.equal(codec.encode([audio])[0].codes, codes)
@@ -129,7 +90,7 @@ def test_any_cut_of_the_stream_and_any_batch_give_the_same_codes():
 
 
 def test_the_state_of_a_stream_does_not_grow():
-    codec = as_codec(random_model(), pace=dac.Pace(chunk=4, piece=2))
+    codec = as_codec(random_models.dac_model(), pace=dac.Pace(chunk=4, piece=2))
     stream, sizes = codec.stream(), []
     for i in range(30):
         stream.push(wave(2 * 320, i))
@@ -141,7 +102,7 @@ def test_the_state_of_a_stream_does_not_grow():
 
 
 def test_codes_are_given_as_soon_as_a_chunk_is_full():
-    codec = as_codec(random_model(), pace=dac.Pace(chunk=16, piece=4))
+    codec = as_codec(random_models.dac_model(), pace=dac.Pace(chunk=16, piece=4))
     stream = codec.stream()
     given = [stream.push(wave(320)).shape[1] for _ in range(64)]
     assert 64 - sum(given) <= 16 + 8
@@ -152,7 +113,7 @@ def test_codes_are_given_as_soon_as_a_chunk_is_full():
 @pytest.mark.parametrize("name", ["dac_16khz", "dac_44khz"])
 def test_decode_is_the_references_own(name, monkeypatch):
     monkeypatch.setattr(dac, "DECODE_FRAMES", 20)
-    model, hop = random_model(name).double(), dac.NETWORKS[name][1]
+    model, hop = random_models.dac_model(name).double(), dac.NETWORKS[name][1]
     codec = as_codec(model, name)
     for frames in (1, 19, 20, 21, 73):
         codes = torch.randint(0, 128, (6, frames))
@@ -167,7 +128,7 @@ def test_decode_is_the_references_own(name, monkeypatch):
 
 
 def test_embeddings_sum_to_the_codecs_own_latent():
-    model = random_model()
+    model = random_models.dac_model()
     codec = as_codec(model)
     codes = torch.randint(0, 128, (6, 50))
     summed = sum(table[c] for table, c in zip(codec.embeddings(), codes)).t()
@@ -181,7 +142,7 @@ def test_embeddings_sum_to_the_codecs_own_latent():
 
 
 def test_fewer_codebooks_are_the_first_ones():
-    model, audio = random_model(), wave(8_000)
+    model, audio = random_models.dac_model(), wave(8_000)
     six, two = as_codec(model), as_codec(model, count=2)
     assert two.card.codebook_sizes == (128, 128)
     assert torch.equal(two.encode([audio])[0].codes, six.encode([audio])[0].codes[:2])
@@ -191,15 +152,15 @@ def test_fewer_codebooks_are_the_first_ones():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_autocast_around_it_changes_nothing(autocast):
-    model, audio = random_model(), wave(8_000)
+    model, audio = random_models.dac_model(), wave(8_000)
     expected = as_codec(model).encode([audio])[0].codes
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         assert torch.equal(as_codec(model).encode([audio])[0].codes, expected)
 
 
-@pytest.mark.parametrize("name", list(RATIOS))
+@pytest.mark.parametrize("name", list(random_models.DAC_RATIOS))
 def test_weights_in_the_hubs_format_load(name, tmp_path):
-    model = random_model(name, num_codebooks=3)
+    model = random_models.dac_model(name, num_codebooks=3)
     model.config.hop_length = 512  # as the hub once said of all three
     model.save_pretrained(tmp_path)
     codec, audio = load_codec(str(tmp_path)), wave(6_000)
@@ -223,7 +184,7 @@ def test_weights_in_the_hubs_format_load(name, tmp_path):
     ],
 )
 def test_wrong_weights_or_counts_are_refused(name, count, says, tmp_path):
-    random_model(num_codebooks=3).save_pretrained(tmp_path)
+    random_models.dac_model(num_codebooks=3).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=says):
         load_codec(f"{name}@{tmp_path}", num_codebooks=count)
 
@@ -236,7 +197,7 @@ def test_missing_weights_say_how_to_get_them(source, tmp_path):
 
 def test_a_stream_does_not_depend_on_earlier_ones():
     """A finished stream starts afresh, and no state leaks between two streams that run side by side."""
-    codec = as_codec(random_model(), pace=dac.Pace(chunk=3, piece=2))
+    codec = as_codec(random_models.dac_model(), pace=dac.Pace(chunk=3, piece=2))
     first, second = wave(5_000, 1), wave(5_000, 2)
     expected = helpers.codes_of(codec, [first, second])
     stream = codec.stream()

@@ -3,6 +3,7 @@
 import helpers
 import numpy as np
 import pytest
+import random_models
 import torch
 import transformers
 from encodec.model import EncodecModel
@@ -235,17 +236,9 @@ def test_embeddings_sum_to_the_codecs_own_latent(codec24):
 # ---------------------------------------------------------------- weights
 
 
-def hub_folder(path, **config):
-    torch.manual_seed(0)
-    model = transformers.EncodecModel(transformers.EncodecConfig(num_filters=8, **config)).eval()
-    for layer in model.quantizer.layers:
-        layer.codebook.embed.normal_(std=2)
-    model.save_pretrained(path)
-    return model
-
-
 def test_weights_in_the_hubs_format_load_and_agree_with_transformers(tmp_path):
-    model = hub_folder(tmp_path)
+    model = random_models.encodec_24khz_model()
+    model.save_pretrained(tmp_path)
     codec = load_codec(str(tmp_path), num_codebooks=4)
     assert codec.card.name == "encodec_24khz"
     assert codec.card.codebook_sizes == (1024,) * 4
@@ -270,7 +263,7 @@ def test_weights_in_the_hubs_format_load_and_agree_with_transformers(tmp_path):
     ],
 )
 def test_networks_that_cannot_run_in_pieces_are_refused(config, says, tmp_path):
-    hub_folder(tmp_path, **config)
+    random_models.encodec_24khz_model(**config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=says):
         load_codec(str(tmp_path))
 

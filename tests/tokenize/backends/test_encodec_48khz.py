@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+import random_models
 import soundfile
 import torch
 import transformers
@@ -22,26 +23,7 @@ LENGTHS = [1, 2, HOP - 1, HOP, HOP + 1, 641, STRIDE - 1, STRIDE, STRIDE + 1, SEG
 LONG = 8 * STRIDE + 20_000  # 9 segments: more than a group
 
 
-def wave(samples, seed=0):
-    rng = np.random.default_rng(seed)
-    t = np.arange(samples) / 48_000
-    level = np.interp(t, np.linspace(0, max(samples, 1) / 48_000, 9), rng.uniform(0.01, 0.5, 9))
-    tone = np.sin(2 * np.pi * np.cumsum(150 + 60 * np.sin(t)) / 48_000)
-    sides = [level * (side * tone + 0.3 * rng.standard_normal(samples)) for side in (0.4, 0.8)]
-    return torch.from_numpy(np.stack(sides).astype(np.float32))
-
-
-def randomise(model, encoder, embeds):
-    """Make group norms non-trivial, and spread the codebooks' entries as widely as their inputs."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.GroupNorm):
-            module.weight.uniform_(0.5, 1.5)
-            module.bias.uniform_(-0.3, 0.3)
-    residual = encoder(wave(SEGMENT)[None] * 5)[0].t()
-    for embed in embeds:
-        rows = residual[torch.randint(0, len(residual), (len(embed),))]
-        embed.copy_(0.8 * rows + 0.2 * residual.std() * torch.randn(rows.shape))  # no two entries alike
-        residual = residual - embed[torch.cdist(residual, embed).argmin(1)]
+wave = random_models.stereo_wave
 
 
 @functools.cache
@@ -55,7 +37,7 @@ def small_model():
     model.eval().requires_grad_(False)
     for layer in quantizer.vq.layers:
         layer._codebook.inited.fill_(1)
-    randomise(model, encoder, [layer._codebook.embed for layer in quantizer.vq.layers])
+    random_models.randomise_48khz(model, encoder, [layer._codebook.embed for layer in quantizer.vq.layers])
     return model
 
 
@@ -223,22 +205,8 @@ def test_a_stereo_file_through_run_and_decode(tmp_path, monkeypatch):
     np.testing.assert_allclose(heard, expected, rtol=0, atol=2**-15)
 
 
-def hub_model(**changes):
-    """facebook/encodec_48khz's configuration, narrow."""
-    torch.manual_seed(0)
-    config = transformers.EncodecConfig(
-        **{"target_bandwidths": [3.0, 6.0, 12.0, 24.0], "sampling_rate": 48_000, "audio_channels": 2}
-        | {"normalize": True, "chunk_length_s": 1.0, "overlap": 0.01, "norm_type": "time_group_norm"}
-        | {"use_causal_conv": False, "num_filters": 4, "hidden_size": 12, "codebook_dim": 12, "codebook_size": 1024}
-        | changes
-    )
-    model = transformers.EncodecModel(config).eval().requires_grad_(False)
-    randomise(model, model.encoder, [layer.codebook.embed for layer in model.quantizer.layers])
-    return model
-
-
 def test_weights_in_the_hubs_format_load_and_agree_with_transformers(tmp_path):
-    model, audio = hub_model(), wave(3 * STRIDE + SEGMENT)
+    model, audio = random_models.encodec_48khz_model(), wave(3 * STRIDE + SEGMENT)
     model.save_pretrained(tmp_path)
     codec = load_codec(str(tmp_path), num_codebooks=4)
     card = codec.card
@@ -262,7 +230,7 @@ def test_the_packages_own_file_loads(tmp_path):
     model = EncodecModel.encodec_model_48khz(pretrained=False).requires_grad_(False)
     for layer in model.quantizer.vq.layers:
         layer._codebook.inited.fill_(1)
-    randomise(model, model.encoder, [layer._codebook.embed for layer in model.quantizer.vq.layers])
+    random_models.randomise_48khz(model, model.encoder, [layer._codebook.embed for layer in model.quantizer.vq.layers])
     torch.save(model.state_dict(), tmp_path / "encodec_48khz-test.th")
     codec, audio = load_codec(str(tmp_path / "encodec_48khz-test.th")), wave(10_000)
     assert codec.card.codebook_sizes == (1024,) * 8
@@ -276,7 +244,7 @@ def test_the_packages_own_file_loads(tmp_path):
 
 @pytest.mark.parametrize("changes", [{"audio_channels": 1}, {"norm_type": "weight_norm"}, {"sampling_rate": 24_000}])
 def test_another_encodec_is_refused(tmp_path, changes):
-    config = hub_model().config
+    config = random_models.encodec_48khz_model().config
     config.update(changes)
     transformers.EncodecModel(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="encodec_48khz is stereo at 48000 Hz with group norm"):

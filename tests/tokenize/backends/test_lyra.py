@@ -10,7 +10,7 @@ import torch
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.registry import load_codec
 
-SHARED = Path(__file__).parents[3] / "shared"
+SHARED = Path(__file__).parents[4] / "shared"
 WEIGHTS = SHARED / "weights" / "lyra_v2"
 
 

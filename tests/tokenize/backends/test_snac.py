@@ -7,6 +7,7 @@ import helpers
 import huggingface_hub.constants
 import numpy as np
 import pytest
+import random_models
 import torch
 from snac import SNAC
 
@@ -16,20 +17,6 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.registry import load_codec
 
 HOP = 2048
-CONFIG = {
-    "sampling_rate": 24_000,
-    "encoder_dim": 4,
-    "encoder_rates": [2, 4, 8, 8],
-    "decoder_dim": 32,
-    "decoder_rates": [8, 8, 4, 2],
-    "attn_window_size": None,
-    "codebook_size": 64,
-    "codebook_dim": 8,
-    "vq_strides": [4, 2, 1],
-    "noise": True,
-    "depthwise": True,
-}
-"""hubertsiuzdak/snac_24khz, but for its widths (48 and 1024) and 4096 entries."""
 
 
 @pytest.fixture(autouse=True)
@@ -39,18 +26,6 @@ def short_chunks(monkeypatch):
 
 
 wave = partial(helpers.wave, rate=24_000, levels=(0.1, 0.9), noise=0.5)
-
-
-def random_net(seed=0, **changes):
-    torch.manual_seed(seed)
-    net = SNAC(**(CONFIG | changes)).eval().requires_grad_(False)
-    for module in net.encoder.modules():
-        if hasattr(module, "alpha"):
-            module.alpha.uniform_(0.5, 2)
-    for name, parameter in net.encoder.named_parameters():
-        if name.endswith("original0"):  # the norms of the weights: signal and noise must come through a random net
-            parameter.mul_(2)
-    return net
 
 
 def as_codec(net, count=3):
@@ -68,13 +43,13 @@ def as_rows(codes):
 
 @pytest.fixture(scope="module")
 def net():
-    return random_net()
+    return random_models.snac_model()
 
 
 @pytest.fixture(scope="module")
 def exact():
     """In float64, where rounding cannot hide a wrong frame."""
-    return random_net().double()
+    return random_models.snac_model().double()
 
 
 @pytest.mark.parametrize(
@@ -106,7 +81,7 @@ def test_latents_of_chunks_are_those_of_the_whole_wave(exact, monkeypatch):
 
 @pytest.mark.parametrize(("rates", "depthwise"), [([2, 2, 3, 5], True), ([3, 4], False)])
 def test_other_strides_and_full_convolutions_are_those_of_the_package(rates, depthwise):
-    net = random_net(encoder_rates=rates, decoder_rates=rates[::-1], depthwise=depthwise).double()
+    net = random_models.snac_model(encoder_rates=rates, decoder_rates=rates[::-1], depthwise=depthwise).double()
     codec = as_codec(net)
     for samples in (1, codec.card.hop_length, 30 * codec.card.hop_length + 1):
         audio = wave(samples).double()
@@ -185,15 +160,8 @@ def test_decode_is_the_packages_own_with_the_noise_of_a_fixed_seed(net):
 # ---------------------------------------------------------------- loading
 
 
-def save(net, folder, **changes):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
-    torch.save(net.state_dict(), folder / "pytorch_model.bin")
-    return folder
-
-
 def test_a_folder_in_the_hubs_format_loads_and_agrees_with_the_package(net, tmp_path):
-    codec = load_codec(str(save(net, tmp_path)))
+    codec = load_codec(str(random_models.save_snac(net, tmp_path)))
     card = codec.card
     assert (card.name, card.hop_length, card.codebook_sizes, card.codes_per_frame) == (
         "snac_24khz",
@@ -206,13 +174,13 @@ def test_a_folder_in_the_hubs_format_loads_and_agrees_with_the_package(net, tmp_
     theirs = SNAC.from_pretrained(str(tmp_path))
     with torch.no_grad():
         assert (codec.encode([audio])[0].codes != as_rows(theirs.encode(audio[None, None]))).float().mean() < 0.01
-    other = load_codec(str(save(random_net(seed=1), tmp_path / "other")))
+    other = load_codec(str(random_models.save_snac(random_models.snac_model(seed=1), tmp_path / "other")))
     assert other.card.weights_sha256 != card.weights_sha256
 
 
 def test_the_hubs_cache_is_found_without_a_net(net, tmp_path, monkeypatch):
     repository = tmp_path / "models--hubertsiuzdak--snac_24khz"
-    save(net, repository / "snapshots" / ("a" * 40))
+    random_models.save_snac(net, repository / "snapshots" / ("a" * 40))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -240,13 +208,13 @@ def test_missing_weights_say_how_to_get_them(tmp_path, monkeypatch):
     ],
 )
 def test_another_network_is_refused(tmp_path, changes, says):
-    model = random_net(**{k: v for k, v in changes.items() if k not in ("colour", "codebook_size")})
+    model = random_models.snac_model(**{k: v for k, v in changes.items() if k not in ("colour", "codebook_size")})
     with pytest.raises(UserError, match=says):
-        load_codec(f"snac_24khz@{save(model, tmp_path, **changes)}")
+        load_codec(f"snac_24khz@{random_models.save_snac(model, tmp_path, **changes)}")
 
 
 def test_half_a_file_is_refused(net, tmp_path):
-    path = save(net, tmp_path) / "pytorch_model.bin"
+    path = random_models.save_snac(net, tmp_path) / "pytorch_model.bin"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="not the weights of snac_24khz"):
         load_codec(str(tmp_path))
@@ -255,4 +223,4 @@ def test_half_a_file_is_refused(net, tmp_path):
 @pytest.mark.parametrize("count", [0, 4])
 def test_a_count_out_of_range_is_refused(net, tmp_path, count):
     with pytest.raises(UserError, match=f"num_codebooks {count}: snac_24khz has 1 to 3"):
-        load_codec(str(save(net, tmp_path)), num_codebooks=count)
+        load_codec(str(random_models.save_snac(net, tmp_path)), num_codebooks=count)

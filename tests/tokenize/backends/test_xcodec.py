@@ -6,6 +6,7 @@ from functools import partial
 import helpers
 import numpy as np
 import pytest
+import random_models
 import torch
 import transformers
 
@@ -28,60 +29,6 @@ def short_segments(monkeypatch):
 wave = partial(helpers.wave, rate=16_000, levels=(0.1, 0.9), noise=0.5)
 
 
-def random_model(seed=0, **changes):
-    """hf-audio/xcodec-hubert-librispeech with narrow layers; codebooks of 32 entries drawn from their inputs."""
-    torch.manual_seed(seed)
-    ratios = [8, 5, 4, 2]
-    acoustic = transformers.DacConfig(
-        encoder_hidden_size=4,
-        downsampling_ratios=ratios,
-        upsampling_ratios=ratios,
-        decoder_hidden_size=32,
-        hidden_size=16,
-    )
-    semantic = transformers.HubertConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        conv_dim=(8,) * 7,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=2,
-    )
-    config = transformers.XcodecConfig(
-        codebook_size=32,
-        target_bandwidths=[0.25, 0.5, 1.0, 2.0],
-        acoustic_model_config=acoustic,
-        semantic_model_config=semantic,
-        **changes,
-    )
-    model = transformers.XcodecModel(config).double().eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if name.startswith("acoustic_encoder") and name.endswith("weight"):
-            parameter.normal_(std=parameter[0].numel() ** -0.5)
-    fit_codebooks(model)
-    return model
-
-
-def fit_codebooks(model):
-    residual = latents_of(model, wave(32_000).double()[None, None])
-    for quantizer in model.quantizer.quantizers:
-        entries = residual[0, :, torch.randperm(residual.shape[2])[:32]].t()
-        quantizer.codebook.embed.copy_(entries + 1e-3 * torch.randn_like(entries))
-        residual = residual - quantizer.decode(quantizer.encode(residual))
-
-
-def latents_of(model, audio):
-    """Input [1, D, T] of the quantizer in transformers' own encode."""
-    caught = []
-    own, model.quantizer.encode = model.quantizer.encode, lambda z, _: caught.append(z) or torch.zeros(8, 1, z.shape[2])
-    try:
-        model.encode(audio)
-    finally:
-        model.quantizer.encode = own
-    return caught[0]
-
-
 def as_codec(model, count=8):
     return xcodec.XcodecCodec(model, xcodec.make_card("xcodec", "test", model, count, "cpu"))
 
@@ -96,7 +43,7 @@ def plainly(model, audio):
 @pytest.fixture(scope="module")
 def exact():
     """In float64, where rounding cannot hide a wrong frame."""
-    return random_model()
+    return random_models.xcodec_model()
 
 
 @pytest.mark.parametrize("samples", [1, 79, HOP - 1, HOP, HOP + 1, 399, 400, 5000, 16_000, 44_321, 48_000])
@@ -110,7 +57,7 @@ def test_a_wave_of_up_to_the_limit_is_encoded_as_by_transformers(exact, samples)
 
 def test_pieces_of_the_first_blocks_give_the_latents_of_the_whole(exact, monkeypatch):
     codec, audio = as_codec(exact), wave(40_000).double()
-    own = latents_of(exact, audio[None, None])
+    own = random_models.xcodec_latents(exact, audio[None, None])
     assert len(plainly(exact, audio)[0].unique()) > 10  # the random network does tell things apart
     torch.testing.assert_close(codec._latents(audio[None]), own, rtol=0, atol=1e-10)
     monkeypatch.setattr(xcodec, "FRONT_CONTEXT", xcodec.FRONT_CONTEXT - 1)
@@ -135,7 +82,7 @@ def test_a_longer_wave_is_encoded_in_segments_each_for_itself(exact, samples, le
 
 def test_any_cut_of_the_stream_and_any_batch_give_the_same_codes():
     """In float32, as it is used."""
-    codec = as_codec(random_model().float())
+    codec = as_codec(random_models.xcodec_model().float())
     waves = [wave(n, seed) for seed, n in enumerate([1, 300, HOP, 5 * HOP + 1, 47_999, 90_000])]
     for audio, codes in zip(waves, helpers.codes_of(codec, waves)):
         assert torch.equal(codec.encode([audio])[0].codes, codes)
@@ -150,7 +97,7 @@ def test_any_cut_of_the_stream_and_any_batch_give_the_same_codes():
 
 
 def test_in_float32_few_codes_differ_from_transformers():
-    model = random_model().float()
+    model = random_models.xcodec_model().float()
     audio = wave(48_000)
     differing = (as_codec(model).encode([audio])[0].codes != plainly(model, audio)).float().mean()
     assert differing < 0.005
@@ -166,7 +113,7 @@ def test_fewer_codebooks_are_the_first_rows(exact):
 
 @pytest.mark.parametrize("count", [1, 8])
 def test_embeddings_sum_to_transformers_own_latent(count):
-    model = random_model().float()
+    model = random_models.xcodec_model().float()
     codec = as_codec(model, count)
     codes = torch.randint(0, 32, (count, 30))
     summed = sum(table[c] for table, c in zip(codec.embeddings(), codes)).t()
@@ -192,7 +139,7 @@ def test_decode_is_transformers_own(exact, count):
 @pytest.mark.parametrize("named", [False, True])
 def test_a_folder_in_the_hubs_format_loads_and_agrees_with_transformers(tmp_path, monkeypatch, named):
     """named: the configuration names the source of its HuBERT, as on the hub. The hub must not be contacted."""
-    model = random_model(seed=3).float()
+    model = random_models.xcodec_model(seed=3).float()
     model.save_pretrained(tmp_path)
     theirs = transformers.XcodecModel.from_pretrained(tmp_path).eval()
     if named:
@@ -209,7 +156,7 @@ def test_a_folder_in_the_hubs_format_loads_and_agrees_with_transformers(tmp_path
     audio = wave(30_000)
     with torch.no_grad():
         assert (codec.encode([audio])[0].codes != plainly(theirs, audio)).float().mean() < 0.005
-    random_model(seed=4).float().save_pretrained(tmp_path / "other")
+    random_models.xcodec_model(seed=4).float().save_pretrained(tmp_path / "other")
     assert load_codec(str(tmp_path / "other")).card.weights_sha256 != card.weights_sha256
 
 
@@ -222,7 +169,7 @@ def test_missing_weights_say_how_to_get_them(tmp_path, monkeypatch):
 
 
 def test_another_network_is_refused(tmp_path):
-    random_model(sample_rate=24_000).save_pretrained(tmp_path)
+    random_models.xcodec_model(sample_rate=24_000).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="X-codec at 24000 Hz"):
         load_codec(f"xcodec@{tmp_path}")
 
