@@ -13,7 +13,7 @@ from codecssl.pretrain.objectives.dinosr import OnlineClusters
 from codecssl.pretrain.objectives.encodecmae import EncodecMae
 from codecssl.pretrain.objectives.heads import log_unigram
 from codecssl.pretrain.objectives.objective import Objective
-from codecssl.pretrain.objectives.targets import make_target
+from codecssl.pretrain.objectives.targets import Codes, Digits, make_target
 from codecssl.tokenize.codec import Codec, stored_tables
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.registry import load_codec_for
@@ -42,8 +42,10 @@ def build(config: RunConfig, corpus: TokenCorpus, *, fresh: bool) -> Objective:
         torch.manual_seed(config.seed + 1)
         objective = build_objective(config, model, corpus.label_sizes)
     if fresh and config.objective.head == "codebook":
-        codec = load_codec_for(corpus.card, weights=config.data.codec_weights)
-        objective.heads.start(codec.embeddings(), log_unigram(_code_counts(corpus)))  # type: ignore[union-attr,operator]
+        codec, target = load_codec_for(corpus.card, weights=config.data.codec_weights), objective.target
+        assert isinstance(target, Codes | Digits)
+        tables = target.tables(codec.embeddings())
+        objective.heads.start(tables, log_unigram(target.counts(_code_counts(corpus))))  # type: ignore[union-attr,operator]
     return objective
 
 

@@ -32,6 +32,10 @@ class ObjectiveConfig:
     """codes: the codec's own codes, one head per codebook (Codec2Vec's reconstruction target). labels: classes
     from data.labels, such as k-means clusters of a model's features (its iterative clustering). online: clusters of a
     moving average of the model itself (DinoSR). `TARGETS` in objectives/targets.py has their classes."""
+    fsq: Literal["auto", "whole", "digits"] = "auto"
+    """Targets of a codec with one codebook from finite scalar quantization, as NeuCodec's 65,536 codes. whole: one
+    stream of all codes. digits: one stream for each channel of the quantizer, a digit of the code. auto: digits
+    (LOG.md, 2026-11-30). Other codecs have no digits, and auto and whole are the same."""
     gamma: Literal["uniform", "encodecmae"] = "uniform"
     """Weights of the codebooks in the loss, normalised to sum to 1."""
     head: Literal["linear", "cosine", "codebook"] = "linear"
