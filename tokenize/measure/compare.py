@@ -57,11 +57,11 @@ def compare(config: CompareConfig, on_progress: Callable[[str], None] = lambda l
     """
     items = choose(read_sources(list(config.data)), config)
     probes = [LatentProbe.parse(text) for text in config.labels] or default_probes([item.labels for item in items])
+    _in_new_process(_check, config.codecs, config.device)
     rows = []
     for spec in config.codecs:
         # a new process for each codec, so that its peak memory is its own
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            rows.append(pool.submit(measure, spec, items, probes, config.seconds, config.device).result())
+        rows.append(_in_new_process(measure, spec, items, probes, config.seconds, config.device))
         on_progress(f"{spec}: {rows[-1]['seconds_spent']:.0f} s")
     return {
         "data": list(config.data),
@@ -70,6 +70,17 @@ def compare(config: CompareConfig, on_progress: Callable[[str], None] = lambda l
         "probes": [probe.name for probe in probes],
         "codecs": rows,
     }
+
+
+def _in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def _check(specs: Sequence[str], device: str) -> None:
+    """Load every codec once, so that a missing one is reported before minutes of work on the others."""
+    for spec in specs:
+        _load(spec, device)
 
 
 def choose(inputs: Any, config: CompareConfig) -> list[Input]:

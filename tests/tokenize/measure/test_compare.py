@@ -13,7 +13,7 @@ import torch
 from codecssl.tokenize.cli import main
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.measure import compare_report
-from codecssl.tokenize.measure.compare import CompareConfig, _coded_bits, choose, measure
+from codecssl.tokenize.measure.compare import CompareConfig, _coded_bits, choose, compare, measure
 from codecssl.tokenize.measure.fidelity import align, mel_distance, si_sdr
 from codecssl.tokenize.measure.latent_probe import LatentProbe, accuracy, default_probes, pool
 from codecssl.tokenize.registry import load_codec
@@ -153,3 +153,10 @@ def test_the_command_writes_table_and_plots(manifest, path, tmp_path, capsys):
 def test_an_unknown_codec_is_one_line(manifest, capsys):
     assert main(["compare", "encodek", "--data", str(manifest)]) == 1
     assert "unknown codec 'encodek'" in capsys.readouterr().err
+
+
+def test_a_codec_that_cannot_be_loaded_is_reported_before_any_work(manifest, path):
+    done = []
+    with pytest.raises(UserError, match="num_codebooks 9: hificodec_16khz has 1 to 4"):
+        compare(CompareConfig(codecs=(str(path), f"{path}:9"), data=(str(manifest),)), done.append)
+    assert not done
