@@ -31,7 +31,7 @@ from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.registry import load_codec
 
 HUB_NAME = "codecssl_bench"
-HEADS = ("ks", "sid", "ic", "er")
+HEADS = ("ks", "sid", "ic", "er", "env", "inst", "pitch")
 """Tasks with a pooled linear head: one training batch is one step."""
 WAYS = ("no cache", "token cache", "feature cache")
 """The last one from its second epoch on."""

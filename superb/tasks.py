@@ -1,4 +1,4 @@
-"""SUPERB's ten tasks: which s3prl problem runs one, what its labels and metrics are, and how long it trains.
+"""SUPERB's ten tasks, and three of sound and music: the s3prl problem, labels, metrics and training time of each.
 
 Heads, batch sizes, optimisers and metrics are s3prl's own. A budget scales the number of steps and the spacing of
 evaluations, and the default learning rates, because SUPERB's small rates need long training. Tables name the budget.
@@ -26,7 +26,7 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One SUPERB task. `columns(row)` gives the columns of s3prl's CSV next to id and wav_path."""
+    """One task. `columns(row)` gives the columns of s3prl's CSV next to id and wav_path."""
 
     name: str
     title: str
@@ -46,6 +46,8 @@ class Task:
     """Default learning rates under a budget, by the budget's name, where they differ from `Budget.learning_rates`."""
     shortest: float = 0.02
     """Minimum duration of a clip, seconds. Shorter clips are left out and counted."""
+    superb: bool = True
+    """False for tasks that are not SUPERB's. `all` does not select them. They take the head of SUPERB's sid."""
 
     @property
     def metric(self) -> str:
@@ -242,6 +244,36 @@ TASKS = {
             columns=_first("label", "style", "label"),
             classes=True,
         ),
+        Task(
+            name="env",
+            title="Environmental sound",
+            problem="SuperbSID",
+            corpus="none of SUPERB's (HEAR: ESC-50)",
+            metrics=(ACCURACY,),
+            columns=_first("label", "sound", "label"),
+            classes=True,
+            superb=False,
+        ),
+        Task(
+            name="inst",
+            title="Musical instrument",
+            problem="SuperbSID",
+            corpus="none of SUPERB's (HEAR: Beijing Opera, NSynth)",
+            metrics=(ACCURACY,),
+            columns=_first("label", "instrument", "label"),
+            classes=True,
+            superb=False,
+        ),
+        Task(
+            name="pitch",
+            title="Pitch of a note",
+            problem="SuperbSID",
+            corpus="none of SUPERB's (HEAR: NSynth)",
+            metrics=(ACCURACY,),
+            columns=_first("label", "pitch"),
+            classes=True,
+            superb=False,
+        ),
     )
 }
 
@@ -272,14 +304,20 @@ BUDGETS = {
 }
 
 
+GROUPS = {"all": True, "sound": False}
+"""Names of groups of tasks: whether they are SUPERB's."""
+
+
 def choose(names: str) -> list[Task]:
-    """Return the tasks of a comma-separated list. `all` selects all ten."""
-    wanted = list(TASKS) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
+    """Return the tasks of a comma-separated list. `all` selects SUPERB's ten, `sound` the three others."""
+    groups = {group: [task.name for task in TASKS.values() if task.superb == ten] for group, ten in GROUPS.items()}
+    given = [name.strip() for name in names.split(",") if name.strip()]
+    wanted = [task for name in given for task in groups.get(name, [name])]
     for name in wanted:
         if name not in TASKS:
-            raise UserError(f"task {name}: not known; give some of {','.join(TASKS)} or all")
+            raise UserError(f"task {name}: not known; give some of {','.join(TASKS)}, all (SUPERB's ten) or sound")
     if not wanted:
-        raise UserError(f"tasks '{names}': names no task; give some of {','.join(TASKS)} or all")
+        raise UserError(f"tasks '{names}': names no task; give some of {','.join(TASKS)}, all or sound")
     return [TASKS[name] for name in dict.fromkeys(wanted)]
 
 

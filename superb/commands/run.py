@@ -45,7 +45,8 @@ def add_commands(line: CommandLine) -> None:
         action=TasksOrShare,
         default="all",
         metavar="TASK,...|N",
-        help=f"comma-separated, of {','.join(TASKS)}; or all. A number shares the work, see --task",
+        help=f"comma-separated, of {','.join(TASKS)}; all: SUPERB's ten; sound: the last three. A number shares the"
+        " work, see --task",
     )
     run.add_argument(
         "--data",

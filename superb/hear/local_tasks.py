@@ -13,6 +13,7 @@ from codecssl.superb.hear import notes
 from codecssl.superb.hear.task_folder import Clip, write_task
 from codecssl.superb.probe.crossvalidate import assign_folds
 from codecssl.superb.probe.probe import Probe
+from codecssl.superb.sounds.notes import TIMBRES
 from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.sources.audio import read_wave
@@ -43,7 +44,7 @@ def write_tasks(
             found.append(write_task(root, {"task_name": name, "version": VERSION, **metadata}, clips))
         on_progress(f"{name}: {f'{len(clips)} clips' if clips else 'left out, no rows in the manifest'}")
 
-    add("pitch", notes.pitch_clips(copies, seed), **_folded(len(notes.TIMBRES), "presplit_kfold", 1.0),
+    add("pitch", notes.pitch_clips(copies, seed), **_folded(len(TIMBRES), "presplit_kfold", 1.0),
         evaluation=["pitch_acc", "chroma_acc"])  # fmt: skip
     add("instruments", notes.instrument_clips(copies, seed), **_folded(FOLDS, "presplit_kfold", 1.0),
         evaluation=["top1_acc", "mAP"])  # fmt: skip

@@ -1,4 +1,4 @@
-"""Build mini-SUPERB, a corpus folder for all ten tasks, from one labelled manifest of real audio.
+"""Build mini-SUPERB, a corpus folder for SUPERB's ten tasks and three of sound and music, from one labelled manifest.
 
 The folder holds manifest.jsonl (a row per task and utterance, with its split), trials.txt for asv, newly made audio,
 and a corpus card. It is published by an atomic rename.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from codecssl.configs.load import config_path, load_config
-from codecssl.superb.mini import mixtures, queries, recorded_tasks, spliced_tasks
+from codecssl.superb.mini import mixtures, queries, recorded_tasks, sound_tasks, spliced_tasks
 from codecssl.superb.mini.audio import AudioWriter
 from codecssl.superb.mini.builder import LackingError, MiniBuilder
 from codecssl.superb.mini.corpus_card import card
@@ -27,7 +27,7 @@ from codecssl.tokenize.common.files import alone_in
 
 MARKER = "mini.json"
 """Record of the corpus's inputs, written last."""
-VERSION = 2
+VERSION = 3
 
 BUILDERS: dict[str, Callable[[MiniBuilder], list[ManifestRow]]] = {
     "pr": recorded_tasks.pr,
@@ -39,9 +39,14 @@ BUILDERS: dict[str, Callable[[MiniBuilder], list[ManifestRow]]] = {
     "ic": spliced_tasks.ic,
     "sf": spliced_tasks.sf,
     "er": recorded_tasks.er,
+    "env": sound_tasks.env,
+    "inst": sound_tasks.inst,
+    "pitch": sound_tasks.pitch,
 }
 """Builders by task, without asv, which also makes trials."""
-TASKS = ("pr", "asr", "ks", "qbe", "sid", "asv", "sd", "ic", "sf", "er")
+TASKS = ("pr", "asr", "ks", "qbe", "sid", "asv", "sd", "ic", "sf", "er", "env", "inst", "pitch")
+SYNTHESISED = ("inst", "pitch")
+"""Tasks that need nothing of the manifest."""
 
 
 def build(
@@ -115,7 +120,7 @@ def _fill(
     settings = load_config(Recipe, "superb", recipe)
     builder = MiniBuilder(data=data, recipe=settings, audio=AudioWriter(folder), seed=seed)
     rows, missing = _build_tasks(builder, folder, on_progress)
-    if not rows:
+    if not any(row["task"] not in SYNTHESISED for row in rows):
         raise UserError(f"manifest {manifest}: no task can be built from it; {'; '.join(missing.values())}")
     for reason, count in data.dropped.items():
         on_progress(f"{count} rows of the manifest left out: {reason}")

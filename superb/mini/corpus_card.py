@@ -18,6 +18,9 @@ TITLES = {
     "ic": "three slots",
     "sf": "words and their slots",
     "er": "emotion, five folds",
+    "env": "environmental sound",
+    "inst": "instrument of a synthesised note",
+    "pitch": "pitch of a synthesised note",
 }
 RULES = {
     "pr": "by speaker",
@@ -30,10 +33,14 @@ RULES = {
     "ic": "by speaker where known, else by utterance, made ones as their words; every value of a slot is in train",
     "sf": "as the words' and utterances' own splits",
     "er": "by speaker; fold 1 tests, fold 2 validates, or all five in turn",
+    "env": "by clip, every class in every split",
+    "inst": "by pitch",
+    "pitch": "by instrument",
 }
 HEAD = """# mini-SUPERB
 
-SUPERB's ten tasks in small, built by `codecssl-superb mini` from `{manifest}` (seed {seed}, recipe `{recipe}`).
+SUPERB's ten tasks in small, and environmental sounds, instruments and pitches, built by `codecssl-superb mini` from
+`{manifest}` (seed {seed}, recipe `{recipe}`).
 
 No figure from it is a SUPERB result, nor can be compared with a published one: the corpora are others, and small. It
 compares upstreams with each other on the same rows. Give several seeds of the heads, and the spread.
@@ -81,7 +88,7 @@ def _contents(rows: list[ManifestRow]) -> str:
 def _classes(rows: list[ManifestRow]) -> list[str]:
     """List utterances per class, train + valid + test."""
     lines = []
-    for task, column in (("ks", "keyword"), ("er", "label")):
+    for task, column in (("ks", "keyword"), ("er", "label"), ("env", "label")):
         own = [row for row in rows if row["task"] == task]
         counts = Counter((row[column], row["splits"][task]) for row in own)
         names = sorted({name for name, _ in counts})

@@ -44,7 +44,7 @@ def write_zip(folders: Sequence[Path], archive: Path, upstream: str | None = Non
             info = zipfile.ZipInfo(member, EPOCH)
             info.compress_type, info.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             packed.writestr(info, members[member].read_bytes())
-    return [task for task in TASKS if task not in cells]
+    return [name for name, task in TASKS.items() if task.superb and name not in cells]
 
 
 def _superb(folders: Sequence[Path]) -> Comparison:

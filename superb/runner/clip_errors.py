@@ -8,7 +8,7 @@ from codecssl.superb import results
 from codecssl.superb.corpora.corpus import Example
 from codecssl.superb.reporting.predictions import ANSWERS
 
-ACCURACY_TASKS, TOKEN_TASKS = ("ks", "sid", "ic", "er"), ("pr", "asr")
+ACCURACY_TASKS, TOKEN_TASKS = ("ks", "sid", "ic", "er", "env", "inst", "pitch"), ("pr", "asr")
 
 
 def clip_errors(folder: Path, task: str, tested: Sequence[Example], values: dict[str, float]) -> list[int] | None:

@@ -2,7 +2,8 @@
 
 `sample_corpus.tar` holds the manifest and one Opus file per speaker, in which the utterances follow one
 another; one file per utterance would spend a third of its bytes on headers. `unpack` cuts them into one FLAC
-per utterance, 16 kHz mono, which every reader of audio opens at the rate that the manifest says.
+per utterance, 16 kHz mono, which every reader of audio opens at the rate that the manifest says. It adds synthesised
+notes and environmental sounds.
 `sample_corpus.md` describes its contents.
 """
 
@@ -16,10 +17,12 @@ import shutil
 import tarfile
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from codecssl.superb.rows import ManifestRow
+from codecssl.superb.sounds.clips import SynthesisedClip, notes, sounds
 from codecssl.tokenize.common.errors import UserError
 
 ARCHIVE = Path(__file__).with_name("sample_corpus.tar")
@@ -27,6 +30,10 @@ SAMPLE_RATE = 16_000
 MANIFEST = "manifest.jsonl"
 PRETRAIN = "pretrain.jsonl"
 """Rows for pretraining without labels, which are in no task's valid or test split."""
+SYNTHESISED: dict[str, Callable[[], Iterator[SynthesisedClip]]] = {"notes": notes, "sounds": sounds}
+"""Synthesised clips by the name of their folder."""
+SOUNDS_VERSION = 1
+"""Version of the synthesised notes and sounds. Copies unpacked with another one are replaced."""
 MARKER = "unpacked.json"
 """File with the sha256 of the archive and the size of every unpacked file. Written last."""
 
@@ -70,7 +77,7 @@ def is_whole(output: str | Path) -> bool:
     """True if `output` was unpacked from this archive and all files have their sizes."""
     output = Path(output)
     marker = _read_marker(output)
-    if marker.get("archive_sha256") != _archive_sha256():
+    if marker.get("archive_sha256") != _archive_sha256() or marker.get("sounds") != SOUNDS_VERSION:
         return False
     try:
         return all((output / name).stat().st_size == size for name, size in marker["bytes"].items())
@@ -125,12 +132,35 @@ def _extract(folder: Path) -> None:
             target = folder / cut["path"]
             target.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(target, wave[cut["start"] : cut["stop"]], SAMPLE_RATE, subtype="PCM_16")
+    for row in _synthesise(folder):
+        lines.append(json.dumps(row))
+        if set(row["splits"].values()) == {"train"}:
+            pretrain.append(json.dumps({"path": row["path"]}))
     for manifest, rows in ((MANIFEST, lines), (PRETRAIN, pretrain)):
         (folder / manifest).write_text("".join(row + "\n" for row in rows), encoding="utf-8")
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
-    marker = {"archive_sha256": _archive_sha256(), "bytes": sizes}
+    marker = {"archive_sha256": _archive_sha256(), "sounds": SOUNDS_VERSION, "bytes": sizes}
     (folder / MARKER).write_text(json.dumps(marker), encoding="utf-8")
+
+
+def _synthesise(folder: Path) -> Iterator[ManifestRow]:
+    """Write the clips of tasks env, inst and pitch and yield their rows."""
+    import soundfile
+
+    for place, clips in SYNTHESISED.items():
+        (folder / place).mkdir()
+        for clip in clips():
+            path = f"{place}/{clip.name}.flac"
+            soundfile.write(folder / path, clip.wave, SAMPLE_RATE, subtype="PCM_16")
+            yield {
+                "path": path,
+                "seconds": len(clip.wave) / SAMPLE_RATE,
+                "sample_rate": SAMPLE_RATE,
+                "task": ",".join(clip.splits),
+                "splits": clip.splits,
+                **clip.labels,
+            }
 
 
 def _publish(scratch: Path, output: Path) -> None:

@@ -107,11 +107,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "speaker": f"s{speaker}",
             "style": ["sad", "happy"][i % 2],
             "fold": i % 5 + 1,
+            "pitch": 200 * (1 + speaker),
         }
         slots = {"action": f"a{word}", "object": f"o{speaker}", "location": "none"}
-        splits = dict.fromkeys(("ks", "sid", "er", "ic"), split)
+        splits = dict.fromkeys(("ks", "sid", "er", "ic", "pitch"), split)
         path = write(f"{i:02d}.flac", (200 * (1 + speaker), 0.3 + 0.2 * word))
-        rows.append({"path": path, "task": "ks,sid,er,ic", "splits": splits, "slots": slots, **labels})
+        rows.append({"path": path, "task": ",".join(splits), "splits": splits, "slots": slots, **labels})
     rows += _spoken(write) + _turns(write)
     (root / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root

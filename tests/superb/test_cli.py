@@ -167,7 +167,7 @@ def test_sample_unpacks_the_shipped_corpus(tmp_path: Path, capsys: Any) -> None:
     """Every task must find its splits in the corpus."""
     assert main(["sample", str(tmp_path / "sample")]) == 0
     found = TaskCorpus(tmp_path / "sample")
-    least = {"sd": 6, "sf": 32}
+    least = {"sd": 6, "sf": 32, "env": 32}
     for task in tasks.TASKS.values():
         assert all(len(examples) >= least.get(task.name, 40) for examples in found.examples(task).values())
 

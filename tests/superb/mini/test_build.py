@@ -27,6 +27,7 @@ from codecssl.superb.mini.recorded_tasks import plain_phones
 from codecssl.tokenize.common.errors import UserError
 
 TEN = ("pr", "asr", "ks", "qbe", "sid", "asv", "sd", "ic", "sf", "er")
+SOUND = ("env", "inst", "pitch")
 DIGIT_VOICES = 4
 ORDER_SLOTS = {"action": "verb", "object": "thing", "location": "place"}
 RECIPE = """
@@ -82,7 +83,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         row = json.loads(line)
         made = _source_row(row) if row.get("speaker") else None
         if row["path"].startswith("silence") and len(chosen[row["bundle"]]) < 10:
-            made = {"path": row["path"], "task": "env", "label": "noise"}
+            made = {"path": row["path"], "task": "env", "label": f"noise {len(chosen[row['bundle']]) % 2}"}
         if made:
             chosen[row["bundle"]].append({**made, "cut": (row["start"], row["stop"])})
     for bundle, rows in chosen.items():
@@ -107,7 +108,7 @@ def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     said: list[str] = []
     root = tmp_path_factory.mktemp("built") / "mini"
     build(source / "manifest.jsonl", root, seed=3, recipe=str(source / "recipe.yaml"), on_progress=said.append)
-    assert [line.split()[0] for line in said] == [*TEN, "1"], said
+    assert [line.split()[0] for line in said] == [*TEN, *SOUND, "1"], said
     assert all("utterances, " in line for line in said[:-1]), said
     assert said[-1] == "1 rows of the manifest left out: no such file"
     return root
@@ -134,7 +135,7 @@ def test_the_runner_opens_all_ten_tasks(built: Path) -> None:
     from codecssl.superb.tasks import TASKS
 
     corpus = open_corpus(built)
-    for task in TEN:
+    for task in (*TEN, *SOUND):
         splits = corpus.examples(TASKS[task])
         expected = {"qbe": {"valid", "test"}, "asv": {"train", "test"}}.get(task, {"train", "valid", "test"})
         assert {split for split, examples in splits.items() if examples} == expected
@@ -338,7 +339,7 @@ def test_missing_material_is_named(source: Path, tmp_path: Path) -> None:
         assert f"- {task} needs " in text
     assert "- pr needs rows of task pr with phones, text and speaker." in text
     present = {json.loads(line)["task"] for line in (root / "manifest.jsonl").read_text().splitlines()}
-    assert present == {"asr", "asv", "sd", "er"}
+    assert present == {"asr", "asv", "sd", "er", *mini.SYNTHESISED}
 
 
 def test_the_cards_counts_match_the_files(built: Path, rows: Rows) -> None:
@@ -461,7 +462,7 @@ def test_real_speech_gives_all_ten_tasks(source: Path, tmp_path: Path) -> None:
     recipe.write_text(text + RECIPE.split("slot_order")[0])
     root = build(SHARED, tmp_path / "real", recipe=str(recipe), on_progress=lambda line: None)
     rows = [json.loads(line) for line in (root / "manifest.jsonl").read_text().splitlines()]
-    assert list(dict.fromkeys(row["task"] for row in rows)) == list(TEN)
+    assert list(dict.fromkeys(row["task"] for row in rows)) == [*TEN, *SOUND]
     assert all((root / row["path"]).is_file() for row in rows)
     test_no_clip_and_no_speaker_is_in_two_splits(rows)
     emotions = {"W": "anger", "F": "happiness", "N": "neutral", "T": "sadness"}  # in emodb's file names

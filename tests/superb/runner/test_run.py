@@ -24,7 +24,7 @@ from codecssl.tokenize.common.errors import UserError
 
 FEW = tasks.Budget(name="few", divisor=10**6, least=20, evaluations=2)
 TWO = tasks.Budget(name="two", divisor=10**6, least=2, evaluations=1)
-POOLED = ("ks", "sid", "er", "ic")
+POOLED = ("ks", "sid", "er", "ic", "pitch")
 
 
 @pytest.fixture
