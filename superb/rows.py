@@ -1,4 +1,4 @@
-"""Rows of the JSON files that superb reads and writes."""
+"""Rows of the JSON files that superb reads and writes, and the kinds of upstreams that they name."""
 
 from typing import Any
 
