@@ -167,8 +167,8 @@ def ctc_error_rate(corpus: SampleCorpus, task: str, *, epochs: int) -> float:
     for row in corpus.of(task, "test"):
         with torch.no_grad():
             best = head(body(torch.from_numpy(_stacked(corpus.frames(row)))[None])[0])[0].argmax(-1).tolist()
-        said = [names[now - 1] for now, last in zip(best, [0, *best], strict=False) if now and now != last]
-        errors += edit_distance(said, _symbols(row, task))
+        recognised = [names[now - 1] for now, last in zip(best, [0, *best], strict=False) if now and now != last]
+        errors += edit_distance(recognised, _symbols(row, task))
         length += len(_symbols(row, task))
     return errors / length
 

@@ -66,8 +66,8 @@ def test_at_12_hz_no_utterance_of_half_a_second_vanishes(tmp_path: Path, capsys:
     train, _, _ = open_data(config, ALONE)
     assert train.plan.pieces_per_epoch == 60
     run(config, tmp_path / "run")
-    said = capsys.readouterr().out
-    assert "data.min_seconds 0.40 (5 frames at 12.5 a second) leaves out 7 of 67 utterances, 1.1 s of audio" in said
+    printed = capsys.readouterr().out
+    assert "data.min_seconds 0.40 (5 frames at 12.5 a second) leaves out 7 of 67 utterances, 1.1 s of audio" in printed
 
 
 def test_lengths_in_frames_are_kept() -> None:

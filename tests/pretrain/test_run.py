@@ -173,9 +173,9 @@ def test_export_loads_without_deepspeed_and_is_the_checkpoint(
         assert part in card, part
     assert (tmp_path / "model" / "curves.png").read_bytes() == (tmp_path / "run" / "curves.png").read_bytes()
     heard = [utterance.source_sha256 for utterance in Shards(config.data.dirs[0]).utterances()]
-    told = seen_sources(tmp_path / "model")
-    assert told is not None
-    assert told.count([*heard, "0" * 64]) == (40, 41)
+    reported = seen_sources(tmp_path / "model")
+    assert reported is not None
+    assert reported.count([*heard, "0" * 64]) == (40, 41)
     first = (tmp_path / "model" / "config.json").read_bytes()
     (tmp_path / "model" / ".config.json.0a1b.tmp").touch()  # of an export that was killed
     export(tmp_path / "run", tmp_path / "model")  # again: replaced by the same
@@ -361,9 +361,9 @@ def test_damaged_papers_of_a_run_are_one_line(
     run(small_config(make_shards(), optim={"steps": 1}), tmp_path / "run")
     text = (tmp_path / "run" / file).read_text()
     (tmp_path / "run" / file).write_text(text[: len(text) // 2] + ": [")
-    with pytest.raises(UserError, match=f"{file}: .*damaged") as told:
+    with pytest.raises(UserError, match=f"{file}: .*damaged") as reported:
         export(tmp_path / "run", tmp_path / "model")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(reported.value)
 
 
 def test_frozen_embeddings_stay(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
@@ -434,8 +434,8 @@ def test_a_corrupt_checkpoint_is_warned_of_and_the_one_before_taken(
     assert "step-00000004: model.safetensors is corrupt; an older checkpoint is used" in capsys.readouterr().err
     assert json.loads((tmp_path / "model" / "config.json").read_text())["training"]["step"] == 2
     run(config, tmp_path / "run")
-    said = capsys.readouterr().out
-    assert "warning: step-00000004: model.safetensors is corrupt; the run resumes from step-00000002" in said
+    printed = capsys.readouterr().out
+    assert "warning: step-00000004: model.safetensors is corrupt; the run resumes from step-00000002" in printed
     assert_same(before, tensors(folder / "step-00000004"))
 
 
@@ -488,9 +488,9 @@ def test_a_profile_shows_some_steps(
 ) -> None:
     config = small_config(make_shards(), optim={"steps": 10}, log={"log_every": 10})
     run(config, tmp_path / "run", profile=True)
-    said = capsys.readouterr().out
-    assert re.search(r"step      5 \| estimated time for the other 5 steps: 0:0\d:\d\d", said)
-    assert "no trace" not in said
+    printed = capsys.readouterr().out
+    assert re.search(r"step      5 \| estimated time for the other 5 steps: 0:0\d:\d\d", printed)
+    assert "no trace" not in printed
     trace = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())
     steps = {event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep")}
     assert len(steps) == 4

@@ -47,8 +47,8 @@ class SlurmJob:
     def run(self, program: str) -> tuple[int, str]:
         """Exit code and output of the script."""
         process = self.start(program)
-        said, _ = process.communicate(timeout=60)
-        return process.returncode, said
+        printed, _ = process.communicate(timeout=60)
+        return process.returncode, printed
 
     @property
     def requeues(self) -> int:
@@ -88,8 +88,8 @@ def test_a_run_stopped_before_its_first_step_is_not_requeued_for_ever(job):
     """For example with a time limit below the warning time."""
     for turn in (1, 2):
         assert f"after a signal, stop {turn} without progress" in job.run("exit 75")[1]
-    code, said = job.run("exit 75")
-    assert "after a signal, stop 3 without progress; not tried again" in said
+    code, printed = job.run("exit 75")
+    assert "after a signal, stop 3 without progress; not tried again" in printed
     assert (code, job.requeues) == (75, 2)
 
 
@@ -98,9 +98,9 @@ def test_crashes_and_hangs_without_progress_have_a_limit_of_retries(job, crash):
     for turn in (1, 2):
         assert f"crash {turn} without progress" in job.run(crash)[1]
         assert job.requeues == turn
-    code, said = job.run(crash)
+    code, printed = job.run(crash)
     assert code == {"exit 76": 76, "exit 70": 70}.get(crash, 137)
-    assert "crash 3 without progress; not tried again" in said
+    assert "crash 3 without progress; not tried again" in printed
     assert job.requeues == 2
 
 
@@ -117,8 +117,8 @@ def test_only_own_blocks_are_progress_of_an_array_element(tmp_path):
     job.environment["SLURM_ARRAY_TASK_ID"] = "1"
     write = "mkdir -p out/shards out/work/{0}; touch out/work/{0}/{1}.json; exit 76"
     for number, count in (("00013", 1), ("00005", 1), ("00006", 2), ("00001", 1)):
-        said = job.run(write.format(number, f"{count:05d}"))[1]
-        assert f"crash {count} without progress" in said, number
+        printed = job.run(write.format(number, f"{count:05d}"))[1]
+        assert f"crash {count} without progress" in printed, number
     assert "crash 1 without progress" in job.run("rm -r out/work; touch out/shards/00005.json; exit 76")[1]
 
 
@@ -132,24 +132,24 @@ def signalled(job: SlurmJob, program: str, number: signal.Signals) -> tuple[int,
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(number)  # to the batch script alone, as --signal=B: does
-    said, _ = process.communicate(timeout=60)
-    return process.returncode, said
+    printed, _ = process.communicate(timeout=60)
+    return process.returncode, printed
 
 
 def test_a_warning_reaches_the_program_which_may_take_its_time(job):
-    said = signalled(job, WAITS.format(trap="sleep 1; touch saved; exit 75"), signal.SIGUSR2)[1]
+    printed = signalled(job, WAITS.format(trap="sleep 1; touch saved; exit 75"), signal.SIGUSR2)[1]
     assert (job.folder / "saved").exists(), "the script must wait for the program"
-    assert "exit code 75 after USR2, stop 1" in said
+    assert "exit code 75 after USR2, stop 1" in printed
     assert job.requeues == 1
 
 
 def test_a_warning_before_the_program_listens_is_not_a_requeue_for_ever(job):
     for turn in (1, 2):
-        said = signalled(job, "touch ready; exec sleep 30", signal.SIGUSR2)[1]
-        assert f"exit code 140 after USR2, stop {turn} without progress" in said
+        printed = signalled(job, "touch ready; exec sleep 30", signal.SIGUSR2)[1]
+        assert f"exit code 140 after USR2, stop {turn} without progress" in printed
         (job.folder / "ready").unlink()
-    code, said = signalled(job, "touch ready; exec sleep 30", signal.SIGUSR2)
-    assert "3 without progress; not tried again" in said
+    code, printed = signalled(job, "touch ready; exec sleep 30", signal.SIGUSR2)
+    assert "3 without progress; not tried again" in printed
     assert (code, job.requeues) == (140, 2)
 
 
@@ -167,8 +167,8 @@ def test_checkpoints_of_s3prl_count_as_progress(tmp_path):
 def test_a_warning_between_two_programs_is_not_lost(job):
     """For example while shards are copied: the first program does not start, and the job is requeued."""
     job.environment["CODECSSL_SETUP"] = "kill -USR2 $$; touch ready; sleep 0.5"
-    code, said = job.run("touch started")
-    assert "warned before the next start" in said
+    code, printed = job.run("touch started")
+    assert "warned before the next start" in printed
     assert (code, job.requeues, (job.folder / "started").exists()) == (-signal.SIGTERM, 1, False)
 
 
@@ -179,17 +179,17 @@ def test_a_job_that_finishes_after_a_warning_is_done(job):
 
 
 def test_a_cancelled_job_saves_and_does_not_come_back(job):
-    code, said = signalled(job, WAITS.format(trap="touch saved; exit 75"), signal.SIGTERM)
+    code, printed = signalled(job, WAITS.format(trap="touch saved; exit 75"), signal.SIGTERM)
     assert (code, job.requeues) == (75, 0)
-    assert "ended by Slurm or scancel" in said
+    assert "ended by Slurm or scancel" in printed
     assert (job.folder / "saved").exists()
 
 
 def test_without_requeueing_the_log_names_the_remedy(job):
     job._tool("scontrol", "exit 1")
-    code, said = job.run("exit 75")
+    code, printed = job.run("exit 75")
     assert code == 75
-    assert "job 17 cannot be requeued; submit it again to continue" in said
+    assert "job 17 cannot be requeued; submit it again to continue" in printed
 
 
 def test_shards_are_copied_to_the_disk_of_the_node_once(job):

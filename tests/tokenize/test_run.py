@@ -131,9 +131,9 @@ def test_a_task_that_is_started_twice_runs_once(audio_folder, tmp_path, codec_fi
 
     def start_it_again(progress):
         if progress.inputs == 3:
-            with pytest.raises(UserError, match=r"out: process \d+ on .* is at work there; wait for it") as told:
+            with pytest.raises(UserError, match=r"out: process \d+ on .* is at work there; wait for it") as reported:
                 run(second)
-            refused.append(told.value)
+            refused.append(reported.value)
 
     assert run(second, start_it_again)["inputs"] == 15
     assert len(refused) == 1

@@ -66,8 +66,8 @@ def test_a_signal_ends_the_command_with_75_after_its_block(
     command = ["run", str(audio_folder), "-o", str(tmp_path / "out"), "--codec", str(codec_file), "--workers", "0",
                "--shard-inputs", "8", "--block-inputs", "2"]  # fmt: skip
     assert main(command) == PREEMPTED == 75
-    said = capsys.readouterr().err
-    assert f"stopped by {number.name} after a whole block; the same command resumes from there" in said
+    printed = capsys.readouterr().err
+    assert f"stopped by {number.name} after a whole block; the same command resumes from there" in printed
     assert blocks(tmp_path / "out") == 1
     assert signal.getsignal(number) == before
     monkeypatch.undo()

@@ -88,11 +88,13 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path: Path, r
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
-        with pytest.raises(UserError, match="could not be written.*make room.*step-00000001 is the last good") as told:
+        with pytest.raises(
+            UserError, match="could not be written.*make room.*step-00000001 is the last good"
+        ) as reported:
             checkpoint.save(saved(2), tmp_path, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(reported.value)
     assert names(tmp_path) == ["latest", "step-00000001"]
     assert checkpoint.newest_intact(tmp_path) == (tmp_path / "step-00000001", [])
 

@@ -88,17 +88,21 @@ def _work(job: Job, rank: int) -> dict[str, Any]:
     output = Path(job["output"])
     if rank == 0 and "begin" in job:
         _copy(Path(job["begin"]["run"]), job["begin"]["step"], output)
-    said: dict[str, Any] = {"out": io.StringIO(), "err": io.StringIO(), "code": 0, "error": None, "read": {}}
-    with redirect_stdout(said["out"]), redirect_stderr(said["err"]), _trouble(rank, said["read"], **job["trouble"]):
+    printed: dict[str, Any] = {"out": io.StringIO(), "err": io.StringIO(), "code": 0, "error": None, "read": {}}
+    with (
+        redirect_stdout(printed["out"]),
+        redirect_stderr(printed["err"]),
+        _trouble(rank, printed["read"], **job["trouble"]),
+    ):
         try:
             run(from_dict(RunConfig, job["config"]), output)
         except UserError as error:
-            said["code"], said["error"] = 70 if isinstance(error, TransientError) else 1, str(error)
+            printed["code"], printed["error"] = 70 if isinstance(error, TransientError) else 1, str(error)
         except SystemExit as end:
-            said["code"] = end.code
+            printed["code"] = end.code
         except BaseException:
-            said["code"], said["error"] = -1, traceback.format_exc()
-    return {**said, "out": said["out"].getvalue(), "err": said["err"].getvalue()}
+            printed["code"], printed["error"] = -1, traceback.format_exc()
+    return {**printed, "out": printed["out"].getvalue(), "err": printed["err"].getvalue()}
 
 
 def _copy(run: Path, step: int, output: Path) -> None:

@@ -122,8 +122,8 @@ usual = min(new_pages() for _ in range(3))
 keep_freed_memory()
 print(platform.libc_ver()[0], usual, min(new_pages() for _ in range(12)))
 """
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
-    if said[0] != "glibc":
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    if printed[0] != "glibc":
         pytest.skip("the C library is not glibc")
-    usual, kept = map(int, said[1:])
+    usual, kept = map(int, printed[1:])
     assert kept < usual / 10

@@ -318,12 +318,12 @@ def test_a_run_that_trains_on_is_labelled_by_the_checkpoint_of_the_beginning(
 
 def test_another_label_is_refused_in_the_folder_of_one(sliced: LabelConfig, tmp_path: Path) -> None:
     label(sliced)
-    for changes, told in (
+    for changes, reported in (
         ({"clusters": 8}, "whole: was begun with clusters 9, this is 8; give the same, or another --output"),
         ({"layer": 0}, "was begun with layer 2, this is 0"),
         ({"data": sliced.data[:1]}, "was begun with data"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=reported):
             label(replace(sliced, **changes))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="task 2 of 2: --task counts from 0"):
         replace(sliced, tasks=2, task=2)

@@ -22,9 +22,9 @@ def test_collapse_is_reported_only_after_the_start() -> None:
 
 
 def test_the_histogram_of_the_targets_in_one_line() -> None:
-    said = targets_report([torch.tensor([5, 5, 5, 5]), torch.tensor([9, 0, 0, 1])])
+    printed = targets_report([torch.tensor([5, 5, 5, 5]), torch.tensor([9, 0, 0, 1])])
     assert (
-        said
+        printed
         == "targets: entropy in bits 2.00, 0.47; perplexity 4 of 4, 1 of 4; % in the most frequent class 25.0, 90.0"
     )
     assert targets_report([]) == "targets: made while training"

@@ -100,9 +100,9 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
 def test_the_command_prints_lines_or_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     beat(run, 0)
     assert main(["status", str(run)]) == 0
-    said = capsys.readouterr().out
-    assert "running at step 40; step 0 of 100 saved, 0 checkpoint(s)" in said
-    assert "1000 frames/s" in said
-    assert "0:02:00 left" in said
+    printed = capsys.readouterr().out
+    assert "running at step 40; step 0 of 100 saved, 0 checkpoint(s)" in printed
+    assert "1000 frames/s" in printed
+    assert "0:02:00 left" in printed
     assert main(["status", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 40

@@ -33,11 +33,11 @@ def test_a_resumed_run_logs_no_step_twice(tmp_path: Path) -> None:
         second.log(row(step, loss=2.0))
     second.draw()
     second.close()
-    told = [(r["step"], r["loss"]) for r in read_rows(tmp_path / "metrics.jsonl")]
-    assert told == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+    reported = [(r["step"], r["loss"]) for r in read_rows(tmp_path / "metrics.jsonl")]
+    assert reported == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
     assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in board.Scalars("train/loss")] == told
+    assert [(e.step, e.value) for e in board.Scalars("train/loss")] == reported
     assert [e.value for e in board.Scalars("train/accuracy/1")] == [0.25] * 6
 
 
@@ -57,6 +57,6 @@ def test_curves_are_a_picture_also_of_an_empty_run(tmp_path: Path) -> None:
 
 def test_the_console_line_has_the_main_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Telemetry(tmp_path, step=0).log(row(7, 3.25))
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for part in ("step      7", "loss 3.2500", "accuracy 37.50 % (codebook 0: 50.00 %)", "left 1:01:01"):
-        assert part in said
+        assert part in printed

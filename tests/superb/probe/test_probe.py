@@ -135,17 +135,17 @@ def test_patterns_of_columns(where: Any, values: list[str]) -> None:
 def test_probing_audio_finds_the_classes_and_is_not_repeated(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Tones of four pitches: fbank names them; a second call computes nothing."""
     pitch = Probe(name="pitch", label="speaker", task="ks")
-    said: list[str] = []
+    printed: list[str] = []
     settings = Settings(seeds=(0, 1))
-    rows = probe.run(["fbank"], corpus, [pitch, KS], tmp_path, settings, on_progress=said.append)
+    rows = probe.run(["fbank"], corpus, [pitch, KS], tmp_path, settings, on_progress=printed.append)
     assert rows[0]["best_layer"] > 0.95
     assert rows[0]["utterances"] == 48
     assert rows[0]["chance"] == 0.25
     assert len(results.publish(tmp_path)) == 2
     assert "| pitch | fbank |" in tables.write_markdown(tmp_path).read_text()
     monkeypatch.setattr(probe, "_measure", None)
-    assert probe.run(["fbank"], corpus, [pitch, KS], tmp_path, settings, on_progress=said.append) == rows
-    assert len(said) == 4
+    assert probe.run(["fbank"], corpus, [pitch, KS], tmp_path, settings, on_progress=printed.append) == rows
+    assert len(printed) == 4
 
 
 def test_shards_and_audio_give_equal_rows(corpus: Path, model_folder: Path, loads_codec: Any, tmp_path: Path) -> None:

@@ -96,9 +96,9 @@ def test_the_files_equal_those_of_s3prls_classic_task(
     kind, record, paths, answers = CLASSIC[task]
     expert = importlib.import_module(f"s3prl.downstream.{kind}.expert").DownstreamExpert
     names = classic_names(task, paths, tmp_path, monkeypatch)
-    told = [answer.split() for answer in answers] if task == "asr" else answers
-    records = {record: told, "filename": names, "filenames": names, "truth": told, "truth_speaker": told}
-    records |= {"loss": [0.0], "acc": [1.0], "intent_loss": [0.0], "groundtruth": told, "target_words": told}
+    reported = [answer.split() for answer in answers] if task == "asr" else answers
+    records = {record: reported, "filename": names, "filenames": names, "truth": reported, "truth_speaker": reported}
+    records |= {"loss": [0.0], "acc": [1.0], "intent_loss": [0.0], "groundtruth": reported, "target_words": reported}
     records |= {"pred_tokens": [], "target_tokens": []}
     stub = SimpleNamespace(expdir=str(tmp_path), fold="fold2", metrics=["per"], best_score=0, decoder=None)
     stub.save_best_on, stub.metric_higher_better = "dev", False

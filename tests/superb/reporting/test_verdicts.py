@@ -52,16 +52,16 @@ def test_the_sentence_and_the_bold_cells() -> None:
     rows += [row("good", "er", good), row("fbank", "er", fair), row("codes", "er", poor)]  # within noise of fbank
     rows += [row("good", "pr", poor), row("fbank", "pr", fair), row("codes", "pr", poor)]  # lost
     (c,) = tables.compare(rows)
-    said = verdicts.sentence(c)
-    assert said.startswith("good is best on 2 of 3 tasks; significantly better than every other upstream on 1 (ks);")
-    assert "not significantly better on er; others are best on pr (fbank)" in said
+    printed = verdicts.sentence(c)
+    assert printed.startswith("good is best on 2 of 3 tasks; significantly better than every other upstream on 1 (ks);")
+    assert "not significantly better on er; others are best on pr (fbank)" in printed
     header, body = tables.table_rows(c)
     ours = dict(zip(header, next(line for line in body if line[0] == "good"), strict=True))
     assert [key.split()[0] for key, text in ours.items() if text.startswith("**")] == ["ks"]
     against = dict(zip(header, next(line for line in body if line[0] == "good − fbank"), strict=True))
     assert [text.endswith("*") for text in list(against.values())[1:]] == [True, True, False]
     page = html([c])
-    assert said.split(";")[0] in page
+    assert printed.split(";")[0] in page
     assert page.count("<b>") == 2  # ks of good, and fbank's lead on pr
     assert '<td class="down">+45.0*</td>' in page  # more phone errors are worse
     (c,) = tables.compare([row("good", "ks", good), row("fbank", "ks", good)])

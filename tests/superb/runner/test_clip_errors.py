@@ -26,10 +26,10 @@ def test_phone_errors_add_up_to_s3prls_rate(tmp_path: Path) -> None:
     import_patches.install()
     from s3prl.metric import per
 
-    said = {"a": "AH B K", "b": "K AH", "c": "D", "d": "AH AH K"}
+    printed = {"a": "AH B K", "b": "K AH", "c": "D", "d": "AH AH K"}
     heard = {"a": "AH K K", "b": "", "c": "D D AH", "d": "AH AH K"}
-    figure = float(per([heard[name] for name in said], list(said.values())))
-    examples = [example(name, transcription=text) for name, text in said.items()]
+    figure = float(per([heard[name] for name in printed], list(printed.values())))
+    examples = [example(name, transcription=text) for name, text in printed.items()]
     folder = answered(tmp_path, heard)
     assert clip_errors(folder, "pr", examples, {"per": figure}) == [1, 2, 2, 0]
     assert clip_errors(folder, "pr", examples, {"per": figure + 0.01}) is None  # not what s3prl counted

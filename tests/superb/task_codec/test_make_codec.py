@@ -134,15 +134,15 @@ def test_resumes_bit_for_bit_and_skips_finished_stages(made, upstream, shards, t
         make_task_codec(config, lambda text: None)
     assert not (tmp_path / "codec" / "config.json").exists()
     monkeypatch.setattr(compress_train.BottleneckTraining, "_losses_b", step)
-    told = []
-    make_task_codec(config, told.append)
-    assert told[0] == "resumes at stage 2, step 15"
+    reported = []
+    make_task_codec(config, reported.append)
+    assert reported[0] == "resumes at stage 2, step 15"
     whole, resumed = (load(folder).state_dict() for folder in (made[0], tmp_path / "codec"))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    make_task_codec(config, told.append)
-    assert told[-1].endswith("finished before")
+    make_task_codec(config, reported.append)
+    assert reported[-1].endswith("finished before")
     with pytest.raises(UserError, match="made with other settings or data; give another --output"):
-        make_task_codec(config_of(upstream, shards, tmp_path / "codec", rate_bps=50.0), told.append)
+        make_task_codec(config_of(upstream, shards, tmp_path / "codec", rate_bps=50.0), reported.append)
 
 
 def test_without_labels_there_is_no_head(upstream, shards, tmp_path):

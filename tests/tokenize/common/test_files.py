@@ -64,8 +64,8 @@ with alone_in(Path(sys.argv[1])):
 def test_one_process_at_a_time_works_in_a_folder(tmp_path, impatient):
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "new")], stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"in\n"
-        told = f"new: process {holder.pid} on {socket.gethostname()} is at work there; wait for it, or give another"
-        with pytest.raises(UserError, match=told), alone_in(tmp_path / "new"):
+        reported = f"new: process {holder.pid} on {socket.gethostname()} is at work there; wait for it, or give another"
+        with pytest.raises(UserError, match=reported), alone_in(tmp_path / "new"):
             pass
         holder.send_signal(signal.SIGKILL)
     with alone_in(tmp_path / "new"):

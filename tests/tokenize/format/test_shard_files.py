@@ -42,9 +42,11 @@ def test_every_bit_of_the_codes_is_checked_when_a_block_is_first_read(tmp_path, 
         path.write_bytes(content)
         shards = Shards(tmp_path / "d")
         assert np.array_equal(shards.codes(0), items[0]), "the other shard must be readable"
-        with pytest.raises(UserError, match=r"00001\.tar: the codes of utterances 5 to 9 are damaged.*verify") as told:
+        with pytest.raises(
+            UserError, match=r"00001\.tar: the codes of utterances 5 to 9 are damaged.*verify"
+        ) as reported:
             shards.codes(7)
-        assert not isinstance(told.value, TransientError), "the second read must fail too"
+        assert not isinstance(reported.value, TransientError), "the second read must fail too"
     path.write_bytes(whole)
     shards = Shards(tmp_path / "d")
     assert all(np.array_equal(shards.codes(i), item) for i, item in enumerate(items))

@@ -194,9 +194,9 @@ def test_exchanged_shards_and_values_that_disagree(dataset):
         assert [d.file for d in examine(dataset).damages] == ["dataset.json"], key
     record = dataset / "shards/00002.json"
     (dataset / "dataset.json").write_bytes(to_json(sealed(header)))
-    said = load_json(record)
+    printed = load_json(record)
     for key in ("inputs", "utterances", "frames", "samples", "bytes", "sha256"):
-        record.write_bytes(to_json(sealed(said | {key: said[key] + 1 if key != "sha256" else "ab" * 32}), None))
+        record.write_bytes(to_json(sealed(printed | {key: printed[key] + 1 if key != "sha256" else "ab" * 32}), None))
         assert {d.file for d in examine(dataset).damages} == {"shards/00002.json"}, key
 
 
