@@ -36,7 +36,10 @@ DEEPSPEED = {  # what `deepspeed --num_gpus 2` gives its second process
         (SRUN | {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "0"}, (9, 16, 0)),  # torchrun in every task
         (SRUN | {"RANK": "5", "WORLD_SIZE": "8"}, (5, 8, 1)),  # set by hand, in a script under srun
         (DEEPSPEED, (1, 2, 1)),
-        (SRUN | TORCHRUN | {"RANK": "7", "WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "x"}, (7, 8, 1)),  # numbers anew
+        (
+            SRUN | TORCHRUN | {"RANK": "7", "WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "x"},
+            (7, 8, 1),
+        ),  # renumbers the ranks
     ],
 )
 def test_ranks(environment, expected):

@@ -349,7 +349,7 @@ def test_a_start_that_failed_does_not_keep_its_folder(make_shards: Make, small_c
     assert (tmp_path / "run" / "config.yaml").exists()
     right = small_config(make_shards("other"), optim={"steps": 2}, log={"log_every": 1, "checkpoint_every": 2})
     run(right, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints")  # what was told of steps counts too
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # the logged steps count too
     with pytest.raises(UserError, match="was made with optim.eps 1e-06"):
         run(small_config(tmp_path / "other", optim={"steps": 2, "eps": 0.1}), tmp_path / "run")
 

@@ -38,7 +38,7 @@ MS_REMOUNT, MS_REC, MS_PRIVATE = 32, 1 << 14, 1 << 18
 
 def serve():
     """Fork a child for the command in a line of stdin. Kill it or wait, by the next line. Print its status."""
-    import hashcodec  # noqa: F401  # beside this file
+    import hashcodec  # noqa: F401  # in this folder
     import torch
 
     from codecssl.tokenize.integrity import verify  # noqa: F401
@@ -336,7 +336,7 @@ def test_changes_since_a_kill_are_refused(parent, audio, tmp_path, hashed, how):
     assert parent.run(argv, fail_at=30, how="kill") == -signal.SIGKILL
     assert list(output.glob("work/00000/00001.json"))
     assert not list(output.glob("shards/*.json"))
-    (output / ".0-of-1.lock").unlink()  # nobody's any more
+    (output / ".0-of-1.lock").unlink()  # the lock of an ended process
     before = contents(output)
     if how == "renamed":
         (folder / "01.wav").rename(folder / "zz.wav")

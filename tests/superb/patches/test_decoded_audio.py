@@ -36,7 +36,7 @@ def test_each_part_at_each_rate_is_decoded_once_and_matches_librosa(path: str) -
         wave, rate = once.load(path, **options)
         assert np.array_equal(wave, librosa.load(path, **options)[0])
         assert rate == options["sr"]
-        wave[:] = 0.0  # what a caller does to it changes nothing
+        wave[:] = 0.0  # changes by a caller must have no effect
     assert len(genuine.loaded) == 3
 
 

@@ -425,7 +425,7 @@ def test_a_run_killed_while_saving_resumes(torn: str, make: Any, monkeypatch: py
     assert run.finished
     assert row["curves"]["train-loss"][-1][0] == 20
     assert (row["value"], row["valid"], row["curves"]) == (whole["value"], whole["valid"], whole["curves"])
-    complete = torn in ("", "step_20/config.yaml")  # all of step 20 but a file that nobody reads again
+    complete = torn in ("", "step_20/config.yaml")  # all of step 20 except for a file that is not read again
     assert bool(row.get("interrupted")) == (not complete), "a complete training must not be repeated"
     assert not list((run.folder / "train").glob("step_*"))
 

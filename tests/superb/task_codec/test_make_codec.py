@@ -97,7 +97,7 @@ def test_codec_answers_from_shards_as_from_audio(made, manifest, tmp_path):
     assert main(["answer", "--codec", str(folder), "--data", str(tmp_path / "s"), "--output", str(tmp_path / "a")]) == 0
     answers = [json.loads(line)["answer"] for line in (tmp_path / "a").read_text().splitlines()]
     right = [answer == [row["speaker"]] for answer, row in zip(answers, rows, strict=True)]
-    assert np.mean(right[36:]) > 0.7  # the test part: pitches are told apart
+    assert np.mean(right[36:]) > 0.7  # the test part: pitches are distinguished
 
 
 def test_reports_use_and_errors(made):

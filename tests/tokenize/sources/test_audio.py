@@ -139,7 +139,7 @@ def test_a_binary_file_reads_as_its_path_does(tmp_path, kind):
     expected = read(path)
     assert len(expected[0]) > 16_000
     with path.open("rb") as file:
-        file.seek(100)  # wherever it was left
+        file.seek(100)  # at any position
         assert same(read(file), expected)
         assert same(read(file), expected), "the second read must be equal"
         assert same(read(BytesIO(path.read_bytes())), expected)

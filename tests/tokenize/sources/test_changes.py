@@ -62,7 +62,7 @@ def test_other_content_is_refused_when_its_shard_is_finished_and_the_advice_help
     with pytest.raises(UserError, match=re.escape(says)) as error:
         run(config())
     assert "\n" not in str(error.value)
-    run(config(tasks=2, task=0))  # has nothing to do with that shard
+    run(config(tasks=2, task=0))  # does not read that shard
     assert contents(tmp_path / "out") == before
     old = Shards(tmp_path / "out").codes(5).copy()
     (tmp_path / "out/shards/00001.json").unlink()
