@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from codecssl.tokenize.codec import Codec, CodecCard, Encoded
-from codecssl.tokenize.common.errors import UserError, one_line
+from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.encode import LoadedAudio, read
 from codecssl.tokenize.format.entropy import Coder
 from codecssl.tokenize.format.entropy_tables import fit
@@ -164,7 +164,7 @@ def _decoded(codec: Codec, encoded: Sequence[Encoded]) -> tuple[list[Tensor], fl
     try:
         waves, spent = _timed(lambda: [codec.decode(e.codes, e.scales).cpu() for e in encoded])
     except UserError as error:
-        return [], 0.0, one_line(error)
+        return [], 0.0, str(error)
     return waves, spent, None
 
 
