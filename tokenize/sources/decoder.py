@@ -66,6 +66,8 @@ def _decoder(source: BinaryIO) -> AudioDecoder:
             return _ffmpeg_or_libsndfile(source)
         if riff.length is not None:
             return PcmFile(FileSlice(source, "", riff.data_at, riff.length * riff.frame_bytes), raw=riff)  # type: ignore[arg-type]
+        if (wave := Pcm16.of(source, riff)) is not None:
+            return wave
     elif magic[:4] == b"fLaC":
         promised, last = containers.flac_total(source, size)
         if promised and last > promised:
@@ -80,6 +82,35 @@ def _decoder(source: BinaryIO) -> AudioDecoder:
         return _Flac(file, source) if magic[:4] == b"fLaC" and file.length is not None else file
     file.close()
     return _ffmpeg_or_libsndfile(source)
+
+
+class Pcm16:
+    """Decoder of whole WAV files of 16-bit PCM, the most common kind. libsndfile takes twice as long to open one."""
+
+    def __init__(self, source: BinaryIO, riff: containers.Riff) -> None:
+        self.source, self.samplerate, self.channels = source, riff.rate, riff.channels
+        self.frame_bytes, self.begin = riff.frame_bytes, riff.data_at
+        self.length: int | None = riff.declared // riff.frame_bytes
+        self.at = 0
+
+    @classmethod
+    def of(cls, source: BinaryIO, riff: containers.Riff) -> Pcm16 | None:
+        """Return the decoder; None for other sample formats and for a data chunk that is empty or not all there."""
+        plain = riff.codec == 1 and riff.bits == 16 and 1 <= riff.channels <= 2
+        plain = plain and riff.frame_bytes == 2 * riff.channels and riff.declared % riff.frame_bytes == 0
+        return cls(source, riff) if plain and riff.rate and 0 < riff.declared <= riff.there else None
+
+    def decode(self, frames: int) -> NDArray[np.float32]:
+        count = min(frames, (self.length or 0) - self.at)
+        data = containers.head(self.source, count * self.frame_bytes, self.begin + self.at * self.frame_bytes)
+        self.at += count
+        return np.frombuffer(data, "<i2").reshape(-1, self.channels) * np.float32(2**-15)
+
+    def go_to(self, frame: int, block: int) -> None:
+        self.at = frame
+
+    def close(self) -> None:
+        """The caller closes the file."""
 
 
 def _ffmpeg(source: BinaryIO) -> AudioDecoder:

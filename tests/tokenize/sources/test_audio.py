@@ -42,6 +42,21 @@ def test_blocks_equal_the_whole_file_downmixed_and_resampled_at_once(tmp_path, r
     assert (reader.source_rate, reader.source_samples) == (rate, len(mono))
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_U8", "FLOAT"])
+def test_wav_files_have_libsndfiles_samples_whole_and_in_part(tmp_path, channels, subtype):
+    path = tmp_path / "x.wav"
+    soundfile.write(path, noise(1.3, 16_000, channels), 16_000, subtype=subtype)
+    path.write_bytes(path.read_bytes() + b"LIST\x04\0\0\0INFO")
+    frames = soundfile.read(path, dtype="float32", always_2d=True)[0]
+    for start, stop in ((None, None), (0.25, 1.1)):
+        part = frames[:] if start is None else frames[4_000:17_600]
+        reader = AudioReader(path, 16_000, start, stop, channels=2)
+        expected = part.T if channels == 2 else np.stack([part[:, 0]] * 2)
+        assert np.array_equal(np.concatenate(list(reader.blocks()), axis=1), expected)
+        assert reader.source_samples == len(part)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"gone\.wav: cannot read: no such file"):
         read_wave(tmp_path / "gone.wav", 16_000)

@@ -23,8 +23,12 @@ from codecssl.tokenize.backends.parts.seanet_layers import MAX_TERMS, Kernel, La
 
 MAX_FRAMES = 16
 """Maximum length of these waves. Longer ones fill at least half a piece."""
-TOGETHER_FRAMES = 32
-"""Frames of all waves in one product of the convolutions, so that activations stay in a CPU's cache."""
+FINE_FRAMES = 32
+"""Frames of all waves in one product of the layers up to the first stride, so that activations stay in a CPU's cache.
+
+The other layers take COARSE_FRAMES: they have fewer rows a frame and more weights, which one product reads once.
+"""
+COARSE_FRAMES = 160
 LEAST_FRAMES = 7
 """Minimum number of frames in the layers from the LSTM on: the last convolution has a padding of 6."""
 
@@ -40,38 +44,54 @@ class ShortEncoder:
             for previous, layer in zip([None, *before], before)
             if not isinstance(layer, nn.ELU)
         ]
+        strided = [i for i, stage in enumerate(self.stages) if isinstance(stage, Convolution) and stage.strides]
+        self.fine = strided[0] + 1 if strided else 0
+        """Number of stages at the first rates."""
         self.last = Convolution(last, encoder.hidden, nn.ELU())
         self._exact: dict[int, bool] = {}
 
     def __call__(self, waves: Sequence[Tensor], frames: int) -> Tensor:
         """Encode waves that all have this number of frames, [n] each, to latents [W, frames, D]."""
-        count = max(1, TOGETHER_FRAMES // frames)
-        x = torch.stack([F.pad(wave, (0, frames * self.hop_length - len(wave))) for wave in waves])[..., None]
-        parts = []
-        for part in x.split(count):
-            for stage in self.stages:
-                part = stage(part)
-            parts.append(part)
-        features = F.pad(torch.cat(parts), (0, 0, 0, max(0, LEAST_FRAMES - frames))).transpose(0, 1).contiguous()
+        x = self.encoder.piece.new_zeros(len(waves), frames * self.hop_length, 1)
+        for row, wave in zip(x, waves):
+            row[: len(wave), 0] = wave
+        x = self._grouped(self.stages[: self.fine], x, FINE_FRAMES // frames)
+        features = self._grouped(self.stages[self.fine :], x, COARSE_FRAMES // frames)
+        features = F.pad(features, (0, 0, 0, max(0, LEAST_FRAMES - frames))).transpose(0, 1).contiguous()
         lanes = [Lane(frames) for _ in waves]
         hidden = self.encoder.recur(features, lanes).transpose(0, 1).contiguous()
         return self.last(hidden, frames)[:, :frames]
 
-    @full_precision()
+    def _grouped(self, stages: Sequence[Any], x: Tensor, count: int) -> Tensor:
+        """Run stages on `count` waves of x [W, n, C] at a time, at least one."""
+        parts = []
+        for part in x.split(max(1, count)):
+            for stage in stages:
+                part = stage(part)
+            parts.append(part)
+        return torch.cat(parts)
+
     def runs(self, frames: int) -> bool:
         """Return whether waves of this length give the bits that the encoder gives to each alone."""
         if frames not in self._exact:
-            generator = torch.Generator().manual_seed(frames)
-            count = max(2, TOGETHER_FRAMES // frames)
-            lengths = [frames * self.hop_length - 11 * i % self.hop_length for i in range(count)]
-            waves = [torch.randn(length, generator=generator) * 0.1 for length in lengths]
-            waves = [wave.to(self.encoder.piece) for wave in waves]
-            alone = [self.encoder([Lane(frames)], [wave])[0, :frames] for wave in waves]
-            try:
-                self._exact[frames] = torch.equal(self(waves, frames), torch.stack(alone))
-            except TooShort:
-                self._exact[frames] = False
+            self._exact[frames] = self._is_exact(frames)
         return self._exact[frames]
+
+    @full_precision()
+    def _is_exact(self, frames: int) -> bool:
+        generator = torch.Generator().manual_seed(frames)
+        waves = [torch.randn(frames * self.hop_length - cut, generator=generator) * 0.1 for cut in (0, 11, 22)]
+        waves = [wave.to(self.encoder.piece) for wave in waves]
+        alone = torch.stack([self.encoder([Lane(frames)], [wave])[0, :frames] for wave in waves])
+        largest = self.encoder.widths[-1]
+        try:  # the values do not matter, so a few waves stand for any number
+            return all(
+                torch.equal(self([waves[i % 3] for i in range(count)], frames), alone[torch.arange(count) % 3])
+                for count in (1, 2, 7, largest)
+                if count <= largest
+            )
+        except TooShort:
+            return False
 
 
 class TooShort(Exception):  # noqa: N818  (not an error)
@@ -84,6 +104,7 @@ class Convolution:
     def __init__(self, layer: Any, like: Tensor, previous: Any) -> None:
         self.kernel = kernel = Kernel(layer, like)
         self.activate = isinstance(previous, nn.ELU)
+        self.strides = kernel.stride > kernel.upsample
         self.pad = (len(kernel.taps) - 1) * kernel.dilation * kernel.stride
         self.factors = [
             (i * kernel.dilation, first, weight.contiguous())
@@ -99,7 +120,7 @@ class Convolution:
         samples = x.new_empty(count, self.pad + length, channels)
         body = samples[:, self.pad :]
         if self.activate:
-            body.copy_(activated(x))
+            elu(x, body)
         else:
             body.copy_(x)
         if self.pad:

@@ -29,6 +29,12 @@ def test_waves_of_any_few_frames_give_the_codes_of_each_alone(codec, monkeypatch
     assert batches.count(3) == lengths >= MAX_FRAMES - 1, "three waves of each length must run in one batch"
 
 
+@pytest.mark.parametrize("count", [1, 4, 9, 16, 27, 40])
+def test_any_number_of_waves_of_one_length_gives_the_codes_of_each_alone(codec, count):
+    waves = [helpers.wave(320 * 5 - 7 * n, n, rate=16_000) for n in range(count)]
+    assert all(torch.equal(found, alone(codec, wave)) for found, wave in zip(helpers.codes_of(codec, waves), waves))
+
+
 def test_lengths_whose_bits_differ_run_alone(codec, monkeypatch):
     """Emulates a machine on which the order of sums depends on the number of rows."""
     monkeypatch.setattr(codec.short, "_exact", {})
