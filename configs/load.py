@@ -129,6 +129,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _yaml_value(key: str, text: str) -> Any:
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes of the command line that are not UTF-8
+        raise UserError(
+            f"override {key}: {text} is not UTF-8, which no config can hold; rename it, or name a link to it"
+        )
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

@@ -432,6 +432,9 @@ def test_a_folder_whose_name_is_not_utf8_is_printed_with_escapes(
         run(config, odd / "run")
     run(config, tmp_path / "run")
     odd.mkdir()
+    (odd / "data").symlink_to(shards)
+    assert main(["run", "encodecmae_tiny", "--data", str(odd / "data"), "--output", str(tmp_path / "other")]) == 1
+    assert "r\\udcff/data'] is not UTF-8, which no config can hold; rename it" in capsys.readouterr().err
     (tmp_path / "run").rename(odd / "run")
     assert main(["status", str(odd / "run")]) == 0
     assert main(["export", str(odd / "run"), "--output", str(odd / "model")]) == 0
