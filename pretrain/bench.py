@@ -28,6 +28,7 @@ from codecssl.pretrain.ranks import Ranks
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.mel import MelSpec
+from codecssl.tokenize.shards import Shards
 
 HUBERT_CLASSES = 504
 HUBERT_RATE, HUBERT_HOP = 16_000, 320
@@ -51,7 +52,8 @@ def bench(
 ) -> Iterator[dict[str, Any]]:
     """Yield one row per variant: seconds per step, hours of audio per hour, TFLOP/s.
 
-    If the config has data, the last row is the speed of the loader. seconds: audio in one step, in clips of
+    If the config has data, the last rows are the speed of the loader and the processor time of first reads, which
+    compare codes and log-mel planes with their CRC-32. seconds: audio in one step, in clips of
     `clip_seconds`. Codes are random because the speed of an encoder does not depend on them. Raises UserError for clips
     longer than the step.
     """
@@ -79,6 +81,7 @@ def bench(
         yield row
     if config.data.dirs:
         yield _loader(config, best["DeepSpeed"] / frames)
+        yield _first_touch(config, best["DeepSpeed"] / frames)
 
 
 def _card(config: RunConfig) -> CodecCard:
@@ -246,6 +249,31 @@ def _loader(config: RunConfig, seconds_per_frame: float) -> dict[str, Any]:
     }
 
 
+def _first_touch(config: RunConfig, seconds_per_frame: float) -> dict[str, Any]:
+    """Measure the checks of the first reads of all data, per frame, relative to the model's time."""
+    with_mel = config.model.input != "codes"
+    frames, took = 0, 0.0
+    for path in config.data.dirs:
+        shards = Shards(path, remote=True)
+        first, again = (_reads(shards, with_mel) for _ in range(2))
+        frames, took = frames + int(shards.frames.sum(dtype=np.int64)), took + max(0.0, first - again)
+    return {
+        "what": "checksums of first reads",
+        "frames_per_second": frames / max(took, 1e-9),
+        "percent_of_a_step": 100 * took / frames / seconds_per_frame,
+    }
+
+
+def _reads(shards: Shards, with_mel: bool) -> float:
+    """Return the processor time, in seconds, of reads of no frame, one a block and, of a plane, one an utterance."""
+    began = time.process_time()
+    for index in shards.blocks["first"].tolist():
+        shards.codes(index, stop=0)
+    for index in range(len(shards) if with_mel else 0):
+        shards.mel(index, stop=0)
+    return time.process_time() - began
+
+
 def table(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
     """Format the rows as lines of a table."""
     units = {
@@ -257,6 +285,7 @@ def table(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
         "memory_gib": "{:.2f} GiB",
         "times_slower_than_ours": "{:.2f} x ours",
         "times_what_the_model_takes": "{:.0f} x what the model takes",
+        "percent_of_a_step": "{:.3f} % of a step",
     }
     for row in rows:
         yield f"{row['what']:<32}" + ", ".join(text.format(row[key]) for key, text in units.items() if key in row)

@@ -32,15 +32,18 @@ def test_rows_follow_from_their_times(make_shards: Callable[..., Path], small_co
         online={"top_layers": 2, "clusters": 4},
     )  # fmt: skip
     rows = list(bench(config, seconds=2.0, clip_seconds=1.0, steps=1))
-    ours, plain, hubert, loader = rows
-    assert [row["what"] for row in (plain, hubert, loader)] == [
-        "plain loop, no DeepSpeed", "waveform HuBERT, same encoder", "loader alone"
+    ours, plain, hubert, loader, checks = rows
+    assert [row["what"] for row in (plain, hubert, loader, checks)] == [
+        "plain loop, no DeepSpeed", "waveform HuBERT, same encoder", "loader alone", "checksums of first reads"
     ]  # fmt: skip
     assert ours["frames_per_second"] == pytest.approx(100 / ours["step_seconds"])
     assert ours["audio_hours_per_hour"] == pytest.approx(2.0 / ours["step_seconds"])
     assert hubert["times_slower_than_ours"] == pytest.approx(hubert["step_seconds"] / ours["step_seconds"])
     taken = loader["frames_per_second"] / ours["frames_per_second"]
     assert loader["times_what_the_model_takes"] == pytest.approx(taken)
+    percent = 100 * ours["frames_per_second"] / checks["frames_per_second"]
+    assert checks["percent_of_a_step"] == pytest.approx(percent)
+    assert 0 < percent < 100
     lines = list(table(iter(rows)))
     assert lines[2].startswith("waveform HuBERT")
     assert lines[2].endswith(f"{hubert['times_slower_than_ours']:.2f} x ours")
