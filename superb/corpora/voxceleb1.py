@@ -9,7 +9,7 @@ from codecssl.superb.rows import ManifestRow, TrialLine
 SPLIT_LIST = "iden_split.txt"
 SPLIT_SOURCE = "robots.ox.ac.uk/~vgg/data/voxceleb/meta"
 TRIAL_LISTS = ("voxceleb1_test_v2.txt", "veri_test2.txt")
-"""The cleaned list of Vox1-O under the names that openslr.org/49 and VoxCeleb's site give it."""
+"""Trial lists of Vox1-O: the one that s3prl reads, from openslr.org/49, and the cleaned one of VoxCeleb's site."""
 CODES = {"1": "train", "2": "valid", "3": "test"}
 ASV_TEST = range(10270, 10310)
 """Numbers of the 40 test speakers of Vox1-O."""
@@ -32,9 +32,9 @@ def asv_rows(place: Place) -> list[ManifestRow]:
 
 
 def asv_trials(place: Place) -> list[TrialLine]:
-    """Return the cleaned Vox1-O trials (1 for the same speaker or 0, path, path), with absolute paths."""
+    """Return the trials of Vox1-O (1 for the same speaker or 0, path, path), with absolute paths."""
     corpus = _voxceleb_folder(place)
-    source = "openslr.org/49 or VoxCeleb's site (veri_test.txt is the uncleaned list, not SUPERB's)"
+    source = "openslr.org/49 or VoxCeleb's site"
     listed = place.file(TRIAL_LISTS, source, corpus)
     trials = read_lines(listed, _trial, "`1 or 0, file, file` with files as id10001/VIDEO/00001.wav")
     names = {name for trial in trials for name in trial[1:]}
