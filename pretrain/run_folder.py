@@ -78,7 +78,7 @@ def read_changes(run: Path) -> list[dict[str, Any]]:
     path = run / _CHANGES
     try:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}); bring it back from a backup, or remove it") from None
 
 
@@ -89,7 +89,7 @@ def read_config(run: Path) -> RunConfig:
         raise UserError(f"{run}: is not a run folder (no config.yaml); give the --output of codecssl-pretrain run")
     try:
         return from_dict(RunConfig, yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, TypeError, AttributeError, ValueError, LookupError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())}); bring it back from a backup") from None
 
 
@@ -125,8 +125,10 @@ def has_begun(run: Path) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: missing or damaged ({error}); bring it back from a backup") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: damaged, not a JSON object; bring it back from a backup")
     return found
 
 

@@ -154,7 +154,7 @@ def damage(checkpoint: Path) -> str | None:
     """Return the name of the first file that is missing, truncated or has a wrong CRC-32; None if intact."""
     try:
         files = _read_whole(checkpoint)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return _WHOLE
     if not isinstance(files, dict) or not {WEIGHTS, _TRAINING, _STATE} <= files.keys():
         return _WHOLE
@@ -234,7 +234,7 @@ def _read_whole(path: Path) -> dict[str, dict[str, int]]:
 def _is_whole(path: Path) -> bool:
     try:
         return all((path / name).stat().st_size == file["bytes"] for name, file in _read_whole(path).items())
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return False
 
 

@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from codecssl.configs.load import from_dict
 from codecssl.pretrain import run_folder
 from codecssl.pretrain.config import ModelConfig, RunConfig
@@ -22,7 +25,7 @@ from codecssl.pretrain.export.shipped import model_folder, shipped_models
 from codecssl.pretrain.model.model import CodecModel
 from codecssl.pretrain.monitor.telemetry import read_rows
 from codecssl.tokenize.codec import CodecCard
-from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.errors import UserError, damaged_file
 from codecssl.tokenize.common.files import names_in, refuse_links_out, write_atomic
 from codecssl.tokenize.common.hashing import file_sha256
 from codecssl.tokenize.mel import MelSpec
@@ -31,6 +34,8 @@ from codecssl.tokenize.sources.huggingface import parse as parse_hf
 
 FORMAT, VERSION, WEIGHTS = "codecssl-model", 1, "model.safetensors"
 CURVES = "curves.png"
+MOST_SIZE = 1 << 20
+"""Maximum of any size in the model section of a config.json."""
 _FILES = {WEIGHTS, "config.json", "README.md", CURVES, sources.FILE}
 
 
@@ -38,9 +43,13 @@ def export(run_dir: str | Path, output_dir: str | Path, *, half: bool = False) -
     """Export the newest checkpoint of a run as a model folder: fp32 weights, model config, codec card, history.
 
     half: store the weights as float16. A loaded model still computes in fp32. An earlier export in `output_dir` is
-    replaced. Raises UserError if `output_dir` holds anything else.
+    replaced. Raises UserError if `output_dir` holds anything else, and for damaged records of the run.
     """
-    run, output = Path(run_dir), Path(output_dir)
+    with damaged_file(run_dir, "its records are not those of a run; bring them back from a backup"):
+        _export(Path(run_dir), Path(output_dir), half)
+
+
+def _export(run: Path, output: Path, half: bool) -> None:
     config = run_folder.read_config(run)
     newest, corrupt = checkpoint.newest_intact(run / "checkpoints")
     for path in corrupt:
@@ -108,14 +117,34 @@ def load_pretrained(path: str | Path) -> CodecModel:
     folder = model_folder(path)
     description = read_description(folder)
     _check_weights(folder, description.get("weights_sha256"))
-    mel = MelSpec.from_dict(description["mel"]) if "mel" in description else None
-    model = CodecModel(from_dict(ModelConfig, description["model"]), CodecCard.from_dict(description["codec"]), mel)
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: model.safetensors is missing or damaged ({error}); export it again") from None
+    with damaged_file(folder / "config.json", "export the model again"):
+        model = _model(description, weights, folder)
     load_weights(model, weights, folder)
     return model.eval()
+
+
+def _model(description: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> CodecModel:
+    """Build the model that config.json describes, after a comparison with the shapes of its weights.
+
+    A file from elsewhere could state sizes that need more memory or time than there is.
+    """
+    config, card = from_dict(ModelConfig, description["model"]), CodecCard.from_dict(description["codec"])
+    mel = MelSpec.from_dict(description["mel"]) if "mel" in description else None
+    sizes = [value for value in vars(config).values() if type(value) is int]
+    if config.layers > len(weights) or max(sizes) > MOST_SIZE:
+        raise UserError(f"{folder}: config.json describes another model than its weights; export it again")
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in CodecModel(config, card, mel).named_parameters()}
+    for name in sorted(shapes.keys() & weights.keys()):
+        if shapes[name] != weights[name].shape:
+            raise UserError(
+                f"{folder}: {name} is {tuple(weights[name].shape)}, the model's {tuple(shapes[name])}; export it again"
+            )
+    return CodecModel(config, card, mel)
 
 
 def _check_weights(folder: Path, expected: str | None) -> None:
@@ -129,7 +158,9 @@ def read_description(folder: Path) -> dict[str, Any]:
     """Return config.json of an exported model. Raises UserError if the folder holds none of this version."""
     try:
         description: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+        if not isinstance(description, dict):
+            raise ValueError
+    except (OSError, ValueError, RecursionError):
         raise UserError(
             f"{folder}: is not an exported model (no readable config.json); make one with codecssl-pretrain export RUN"
             f" --output MODEL, or give the name of a shipped one ({', '.join(shipped_models())})"

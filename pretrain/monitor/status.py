@@ -12,7 +12,7 @@ from typing import Any
 from codecssl.pretrain import run_folder
 from codecssl.pretrain.engine import checkpoint
 from codecssl.pretrain.monitor.telemetry import clock, console_line, read_rows
-from codecssl.tokenize.common.errors import UserError
+from codecssl.tokenize.common.errors import UserError, damaged_file
 from codecssl.tokenize.common.process import BEAT_SECONDS
 
 SILENT_SECONDS = 4 * BEAT_SECONDS
@@ -34,6 +34,11 @@ def status(run: Path) -> dict[str, Any]:
     not started. late: ranks for which others wait. gone: ranks that ended without a record. Rates are None before the
     first row of metrics.
     """
+    with damaged_file(run, "its records are not those of a run; bring them back from a backup"):
+        return _status(run)
+
+
+def _status(run: Path) -> dict[str, Any]:
     config = run_folder.read_config(run)
     saved = checkpoint.whole(run / "checkpoints")
     rows = read_rows(run / "metrics.jsonl")
@@ -68,7 +73,12 @@ def status(run: Path) -> dict[str, Any]:
 
 
 def lines(run: Path, state: dict[str, Any]) -> list[str]:
-    """Format the result of `status` as lines of text."""
+    """Format the result of `status` as lines of text. Raises UserError for damaged records."""
+    with damaged_file(run, "its records are not those of a run; bring them back from a backup"):
+        return _lines(run, state)
+
+
+def _lines(run: Path, state: dict[str, Any]) -> list[str]:
     found = [
         f"{run}: {state['state']} at step {state['step']}; step {state['step_saved']} of {state['steps']} saved,"
         f" {state['checkpoints']} checkpoint(s); last sign of life {state['age_seconds']:.0f} s ago"
@@ -94,7 +104,7 @@ def _beats(run: Path) -> dict[int, Beat]:
     for path in sorted((run / "ranks").glob("[0-9]*.json")):
         try:
             found[int(path.stem)] = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: damaged ({error}); remove it") from error
     began = found[0]["started"] - 60.0 if 0 in found else 0.0  # older records are of a start with more ranks
     return {rank: beat for rank, beat in found.items() if beat["time"] >= began}

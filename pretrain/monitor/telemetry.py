@@ -116,7 +116,7 @@ def read_rows(path: Path, damaged: list[int] | None = None) -> list[MetricsRow]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line else None
-        except ValueError:
+        except (ValueError, RecursionError):
             row = {}
         if isinstance(row, dict) and row.keys() >= {"split", "step", "loss"} and isinstance(row["step"], int):
             rows.append(row)

@@ -64,3 +64,21 @@ def small_config() -> Callable[..., RunConfig]:
         return from_dict(RunConfig, values)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with shards, a run of four steps and two checkpoints on them, its export and its labels."""
+    from codecssl.pretrain.export.export import export
+    from codecssl.pretrain.labels.label import LabelConfig, label
+    from codecssl.pretrain.run import run
+
+    root = tmp_path_factory.mktemp("trained")
+    write_shards(root / "shards", card(), utterances(40, 0), 8192)
+    values: dict[str, dict[str, object]] = {key: dict(section) for key, section in SMALL.items()}
+    values["data"]["dirs"] = [str(root / "shards")]
+    values["optim"]["steps"], values["log"]["checkpoint_every"] = 4, 2
+    run(from_dict(RunConfig, values), root / "run")
+    export(root / "run", root / "model")
+    label(LabelConfig(source=str(root / "run"), data=(root / "shards",), output=root / "labels", clusters=4))
+    return root

@@ -1,5 +1,8 @@
 """Exceptions that commands print on one line: `UserError` can be fixed by the user."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """Invalid user input. The message states what, which value, which bound, and what to do."""
@@ -28,3 +31,17 @@ def check_share(tasks: int, task: int) -> None:
     """Check a share of divided work, `--tasks N --task I`. Raises UserError unless 0 <= I < N."""
     if tasks < 1 or not 0 <= task < tasks:
         raise UserError(f"task {task} of {tasks}: --task counts from 0 to --tasks - 1")
+
+
+@contextmanager
+def damaged_file(path: object, remedy: str) -> Iterator[None]:
+    """Turn errors of values that no program of ours writes into a UserError. For files that may be damaged or crafted.
+
+    UserErrors and errors of the disk pass unchanged.
+    """
+    try:
+        yield
+    except (OSError, UserError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({one_line(error)}); {remedy}") from error

@@ -12,8 +12,9 @@ import zipfile
 
 import numpy as np
 import pytest
+from crafted import NASTY, fuzzed, places
 from helpers import card
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from codecssl.tokenize.cli import main
@@ -27,15 +28,7 @@ from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.status import status
 from codecssl.tokenize.write_codes import write_shards
 
-FUZZED = settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],  # shrinking a failure would take minutes
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-NASTY = [None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**40, 0.5, 1e308, "", "x" * 5000, "\x1b[2J", [], [[]], [-1], {}]
+FUZZED = fuzzed(25)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["packed", "compressed"])
@@ -80,14 +73,6 @@ def read(root):
         shards.utterance(index)
     list(shards.ids())
     shards.find("u3")
-
-
-def places(value, here=()):
-    """Yield the path of every value inside a JSON document."""
-    yield here
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in children:
-        yield from places(child, (*here, key))
 
 
 def set_at(value, path, new):

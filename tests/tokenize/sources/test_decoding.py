@@ -3,12 +3,14 @@
 import io
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import HealthCheck, given, settings
+from crafted import change_bytes, fuzzed
+from hypothesis import given
 from hypothesis import strategies as st
 
 from codecssl.tokenize.common.errors import UserError
@@ -200,24 +202,30 @@ def test_a_duration_near_the_end_means_the_whole_file(media):
         assert len(ours(media / name, duration=2.0)[0]) == 2 * RATE
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+DELAY = 2 * 1152 + 1105
+"""Frames of decoders' delays and of one damaged frame, which ffmpeg counts in another way than its library."""
+
+
+@fuzzed(80)
 @given(st.data())
-def test_cut_or_flipped_audio_is_refused_or_has_ffmpegs_length(media, tmp_path_factory, data):
-    name = data.draw(st.sampled_from(WHOLE))
-    content = bytearray((media / name).read_bytes())
-    if data.draw(st.booleans()):
-        content = content[: data.draw(st.integers(1, len(content) - 1))]
-    for _ in range(data.draw(st.integers(0, 3))):
-        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+def test_cut_or_changed_audio_is_refused_or_has_ffmpegs_length(media, tmp_path_factory, data):
+    name = data.draw(st.sampled_from([*WHOLE, "a.wav", "a.flac"]))
+    content = change_bytes((media / name).read_bytes(), data)
+    if not content:
+        return
     path = tmp_path_factory.getbasetemp() / f"fuzz{Path(name).suffix}"
     path.write_bytes(content)
-    reader = AudioReader(Held(bytes(content), name), 16_000, channels=1)
+    reader = AudioReader(Held(content, name), 16_000, channels=1)
+    began = time.process_time()
     try:
         assert all(np.isfinite(block).all() for block in reader.blocks())
     except UserError as error:
         assert "\n" not in str(error)
         return
-    assert abs(reader.source_samples - len(by_ffmpeg(path))) <= 2 * 1152 + 1105, name
+    finally:
+        assert time.process_time() - began < 10
+    exact = Path(name).suffix in (".wav", ".flac") and name != "mp3.wav"
+    assert abs(reader.source_samples - len(by_ffmpeg(path))) <= (0 if exact else DELAY), name
 
 
 def test_the_checksum_of_an_ogg_page_is_compared(media):
