@@ -27,6 +27,9 @@ END_TOLERANCE = 0.5
 LEAST_RATE, MOST_RATE = 1000, 1_000_000
 """Bounds of a file's sample rate in Hz. At 1 Hz, a file of 80 kB would be resampled to gigabytes."""
 
+MOST_FRAMES = 1 << 40
+"""Bound of positions in a file, above the length of any (66 days at 192 kHz) and small enough for FFmpeg's seek."""
+
 SILENCED = 1e-3
 """Power ratio of the downmix to the mean of the channels, below which the channels count as cancelling."""
 
@@ -155,12 +158,12 @@ class AudioReader:
 
     def _span(self, rate: int, length: int | None) -> tuple[int, int | None]:
         """Return the first frame and number of frames of the file or segment, None if the end is unknown."""
-        begin = round(self.start_seconds * rate)
+        begin = _frames_in(self.start_seconds, rate)
         end = length
         if self.stop_seconds is not None:
-            end = round(self.stop_seconds * rate)
+            end = _frames_in(self.stop_seconds, rate)
         elif self.duration is not None:
-            end = begin + round(self.duration * rate)
+            end = begin + _frames_in(self.duration, rate)
         if length is None:
             return begin, None if end is None else end - begin
         if begin and begin >= length:
@@ -173,6 +176,11 @@ class AudioReader:
         if self.duration is not None and end is not None and length - end <= END_TOLERANCE * rate:
             end = length
         return begin, None if end is None else end - begin
+
+
+def _frames_in(seconds: float, rate: int) -> int:
+    """Convert a time to frames, MOST_FRAMES at most: a list may state 1e308 s."""
+    return round(min(seconds * rate, MOST_FRAMES))
 
 
 def read_wave(source: Path | BinaryIO, sample_rate: int, channels: int = 1) -> NDArray[np.float32]:
