@@ -134,3 +134,11 @@ def test_asking_for_gpus_that_are_not_there_is_refused():
 )
 def test_the_first_host_of_a_node_list(nodelist, host):
     assert first_host(nodelist) == host
+
+
+def test_gpus_that_slurm_allocated_and_torch_does_not_see_are_an_error() -> None:
+    with pytest.raises(UserError, match="SLURM_GPUS_ON_NODE 8: this process sees no GPU"):
+        choose_backend(0, {"SLURM_GPUS_ON_NODE": "8"})
+    assert choose_backend(0, {"SLURM_GPUS_ON_NODE": "8", "DS_ACCELERATOR": "cpu"}) == "gloo"
+    assert choose_backend(0, {"SLURM_GPUS_ON_NODE": "0"}) == "gloo"
+    assert choose_backend(8, {"SLURM_GPUS_ON_NODE": "8"}) == "nccl"
