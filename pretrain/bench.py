@@ -200,8 +200,8 @@ def _hubert(config: RunConfig, batch: Batch, clip_seconds: float, device: torch.
     clips = len(batch.frames)
     waves = torch.randn(clips, int(clip_seconds * HUBERT_RATE), device=device)
     frames = int(hubert._get_feat_extract_output_lengths(waves.shape[1]))
-    where = np.linspace(0, batch.mask.shape[1] - 1, frames).round().astype(int)  # the same frames, at HuBERT's rate
-    mask = batch.mask[:, where]
+    own = batch.mask.unflatten(0, (clips, -1))
+    mask = own[:, np.linspace(0, own.shape[1] - 1, frames).round().astype(int)]  # the same frames, at HuBERT's rate
     labels = torch.randint(0, HUBERT_CLASSES, (int(mask.sum()),), device=device)
 
     def loss() -> Tensor:

@@ -1,6 +1,6 @@
-"""Data loader: read, pad and mask the pieces of each step of the plan, several steps in advance."""
+"""Data loader: read, pack and mask the pieces of each step of the plan, several steps in advance."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,27 +12,26 @@ from codecssl.pretrain.config import MaskConfig, ObjectiveConfig
 from codecssl.pretrain.data.corpus import TokenCorpus
 from codecssl.pretrain.data.hashed_random import hashed
 from codecssl.pretrain.data.masking import kept_codebooks, span_mask
-from codecssl.pretrain.data.plan import Pieces, Plan, cut
+from codecssl.pretrain.data.plan import Bools, Ints, Pieces, Plan, cut
 from codecssl.pretrain.model.fairseq2_parts import NATIVE_DATA, DataPipelineError, read_sequence
-from codecssl.pretrain.model.lengths import lengths_to_mask
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank."""
+    """One micro-batch of one rank, packed: its N frames are those of all items, one item after the other."""
 
     codes: Tensor
-    """int64 [B, R, T], zero in the padding. R is K, or more if codebooks have several codes per frame."""
+    """int64 [R, N]. R is K, or more if codebooks have several codes per frame."""
     frames: list[int]
-    """Frames of each item; the rest of T is padding."""
+    """Frames of each item, N in all."""
     mask: Tensor
-    """bool [B, T], true at the frames to predict, false in the padding."""
+    """bool [N], true at the frames to predict."""
     kept: Tensor
-    """bool [B, R], true for the codebooks that the input keeps."""
+    """bool [R, N], true for the codes that the input keeps."""
     masked: Tensor
-    """int64 [M], indices b T + t of the masked frames. Computed in advance to avoid a device synchronisation."""
+    """int64 [M], indices of the masked frames. Computed in advance to avoid a device synchronisation."""
     visible: Tensor
-    """int64 [V], indices b T + t of the unmasked frames, without the padding."""
+    """int64 [V], indices of the unmasked frames."""
     visible_frames: list[int]
     """Number of unmasked frames of each item."""
     masked_total: int
@@ -40,9 +39,9 @@ class Batch:
     visible_total: int
     """Unmasked frames of the whole global batch."""
     labels: Tensor | None = None
-    """int64 [B, S, T] from label folders, zero in the padding."""
+    """int64 [S, N] from label folders."""
     mel: Tensor | None = None
-    """uint8 [B, bands, T], the stored log-mel plane, zero in the padding; only for models that read it."""
+    """uint8 [bands, N], the stored log-mel plane; only for models that read it."""
 
     @classmethod
     def of(
@@ -50,9 +49,8 @@ class Batch:
         labels: Tensor | None = None, mel: Tensor | None = None,
     ) -> "Batch":  # fmt: skip
         """Build a batch with this mask."""
-        seen = lengths_to_mask(frames, mask.shape[1]) & ~mask
-        masked, visible = (where.flatten().nonzero().flatten() for where in (mask, seen))
-        counts = seen.sum(1).tolist()
+        masked, visible = (where.nonzero().flatten() for where in (mask, ~mask))
+        counts = [int(item.sum()) for item in (~mask).split(frames)]
         return cls(codes, frames, mask, kept, masked, visible, counts, masked_total, visible_total, labels, mel)
 
     def to(self, device: torch.device) -> "Batch":
@@ -80,7 +78,7 @@ class Loader:
     def step(self, step: int) -> list[Batch]:
         """Return the micro-batches of a step for this rank, in the order in which their gradients are accumulated."""
         shares = cut(self.plan.batch(step), self._world_size * self._accumulation)
-        masks = [span_mask(self._mask, self._keys(step, share), share.frames) for share in shares]
+        masks = [packed_mask(self._mask, self._keys(step, share), share.frames) for share in shares]
         masked = sum(int(mask.sum()) for mask in masks)
         visible = sum(int(share.frames.sum()) for share in shares) - masked
         mine = range(self._rank, len(shares), self._world_size)
@@ -102,10 +100,10 @@ class Loader:
         streams = len(corpus.label_sizes)
         kept = kept_codebooks(self._objective, self._keys(step, pieces), card.num_codebooks)
         return Batch.of(
-            padded(corpus.codes, card.num_rows, pieces), pieces.frames.tolist(), torch.from_numpy(mask),
-            torch.from_numpy(np.repeat(kept, card.codes_per_frame, axis=1)), masked_total, visible_total,
-            padded(corpus.labels, streams, pieces) if streams else None,
-            padded(corpus.mel, self._bands, pieces, np.uint8) if self._with_mel else None,
+            packed(corpus.codes, card.num_rows, pieces), pieces.frames.tolist(), torch.from_numpy(mask),
+            kept_codes(kept, card.codes_per_frame, pieces.frames), masked_total, visible_total,
+            packed(corpus.labels, streams, pieces) if streams else None,
+            packed(corpus.mel, self._bands, pieces, np.uint8) if self._with_mel else None,
         )  # fmt: skip
 
     @property
@@ -114,14 +112,27 @@ class Loader:
         return self.corpus.mel_spec.bands
 
 
-def padded(read: Callable[[int, int, int], Any], rows: int, pieces: Pieces, dtype: Any = np.int64) -> Tensor:
-    """Return a tensor [B, rows, T] of `dtype` with the piece that `read` returns for each item, zero in the padding."""
-    padded = np.zeros((len(pieces), rows, int(pieces.frames.max())), dtype=dtype)
-    for item, (utterance, start, frames) in enumerate(
-        zip(pieces.utterance.tolist(), pieces.start.tolist(), pieces.frames.tolist(), strict=True)
+def packed(read: Callable[[int, int, int], Any], rows: int, pieces: Pieces, dtype: Any = np.int64) -> Tensor:
+    """Return a tensor [rows, N] of `dtype` with the pieces that `read` returns, one after the other."""
+    ends = np.cumsum(pieces.frames).tolist()
+    whole = np.empty((rows, ends[-1]), dtype=dtype)
+    for utterance, start, frames, end in zip(
+        pieces.utterance.tolist(), pieces.start.tolist(), pieces.frames.tolist(), ends, strict=True
     ):
-        padded[item, :, :frames] = read(utterance, start, frames)
-    return torch.from_numpy(padded)
+        whole[:, end - frames : end] = read(utterance, start, frames)
+    return torch.from_numpy(whole)
+
+
+def packed_mask(config: MaskConfig, keys: Any, frames: Ints) -> Bools:
+    """Return the masks of `span_mask` of all items, one after the other, bool [N]."""
+    mask = span_mask(config, keys, frames)
+    masked: Bools = mask[np.arange(mask.shape[1]) < frames[:, None]]
+    return masked
+
+
+def kept_codes(kept: Bools, codes_per_frame: Sequence[int], frames: Ints) -> Tensor:
+    """Kept codebooks [B, K] of items with these frames -> kept codes bool [R, N]."""
+    return torch.from_numpy(np.repeat(np.repeat(kept, codes_per_frame, axis=1), frames, axis=0).T.copy())
 
 
 def _reraised(open_pipeline: Callable[[], Any]) -> Iterator[list[Batch]]:

@@ -11,7 +11,7 @@ dataset.load_state_dict(torch.load("state.pt")["data"])        # the next batch 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from codecssl.pretrain.bounds import at_least
 from codecssl.pretrain.data.corpus import TokenCorpus
-from codecssl.pretrain.data.loader import padded
-from codecssl.pretrain.data.plan import Plan, UtterancePool, cut
+from codecssl.pretrain.data.plan import Pieces, Plan, UtterancePool, cut
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 
@@ -149,3 +148,13 @@ class TokenDataset(IterableDataset[TokenBatch]):
         """Return the values on which the order of data depends."""
         order = {key: value for key, value in self._plan.items() if key != "parts"}
         return {"shards": list(self.corpus.fingerprints), "min_frames": self._min_frames, **order}
+
+
+def padded(read: Callable[[int, int, int], Any], rows: int, pieces: Pieces, dtype: Any = np.int64) -> torch.Tensor:
+    """Return a tensor [B, rows, T] of `dtype` with the piece that `read` returns for each item, zero in the padding."""
+    padded = np.zeros((len(pieces), rows, int(pieces.frames.max())), dtype=dtype)
+    for item, (utterance, start, frames) in enumerate(
+        zip(pieces.utterance.tolist(), pieces.start.tolist(), pieces.frames.tolist(), strict=True)
+    ):
+        padded[item, :, :frames] = read(utterance, start, frames)
+    return torch.from_numpy(padded)

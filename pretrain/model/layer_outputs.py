@@ -6,7 +6,7 @@ from codecssl.pretrain.model.fairseq2_parts import BatchLayout
 
 
 def layer_outputs(encoder: nn.Module, x: Tensor, layout: BatchLayout) -> list[Tensor]:
-    """Run an encoder on x [B, T, D]. Return the output [B, T, D] of each layer, and that of the encoder last.
+    """Run an encoder on packed x [N, D]. Return the output [N, D] of each layer, and that of the encoder last.
 
     The encoder's output is the last layer's, after the final norm if there is one.
     """

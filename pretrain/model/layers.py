@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from codecssl.pretrain.config import ModelConfig
 from codecssl.pretrain.model.attention import DotProductAttention
+from codecssl.pretrain.model.dropout import replace_dropout
 from codecssl.pretrain.model.fairseq2_parts import (
     AttentionBiasCache,
     BatchLayout,
@@ -17,15 +18,21 @@ from codecssl.pretrain.model.fairseq2_parts import (
     StandardTransformerEncoderLayer,
     TransformerEncoder,
     TransformerNormOrder,
+    Wav2Vec2PositionEncoder,
     init_bert_projection,
     unsharded,
 )
+from codecssl.pretrain.model.packing import from_grid, to_grid
 
 
 def make_encoder(config: ModelConfig) -> TransformerEncoder:
-    """Build the Transformer layers of a model: hidden states [B, T, D] -> [B, T, D]."""
-    if config.norm == "residual":
-        return ResidualEncoder(config)
+    """Build the Transformer layers of a model: hidden states [N, D] of a packed batch -> [N, D]."""
+    encoder = ResidualEncoder(config) if config.norm == "residual" else _standard_encoder(config)
+    replace_dropout(encoder)
+    return encoder
+
+
+def _standard_encoder(config: ModelConfig) -> TransformerEncoder:
     rotary = _rotary(config)
     order = TransformerNormOrder.PRE if config.norm == "pre" else TransformerNormOrder.POST
     layers = [
@@ -102,6 +109,15 @@ class ResidualLayer(nn.Module):
         return norm(x0 + output), x1 + output
 
 
+class ConvPositions(Wav2Vec2PositionEncoder):  # type: ignore[misc]  # final; a wrapper would rename its weights
+    """wav2vec 2.0's grouped convolution over each item of a packed batch, with zeros before and after the item."""
+
+    def forward(self, x: Tensor, layout: BatchLayout) -> Tensor:
+        """[N, D] -> [N, D]"""
+        grid = to_grid(x, layout)
+        return from_grid(super().forward(grid, BatchLayout(grid.shape[:2], None, device=x.device)), layout)
+
+
 class SinusoidalPositions(nn.Module):
     """Adds sinusoids (Vaswani et al. 2017, section 3.5) times a learned scalar, as EnCodecMAE does."""
 
@@ -110,9 +126,10 @@ class SinusoidalPositions(nn.Module):
         self.dim = dim
         self.scale = nn.Parameter(torch.ones(1))  # DeepSpeed requires a dimension
 
-    def forward(self, x: Tensor, layout: BatchLayout | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]"""
-        return x + self.scale * sinusoids(x.shape[1], self.dim, x.device).to(x.dtype)
+    def forward(self, x: Tensor, layout: BatchLayout) -> Tensor:
+        """[N, D] -> [N, D]"""
+        table = sinusoids(layout.max_seq_len, self.dim, x.device).to(x.dtype)
+        return x + self.scale * table.index_select(0, layout.position_indices)
 
 
 def sinusoids(frames: int, dim: int, device: torch.device) -> Tensor:

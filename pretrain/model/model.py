@@ -1,11 +1,13 @@
 """The encoder: codes in, hidden states out.
 
-    codes [B, K, T] -> one embedding table per codebook, summed -> LayerNorm -> Linear -> (masked frames
-    replaced by one learned vector) -> positions -> Transformer layers [B, T, D]
+    codes [K, N] -> one embedding table per codebook, summed -> LayerNorm -> Linear -> (masked frames
+    replaced by one learned vector) -> positions -> Transformer layers [N, D]
 
 `model.input` adds a log-mel plane, or replaces the codes by it (EnCodecMAE's mel256-ec):
 
-    mel [B, bands, T] -> Linear, added to the projected codes before the masked frames are replaced
+    mel [bands, N] -> Linear, added to the projected codes before the masked frames are replaced
+
+A batch is packed: its N frames are those of all items, one item after the other, without padding.
 
 Architecture: Codec2Vec (arXiv 2511.16639), which is HuBERT's encoder on top of code embeddings. The layers are
 fairseq2's.
@@ -19,14 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codecssl.pretrain.config import ModelConfig
-from codecssl.pretrain.model.fairseq2_parts import (
-    BatchLayout,
-    Linear,
-    StandardLayerNorm,
-    Wav2Vec2PositionEncoder,
-)
+from codecssl.pretrain.model.dropout import Dropout
+from codecssl.pretrain.model.fairseq2_parts import BatchLayout, Linear, StandardLayerNorm
 from codecssl.pretrain.model.layer_outputs import layer_outputs
-from codecssl.pretrain.model.layers import SinusoidalPositions, make_encoder
+from codecssl.pretrain.model.layers import ConvPositions, SinusoidalPositions, make_encoder
+from codecssl.pretrain.model.packing import pack, packed_layout, unpack
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.mel import MelSpec
@@ -58,14 +57,11 @@ class CodeEmbedding(nn.Module):
             self.weight[:-1, : flat.shape[1]] = flat
 
     def forward(self, codes: Tensor, kept: Tensor | None = None) -> Tensor:
-        """int64 codes [B, K, T], kept codebooks bool [B, K] -> [B, T, latent_dim]."""
+        """int64 codes [K, N], kept codes bool [K, N] -> [N, latent_dim]."""
         rows = codes + self.offset
         if kept is not None:
-            rows = rows.masked_fill(~kept[:, :, None], self.rows)
-        batch, num_codebooks, frames = rows.shape
-        bags = rows.transpose(1, 2).reshape(batch * frames, num_codebooks)
-        summed = F.embedding_bag(bags, self.weight, mode="sum", padding_idx=self.rows)
-        return summed.view(batch, frames, -1)
+            rows = rows.masked_fill(~kept, self.rows)
+        return F.embedding_bag(rows.t().contiguous(), self.weight, mode="sum", padding_idx=self.rows)
 
 
 class MelProjection(nn.Module):
@@ -82,14 +78,14 @@ class MelProjection(nn.Module):
         self.linear = Linear(bands, dim, bias=True)
 
     def forward(self, mel: Tensor) -> Tensor:
-        """uint8 [B, bands, T] -> [B, T, D]"""
+        """uint8 [bands, N] -> [N, D]"""
         projected: Tensor = self.linear(self.scaled(mel).to(self.linear.weight.dtype))
         return projected
 
     @classmethod
     def scaled(cls, mel: Tensor) -> Tensor:
-        """uint8 [B, bands, T] -> float32 [B, T, bands], mean about 0 and deviation about 1"""
-        return (mel.transpose(1, 2).float() - cls.CENTER) / cls.SPREAD
+        """uint8 [bands, N] -> float32 [N, bands], mean about 0 and deviation about 1"""
+        return (mel.t().float() - cls.CENTER) / cls.SPREAD
 
 
 class CodecModel(nn.Module):
@@ -119,11 +115,11 @@ class CodecModel(nn.Module):
         self.mask_vector = nn.Parameter(torch.empty(config.dim).uniform_())  # as HuBERT's mask_emb
         self.positions: nn.Module | None = None
         if config.positions == "conv":
-            self.positions = Wav2Vec2PositionEncoder(config.dim, config.conv_kernel, config.conv_groups)
+            self.positions = ConvPositions(config.dim, config.conv_kernel, config.conv_groups)
         elif config.positions == "sinusoidal":
             self.positions = SinusoidalPositions(config.dim)
         self.encoder_norm = StandardLayerNorm(config.dim, bias=True) if config.norm == "post" else None
-        self.input_dropout = nn.Dropout(config.input_dropout)
+        self.input_dropout = Dropout(config.input_dropout)
         self.encoder = make_encoder(config)
 
     def forward(
@@ -134,9 +130,9 @@ class CodecModel(nn.Module):
         kept: Tensor | None = None,
         mel: Tensor | None = None,
     ) -> Tensor:
-        """Compute hidden states [B, T, D] from codes int64 [B, K, T] and the frames of each item.
+        """Compute hidden states [N, D] from codes int64 [K, N] and the frames of each item, N in all.
 
-        mask: masked frames [B, T]. kept: kept codebooks [B, K]. mel: uint8 [B, bands, T].
+        mask: masked frames bool [N]. kept: kept codes bool [K, N]. mel: uint8 [bands, N].
         """
         x, layout = self.front(codes, frames, mask, kept, mel)
         return self.encoder(x, layout)
@@ -151,8 +147,8 @@ class CodecModel(nn.Module):
         *,
         dropout: bool = True,
     ) -> tuple[Tensor, BatchLayout]:
-        """Return the input [B, T, D] of the first layer, from the arguments of `forward`, and the layers' layout."""
-        layout = self._layout(codes, frames)
+        """Return the input [N, D] of the first layer, from the arguments of `forward`, and the layers' layout."""
+        layout = self._layout(frames, codes.device)
         x = self._front(codes, layout, mask, kept, mel)
         return self.input_dropout(x) if dropout else x, layout
 
@@ -160,14 +156,18 @@ class CodecModel(nn.Module):
     def extract(self, codes: Tensor, frames: Sequence[int], mel: Tensor | None = None) -> list[Tensor]:
         """Return the input of the first layer, then each layer's output: L + 1 tensors [B, T, D].
 
-        codes: int64 [B, K, T]. mel: uint8 [B, bands, T], for models that read it. In a pre-norm model the last output
-        is after the final norm. There is no mask and no dropout. Values in the padding are undefined. The model is in
-        evaluation mode afterwards.
+        codes: int64 [B, K, T], with padding. mel: uint8 [B, bands, T], for models that read it. In a pre-norm model the
+        last output is after the final norm. There is no mask and no dropout. Outputs are zero in the padding. The model
+        is in evaluation mode afterwards.
         """
         self.eval()
-        first, layout = self.front(codes, frames, mel=mel)
+        layout, width = self._layout(frames, codes.device), codes.shape[2]
+        if mel is not None:
+            self._check_mel(mel, mel.shape[1:], width)
+            mel = pack(mel, layout)
+        first = self._front(pack(codes, layout), layout, None, None, mel)
         *outputs, _, last = layer_outputs(self.encoder, first, layout)
-        return [first, *outputs, last]
+        return [unpack(state, layout, width) for state in (first, *outputs, last)]
 
     def front_parameters(self) -> int:
         """Return the number of weights of the projections before the layers, which cost one product per frame."""
@@ -175,38 +175,42 @@ class CodecModel(nn.Module):
         return sum(p.numel() for part in parts if part is not None for p in part.parameters())
 
     def _embedded(self, codes: Tensor, kept: Tensor | None, mel: Tensor | None) -> Tensor:
-        """Project codes, mel, or both to [B, T, D]. Both are summed or concatenated."""
+        """Project codes, mel, or both to [N, D]. Both are summed or concatenated."""
         if self.config.input == "codes":
             x: Tensor = self.projection(self.input_norm(self.embedding(codes, kept)))
             return x
-        if mel is None or mel.shape[1:] != (self.mel_spec.bands, codes.shape[2]):  # type: ignore[union-attr]
-            found = "none" if mel is None else f"shape {tuple(mel.shape)}"
-            raise UserError(
-                f"mel: {found}, a model with model.input {self.config.input} needs uint8"
-                f" [B, {self.mel_spec.bands}, {codes.shape[2]}]"  # type: ignore[union-attr]
-            )
+        self._check_mel(mel, None if mel is None else mel.shape, codes.shape[1])
         x = self.mel_projection(mel)
         if self.config.input == "mel":
             return x
         embedded = self.projection(self.input_norm(self.embedding(codes, kept)))
-        return torch.cat([embedded, x], dim=2) if self.config.fusion == "concat" else x + embedded
+        return torch.cat([embedded, x], dim=1) if self.config.fusion == "concat" else x + embedded
 
-    def _layout(self, codes: Tensor, frames: Sequence[int]) -> BatchLayout:
-        config = self.config
-        if config.positions == "rotary" and codes.shape[2] > config.rotary_max_frames:
+    def _check_mel(self, mel: Tensor | None, shape: tuple[int, ...] | None, frames: int) -> None:
+        """Raise UserError if there is no log-mel plane, or one of another [bands, frames] than the codes'."""
+        bands = 0 if self.mel_spec is None else self.mel_spec.bands
+        if mel is None or (bands and shape != (bands, frames)):
+            found = "none" if mel is None else f"shape {tuple(mel.shape)}"
             raise UserError(
-                f"input: {codes.shape[2]} frames, but this model's model.rotary_max_frames is"
+                f"mel: {found}, a model with model.input {self.config.input} needs uint8 [..., {bands}, {frames}]"
+            )
+
+    def _layout(self, frames: Sequence[int], device: torch.device) -> BatchLayout:
+        config = self.config
+        if config.positions == "rotary" and max(frames) > config.rotary_max_frames:
+            raise UserError(
+                f"input: {max(frames)} frames, but this model's model.rotary_max_frames is"
                 f" {config.rotary_max_frames}; cut the input"
             )
-        return BatchLayout((codes.shape[0], codes.shape[2]), list(frames), device=codes.device)
+        return packed_layout(frames, device)
 
     def _front(
         self, codes: Tensor, layout: BatchLayout, mask: Tensor | None, kept: Tensor | None, mel: Tensor | None
     ) -> Tensor:
-        """Compute the input of the first layer, [B, T, D]."""
+        """Compute the input of the first layer, [N, D]."""
         x = self._embedded(codes, kept, mel)
         if mask is not None:
-            x = torch.where(mask[:, :, None], self.mask_vector.to(x.dtype), x)
+            x = torch.where(mask[:, None], self.mask_vector.to(x.dtype), x)
         if self.positions is not None:
             with _right_convolution(x, self.config):
                 x = self.positions(x, layout)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.data.loader import Batch, Loader
-from codecssl.pretrain.model.lengths import lengths_to_mask
 from codecssl.pretrain.objectives.objective import Objective, histogram_perplexity, parameters
 from codecssl.pretrain.objectives.targets import Target
 from codecssl.tokenize.codec import CodecCard
@@ -31,10 +30,8 @@ def check_targets(train: Loader, target: Target | None) -> list[Tensor]:
     counts = [torch.zeros(size, dtype=torch.int64) for size in target.sizes]
     for step in range(min(_SAMPLED_STEPS, train.plan.steps_per_epoch)):
         for batch in train.step(step):
-            seen = lengths_to_mask(batch.frames, batch.mask.shape[1])
-            labels = target.labels(batch).transpose(1, 2)[seen]  # [N, S]
-            for stream, count in enumerate(counts):
-                count += torch.bincount(labels[:, stream], minlength=len(count))
+            for labels, count in zip(target.labels(batch), counts, strict=True):
+                count += torch.bincount(labels, minlength=len(count))
     perplexities = histogram_perplexity(counts)
     for stream, (perplexity, count) in enumerate(zip(perplexities, counts, strict=True)):
         if perplexity < _DEGENERATE:

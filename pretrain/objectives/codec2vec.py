@@ -11,7 +11,6 @@ from codecssl.pretrain.objectives.objective import (
     Objective,
     Scores,
     codebook_weights,
-    frames_at,
     parameters,
     score,
 )
@@ -36,7 +35,7 @@ class MaskedPrediction(Objective):
     def forward(self, batch: Batch, *, detailed: bool = False, score_visible: bool = False) -> Loss:
         """detailed: count accuracy and usage too; score_visible: score visible frames even at weight 0."""
         hidden = self.model(batch.codes, batch.frames, batch.mask, batch.kept, batch.mel)
-        labels = self.target.labels(batch).transpose(1, 2)  # [B, T, S]
+        labels = self.target.labels(batch).t()  # [N, S]
         masked = self._score(hidden, labels, batch.masked, detailed)
         gamma = self.gamma.to(masked.cross_entropy.device)
         total = (gamma * masked.cross_entropy).sum() / batch.masked_total
@@ -51,6 +50,6 @@ class MaskedPrediction(Objective):
         return parameters(self.heads)
 
     def _score(self, hidden: Tensor, labels: Tensor, where: Tensor, detailed: bool) -> Scores:
-        """hidden [B, T, D], labels [B, T, S]."""
-        own = frames_at(labels, where)
-        return score(self.heads(frames_at(hidden, where), own), own, self.sizes, detailed)
+        """hidden [N, D], labels [N, S], indices [M] of the frames to score."""
+        own = labels.index_select(0, where)
+        return score(self.heads(hidden.index_select(0, where), own), own, self.sizes, detailed)

@@ -18,13 +18,12 @@ from codecssl.pretrain.model.fairseq2_parts import Linear, init_bert_projection
 from codecssl.pretrain.model.layer_outputs import layer_outputs
 from codecssl.pretrain.model.layers import make_encoder
 from codecssl.pretrain.model.model import CodecModel
+from codecssl.pretrain.model.packing import from_grid, to_grid
 from codecssl.pretrain.objectives.objective import (
     Loss,
     Objective,
     Scores,
     codebook_weights,
-    frames_at,
-    not_padding,
     parameters,
     score,
 )
@@ -68,11 +67,11 @@ class OnlineClusters(Objective):
         if score_visible:
             visible = self._score(states, features, batch.visible, detailed)
         if self.training:
-            self._gather([frames_at(feature, batch.masked) for feature in features])
+            self._gather([feature.index_select(0, batch.masked) for feature in features])
         return Loss(total, masked, visible)
 
     def _student(self, batch: Batch) -> list[Tensor]:
-        """Return the hidden states [B, T, D] for the head of each stream."""
+        """Return the hidden states [N, D] for the head of each stream."""
         if self.config.variant == "dinosr":
             return [self.model(batch.codes, batch.frames, batch.mask, batch.kept, batch.mel)] * len(self.sizes)
         first, layout = self.model.front(batch.codes, batch.frames, batch.mask, batch.kept, batch.mel)
@@ -80,15 +79,17 @@ class OnlineClusters(Objective):
         return outputs[-len(self.sizes) :]
 
     def _score(self, states: Sequence[Tensor], features: Sequence[Tensor], where: Tensor, detailed: bool) -> Scores:
-        labels = torch.stack([self.assign(k, frames_at(feature, where)) for k, feature in enumerate(features)], dim=1)
-        logits = [head(frames_at(state, where)) for head, state in zip(self.heads, states, strict=True)]
+        labels = torch.stack(
+            [self.assign(k, feature.index_select(0, where)) for k, feature in enumerate(features)], dim=1
+        )
+        logits = [head(state.index_select(0, where)) for head, state in zip(self.heads, states, strict=True)]
         return score(torch.cat(logits, dim=1), labels, self.sizes, detailed)
 
     # ------------------------------------------------------------ targets
 
     @torch.no_grad()
     def teacher_features(self, batch: Batch) -> list[Tensor]:
-        """Return float32 [B, T, D] per stream: the teacher's feed-forward outputs, normalised over each item's frames.
+        """Return float32 [N, D] per stream: the teacher's feed-forward outputs, normalised over each item's frames.
 
         Modules before the layers (tables, positions, a post-norm model's first norm) are the student's own.
         """
@@ -96,8 +97,9 @@ class OnlineClusters(Objective):
         x, layout = self.model.front(batch.codes, batch.frames, mel=batch.mel, dropout=False)
         with _outputs_of([layer.ffn for layer in teacher.layers][-len(self.sizes) :]) as outputs:
             teacher(x, layout)
-        valid = not_padding(batch)[:, :, None]
-        return [_normed(output.float(), dim=1, where=valid) for output in outputs]
+        valid = to_grid(torch.ones_like(outputs[0][:, :1], dtype=torch.float32), layout)
+        grids = (to_grid(output.float(), layout) for output in outputs)
+        return [from_grid(_normed(grid, dim=1, where=valid), layout) for grid in grids]
 
     def assign(self, stream: int, features: Tensor) -> Tensor:
         """Return the index [N] of the nearest codeword of features [N, D], by Euclidean distance."""

@@ -4,7 +4,7 @@ Masked frames are removed before the encoder, which processes visible frames onl
 encoder's output at visible frames and a mask token at masked frames. It predicts the codes of every frame.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from codecssl.pretrain.config import MaeConfig, ModelConfig, ObjectiveConfig
 from codecssl.pretrain.data.loader import Batch
-from codecssl.pretrain.model.fairseq2_parts import BatchLayout, Linear
+from codecssl.pretrain.model.fairseq2_parts import Linear
 from codecssl.pretrain.model.layers import SinusoidalPositions, make_encoder
-from codecssl.pretrain.model.lengths import lengths_to_mask
 from codecssl.pretrain.model.model import CodecModel, MelProjection
+from codecssl.pretrain.model.packing import packed_layout
 from codecssl.pretrain.objectives.heads import make_heads
 from codecssl.pretrain.objectives.objective import (
     Loss,
@@ -23,7 +23,6 @@ from codecssl.pretrain.objectives.objective import (
     Scores,
     codebook_weights,
     encoder_flops,
-    frames_at,
     parameters,
     score,
 )
@@ -56,7 +55,7 @@ class EncodecMae(Objective):
 
     def forward(self, batch: Batch, *, detailed: bool = False, score_visible: bool = False) -> Loss:
         hidden = self.decode(self.encode(batch), batch)
-        labels = self.target.labels(batch).transpose(1, 2)  # [B, T, S]
+        labels = self.target.labels(batch).t()  # [N, S]
         masked = self._score(hidden, labels, batch.masked, detailed)
         gamma, weight = self.gamma.to(hidden.device), self.config.masked_weight
         total = weight * (gamma * masked.cross_entropy).sum() / batch.masked_total
@@ -71,27 +70,24 @@ class EncodecMae(Objective):
     def _mel_error(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Return the sum over masked frames of the mean absolute error of their log-mel values."""
         assert batch.mel is not None, "the loader reads it for model.input mel and both"
-        predicted = self.mel_head(frames_at(hidden, batch.masked)).float()
-        return (predicted - frames_at(MelProjection.scaled(batch.mel), batch.masked)).abs().mean(1).sum()
+        predicted = self.mel_head(hidden.index_select(0, batch.masked)).float()
+        wanted = MelProjection.scaled(batch.mel).index_select(0, batch.masked)
+        return (predicted - wanted).abs().mean(1).sum()
 
     def encode(self, batch: Batch) -> Tensor:
         """Return hidden states [V, D] of the visible frames of all items, in order."""
         x, _ = self.model.front(batch.codes, batch.frames, None, batch.kept, batch.mel)
-        shape = len(batch.frames), max(batch.visible_frames)
-        slots = _packed(batch.visible_frames).to(x.device)
-        packed = x.new_zeros(shape[0] * shape[1], x.shape[2]).index_copy(0, slots, frames_at(x, batch.visible))
-        layout = BatchLayout(shape, batch.visible_frames, device=x.device)
-        output: Tensor = self.model.encoder(packed.unflatten(0, shape), layout)
-        return frames_at(output, slots)
+        layout = packed_layout(batch.visible_frames, x.device)
+        output: Tensor = self.model.encoder(x.index_select(0, batch.visible), layout)
+        return output
 
     def decode(self, encoded: Tensor, batch: Batch) -> Tensor:
-        """Decode [V, D] at visible frames and the mask token at masked frames -> [B, T, decoder_dim]."""
+        """Decode [V, D] at visible frames and the mask token at masked frames -> [N, decoder_dim]."""
         encoded = encoded if self.narrow is None else self.narrow(encoded)
-        shape = tuple(batch.mask.shape)
-        full = self.mask_token.to(encoded.dtype).expand(batch.mask.numel(), -1)
-        full = full.index_copy(0, batch.visible, encoded).unflatten(0, shape)
-        layout = BatchLayout(shape, batch.frames, device=full.device)
-        output: Tensor = self.decoder(self.positions(full), layout)
+        layout = packed_layout(batch.frames, encoded.device)
+        full = self.mask_token.to(encoded.dtype).expand(sum(batch.frames), -1)
+        full = full.index_copy(0, batch.visible, encoded)
+        output: Tensor = self.decoder(self.positions(full, layout), layout)
         return output
 
     def weighted(self, masked: Mapping[str, list[float]], visible: Mapping[str, list[float]]) -> float:
@@ -112,8 +108,8 @@ class EncodecMae(Objective):
         return parameters(self.heads) + parameters(self.decoder) + narrow
 
     def _score(self, hidden: Tensor, labels: Tensor, where: Tensor, detailed: bool) -> Scores:
-        own = frames_at(labels, where)
-        return score(self.heads(frames_at(hidden, where), own), own, self.sizes, detailed)
+        own = labels.index_select(0, where)
+        return score(self.heads(hidden.index_select(0, where), own), own, self.sizes, detailed)
 
 
 def decoder_config(model: ModelConfig, config: MaeConfig) -> ModelConfig:
@@ -127,8 +123,3 @@ def decoder_config(model: ModelConfig, config: MaeConfig) -> ModelConfig:
         heads=dim * model.heads // model.dim,
         ffn_dim=dim * model.ffn_dim // model.dim,
     )
-
-
-def _packed(counts: Sequence[int]) -> Tensor:
-    """Return int64 [sum of counts], indices b max(counts) + t of frames packed at the beginning of each item."""
-    return lengths_to_mask(counts, max(counts)).flatten().nonzero().flatten()

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from codecssl.pretrain.config import ENCODECMAE_GAMMA
 from codecssl.pretrain.data.loader import Batch
-from codecssl.pretrain.model.lengths import lengths_to_mask
 from codecssl.pretrain.model.model import CodecModel
 from codecssl.pretrain.objectives.cross_entropy import summed_cross_entropy
 from codecssl.tokenize.common.errors import UserError
@@ -172,12 +171,3 @@ def histogram_perplexity(counts: Sequence[Tensor]) -> list[float]:
     """Return exp(entropy) of each histogram: 1 if there is a single class, V if all V are equally frequent."""
     shares = [count.double() / count.sum().clamp(min=1) for count in counts]
     return [float(torch.exp(-torch.special.xlogy(share, share).sum())) for share in shares]
-
-
-def frames_at(x: Tensor, where: Tensor) -> Tensor:
-    """Select frames: [B, T, D] and indices b T + t, [N] -> [N, D]. Unlike x[mask], it does not wait for the device."""
-    return x.flatten(0, 1).index_select(0, where)
-
-
-def not_padding(batch: Batch) -> Tensor:
-    return lengths_to_mask(batch.frames, batch.mask.shape[1], batch.mask.device)

@@ -27,7 +27,7 @@ class Target(Protocol):
     """Width of the codec's tables of these classes; None where the classes have no tables."""
 
     def labels(self, batch: Batch) -> Tensor:
-        """Return the labels int64 [B, S, T]. Values in the padding are ignored."""
+        """Return the labels int64 [S, N]."""
 
 
 class Codes:

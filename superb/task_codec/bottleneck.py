@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codecssl.pretrain.model.fairseq2_parts import AttentionBiasCache, BatchLayout
+from codecssl.pretrain.model.fairseq2_parts import AttentionBiasCache
 from codecssl.pretrain.model.layer_outputs import layer_outputs
 from codecssl.pretrain.model.layers import ResidualEncoder
 from codecssl.pretrain.model.lengths import lengths_to_mask
 from codecssl.pretrain.model.model import CodecModel
+from codecssl.pretrain.model.packing import from_grid, packed_layout, unpack
 from codecssl.superb.task_codec.rvq import Rvq, RvqConfig, least_squares
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
@@ -142,18 +143,16 @@ def later_states(model: CodecModel, state: Tensor, frames: Sequence[int], layer:
     states, last = [state], model.config.layers
     if layer == last:
         return states
-    layout = BatchLayout((state.shape[0], state.shape[1]), list(frames), device=state.device)
+    width, layout = state.shape[1], packed_layout(frames, state.device)
+    packed = from_grid(state, layout)
     if isinstance(model.encoder, ResidualEncoder):  # layer 0: both streams start from this state
-        return _residual_states(model, state, layout)
-    cache = AttentionBiasCache()
-    for module in model.encoder.layers[layer:]:  # type: ignore[index,union-attr]
-        state = module(state, layout, cache)
-        states.append(state)
-    if model.encoder.layer_norm is not None:
-        states[-1] = model.encoder.layer_norm(state)  # type: ignore[operator]
-    return states
-
-
-def _residual_states(model: CodecModel, state: Tensor, layout: BatchLayout) -> list[Tensor]:
-    *outputs, _, last = layer_outputs(model.encoder, state, layout)
-    return [state, *outputs, last]
+        *outputs, _, final = layer_outputs(model.encoder, packed, layout)
+        later = [*outputs, final]
+    else:
+        later, cache = [], AttentionBiasCache()
+        for module in model.encoder.layers[layer:]:  # type: ignore[index,union-attr]
+            packed = module(packed, layout, cache)
+            later.append(packed)
+        if model.encoder.layer_norm is not None:
+            later[-1] = model.encoder.layer_norm(packed)  # type: ignore[operator]
+    return [*states, *(unpack(each, layout, width) for each in later)]

@@ -15,6 +15,7 @@ from codecssl.pretrain.engine.fp32_state import load_weights
 from codecssl.pretrain.model.fairseq2_parts import AttentionBiasCache
 from codecssl.pretrain.model.layers import ResidualEncoder
 from codecssl.pretrain.model.model import CodecModel
+from codecssl.pretrain.model.packing import pack, packed_layout, unpack
 from codecssl.superb.task_codec.bottleneck import BitRate, Bottleneck, check_layer, later_states
 from codecssl.superb.task_codec.heads import HEADS
 from codecssl.superb.task_codec.rvq import RvqConfig
@@ -72,13 +73,14 @@ def state_at(model: CodecModel, codes: Tensor, frames: Sequence[int], layer: int
     """State L [B, T, D] of `CodecModel.extract`, without the layers after it."""
     if isinstance(model.encoder, ResidualEncoder):
         return model.extract(codes, frames)[layer]
-    state, layout = model.front(codes, frames, dropout=False)
+    layout = packed_layout(frames, codes.device)
+    state, _ = model.front(pack(codes, layout), frames, dropout=False)
     cache = AttentionBiasCache()
     for module in model.encoder.layers[:layer]:  # type: ignore[index,union-attr]
         state = module(state, layout, cache)
     if layer == model.config.layers and model.encoder.layer_norm is not None:
         state = model.encoder.layer_norm(state)  # type: ignore[operator]
-    return state
+    return unpack(state, layout, codes.shape[2])
 
 
 # ---------------------------------------------------------------- on disk

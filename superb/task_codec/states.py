@@ -77,10 +77,10 @@ def first_codebooks(model: CodecModel, shards: Shards, count: int, device: str =
     @torch.no_grad()
     def states(index: int) -> States:
         codes = base_codes(shards, index, device)
-        kept = torch.arange(len(codes), device=device)[None] < count
+        kept = (torch.arange(len(codes), device=device) < count)[:, None].expand_as(codes)
         frames = [codes.shape[1]]
-        first, _ = model.front(codes[None], frames, None, kept, dropout=False)
-        return [state[0] for state in later_states(model, first, frames, 0)]
+        first, _ = model.front(codes, frames, None, kept, dropout=False)
+        return [state[0] for state in later_states(model, first[None], frames, 0)]
 
     return states
 

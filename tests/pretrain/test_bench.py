@@ -20,7 +20,7 @@ def test_ways_take_turns_and_the_warm_up_does_not_count() -> None:
 
 def test_a_batch_has_the_seconds_asked_for_and_the_configs_mask() -> None:
     batch = make_batch(RunConfig(), SYNTHETIC, seconds=60.0, clip_seconds=15.0)
-    assert batch.codes.shape == (4, 12, 750)
+    assert batch.codes.shape == (12, 3000)
     assert batch.frames == [750] * 4
     assert abs(batch.masked_total / 3000 - 0.566) < 0.03
     assert batch.masked_total == int(batch.mask.sum()) == 3000 - batch.visible_total

@@ -65,7 +65,7 @@ def start(shards: Path) -> dict[str, float]:
     opened = time.monotonic() - began
     [batch] = train.step(0)
     assert valid is not None
-    assert batch.codes.shape[1] == len(SIZES)
+    assert batch.codes.shape[0] == len(SIZES)
     return {
         "utterances": len(train.corpus),
         "hours": round(train.plan.frames_per_epoch / 50 / 3600),
@@ -128,7 +128,7 @@ def test_each_rank_reads_its_own_share(tmp_path):
         [batch] = train.step(5)
         assert batch.frames == shares[rank].frames.tolist()
         piece = train.corpus.codes(int(shares[rank].utterance[0]), int(shares[rank].start[0]), batch.frames[0])
-        assert np.array_equal(batch.codes[0, :, : batch.frames[0]].numpy(), piece)
+        assert np.array_equal(batch.codes[:, : batch.frames[0]].numpy(), piece)
 
 
 if __name__ == "__main__":

@@ -35,12 +35,12 @@ def test_batches_are_the_planned_codes(train: Loader, tmp_path: Path) -> None:
     seen = set()
     for step in range(train.plan.steps_per_epoch):
         (batch,), pieces = train.step(step), train.plan.batch(step)
-        for row, (index, start, frames) in enumerate(zip(pieces.utterance, pieces.start, pieces.frames, strict=True)):
+        assert batch.frames == pieces.frames.tolist()
+        parts = zip(batch.codes.split(batch.frames, 1), pieces.utterance, pieces.start, pieces.frames, strict=True)
+        for own, index, start, frames in parts:
             seen.add(index >= 25)
             codes = shards[index // 25].codes(int(index % 25))[:, start : start + frames]
-            assert torch.equal(batch.codes[row, :, :frames], torch.from_numpy(codes.astype("int64")))
-            assert not batch.codes[row, :, frames:].any()
-            assert not batch.mask[row, frames:].any()
+            assert torch.equal(own, torch.from_numpy(codes.astype("int64")))
     assert seen == {False, True}, "both folders must be read"
 
 
@@ -90,10 +90,8 @@ def test_ranks_and_accumulation_share_one_global_batch(
     assert {share.masked_total for share in shares} == {whole.masked_total} == {int(whole.mask.sum())}
     assert sum(int(share.mask.sum()) for share in shares) == whole.masked_total
     assert [n for share in shares for n in share.frames] == whole.frames
-    codes = [share.codes[i, :, :n] for share in shares for i, n in enumerate(share.frames)]
-    assert all(
-        torch.equal(row, whole.codes[i, :, :n]) for i, (row, n) in enumerate(zip(codes, whole.frames, strict=True))
-    )
+    for name in ("codes", "mask", "kept"):
+        assert torch.equal(torch.cat([getattr(share, name) for share in shares], -1), getattr(whole, name)), name
 
 
 def test_held_out_utterances_are_stable_and_disjoint(
@@ -120,7 +118,7 @@ def test_validation_masks_are_fixed_and_inputs_whole(
     assert valid.step(0)[0].kept.all()
     assert sum(sum(valid.step(i)[0].frames) for i in range(valid.plan.steps_per_epoch)) <= 300
     steps = train.plan.steps_per_epoch
-    masks = {str(train.step(e * steps)[0].mask.sum(1).tolist()) for e in range(3)}
+    masks = {str(train.step(e * steps)[0].visible_frames) for e in range(3)}
     assert len(masks) == 3, "training masks must change with the step"
 
 
@@ -139,7 +137,7 @@ def test_fewer_codebooks_by_option(make_shards: Callable[..., Path], small_confi
     path = make_shards()
     train = open_data(small_config(path, data={"num_codebooks": 2}), Ranks(rank=0, world_size=1, local_rank=0))[0]
     assert train.corpus.card.codebook_sizes == (16, 12)
-    assert train.step(0)[0].codes.shape[1] == 2
+    assert train.step(0)[0].codes.shape[0] == 2
     with pytest.raises(UserError, match=r"data.num_codebooks: 4, but .* has 3"):
         open_data(small_config(path, data={"num_codebooks": 4}), Ranks(rank=0, world_size=1, local_rank=0))
 
@@ -189,10 +187,8 @@ def test_labels_are_those_of_the_same_piece(
     for step in range(train.plan.steps_per_epoch):
         (batch,), pieces = train.step(step), train.plan.batch(step)
         assert batch.labels is not None
-        for row, (start, frames) in enumerate(zip(pieces.start, pieces.frames, strict=True)):
-            expected = (batch.codes[row, 0, :frames] + torch.arange(int(start), int(start + frames))) % 5
-            assert torch.equal(batch.labels[row, 0, :frames], expected)
-            assert not batch.labels[row, :, frames:].any()
+        places = [torch.arange(int(a), int(a + n)) for a, n in zip(pieces.start, pieces.frames, strict=True)]
+        assert torch.equal(batch.labels[0], (batch.codes[0] + torch.cat(places)) % 5)
 
 
 @pytest.mark.parametrize(
@@ -249,14 +245,12 @@ def test_a_grid_of_codes_is_masked_by_whole_columns_of_time(
     config = small_config(tmp_path / "grid", objective={"quantizer_dropout": 1.0}, data={"valid_fraction": 0.0})
     train, _, _ = open_data(config, Ranks(rank=0, world_size=1, local_rank=0))
     (batch,) = train.step(0)
-    assert batch.codes.shape[1:] == (16, 60)
-    assert batch.mask.shape == (len(batch.frames), 60), "all cells of a frame must share one decision"
-    assert torch.equal(batch.kept[:, :8], batch.kept[:, :1].expand(-1, 8)), (
-        "a codebook must be dropped with all its cells"
-    )
-    assert not batch.kept[:, 8:].all()
+    assert batch.codes.shape == (16, 60 * len(batch.frames))
+    assert batch.mask.shape == (60 * len(batch.frames),), "all cells of a frame must share one decision"
+    assert torch.equal(batch.kept[:8], batch.kept[:1].expand(8, -1)), "a codebook must be dropped with all its cells"
+    assert not batch.kept[8:].all()
     model = untrained(config.model, card, None, seed=0).eval()
-    dirty = torch.where(batch.mask[:, None], (batch.codes + 1) % 16, batch.codes)
+    dirty = torch.where(batch.mask, (batch.codes + 1) % 16, batch.codes)
     with torch.no_grad():
         first, second = (model(codes, batch.frames, batch.mask) for codes in (batch.codes, dirty))
     assert torch.equal(first, second), "masked codes must not reach the output"

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 
 from codecssl.pretrain.config import ENCODECMAE_GAMMA, MaeConfig, MaskConfig, ModelConfig, ObjectiveConfig, RunConfig
 from codecssl.pretrain.data.hashed_random import hashed, uniform
-from codecssl.pretrain.data.loader import Batch
+from codecssl.pretrain.data.loader import Batch, packed_mask
 from codecssl.pretrain.data.masking import span_mask
 from codecssl.pretrain.export.export import export, load_pretrained
-from codecssl.pretrain.model.fairseq2_parts import BatchLayout
 from codecssl.pretrain.model.layers import make_encoder, sinusoids
 from codecssl.pretrain.model.model import untrained
+from codecssl.pretrain.model.packing import packed_layout
 from codecssl.pretrain.monitor.telemetry import read_rows
 from codecssl.pretrain.objectives.encodecmae import EncodecMae
 from codecssl.pretrain.objectives.objective import parameters
@@ -49,13 +49,11 @@ def objective(**changes: object) -> EncodecMae:
 
 def batch(frames: list[int], seed: int = 0) -> Batch:
     random = np.random.default_rng(seed)
-    codes = np.stack([random.integers(0, size, (len(frames), max(frames))) for size in SIZES], 1)
+    codes = np.stack([random.integers(0, size, sum(frames)) for size in SIZES])
     keys = hashed(seed, np.arange(len(frames)))
-    mask = span_mask(MaskConfig(kind="exact", span_frames=4), keys, np.array(frames))
-    for row, count in enumerate(frames):
-        codes[row, :, count:] = 0
+    mask = packed_mask(MaskConfig(kind="exact", span_frames=4), keys, np.array(frames))
     masked = int(mask.sum())
-    kept = torch.ones(len(frames), len(SIZES), dtype=torch.bool)
+    kept = torch.ones(codes.shape, dtype=torch.bool)
     return Batch.of(torch.from_numpy(codes), frames, torch.from_numpy(mask), kept, masked, sum(frames) - masked)
 
 
@@ -81,7 +79,7 @@ def test_residual_layers_equal_a_loop_over_torchs_own_attention() -> None:
         f = inner @ weights["own_ffn.output_proj.weight"].t() + weights["own_ffn.output_proj.bias"]
         x0, x1 = layer.ffn_layer_norm(x0 + f), x1 + f
     expected = x0 + encoder.layer_norm(x1)
-    assert torch.allclose(encoder(x, BatchLayout((1, 9), [9])), expected, atol=1e-12)
+    assert torch.allclose(encoder(x[0], packed_layout([9], x.device)), expected[0], atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -121,24 +119,24 @@ def test_loss_equals_a_naive_float64_loop_over_single_items(mask_token: str, wid
     gamma = np.array(ENCODECMAE_GAMMA[:2]) / sum(ENCODECMAE_GAMMA[:2])
     sums, counts = {True: 0.0, False: 0.0}, {True: 0, False: 0}
     with torch.no_grad():
-        for item, frames in enumerate(given.frames):
-            codes, mask = given.codes[item : item + 1, :, :frames], given.mask[item, :frames]
+        for codes, mask in zip(given.codes.split(given.frames, 1), given.mask.split(given.frames), strict=True):
+            frames = len(mask)
             x = made.model.projection(made.model.input_norm(made.model.embedding(codes)))
             x = x + made.model.positions.scale * sinusoids(frames, 16, x.device)
-            seen = x[:, ~mask]
-            encoded = made.model.encoder(seen, BatchLayout((1, seen.shape[1]), [seen.shape[1]]))
+            seen = x[~mask]
+            encoded = made.model.encoder(seen, packed_layout([len(seen)], x.device))
             if made.narrow is not None:
                 encoded = encoded @ made.narrow.weight.t() + made.narrow.bias
-            full = torch.zeros(1, frames, width, dtype=torch.float64)
-            full[0, mask] = made.mask_token
-            full[0, ~mask] = encoded[0]
+            full = torch.zeros(frames, width, dtype=torch.float64)
+            full[mask] = made.mask_token
+            full[~mask] = encoded
             full = full + made.positions.scale * sinusoids(frames, width, x.device)
-            hidden = made.decoder(full, BatchLayout((1, frames), [frames]))[0].numpy()
+            hidden = made.decoder(full, packed_layout([frames], x.device)).numpy()
             for t in range(frames):
                 logits = weight @ hidden[t] + bias
                 first, second = logits[:16], logits[16:]
                 entropy = [
-                    math.log(np.exp(part).sum()) - part[int(codes[0, k, t])] for k, part in enumerate((first, second))
+                    math.log(np.exp(part).sum()) - part[int(codes[k, t])] for k, part in enumerate((first, second))
                 ]
                 sums[bool(mask[t])] += float(gamma @ entropy)
                 counts[bool(mask[t])] += 1
@@ -148,16 +146,18 @@ def test_loss_equals_a_naive_float64_loop_over_single_items(mask_token: str, wid
         assert not made.mask_token.any()
 
 
-def test_the_encoder_never_sees_masked_frames_nor_padding() -> None:
+def test_the_encoder_never_sees_masked_frames_nor_another_item() -> None:
     made, given = objective(), batch([21, 12])
     dirty = given.codes.clone()
-    dirty.transpose(1, 2)[given.mask] = 3
-    dirty[1, :, 12:] = 5
+    dirty[:, given.mask] = 3
     with torch.no_grad():
         assert torch.equal(made.encode(replace(given, codes=dirty)), made.encode(given))
-        padding = given.codes.clone()
-        padding[1, :, 12:] = 5
-        assert float(made(replace(given, codes=padding)).total) == pytest.approx(float(made(given).total), abs=1e-6)
+        dirty[:, 21:] = 5
+        own = made.encode(given)
+        other = made.encode(replace(given, codes=dirty))
+        first = given.visible_frames[0]
+        assert torch.equal(other[:first], own[:first])
+        assert not torch.isclose(other[first:], own[first:]).all()
 
 
 def test_uniform_logits_give_the_logarithm_of_the_codebook() -> None:

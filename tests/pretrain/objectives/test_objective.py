@@ -42,14 +42,10 @@ def objective(**changes: object) -> MaskedPrediction:
 
 def batch(frames: list[int], seed: int = 0) -> Batch:
     random = np.random.default_rng(seed)
-    width = max(frames)
-    codes = np.stack([random.integers(0, size, (len(frames), width)) for size in SIZES], 1)
-    mask = random.random((len(frames), width)) < 0.5
-    for row, count in enumerate(frames):
-        codes[row, :, count:] = 0
-        mask[row, count:] = False
+    codes = np.stack([random.integers(0, size, sum(frames)) for size in SIZES])
+    mask = random.random(sum(frames)) < 0.5
     masked = int(mask.sum())
-    kept = torch.ones(len(frames), 3, dtype=torch.bool)
+    kept = torch.ones(codes.shape, dtype=torch.bool)
     return Batch.of(torch.from_numpy(codes), frames, torch.from_numpy(mask), kept, masked, sum(frames) - masked)
 
 
@@ -62,16 +58,15 @@ def test_loss_equals_a_naive_float64_loop(gamma: str, visible_weight: float) -> 
     weight, bias = made.heads.weight.detach().double().numpy(), made.heads.bias.detach().double().numpy()
     weights = [1 / 3] * 3 if gamma == "uniform" else [g / sum(ENCODECMAE_GAMMA[:3]) for g in ENCODECMAE_GAMMA[:3]]
     sums, counts = {True: 0.0, False: 0.0}, {True: 0, False: 0}
-    for item, frames in enumerate(given.frames):
-        for frame in range(frames):
-            masked, first = bool(given.mask[item, frame]), 0
-            counts[masked] += 1
-            for book, size in enumerate(SIZES):
-                logits = [float(weight[first + v] @ hidden[item, frame] + bias[first + v]) for v in range(size)]
-                top = max(logits)
-                normaliser = top + math.log(math.fsum(math.exp(x - top) for x in logits))
-                sums[masked] += weights[book] * (normaliser - logits[int(given.codes[item, book, frame])])
-                first += size
+    for frame in range(sum(given.frames)):
+        masked, first = bool(given.mask[frame]), 0
+        counts[masked] += 1
+        for book, size in enumerate(SIZES):
+            logits = [float(weight[first + v] @ hidden[frame] + bias[first + v]) for v in range(size)]
+            top = max(logits)
+            normaliser = top + math.log(math.fsum(math.exp(x - top) for x in logits))
+            sums[masked] += weights[book] * (normaliser - logits[int(given.codes[book, frame])])
+            first += size
     expected = sums[True] / counts[True] + visible_weight * sums[False] / counts[False]
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
@@ -102,25 +97,27 @@ def test_uniform_logits_give_the_logarithm_of_the_codebook() -> None:
     assert made(given).total.item() == pytest.approx(np.log(SIZES).mean(), rel=1e-6)
 
 
-def test_padding_contributes_nothing() -> None:
+def test_items_do_not_see_one_another() -> None:
     made, given = objective(visible_weight=0.5), batch([30, 17])
     other = Batch.of(given.codes.clone(), given.frames, given.mask, given.kept, given.masked_total, given.visible_total)
-    other.codes[1, :, 17:] = 5
-    assert torch.equal(made(given).total, made(other).total)
+    other.codes[:, 30:] = 5
+    first, second = (made.model(each.codes, each.frames, each.mask) for each in (given, other))
+    assert torch.equal(first[:30], second[:30])
+    assert not torch.isclose(first[30:], second[30:]).all()
 
 
 def test_parts_of_micro_batches_add_up_to_the_loss_of_the_whole() -> None:
     made, whole = objective(visible_weight=0.5), batch([30, 30, 30])
     parts = [
         Batch.of(
-            whole.codes[rows],
-            [30] * len(rows),
+            whole.codes[:, rows],
+            [30] * (len(rows) // 30),
             whole.mask[rows],
-            whole.kept[rows],
+            whole.kept[:, rows],
             whole.masked_total,
             whole.visible_total,
         )
-        for rows in ([0], [1, 2])
+        for rows in (range(30), range(30, 90))
     ]
     split = [made(part, detailed=True) for part in parts]
     together = made(whole, detailed=True)
@@ -135,7 +132,7 @@ def test_metrics_against_their_definitions() -> None:
     scores = summary(made(given, detailed=True).masked)
     hidden = made.model(given.codes, given.frames, given.mask, given.kept)[given.mask]
     guesses = made.heads(hidden)[:, 16:28].argmax(1)
-    truth = given.codes[:, 1][given.mask]
+    truth = given.codes[1][given.mask]
     assert scores["accuracy"][1] == pytest.approx((guesses == truth).double().mean().item())
     share = np.bincount(guesses.numpy(), minlength=12) / len(guesses)
     assert scores["predicted_perplexity"][1] == pytest.approx(math.exp(-sum(p * math.log(p) for p in share if p)))
@@ -148,7 +145,9 @@ def test_histogram_perplexity_ends() -> None:
 
 def test_targets_keep_the_codebooks_that_the_input_lacks() -> None:
     given = batch([20])
-    dropped = Batch.of(given.codes, [20], given.mask, torch.tensor([[True, False, False]]), given.masked_total, 1)
+    dropped = Batch.of(
+        given.codes, [20], given.mask, torch.tensor([[True], [False], [False]]).expand(3, 20), given.masked_total, 1
+    )
     assert torch.equal(Codes(CARD).labels(dropped), given.codes)
 
 
