@@ -10,9 +10,10 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from codecssl.pretrain import run_folder
 from codecssl.pretrain.build import build_objective
@@ -91,7 +92,7 @@ def _measure(config: RunConfig, corpus: TokenCorpus, group: ProcessGroup) -> int
     if group.device.type == "cpu":
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", group.world_size))
         room = _CPU_SHARE * free_memory() / ranks - _optimizer_bytes(objective, config, group.world_size)
-        each = saved_bytes(objective, batch(1))
+        each = saved_bytes(objective, lambda: objective(batch(1)))
         return smallest_accumulation(config, group.world_size, longest, lambda items: items * each <= room)
     return _measure_on_gpu(config, objective, batch, longest, group)
 
@@ -133,10 +134,10 @@ def dry_run(objective: Objective, batch: Batch) -> bool:
     return False
 
 
-def saved_bytes(objective: Objective, batch: Batch) -> int:
-    """Return the bytes that the forward pass saves for the backward pass, without the weights."""
+def saved_bytes(module: nn.Module, forward: Callable[[], Any]) -> int:
+    """Return the bytes that a forward pass saves for the backward pass, without the weights of the module."""
     sizes: dict[int, int] = {}
-    weights = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -145,8 +146,8 @@ def saved_bytes(objective: Objective, batch: Batch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = objective(batch)
-    del loss
+        result = forward()
+    del result
     return sum(sizes.values())
 
 

@@ -64,10 +64,12 @@ def bench(
     config = at_frame_rate(config, card.frame_rate)
     batch = make_batch(config, card, seconds, clip_seconds).to(group.device)
     ways: dict[str, Callable[[], None]] = {"DeepSpeed": _deepspeed(config, card, batch)}
-    objective = _objective(config, card)
+    objective = make_objective(config, card)
     ways["plain loop, no DeepSpeed"] = _plain(objective, batch, config, group.device)
     if hubert:
-        ways["waveform HuBERT, same encoder"] = _hubert(config, batch, clip_seconds, group.device)
+        ways["waveform HuBERT, same encoder"] = torch_step(
+            *hubert_step(config, batch, clip_seconds, group.device), config, group.device
+        )
     best = in_turns(ways, steps)
     frames = sum(batch.frames)
     flops = objective.flops(batch)
@@ -139,14 +141,14 @@ def in_turns(ways: Mapping[str, Callable[[], None]], steps: int) -> dict[str, fl
 # ---------------------------------------------------------------- the ways
 
 
-def _objective(config: RunConfig, card: CodecCard) -> Objective:
+def make_objective(config: RunConfig, card: CodecCard) -> Objective:
     model = untrained(config.model, card, None, config.seed, _mel(config, card))
     return build_objective(config, model, (_LABEL_CLASSES,)).train()
 
 
 def _deepspeed(config: RunConfig, card: CodecCard, batch: Batch) -> Callable[[], None]:
     one = replace(config, engine=replace(config.engine, accumulation=1))
-    engine = start_engine(_objective(config, card), one)
+    engine = start_engine(make_objective(config, card), one)
 
     def step() -> None:
         backward(engine, engine(batch).total)
@@ -159,7 +161,7 @@ def _deepspeed(config: RunConfig, card: CodecCard, batch: Batch) -> Callable[[],
 def _plain(objective: Objective, batch: Batch, config: RunConfig, device: torch.device) -> Callable[[], None]:
     objective = objective.to(device)
     objective.place(device)
-    update = _torch_step(objective, lambda: objective(batch).total, config, device)
+    update = torch_step(objective, lambda: objective(batch).total, config, device)
 
     def step() -> None:
         update()
@@ -168,7 +170,7 @@ def _plain(objective: Objective, batch: Batch, config: RunConfig, device: torch.
     return step
 
 
-def _torch_step(
+def torch_step(
     module: nn.Module, loss: Callable[[], Tensor], config: RunConfig, device: torch.device
 ) -> Callable[[], None]:
     """Build a training step in plain torch. bf16 uses autocast, as is usual without DeepSpeed."""
@@ -190,12 +192,14 @@ def _torch_step(
     return step
 
 
-def _hubert(config: RunConfig, batch: Batch, clip_seconds: float, device: torch.device) -> Callable[[], None]:
-    """Build a step of transformers' HuBERT on audio samples.
+def hubert_step(
+    config: RunConfig, batch: Batch, clip_seconds: float, device: torch.device, *, conv_dim: int = 512
+) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """Return transformers' HuBERT on audio samples, and its loss.
 
     It has a convolutional front end, the same encoder, and cross-entropy over 504 classes at masked frames.
     """
-    model, hubert = config.model, hubert_model(config.model)
+    model, hubert = config.model, hubert_model(config.model, conv_dim=conv_dim)
     both = nn.ModuleList([hubert, nn.Linear(model.dim, HUBERT_CLASSES)]).to(device).train()
     clips = len(batch.frames)
     waves = torch.randn(clips, int(clip_seconds * HUBERT_RATE), device=device)
@@ -208,7 +212,7 @@ def _hubert(config: RunConfig, batch: Batch, clip_seconds: float, device: torch.
         hidden = both[0](waves, mask_time_indices=mask).last_hidden_state
         return torch.nn.functional.cross_entropy(both[1](hidden[mask]).float(), labels)
 
-    return _torch_step(both, loss, config, device)
+    return both, loss
 
 
 def hubert_model(model: ModelConfig, *, conv_dim: int = 512) -> Any:

@@ -99,6 +99,15 @@ def _bench(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     import json
 
+    if arguments.peers:
+        from codecssl.pretrain.peers.speed import peers
+        from codecssl.pretrain.peers.speed import table as peers_table
+
+        found = peers(config, seconds=arguments.seconds, clip_seconds=arguments.clip_seconds, steps=arguments.steps)
+        for line in map(json.dumps, found) if arguments.json else peers_table(found):
+            print(line, flush=True)
+        return
+
     from codecssl.pretrain.bench import bench, table
 
     rows = bench(
@@ -310,6 +319,7 @@ def _add_bench(line: CommandLine) -> None:
     bench.add_argument("--seconds", type=float, default=30.0, help="seconds of audio in a step")
     bench.add_argument("--clip-seconds", type=float, default=15.0, help="seconds of audio in an item of the batch")
     bench.add_argument("--steps", type=positive, default=3, help="steps of each, in turns; the fastest counts")
+    bench.add_argument("--peers", action="store_true", help="ours, HuBERTs and a codec in the loop, on a CPU")
     bench.add_argument("--no-hubert", action="store_true", help="leave the waveform HuBERT out")
     bench.add_argument("--json", action="store_true", help="print JSON, one line a measurement")
 

@@ -12,7 +12,7 @@ from codecssl.pretrain.objectives.objective import (
     Scores,
     codebook_weights,
     parameters,
-    score,
+    score_heads,
 )
 from codecssl.pretrain.objectives.targets import Target
 
@@ -52,4 +52,4 @@ class MaskedPrediction(Objective):
     def _score(self, hidden: Tensor, labels: Tensor, where: Tensor, detailed: bool) -> Scores:
         """hidden [N, D], labels [N, S], indices [M] of the frames to score."""
         own = labels.index_select(0, where)
-        return score(self.heads(hidden.index_select(0, where), own), own, self.sizes, detailed)
+        return score_heads(self.heads, hidden.index_select(0, where), own, self.sizes, detailed)

@@ -24,7 +24,7 @@ from codecssl.pretrain.objectives.objective import (
     codebook_weights,
     encoder_flops,
     parameters,
-    score,
+    score_heads,
 )
 from codecssl.pretrain.objectives.targets import Target
 
@@ -109,7 +109,7 @@ class EncodecMae(Objective):
 
     def _score(self, hidden: Tensor, labels: Tensor, where: Tensor, detailed: bool) -> Scores:
         own = labels.index_select(0, where)
-        return score(self.heads(hidden.index_select(0, where), own), own, self.sizes, detailed)
+        return score_heads(self.heads, hidden.index_select(0, where), own, self.sizes, detailed)
 
 
 def decoder_config(model: ModelConfig, config: MaeConfig) -> ModelConfig:

@@ -1,17 +1,21 @@
 """Base of all objectives: the interface, cross-entropy per stream of targets, and further metrics."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from codecssl.pretrain.config import ENCODECMAE_GAMMA
 from codecssl.pretrain.data.loader import Batch
 from codecssl.pretrain.model.model import CodecModel
 from codecssl.pretrain.objectives.cross_entropy import summed_cross_entropy
 from codecssl.tokenize.common.errors import UserError
+
+PIECE = 1 << 26
+"""Most logits at once: 256 MiB in fp32. Smaller batches, as on a CPU, are scored without a second product."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,27 @@ def score(logits: Tensor, labels: Tensor, sizes: Sequence[int], detailed: bool) 
         [torch.bincount(guess, minlength=size) for guess, size in zip(guesses, sizes, strict=True)],
         [torch.bincount(y, minlength=size) for y, size in zip(streams, sizes, strict=True)],
     )
+
+
+def score_heads(heads: nn.Module, hidden: Tensor, labels: Tensor, sizes: Sequence[int], detailed: bool) -> Scores:
+    """Compute the scores of heads on hidden states [N, D] and labels [N, S].
+
+    More than PIECE logits never exist at once: longer inputs are cut along N, and the backward pass computes the logits
+    of each piece again.
+    """
+    rows = max(1, PIECE // sum(sizes))
+    if len(hidden) <= rows:
+        return score(heads(hidden, labels), labels, sizes, detailed)
+
+    def piece(part: Tensor, own: Tensor) -> Scores:
+        return score(heads(part, own), own, sizes, detailed)
+
+    parts = [
+        checkpoint(piece, part, own, use_reentrant=False, preserve_rng_state=False)
+        for part, own in zip(hidden.split(rows), labels.split(rows), strict=True)
+    ]
+    whole = merged(parts) if detailed else parts[0]
+    return replace(whole, frames=len(hidden), cross_entropy=torch.stack([part.cross_entropy for part in parts]).sum(0))
 
 
 def codebook_weights(gamma: str, streams: int) -> Tensor:

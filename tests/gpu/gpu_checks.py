@@ -162,7 +162,7 @@ STILL = {"dropout": 0.0, "input_dropout": 0.0, "attention_dropout": 0.0, "activa
 
 def steps(setting: Setting) -> Iterator[Row]:
     """Loss and gradients of one step against the CPU in fp32, from the same weights, without dropout."""
-    from codecssl.pretrain.bench import SYNTHETIC, _objective, make_batch
+    from codecssl.pretrain.bench import SYNTHETIC, make_batch, make_objective
     from codecssl.pretrain.engine.engine import restore_buffers
     from codecssl.pretrain.frame_rate import at_frame_rate
 
@@ -170,11 +170,11 @@ def steps(setting: Setting) -> Iterator[Row]:
         card = replace(SYNTHETIC, codebook_sizes=(1024,) * 8, codes_per_frame=(1,) * 8)
         config = at_frame_rate(config_of(name, setting, model=STILL), card.frame_rate)
         batch = make_batch(config, card, 4.0, 2.0)
-        reference = _objective(config, card)
+        reference = make_objective(config, card)
         weights = {key: value.clone() for key, value in reference.state_dict().items()}
         loss, gradient = loss_and_gradient(reference, batch)
         for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            objective = _objective(config, card)
+            objective = make_objective(config, card)
             objective.load_state_dict(weights)
             objective.to(setting.device, dtype)
             restore_buffers(objective)

@@ -1,6 +1,7 @@
 """--data.batch_frames auto: the largest micro-batch that fits, the same global batch, the same choice on a resume."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from codecssl.configs.load import to_yaml
 from codecssl.pretrain import auto_batch as module
 from codecssl.pretrain.auto_batch import dry_run, saved_bytes, smallest_accumulation
-from codecssl.pretrain.bench import SYNTHETIC, _objective
+from codecssl.pretrain.bench import SYNTHETIC, make_objective
 from codecssl.pretrain.cli import main
 from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.data.random_batch import random_batch
@@ -32,7 +33,7 @@ def test_the_batch_is_halved_after_each_out_of_memory(
 ) -> None:
     """The model runs out of memory in its backward pass above a number of frames."""
     config = at_frame_rate(small_config(tmp_path, data={"batch_frames": 6400, "crop_frames": 100}), 50)
-    objective = _objective(config, SYNTHETIC)
+    objective = make_objective(config, SYNTHETIC)
     forward, tried = type(objective).forward, []
 
     def scarce(self: Any, batch: Any, **options: Any) -> Any:
@@ -57,9 +58,10 @@ def test_the_batch_is_halved_after_each_out_of_memory(
 
 def test_what_a_step_saves_is_counted_without_the_weights(small_config: Config, tmp_path: Path) -> None:
     config = at_frame_rate(small_config(tmp_path), 50)
-    objective = _objective(config, SYNTHETIC)
+    objective = make_objective(config, SYNTHETIC)
     one, two, four = (
-        saved_bytes(objective, random_batch(config, SYNTHETIC, items, 50, label_sizes=())) for items in (1, 2, 4)
+        saved_bytes(objective, partial(objective, random_batch(config, SYNTHETIC, items, 50, label_sizes=())))
+        for items in (1, 2, 4)
     )
     frames, dim, layers = 50, config.model.dim, config.model.layers
     assert one > 4 * frames * dim * layers * 6, "must count at least six activations per layer"

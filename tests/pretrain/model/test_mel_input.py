@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from codecssl.configs.load import from_dict
-from codecssl.pretrain.bench import _objective, make_batch
+from codecssl.pretrain.bench import make_batch, make_objective
 from codecssl.pretrain.config import ModelConfig, RunConfig
 from codecssl.pretrain.data.open_data import open_data
 from codecssl.pretrain.export.export import export, load_pretrained
@@ -149,7 +149,7 @@ def test_the_bench_makes_planes(model_input):
     made = config("unused", "encodecmae", model_input)
     batch = make_batch(made, CARD, 4.0, 2.0)
     assert (batch.frames, batch.mel.shape) == ([100, 100], (80, 200))
-    loss = _objective(made, CARD)(batch).total
+    loss = make_objective(made, CARD)(batch).total
     assert torch.isfinite(loss)
 
 

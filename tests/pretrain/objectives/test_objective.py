@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import codecssl.pretrain.objectives.objective as objective_module
 from codecssl.pretrain.config import ENCODECMAE_GAMMA, ModelConfig, ObjectiveConfig
 from codecssl.pretrain.data.loader import Batch
 from codecssl.pretrain.model.model import untrained
@@ -125,6 +126,33 @@ def test_parts_of_micro_batches_add_up_to_the_loss_of_the_whole() -> None:
     left, right = summary(merged([loss.masked for loss in split])), summary(together.masked)
     for key in right:
         assert left[key] == pytest.approx(right[key], rel=1e-5), key
+
+
+def test_scores_in_pieces_are_those_of_all_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, given = objective(visible_weight=0.5), batch([40, 25])
+    found = []
+    for piece in (1 << 26, 7 * sum(SIZES)):
+        monkeypatch.setattr(objective_module, "PIECE", piece)
+        made.zero_grad()
+        loss = made(given, detailed=True)
+        loss.total.backward()
+        gradient = torch.cat([p.grad.flatten() for p in made.parameters() if p.grad is not None])
+        found.append((loss.total.item(), gradient, summary(loss.masked)))
+    (total, gradient, means), (in_pieces, other, same) = found
+    assert in_pieces == pytest.approx(total, rel=1e-6)
+    assert torch.allclose(gradient, other, atol=1e-6)
+    for key, value in means.items():
+        assert same[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_no_more_logits_exist_than_a_piece_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, given = objective(), batch([40, 25])
+    rows: list[int] = []
+    monkeypatch.setattr(objective_module, "PIECE", 7 * sum(SIZES))
+    made.heads.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    made(given).total.backward()
+    assert max(rows) == 7
+    assert sum(rows) == 2 * given.masked_total, "once forward and once for the gradient"
 
 
 def test_metrics_against_their_definitions() -> None:
