@@ -131,8 +131,8 @@ def _trouble(rank: int, read: dict[int, list[str]], kind: str = "", at: int = 0,
             raise (TransientError if kind == "away" else UserError)("shard 00017: is gone; bring it back")
         batches = step(self, number)
         if not self._fixed:  # the training loader
-            read[number] = [hashlib.sha256(b.codes[i, :, :n].numpy().tobytes()).hexdigest()
-                            for b in batches for i, n in enumerate(b.frames)]  # fmt: skip
+            read[number] = [hashlib.sha256(item.numpy().tobytes()).hexdigest()
+                            for b in batches for item in b.codes.split(b.frames, 1)]  # fmt: skip
         return batches
 
     def signalled(self: Any, number: int, *args: Any, **kwargs: Any) -> Any:

@@ -42,10 +42,10 @@ def test_operations_agree_with_torchs_own_count() -> None:
     objective = MaskedPrediction(
         untrained(config, card, None, 0), make_target(ObjectiveConfig(), card), ObjectiveConfig()
     ).eval()
-    mask = torch.zeros(2, 100, dtype=torch.bool)
-    mask[:, 10:60] = True
+    mask = torch.zeros(200, dtype=torch.bool)
+    mask[50:150] = True
     batch = Batch.of(
-        torch.zeros(2, 2, 100, dtype=torch.int64), [100, 100], mask, torch.ones(2, 2, dtype=torch.bool), 100, 100
+        torch.zeros(2, 200, dtype=torch.int64), [100, 100], mask, torch.ones(2, 200, dtype=torch.bool), 100, 100
     )
     with FlopCounterMode(display=False) as counted, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         objective(batch).total.backward()
