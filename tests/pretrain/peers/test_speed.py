@@ -11,7 +11,7 @@ SMALL = ["--model.dim=32", "--model.layers=1", "--model.heads=2", "--model.ffn_d
 
 def test_every_peer_has_a_row_and_reads_what_it_says() -> None:
     config = load_config(RunConfig, "pretrain", "encodecmae_base", [*SMALL, "--model.embedding_init=random"])
-    rows = {row["what"]: row for row in peers(config, seconds=1.0, clip_seconds=1.0, steps=1)}
+    rows = {row["what"]: row for row in peers(config, seconds=0.5, clip_seconds=0.5, steps=1)}
     assert list(rows) == [
         "ours, 50 frames/s", "HuBERT, 256 channels", "HuBERT, 512 channels", "ours, 75 frames/s", "codec in the loop"
     ]  # fmt: skip
