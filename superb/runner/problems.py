@@ -9,20 +9,23 @@ from codecssl.superb.tasks import Task
 from codecssl.tokenize.common.errors import UserError
 
 
-def make_problem(task: Task, csvs: dict[str, Path]) -> Any:
+def make_problem(task: Task, csvs: dict[str, Path], *, pooled_bytes: int = 0) -> Any:
     """Build s3prl's problem on the given CSVs.
 
     Four more things differ. s3prl seeds the generators and then builds the upstream, which seeds them again with 0:
     `train.seed` never reaches the head's weights. Here, building the upstream restores the state of the generators. If
     s3prl drops every training utterance as too short, it searches for a batch forever; here that is an error.
-    Test answers are stored (predictions.py). Models compute faster (faster.py).
+    Test answers are stored (predictions.py). With `pooled_bytes` of memory, heads of mean pooling get the mean of each
+    wave's states (`PooledUpstream`). Models compute faster (faster.py).
     """
     import random
 
     import s3prl.problem
     import torch
+    from s3prl.nn import MeanPoolingLinear
 
     from codecssl.superb.patches.faster_modules import quicken
+    from codecssl.superb.upstreams.feature_cache import PooledUpstream
 
     task_patches.install()
     base: Any = getattr(s3prl.problem, str(task.problem))
@@ -41,7 +44,10 @@ def make_problem(task: Task, csvs: dict[str, Path]) -> Any:
             return upstream
 
         def build_model(self, *arguments: Any, **options: Any) -> Any:
-            return quicken(super().build_model(*arguments, **options))
+            model: Any = quicken(super().build_model(*arguments, **options))
+            if pooled_bytes and isinstance(model.downstream, MeanPoolingLinear) and not model.featurizer.normalize:
+                model.upstream = PooledUpstream(model.upstream, pooled_bytes)
+            return model
 
         def build_task(self, *arguments: Any, **options: Any) -> Any:
             return keep_answers(super().build_task(*arguments, **options))

@@ -169,7 +169,8 @@ def _trained(run: Run, machine: Machine, task: Task, selection: Selection) -> Re
     config = configure(run, machine)
     interrupted = prepare_training(run.folder, config["train"]["total_steps"], restart=run.budget.divisor > 1)
     corpus = open_corpus(run.root, run.side)
-    problem = make_problem(task, write_csvs(task, selection.splits, run.folder, corpus))
+    csvs = write_csvs(task, selection.splits, run.folder, corpus)
+    problem = make_problem(task, csvs, pooled_bytes=_cache_bytes(machine) if _pooled(run.task, run.upstream) else 0)
     problem.run(**config)
     found = outcome(run.folder, task)
     if run.language_model is not None and task.name == "asr":
@@ -249,7 +250,16 @@ def _build(upstream: Upstream, seed: int, machine: Machine, codes: Path, task: s
     from codecssl.superb.upstreams.feature_cache import CachedUpstream
 
     built = _shelf(machine.device, codes, seed).build(upstream)
-    return CachedUpstream(built, int(machine.feature_cache_gib * 2**30))
+    return CachedUpstream(built, 0 if _pooled(task, upstream) else _cache_bytes(machine))
+
+
+def _cache_bytes(machine: Machine) -> int:
+    return int(machine.feature_cache_gib * 2**30)
+
+
+def _pooled(task: str, upstream: Upstream) -> bool:
+    """True if the head needs the mean of the states only, and their number does not depend on the batch's padding."""
+    return TASKS[task].classes and upstream.kind not in ("s3prl", "hf")
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""A memory cache of hidden states, which s3prl requests for every wave at each step."""
+"""Memory caches of hidden states, which s3prl requests for every wave at each step: of all frames, or of their means."""
 
 from collections.abc import Sequence
 
@@ -54,3 +54,37 @@ class CachedUpstream(FrozenUpstream):
             return {}
         layers = self.frozen(list(wavs.values()))["hidden_states"]
         return {key: [layer[i] for layer in layers] for i, key in enumerate(wavs)}
+
+
+class PooledUpstream(FrozenUpstream):
+    """s3prl's S3PRLUpstream for a head that is linear up to its mean over time: one frame per wave, its states' mean.
+
+    The weighted sum of layers, a linear layer and the mean over frames commute. Such a head gets the same value from the
+    mean, up to rounding, without passing over the frames at each step. The means of each distinct wave are computed alone
+    and kept, as many as fit `limit_bytes`.
+    """
+
+    def __init__(self, upstream: nn.Module, limit_bytes: int) -> None:
+        super().__init__(upstream)
+        self._means: dict[str, Tensor] = {}
+        self._room = limit_bytes
+
+    @torch.no_grad()
+    def forward(self, wavs: Tensor, wavs_len: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Waves [B, n] and their lengths [B] -> for each layer the means [B, 1, D], and ones [B]."""
+        means = torch.stack([self._mean(wav[:length]) for wav, length in zip(wavs, wavs_len, strict=True)])
+        ones = torch.ones_like(wavs_len)
+        layers = means.to(wavs.device).unbind(1)  # of [B, L, D]
+        return [layer[:, None] for layer in layers], [ones] * len(layers)
+
+    def _mean(self, wav: Tensor) -> Tensor:
+        """Return the mean of each layer's states over a wave's own frames, [L, D]."""
+        if (found := self._means.get(key := wave_key(wav))) is None:
+            states, lengths = self.frozen(wav[None], torch.tensor([len(wav)], device=wav.device))
+            found = torch.stack(
+                [state[0, : int(frames)].mean(0) for state, frames in zip(states, lengths, strict=True)]
+            )
+            if self._room >= found.nbytes:
+                self._room -= found.nbytes
+                self._means[key] = found
+        return found

@@ -5,11 +5,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from codecssl.superb import tasks
+from codecssl.superb.runner import run as running
 from codecssl.superb.runner.run import Machine, Run, configure, run_one
+from codecssl.superb.upstreams.feature_cache import PooledUpstream
 from codecssl.superb.upstreams.names import parse
 
 FEW = tasks.Budget(name="few", divisor=10**6, least=8, evaluations=2)
@@ -35,7 +39,7 @@ def test_fbank_on_our_runner_equals_fbank_on_s3prls(corpus: Path, tmp_path: Path
     from codecssl.superb.runner.outcome import outcome
     from codecssl.superb.runner.problems import make_problem
 
-    ours = run_one(ks(corpus, tmp_path / "ours", "fbank"), Machine())
+    ours = run_one(ks(corpus, tmp_path / "ours", "fbank"), Machine(feature_cache_gib=0))
     task, run = tasks.TASKS["ks"], ks(corpus, tmp_path / "theirs", "fbank")
     config = configure(run, Machine())
     config["build_upstream"] = {"name": "fbank"}  # of s3prl's hub, not the one that we put there
@@ -159,3 +163,29 @@ def test_s3prls_own_runner_trains_on_an_exported_model(commands_tree: Path) -> N
     states = torch.load(checkpoint)
     assert states["Step"] == 2
     assert len(states["Featurizer"]["weights"]) == 3
+
+
+@pytest.mark.parametrize("upstream", ["codes:tiny_16khz", "logmel"])
+def test_means_of_states_give_the_results_of_all_frames(
+    upstream: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head of mean pooling is trained on one mean per wave, and on all frames: equal losses and figures."""
+    means = []
+    forward = PooledUpstream.forward
+
+    def counted(self: PooledUpstream, wavs: Tensor, wavs_len: Tensor) -> Any:
+        means.append(len(wavs))
+        return forward(self, wavs, wavs_len)
+
+    monkeypatch.setattr(PooledUpstream, "forward", counted)
+    pooled = run_one(ks(corpus, tmp_path / "pooled", upstream), Machine())
+    assert means, "the run must use the means"
+    means.clear()
+    monkeypatch.setattr(running, "_pooled", lambda task, upstream: False)
+    running._build.cache_clear()
+    frames = run_one(ks(corpus, tmp_path / "frames", upstream), Machine())
+    assert not means
+    assert pooled["values"] == frames["values"]
+    for (step, one), (same, other) in zip(pooled["curves"]["train-loss"], frames["curves"]["train-loss"], strict=True):
+        assert step == same
+        assert one == pytest.approx(other, rel=1e-4)
