@@ -1,4 +1,4 @@
-"""Memory caches of hidden states, which s3prl requests for every wave at each step: of all frames, or of their means."""
+"""Memory caches of hidden states (all frames, or their means), which s3prl requests for every wave at each step."""
 
 from collections.abc import Sequence
 
@@ -57,11 +57,11 @@ class CachedUpstream(FrozenUpstream):
 
 
 class PooledUpstream(FrozenUpstream):
-    """s3prl's S3PRLUpstream for a head that is linear up to its mean over time: one frame per wave, its states' mean.
+    """s3prl's S3PRLUpstream for a head that is linear up to its mean over time: one frame per wave, the states' mean.
 
-    The weighted sum of layers, a linear layer and the mean over frames commute. Such a head gets the same value from the
-    mean, up to rounding, without passing over the frames at each step. The means of each distinct wave are computed alone
-    and kept, as many as fit `limit_bytes`.
+    The weighted sum of layers, a linear layer and the mean over frames commute. Such a head gets the same value from
+    the mean, up to rounding, without passing over the frames at each step. The means of each distinct wave are computed
+    alone and kept, as many as fit `limit_bytes`.
     """
 
     def __init__(self, upstream: nn.Module, limit_bytes: int) -> None:
