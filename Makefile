@@ -32,7 +32,7 @@ RECIPE ?= $(if $(SHIPPED),codecmae_laptop --optim.start_from $(SHIPPED) --optim.
 demo: install
 	$(BIN)/codecssl-superb sample $(DEMO)/sample
 	$(BIN)/codecssl-tokenize run $(or $(AUDIO),$(DEMO)/sample/pretrain.jsonl) --output $(DEMO)/shards --codec tiny_16khz \
-		--with-mel 80 --mel-scale htk
+		--with-mel 80
 	$(BIN)/codecssl-pretrain run $(RECIPE) --data $(DEMO)/shards --output $(DEMO)/run --optim.steps $(STEPS)
 	$(BIN)/codecssl-pretrain export $(DEMO)/run --output $(DEMO)/model
 	$(BIN)/codecssl-superb run $(addprefix --upstream ,$(SHIPPED)) --upstream $(DEMO)/model --upstream fbank \
