@@ -74,8 +74,8 @@ def _add_run(line: CommandLine) -> None:
     )
     shards.add_argument(
         "--mel-scale",
-        choices=("slaney", "htk"),
-        help="mel scale of the bands (default: slaney; htk in folders begun before there was a choice)",
+        choices=("htk", "slaney"),
+        help="mel scale of the bands (default: htk, which the shipped models read, or that of the existing folder)",
     )
     shards.add_argument("--shard-inputs", type=positive, default=8192, metavar="N", help="inputs per shard")
     shards.add_argument(

@@ -28,7 +28,7 @@ class TokenizeConfig:
     mel_bands: int | None = None
     """Number of bands (1 to 256) of the log-mel plane stored next to the codes. None stores no plane."""
     mel_scale: Scale | None = None
-    """Mel scale of the bands. None: the scale of the existing folder, or slaney for a new one."""
+    """Mel scale of the bands. None: the scale of the existing folder, or htk for a new one."""
     shard_inputs: int = 8192
     """Inputs per shard."""
     block_inputs: int = 2048

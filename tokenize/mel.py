@@ -8,7 +8,7 @@ frame before and 1 % in the frame after: the columns next to a masked span hardl
     power  P[b] = sum over bins of filter b of |rfft(hann * x)|^2 / (sum(hann) / 2)^2     a full-scale sine has power 1
     value  q[b] = round((log10 P[b] - LOW) / (HIGH - LOW) * 255), clipped to 0..255       a step is 0.47 dB
 
-The bands are evenly spaced on Slaney's mel scale, or on HTK's, whose lowest of 80 are narrower than a bin of 512. The
+The bands are evenly spaced on HTK's mel scale, whose lowest of 80 are narrower than a bin of 512, or on Slaney's. The
 scale of the values is fixed: a value means the same in every file. The quantization error of powers in its range is at
 most 0.24 dB. The transform is as long as the window, or zero-padded until every filter holds a bin. All computation is
 float64 and per frame. A column does not depend on how the wave was cut, batched, or divided among threads.
@@ -51,8 +51,8 @@ class MelSpec:
     """Length of the transform in samples. The window is zero-padded to it."""
     low_hz: float = 0.0
     high_hz: float = 8000.0
-    scale: Scale = "slaney"
-    """Mel scale on which the bands are evenly spaced. Planes written before there was a choice are htk."""
+    scale: Scale = "htk"
+    """Mel scale on which the bands are evenly spaced."""
     low: float = LOW
     high: float = HIGH
     segment_samples: int = 0
@@ -60,7 +60,7 @@ class MelSpec:
     """The codec card's values. Nonzero for codecs whose frames belong to overlapping segments."""
 
     @classmethod
-    def for_codec(cls, bands: int, card: CodecCard, scale: Scale = "slaney") -> MelSpec:
+    def for_codec(cls, bands: int, card: CodecCard, scale: Scale = "htk") -> MelSpec:
         """Return the spec for a codec. Raises UserError for fewer than 1 or more than 256 bands."""
         if not 1 <= bands <= MAX_BANDS:
             raise UserError(f"--with-mel {bands}: must be from 1 to {MAX_BANDS} bands")

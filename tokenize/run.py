@@ -90,7 +90,7 @@ def _mel_spec(config: TokenizeConfig, card: CodecCard) -> MelSpec | None:
         return None
     begun = load_json(path) if (path := config.output / "plan.json").exists() else {}
     stored = begun.get("mel")
-    scale = MelSpec.from_dict(stored).scale if isinstance(stored, dict) else "slaney"
+    scale = MelSpec.from_dict(stored).scale if isinstance(stored, dict) else "htk"
     return MelSpec.for_codec(config.mel_bands, card, config.mel_scale or scale)
 
 

@@ -198,21 +198,23 @@ def test_another_plane_is_another_dataset(dataset):
     with pytest.raises(UserError, match="begun with mel"):
         dataset("a", mel_bands=40)
     with pytest.raises(UserError, match="begun with mel"):
-        dataset("a", mel_scale="htk")
+        dataset("a", mel_scale="slaney")
 
 
-def test_a_folder_begun_before_there_were_scales_is_finished_in_htk(dataset, monkeypatch):
-    """plan.json of such a folder names no scale."""
-    root, whole = dataset("a", mel_scale="htk"), dataset("b", mel_scale="htk")
-    plan = json.loads((root / "plan.json").read_text())
-    del plan["mel"]["scale"], plan["check"]
-    (root / "plan.json").write_bytes(to_json(sealed(plan)))
-    for name in ("shards/00001.tar", "shards/00001.json", "dataset.json"):
-        (root / name).unlink()
-    dataset("a")
-    assert Shards(root).mel_spec == Shards(whole).mel_spec
-    assert (root / "shards" / "00001.tar").read_bytes() == (whole / "shards" / "00001.tar").read_bytes()
-    assert Shards(dataset("c")).mel_spec.scale == "slaney"
+def test_a_folder_that_was_begun_keeps_its_scale(dataset):
+    """A plan.json of before there was a choice names no scale: it is htk. Slaney's folder is finished in slaney."""
+    for scale in ("htk", "slaney"):
+        root, whole = dataset(scale, mel_scale=scale), dataset(f"whole {scale}", mel_scale=scale)
+        if scale == "htk":
+            plan = json.loads((root / "plan.json").read_text())
+            del plan["mel"]["scale"], plan["check"]
+            (root / "plan.json").write_bytes(to_json(sealed(plan)))
+        for name in ("shards/00001.tar", "shards/00001.json", "dataset.json"):
+            (root / name).unlink()
+        dataset(scale)
+        assert Shards(root).mel_spec == Shards(whole).mel_spec
+        assert Shards(root).mel_spec.scale == scale
+        assert (root / "shards" / "00001.tar").read_bytes() == (whole / "shards" / "00001.tar").read_bytes()
 
 
 def test_a_damaged_plane_is_found_named_and_repaired(dataset):

@@ -133,14 +133,12 @@ def test_a_start_from_a_model_of_another_plane_is_one_line(shards, tmp_path):
     description = json.loads((tmp_path / "model" / "config.json").read_text())
     text = (tmp_path / "model" / "README.md").read_text()
     assert "model(codes, mel=mel, output_hidden_states=True)" in text
-    assert "--with-mel 8 --mel-scale slaney`" in text
+    assert "--with-mel 8 --mel-scale htk`" in text
     description["mel"]["window"] += 2
     (tmp_path / "model" / "config.json").write_text(json.dumps(description))
     _, _, corpus = open_data(made, ONE)
     other = replace(made, optim=replace(made.optim, start_from=str(tmp_path / "model")))
-    with pytest.raises(
-        UserError, match=r"optim\.start_from.*\(window \d+ against \d+\).*--with-mel 8 --mel-scale slaney"
-    ):
+    with pytest.raises(UserError, match=r"optim\.start_from.*\(window \d+ against \d+\).*--with-mel 8 --mel-scale htk"):
         build(other, corpus, fresh=True)
 
 
