@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # The whole chain, each line a command that a user would type; run again, it resumes where it stopped. Where an encoder
 # ships with codecssl, the short run continues from it, and both stand in the table next to the baselines.
 STEPS ?= $(if $(SHIPPED),60,120)
-TASKS ?= ks,sid,er,ic,pr
+TASKS ?= ks,sid,er,ic,pr,sound
 BUDGET ?= demo
 SHIPPED ?= $(if $(wildcard pretrain/weights/laptop_16khz/config.json),laptop_16khz)
 RECIPE ?= $(if $(SHIPPED),codecmae_laptop --optim.start_from $(SHIPPED) --optim.lr 2e-4,encodecmae_tiny)

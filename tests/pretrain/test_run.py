@@ -282,7 +282,7 @@ def test_embeddings_start_from_the_codec_of_the_shards(
     run(config, tmp_path / "run")
     export(tmp_path / "run", tmp_path / "model")
     codes = torch.from_numpy(random.integers(0, 1024, (8, 50)))
-    ours = load_pretrained(tmp_path / "model").embedding(codes[None])[0]
+    ours = load_pretrained(tmp_path / "model").embedding(codes)
     assert (ours.T - codec.latents(codes)).abs().max() < 1e-5
     assert asked == ["there"]
 
