@@ -1,5 +1,7 @@
 """Transformer encoders built from fairseq2's modules: its own (post- and pre-norm), and ResiDual, which it lacks."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -112,10 +114,10 @@ class ResidualLayer(nn.Module):
 class ConvPositions(Wav2Vec2PositionEncoder):  # type: ignore[misc]  # final; a wrapper would rename its weights
     """wav2vec 2.0's grouped convolution over each item of a packed batch, with zeros before and after the item."""
 
-    def forward(self, x: Tensor, layout: BatchLayout) -> Tensor:
+    def forward(self, seqs: Tensor, seqs_layout: BatchLayout, *, state_bag: Any = None) -> Tensor:
         """[N, D] -> [N, D]"""
-        grid = to_grid(x, layout)
-        return from_grid(super().forward(grid, BatchLayout(grid.shape[:2], None, device=x.device)), layout)
+        grid = to_grid(seqs, seqs_layout)
+        return from_grid(super().forward(grid, BatchLayout(grid.shape[:2], None, device=seqs.device)), seqs_layout)
 
 
 class SinusoidalPositions(nn.Module):

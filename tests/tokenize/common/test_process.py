@@ -70,12 +70,12 @@ def test_a_process_that_is_stuck_ends_with_76_and_notes_it(tmp_path: Path):
 
 
 GROUP = """
-import multiprocessing, sys, time
+import multiprocessing, os, sys, time
 from codecssl.tokenize.common.command_line import CommandLine
 from codecssl.tokenize.common.process import StopSignal, interrupts_deferred
 
 def wait(lock):
-    print("working", flush=True)
+    os.write(1, b"working\\n")  # at once: print's newline may be a write of its own
     time.sleep(60)
 
 def act(arguments):

