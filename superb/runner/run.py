@@ -258,8 +258,12 @@ def _cache_bytes(machine: Machine) -> int:
 
 
 def _pooled(task: str, upstream: Upstream) -> bool:
-    """True if the head needs the mean of the states only, and their number does not depend on the batch's padding."""
-    return TASKS[task].classes and upstream.kind not in ("s3prl", "hf")
+    """True if the head needs the mean of the states only, and a wave's own frames do not depend on its batch.
+
+    s3prl, like its fbank and the models of transformers, has fewer frames than s3prl counts: it fills them up with
+    zeros or with the last frame, depending on the other waves of the batch.
+    """
+    return TASKS[task].classes and upstream.kind not in ("fbank", "s3prl", "hf")
 
 
 @functools.cache

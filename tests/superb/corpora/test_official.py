@@ -383,7 +383,7 @@ def test_qbe_reads_the_lists_of_s3prl_and_the_ground_truth(tmp_path: Path, write
         assert held == [[f"quesst14_{part}_0000", f"quesst14_{part}_0001"], []]
     assert len({row["id"] for row in rows}) == len(rows) == 8
     (corpus / "scoring/groundtruth_quesst14_eval/quesst14_eval.rttm").unlink()
-    with pytest.raises(UserError, match=r"quesst14_eval.rttm: not there"):
+    with pytest.raises(UserError, match=r"quesst14_eval.rttm: no such file"):
         official_rows("qbe", tmp_path)
 
 

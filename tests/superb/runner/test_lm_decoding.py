@@ -64,7 +64,7 @@ def test_the_language_model_decides(model: Path, tmp_path: Path) -> None:
 
 def test_a_model_in_other_letters_is_refused(model: Path, tmp_path: Path) -> None:
     import_patches.install()
-    with pytest.raises(UserError, match="no word of it is in the transcripts' letters"):
+    with pytest.raises(UserError, match="none of its words is spelled in the letters of the transcripts"):
         make_decoder(["<pad>", "<eos>", "<unk>", " ", "C", "A", "T"], model, tmp_path)
     with pytest.raises(UserError, match="the transcripts need spaces"):
         make_decoder(["<pad>", "<eos>", "<unk>", "c"], model, tmp_path)
