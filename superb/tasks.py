@@ -244,35 +244,22 @@ TASKS = {
             columns=_first("label", "style", "label"),
             classes=True,
         ),
-        Task(
-            name="env",
-            title="Environmental sound",
-            problem="SuperbSID",
-            corpus="none of SUPERB's (HEAR: ESC-50)",
-            metrics=(ACCURACY,),
-            columns=_first("label", "sound", "label"),
-            classes=True,
-            superb=False,
-        ),
-        Task(
-            name="inst",
-            title="Musical instrument",
-            problem="SuperbSID",
-            corpus="none of SUPERB's (HEAR: Beijing Opera, NSynth)",
-            metrics=(ACCURACY,),
-            columns=_first("label", "instrument", "label"),
-            classes=True,
-            superb=False,
-        ),
-        Task(
-            name="pitch",
-            title="Pitch of a note",
-            problem="SuperbSID",
-            corpus="none of SUPERB's (HEAR: NSynth)",
-            metrics=(ACCURACY,),
-            columns=_first("label", "pitch"),
-            classes=True,
-            superb=False,
+        *(
+            Task(
+                name=name,
+                title=title,
+                problem="SuperbSID",
+                corpus=f"none of SUPERB's (HEAR: {corpora})",
+                metrics=(ACCURACY,),
+                columns=_first("label", column, "label"),
+                classes=True,
+                superb=False,
+            )
+            for name, title, corpora, column in (
+                ("env", "Environmental sound", "ESC-50", "sound"),
+                ("inst", "Musical instrument", "Beijing Opera, NSynth", "instrument"),
+                ("pitch", "Pitch of a note", "NSynth", "pitch"),
+            )
         ),
     )
 }

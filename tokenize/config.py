@@ -42,6 +42,8 @@ class TokenizeConfig:
         check_share(self.tasks, self.task)
         if self.mel_bands is not None and not 1 <= self.mel_bands <= MAX_BANDS:
             raise UserError(f"--with-mel {self.mel_bands}: must be from 1 to {MAX_BANDS} bands")
+        if self.mel_scale is not None and self.mel_bands is None:
+            raise UserError(f"--mel-scale {self.mel_scale}: is of a log-mel plane; add --with-mel 80")
         for name in ("shard_inputs", "block_inputs", "block_seconds"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} {getattr(self, name)}: must be above 0")

@@ -91,7 +91,10 @@ def _built(output: Path) -> dict[str, Any] | None:
 
 def _check_free(output: Path) -> None:
     if (output / MARKER).is_file():
-        raise UserError(f"{output}: built from another manifest, seed or recipe (see {MARKER}); give another folder")
+        raise UserError(
+            f"{output}: built from another manifest, seed or recipe, or by another release (see {MARKER}); "
+            "give another folder"
+        )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists and is not a mini-SUPERB corpus; give a new or an empty folder")
 

@@ -321,3 +321,8 @@ def test_webdataset_samples_have_their_planes(dataset):
     assert len(samples) == len(shards)
     for index, sample in enumerate(samples):
         assert np.array_equal(sample["mel"], shards.mel(index))
+
+
+def test_a_scale_without_a_plane_is_refused(audio_folder, tmp_path):
+    with pytest.raises(UserError, match="--mel-scale slaney: .*add --with-mel 80"):
+        TokenizeConfig(sources=(str(audio_folder),), output=tmp_path, mel_scale="slaney")

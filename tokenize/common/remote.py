@@ -123,7 +123,8 @@ class RemoteFolder:
     def _part(self, name: str, number: int, offset: int, size: int) -> bytes:
         """Return bytes of one block. A block that another process removed or left incomplete is fetched again."""
         with suppress(OSError):
-            content = os.pread(self._opened(name, number).fileno(), size, offset)
+            file = self._opened(name, number)  # the variable keeps it open, also if the cache does not hold it
+            content = os.pread(file.fileno(), size, offset)
             if len(content) == size:
                 return content
         return self._fetch(name, number)[offset : offset + size]

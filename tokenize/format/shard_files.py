@@ -21,6 +21,7 @@ from codecssl.tokenize.format.layout import shard_name, shard_path
 OPEN_FILES = 256
 """Maximum number of tars with open descriptors."""
 _CHUNK = 1 << 20
+_ATTEMPTS = 10
 
 T = TypeVar("T")
 
@@ -46,7 +47,10 @@ class ShardFiles:
         if (remote := self._remote) is not None:
             return self._tried(shard, lambda: remote.read(shard_name(shard), offset, size))
         try:
-            content = os.pread(self._opened(shard).fileno(), size, offset)
+            # The variable keeps the file open: the cache has no reference to the file of a thread that lost a race.
+            # Another file may get the descriptor of a closed one.
+            file = self._opened(shard)
+            content = os.pread(file.fileno(), size, offset)
             if len(content) == size:
                 return content
         except OSError:
@@ -75,7 +79,7 @@ class ShardFiles:
             if (remote := self._remote) is not None:
                 return _parse_remote(remote, shard_name(shard), parse)
             with open(shard_path(self.root, shard), "rb", opener=_at_once) as file:
-                return parse(file)
+                return _parsed(file, parse)
 
         return self._tried(shard, attempt)
 
@@ -104,13 +108,27 @@ def _parse_remote(remote: RemoteFolder, name: str, parse: Callable[[BinaryIO], T
     """Apply `parse` to a remote file. If it fails, the cached copy may be damaged: read the file again, once."""
     try:
         with remote.open(name) as file:
-            return parse(file)
+            return _parsed(file, parse)
     except (OSError, UserError):
         raise
     except Exception:
         remote.forget(name, 0, remote.size(name))
         with remote.open(name) as file:
+            return _parsed(file, parse)
+
+
+def _parsed(file: BinaryIO, parse: Callable[[BinaryIO], T]) -> T:
+    """Apply `parse`, again after a SystemError.
+
+    numpy reads the header of an array by ast.literal_eval. In Python 3.11 that fails now and then while another thread
+    parses too: "AST constructor recursion depth mismatch" (python/cpython issue 106905).
+    """
+    for _ in range(_ATTEMPTS - 1):
+        try:
             return parse(file)
+        except SystemError:
+            file.seek(0)
+    return parse(file)
 
 
 def _at_once(path: str, flags: int) -> int:

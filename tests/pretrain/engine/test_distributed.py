@@ -62,8 +62,13 @@ def main(sessions: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        for child in [_fork(rank, world, jobs, port, sessions.with_name(f"{name}-{rank}")) for rank in range(world)]:
-            os.waitpid(child, 0)
+        ranks = {_fork(rank, world, jobs, port, sessions.with_name(f"{name}-{rank}")) for rank in range(world)}
+        while ranks:
+            ended, status = os.wait()
+            ranks.remove(ended)
+            if status:  # the others would wait for it
+                for rank in ranks:
+                    os.kill(rank, signal.SIGKILL)
 
 
 def _fork(rank: int, world: int, jobs: list[Job], port: int, outcomes: Path) -> int:
@@ -72,10 +77,19 @@ def _fork(rank: int, world: int, jobs: list[Job], port: int, outcomes: Path) -> 
     if world > 1:
         names = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in names.items()})
+    status = 1
     try:
-        outcomes.write_text(json.dumps([_work(job, rank) for job in jobs]))
+        done: list[dict[str, Any]] = []
+        outcomes.write_text("[]")
+        for job in jobs:
+            done.append(_work(job, rank))
+            outcomes.write_text(json.dumps(done))
+            if done[-1]["code"] and not job["trouble"]:
+                break  # an unexpected error: the next run would find the ranks at different places
+        else:
+            status = 0
     finally:
-        os._exit(0)
+        os._exit(status)
 
 
 def _work(job: Job, rank: int) -> dict[str, Any]:
@@ -213,7 +227,9 @@ class Sessions:
     def outcomes(self, run: str) -> list[dict[str, Any]]:
         """Outcomes of all ranks."""
         session, world, number = self._places[run]
-        return [json.loads((self.folder / f"{session}-{rank}").read_text())[number] for rank in range(world)]
+        done = [json.loads((self.folder / f"{session}-{rank}").read_text()) for rank in range(world)]
+        assert all(len(jobs) > number for jobs in done), [job["error"] for jobs in done for job in jobs[-1:]]
+        return [jobs[number] for jobs in done]
 
     def rows(self, name: str) -> Rows:
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()

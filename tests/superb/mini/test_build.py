@@ -308,7 +308,7 @@ def test_a_rerun_does_nothing_and_another_recipe_is_refused(
     assert main(["mini", str(source / "manifest.jsonl"), *named]) == 0
     assert capsys.readouterr().out == f"{said[0]}\n{built}\n"
     assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
-    with pytest.raises(UserError, match=r"built from another manifest, seed or recipe .*give another folder"):
+    with pytest.raises(UserError, match=r"built from another manifest, seed or recipe, or .*give another folder"):
         build(source / "manifest.jsonl", built, seed=3, on_progress=said.append)
 
 

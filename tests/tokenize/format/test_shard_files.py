@@ -1,5 +1,6 @@
 """Reading shards that change under the reader: damage, truncation, a disk that is away for a moment."""
 
+import ast
 import json
 import os
 import pickle
@@ -170,3 +171,41 @@ def test_a_stale_handle_is_opened_again(tmp_path, monkeypatch):
     monkeypatch.setattr(shard_files.os, "pread", read)
     assert np.array_equal(shards.codes(1), items[1])
     assert not stale
+
+
+def test_a_file_that_the_cache_does_not_hold_stays_open_while_it_is_read(tmp_path, monkeypatch):
+    """Of two threads that open a shard at once, the cache keeps one's file. Closed early, the other's descriptor may be
+    another file's by the time it is read.
+    """
+    write(tmp_path / "d", codes(10))
+    files = shard_files.ShardFiles(tmp_path / "d")
+    monkeypatch.setattr(files, "_opened", files._open)  # as for the thread that lost
+    read, stolen = os.pread, []
+
+    def pread(descriptor, size, offset):
+        stolen.append(os.open(__file__, os.O_RDONLY))  # takes the lowest free descriptor, a closed one's
+        return read(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+    content = files.read(0, 0, 300)
+    for descriptor in stolen:
+        os.close(descriptor)
+    assert content == (tmp_path / "d/shards/00000.tar").read_bytes()[:300]
+
+
+def test_a_header_that_python_could_not_parse_next_to_another_thread_is_parsed_again(tmp_path, monkeypatch):
+    items = codes(10)
+    write(tmp_path / "d", items)
+    parse, calls = ast.literal_eval, []
+
+    def literal_eval(text):
+        calls.append(text)
+        if len(calls) % 11 == 1:
+            raise SystemError("AST constructor recursion depth mismatch (before=60, after=57)")
+        return parse(text)
+
+    shards = Shards(tmp_path / "d")
+    monkeypatch.setattr(ast, "literal_eval", literal_eval)
+    assert all(np.array_equal(shards.codes(i), item) for i, item in enumerate(items))
+    assert shards.utterance(7).id == "u7"
+    assert calls
