@@ -145,14 +145,15 @@ def flac_bits_per_second(shards: Shards, files: int = FLAC_FILES) -> tuple[float
     """
     import soundfile
 
-    from codecssl.tokenize.sources.audio import AudioReader, sha256_of
+    from codecssl.tokenize.sources.audio import AudioReader
+    from codecssl.tokenize.sources.changes import sha256_of_input
 
     card, size, seconds, count = shards.card, 0, 0.0, 0
     wanted = {u.id: u for u in _spaced(shards, files)}
     try:
         for item in _inputs(shards, set(wanted)):
             with item.open() as file:
-                if sha256_of(file) != wanted[item.id].source_sha256:
+                if sha256_of_input(item, file) != wanted[item.id].source_sha256:
                     continue
                 reader = AudioReader(file, card.sample_rate, item.start, item.end, channels=card.channels)
                 wave = np.concatenate(list(reader.blocks()), axis=-1)

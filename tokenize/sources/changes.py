@@ -8,9 +8,10 @@ cost one stat. No time is stored: shards do not depend on clocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 from typing import BinaryIO
 
 from codecssl.tokenize.common.errors import UserError
@@ -71,24 +72,39 @@ def _sha256(item: Input) -> bytes | None:
 
 HASHES = 64
 """Number of files whose sha256 is cached per process."""
-_remembered: dict[tuple[object, ...], str] = {}
+_remembered: dict[tuple[object, ...], Future[str]] = {}
+_lock = Lock()
 
 
 def sha256_of_input(item: Input, file: BinaryIO) -> str:
-    """Return the sha256 of an input's open file. It is cached, since segments of one file follow each other."""
-    if item.data is not None or item.row is not None or (item.start is None and item.end is None):
+    """Return the sha256 of an input's open file, which is the whole file if the input is a segment or a channel.
+
+    It is cached, since parts of one file follow each other. Threads that need the same file wait for the first of them.
+    Raises UserError if the file cannot be read.
+    """
+    whole = item.start is None and item.end is None and item.duration is None and item.channel is None
+    if whole or item.data is not None or item.row is not None:
         return sha256_of(file)
     try:
         status = Path(item.file).stat()
     except (OSError, ValueError):
         return sha256_of(file)
     place = (item.file, item.offset, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    if place not in _remembered:
-        digest = sha256_of(file)
-        while len(_remembered) >= HASHES:
-            del _remembered[next(iter(_remembered))]
-        _remembered[place] = digest
-    return _remembered[place]
+    with _lock:
+        first = place not in _remembered
+        if first:
+            while len(_remembered) >= HASHES:
+                del _remembered[next(iter(_remembered))]
+            _remembered[place] = Future()
+        digest = _remembered[place]
+    if first:
+        try:
+            digest.set_result(sha256_of(file))
+        except BaseException as error:
+            digest.set_exception(error)
+            with _lock:
+                _remembered.pop(place, None)  # the next input tries again
+    return digest.result()
 
 
 def source_hashes(blocks: Iterable[tuple[Path, int]]) -> dict[str, bytes]:

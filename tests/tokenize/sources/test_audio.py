@@ -16,7 +16,14 @@ from codecssl.tokenize.sources import audio
 from codecssl.tokenize.sources.audio import AudioReader, read_wave, sha256_of
 from codecssl.tokenize.sources.open_audio import Held
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = Path(__file__).parents[4] / "shared" / "data"
+
+MISCOUNTED = {
+    "flac-test-files__05_-_wrong_total_number_of_samples.flac": 109_487,
+    "tinytag__image-text-encoding.mp3": 23_616,
+    "tinytag__vbr_xing_header_short.mp3": 529,
+}
+"""Samples that `ffmpeg -i FILE -f f32le` decodes of files whose headers state another number."""
 
 
 @pytest.fixture(autouse=True)
@@ -107,15 +114,20 @@ def test_107_odd_files_are_either_read_whole_or_a_one_line_error():
     rows = [json.loads(line) for line in (SHARED / "manifest.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["task"] == "robust" and row.get("frames", 0) < 10**6]
     assert len(rows) > 70
+    read_whole = 0
     for row in rows:
         try:
             wave = read_wave(SHARED / row["path"], 16_000)
         except UserError as error:
             assert "\n" not in str(error)
             continue
+        read_whole += 1
         assert np.isfinite(wave).all()
-        slack = 2 * 1152 if row["path"].endswith(".mp3") else 1  # the manifest's count is libsndfile's
-        assert -slack - 1 < (len(wave) * row["sample_rate"] / 16_000 - row["frames"]) < row["sample_rate"] / 16_000 + 1
+        frames = MISCOUNTED.get(Path(row["path"]).name, row["frames"])  # the manifest's count is libsndfile's
+        slack = {".mp3": 2 * 1152, ".ogg": 128}.get(Path(row["path"]).suffix, 1)
+        longer = len(wave) * row["sample_rate"] / 16_000 - frames
+        assert -slack - 1 < longer < row["sample_rate"] / 16_000 + 1, row["path"]
+    assert read_whole > 40
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="real audio beside the project is absent")

@@ -1,9 +1,13 @@
 """A run resumes only with the audio that it encoded: changed content is refused, a changed date is not."""
 
+import hashlib
+import json
 import os
 import re
 import shutil
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from codecssl.tokenize.integrity.repair import repair
 from codecssl.tokenize.run import Stopped, run
 from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.sources import changes as unchanged
+from codecssl.tokenize.sources.inputs import Input
 
 pytestmark = pytest.mark.usefixtures("hashcodec")
 
@@ -111,6 +116,65 @@ def test_unchanged_files_are_not_read_again(config, audio, monkeypatch):
     monkeypatch.setattr(unchanged, "sha256_of", lambda file: read.append(file.name) or real(file))
     run(config())
     assert read == ["4.wav"]
+
+
+def test_parts_of_a_file_cost_one_sha256_of_it(audio, config, monkeypatch):
+    """Segments by start, by duration and by channel, of two files in turn and of one that cannot be decoded."""
+    parts = [{"start": 0.05}, {"end": 0.1}, {"start": 0.1, "end": 0.2}, {"duration": 0.15}, {"channel": 0}]
+    rows = [{"path": f"{name}.wav", "id": f"{name}-{n}"} | part for n, part in enumerate(parts) for name in (0, 2)]
+    manifest = audio / "list.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, [*rows, {"path": "1.wav", "start": 0.1}])))
+    read = []
+    real = unchanged.sha256_of
+    monkeypatch.setattr(unchanged, "_remembered", {})
+    monkeypatch.setattr(unchanged, "sha256_of", lambda file: read.append(file.name) or real(file))
+    totals = run(config(sources=(str(manifest),), shard_inputs=100))
+    assert (totals["utterances"], totals["failed"]) == (10, 1)
+    assert read == ["0.wav", "2.wav"]
+    for utterance in Shards(config().output).utterances():
+        content = (audio / utterance.path).read_bytes()
+        assert utterance.source_sha256 == hashlib.sha256(content).hexdigest(), utterance.id
+
+
+def test_threads_that_read_segments_of_one_file_hash_it_once(audio, monkeypatch):
+    """Also where more files take part than hashes are kept."""
+    read = []
+    real = unchanged.sha256_of
+
+    def slowly(file):
+        read.append(file.name)
+        time.sleep(0.2)
+        return real(file)
+
+    def hashed(name, begin):
+        item = Input(id=f"{name}-{begin}", path=f"{name}.wav", file=str(audio / f"{name}.wav"), start=begin, end=0.2)
+        with item.open() as file:
+            return unchanged.sha256_of_input(item, file)
+
+    monkeypatch.setattr(unchanged, "_remembered", {})
+    monkeypatch.setattr(unchanged, "sha256_of", slowly)
+    monkeypatch.setattr(unchanged, "HASHES", 2)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(hashed, [0] * 8, np.linspace(0, 0.1, 8)))
+        assert read == ["0.wav"]
+        assert set(found) == {hashlib.sha256((audio / "0.wav").read_bytes()).hexdigest()}
+        found = list(pool.map(hashed, list(range(8)) * 3, [0.0] * 24))
+    assert found == [hashlib.sha256((audio / f"{name}.wav").read_bytes()).hexdigest() for name in range(8)] * 3
+
+
+def test_a_file_that_could_not_be_hashed_is_tried_again(audio, monkeypatch):
+    item = Input(id="x", path="0.wav", file=str(audio / "0.wav"), start=0.1)
+    real = unchanged.sha256_of
+
+    def away(file):
+        raise UserError("cannot read: the disk is away")
+
+    monkeypatch.setattr(unchanged, "sha256_of", away)
+    with item.open() as file, pytest.raises(UserError, match="the disk is away"):
+        unchanged.sha256_of_input(item, file)
+    monkeypatch.setattr(unchanged, "sha256_of", real)
+    with item.open() as file:
+        assert unchanged.sha256_of_input(item, file) == hashlib.sha256((audio / "0.wav").read_bytes()).hexdigest()
 
 
 def test_a_changed_member_of_a_tar_is_refused(config, audio, tmp_path):
