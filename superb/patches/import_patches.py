@@ -66,7 +66,8 @@ def _info(path: Any, *arguments: Any, **options: Any) -> Any:
     )
 
 
-def _torchaudio_load() -> None:
+def torchaudio_load() -> None:
+    """Let torchaudio.load read through soundfile where torchcodec is missing."""
     import torchaudio
 
     genuine: Any = torchaudio.load
@@ -160,7 +161,7 @@ PATCHES = (
         name="torchaudio_load",
         reason="the classic SID and ASR tasks call torchaudio.load, which since 2.9 needs torchcodec, and that a "
         "system ffmpeg; without one it reads through soundfile",
-        apply=_torchaudio_load,
+        apply=torchaudio_load,
     ),
     Patch(
         name="optional_packages",

@@ -6,6 +6,7 @@ from codecssl.superb.suites.maeb import load
 mteb.evaluate(load("model"), mteb.get_tasks(modalities=["audio"], task_types=["AudioClassification"]))
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from codecssl.superb.suites.wave_features import WaveFeatures, from_environment
 from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE
+from codecssl.superb.upstreams.names import Upstream
 from codecssl.tokenize.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ class CodecSSLAudio(AbsEncoder):
         revision: str | None = None,
         device: str | None = None,
         *,
-        upstream: str | None = None,
+        upstream: str | Upstream | None = None,
         layer: int | None = None,
         **options: Any,
     ) -> None:
@@ -56,8 +58,12 @@ class CodecSSLAudio(AbsEncoder):
         found = []
         for batch in inputs:
             waves = [torch.from_numpy(np.asarray(clip["array"], np.float32)) for clip in batch["audio"]]
-            found += [frames.double().mean(0).float().cpu().numpy() for frames in self.model(waves)]
+            found += self.embed(waves)
         return np.stack(found)
+
+    def embed(self, waves: Sequence[torch.Tensor]) -> list[NDArray[np.float32]]:
+        """1-D waves at 16 kHz -> the mean over frames of each, [D]."""
+        return [frames.double().mean(0).float().cpu().numpy() for frames in self.model(waves)]
 
 
 def model_meta(upstream: str | None = None, layer: int | None = None) -> ModelMeta:

@@ -41,6 +41,7 @@ class WaveFeatures(nn.Module):
         super().__init__()
         given, chosen = (upstream, layer) if upstream is not None else from_environment()
         parsed = parse(given) if isinstance(given, str) else given
+        self.upstream, self.layer = parsed, chosen
         self.expert = UpstreamBuilder().build_unnormalised(parsed)
         self.register_buffer("place", torch.zeros(0), persistent=False)  # its device is the module's
         options = {"window_seconds": 30.0, "overlap_seconds": 1.0}
