@@ -1,8 +1,8 @@
 """Upstreams on HEAR task folders by the procedures of HEAR, X-ARES and MAEB: one result file for each, and a table.
 
-    OUTPUT/SUITE/TASK/HASH/result.json
-    OUTPUT/x-ares/tasks        the task folders as X-ARES reads them, with its embeddings and predictors
-    OUTPUT/hear.md             the table
+OUTPUT/SUITE/TASK/HASH/result.json
+OUTPUT/x-ares/tasks        the task folders as X-ARES reads them, with its embeddings and predictors
+OUTPUT/hear.md             the table
 """
 
 import hashlib

@@ -8,8 +8,8 @@ from codecssl.superb import results
 ACCURACIES = ("top1_acc", "pitch_acc", "chroma_acc", "accuracy", "mlp", "knn")
 """Metrics that are proportions of clips."""
 NOTE = (
-    "Frozen embeddings. hear: HEAR's predictor. x-ares: a linear layer (mlp; its epoch is the best on the test fold, as"
-    " X-ARES does it) and a kNN. maeb: logistic regression on 8 clips of each class, mean of 10 draws. Mean over folds,"
+    "Frozen embeddings. hear: HEAR's predictor. x-ares: a linear layer (mlp) and a"
+    " kNN. maeb: logistic regression on 8 clips of each class, mean of 3 draws in each fold. Mean over folds,"
     " with the deviation over folds where it is known. Higher is better, but for segment_1s_er. Bold: accuracies above"
     " every other in the row by more than 1.96 binomial standard errors of the difference."
 )

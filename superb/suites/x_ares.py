@@ -23,7 +23,7 @@ class CodecSSLEncoder(nn.Module):
     """An upstream as X-ARES takes it. Without arguments it comes from the environment (see `wave_features`).
 
     X-ARES keeps embeddings and scores under the name of the encoder's class. Each upstream and layer therefore gets a
-    subclass whose name ends with its hash; else X-ARES would report the scores of the first upstream for all.
+    subclass whose name has its hash; else X-ARES would report the scores of the first upstream for all.
     """
 
     def __init__(self, upstream: str | Upstream | None = None, layer: int | None = None) -> None:
@@ -34,7 +34,7 @@ class CodecSSLEncoder(nn.Module):
         self.hop_size_in_ms = 1000 * self.features.hop / SAMPLE_RATE
         identity = json.dumps([self.features.upstream.identity(), self.features.layer], sort_keys=True)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        self.__class__ = type(f"CodecSSLEncoder_{digest}", (CodecSSLEncoder,), {})  # type: ignore[assignment]
+        self.__class__ = type(f"CodecSSL_{digest}_Encoder", (CodecSSLEncoder,), {})  # type: ignore[assignment]
 
     @torch.no_grad()
     def forward(self, audio: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Encoders for evaluation suites: each passes its suite's own validator, where that is installed."""
 
+import json
 import sys
+import tarfile
 import types
 from pathlib import Path
 
@@ -9,11 +11,25 @@ import pytest
 import torch
 
 from codecssl.pretrain.export.pretrained import from_pretrained
+from codecssl.superb.hear.task_folder import Clip, write_task
 from codecssl.superb.suites import hear_2021, x_ares, xares_llm
 from codecssl.superb.suites.wave_features import WaveFeatures
 from codecssl.tokenize.common.errors import UserError
 
 MODEL = "laptop_16khz"
+
+
+@pytest.fixture(scope="module")
+def two_pitches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task folder of three folds, whose two classes differ in pitch."""
+    random, clips = np.random.default_rng(0), []
+    for i in range(36):
+        wave = np.sin(np.arange(4_000 + 100 * i) * (0.05 + 0.2 * (i % 2)) + random.random()) / 2
+        label = ["low", "high"][i % 2]
+        clips.append(Clip(file=f"{i}.wav", split=f"fold{i % 3:02d}", wave=wave.astype(np.float32), labels=[label]))
+    kind = {"embedding_type": "scene", "prediction_type": "multiclass", "split_mode": "presplit_kfold", "nfolds": 3}
+    metadata = {"task_name": "two-pitches", "version": "1", "evaluation": ["top1_acc"], **kind}
+    return write_task(tmp_path_factory.mktemp("tasks"), metadata, clips)
 
 
 def test_features_equal_the_states_of_the_model() -> None:
@@ -99,25 +115,55 @@ def test_hear_times_are_even_and_close() -> None:
     assert torch.equal(frames[0, 0::2], frames[0, 1::2])
 
 
-def test_mteb_evaluates_the_encoder(tmp_path: Path) -> None:
-    """MTEB's own evaluation of a task folder, whose two classes differ in pitch."""
+def test_mteb_evaluates_the_encoder(two_pitches: Path) -> None:
+    """MTEB's own evaluation of a task folder."""
     mteb = pytest.importorskip("mteb", reason="pip install codecssl[mteb]")
-    from codecssl.superb.hear.as_maeb import maeb_task
-    from codecssl.superb.hear.task_folder import Clip, write_task
+    from codecssl.superb.hear.as_maeb import RememberingAudio, evaluate_maeb, maeb_task
     from codecssl.superb.suites import maeb
 
-    random, clips = np.random.default_rng(0), []
-    for i in range(36):
-        wave = np.sin(np.arange(4_000) * (0.05 + 0.2 * (i % 2)) + random.random()) / 2
-        label = ["low", "high"][i % 2]
-        clips.append(Clip(file=f"{i}.wav", split=f"fold{i % 3:02d}", wave=wave.astype(np.float32), labels=[label]))
-    kind = {"embedding_type": "scene", "prediction_type": "multiclass", "split_mode": "presplit_kfold", "nfolds": 3}
-    folder = write_task(tmp_path, {"task_name": "two", "version": "1", "evaluation": ["top1_acc"], **kind}, clips)
     model = maeb.load(MODEL)
     meta = model.mteb_model_meta
     assert (meta.embed_dim, meta.modalities) == (256, ["audio"])
     assert isinstance(model, mteb.models.EncoderProtocol)
-    task = maeb_task(folder)
+    task = maeb_task(two_pitches, fold=1)
     scores = task.evaluate(model, "test", encode_kwargs={"batch_size": 4})
     assert scores["default"]["accuracy"] == 1.0
     assert (len(task.dataset["train"]), len(task.dataset["test"])) == (24, 12)
+    lengths = {len(row["audio"]["array"]) for row in task.dataset["test"]}
+    assert lengths == {4_000 + 100 * i for i in range(1, 36, 3)}, "the second fold's clips"
+    remembering = RememberingAudio("two", upstream=MODEL)
+    seen: list[int] = []
+    remembering.model.register_forward_pre_hook(lambda module, inputs: seen.extend(len(wave) for wave in inputs[0]))
+    assert evaluate_maeb(two_pitches, remembering) == [1.0] * 3
+    assert sorted(seen) == [4_000 + 100 * i for i in range(36)], "each clip once, though every fold has all"
+
+
+def test_x_ares_runs_the_task(two_pitches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """X-ARES's own runner, with the modules that its command line takes."""
+    runner = pytest.importorskip("xares.run", reason="pip install codecssl[xares]")
+    from codecssl.superb.hear.as_x_ares import evaluate_x_ares, write_x_ares_task
+
+    module = write_x_ares_task(two_pitches, tmp_path / "x_ares_tasks")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("CODECSSL_UPSTREAM", MODEL)
+    files = ("codecssl/superb/suites/x_ares.py", f"x_ares_tasks/{module.name}")
+    assert runner.worker(*files, do_encode=True)[0] == "two-pitches"
+    _, mlp, knn, private = runner.worker(*files, do_mlp=True, do_knn=True)
+    assert (mlp[0], knn[0], private) == (1.0, 1.0, True)
+    [encoded] = (module.with_suffix("") / "embeddings").iterdir()
+    assert len(list(encoded.glob("wds-encoded-fold-*.tar"))) == 3
+    with tarfile.open(next(encoded.glob("wds-encoded-fold-fold01-*.tar"))) as tar:
+        labels = [json.load(tar.extractfile(name)) for name in sorted(tar.getnames()) if name.endswith("json")]
+    assert [row["file"] for row in labels] == [f"{i}.wav" for i in sorted(range(1, 36, 3), key=str)]
+
+    before = {path: path.stat().st_mtime_ns for path in encoded.iterdir()}
+    for upstream in ("logmel", MODEL):  # another upstream does not get the scores of the first
+        assert evaluate_x_ares(module, x_ares.CodecSSLEncoder(upstream))["mlp"] > 0.9
+    assert len(list(encoded.parent.iterdir())) == 2
+    assert {path: path.stat().st_mtime_ns for path in encoded.iterdir()} == before
+    assert write_x_ares_task(two_pitches, module.parent) == module
+    assert encoded.exists()
+    (two_pitches / "labelvocabulary.csv").write_text("idx,label\n0,low\n1,high\n")
+    write_x_ares_task(two_pitches, module.parent)
+    assert not encoded.exists(), "embeddings of a task that has changed"
