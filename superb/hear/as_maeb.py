@@ -22,7 +22,6 @@ from codecssl.superb.tokens.codec_at_16khz import SAMPLE_RATE
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.sources.audio import read_wave
 
-
 DRAWS = 3
 """Draws of the 8 clips, in each fold. MTEB has 10, and one fold."""
 
