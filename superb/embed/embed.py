@@ -93,12 +93,25 @@ def embed(config: EmbedConfig, on_progress: OnProgress = lambda done, total, not
 
     Raises UserError for an unknown upstream or layer, and for an output that holds something else.
     """
-    [upstream] = parse_all([config.upstream])
-    tokens = _token_folder(config.sources)
-    inputs = len(Shards(tokens)) if tokens else _count(config.sources)
-    source = _TokenInputs(config, upstream, tokens) if tokens else _AudioInputs(config, upstream)
+    source, count = open_inputs(config)
     refuse_links_out(config.output)
-    _open_plan(config, upstream, inputs)  # last: a mistake must not leave a folder that refuses the corrected command
+    _open_plan(config, source.upstream, count)  # last: after a mistake the corrected command must find no folder
+    return write_shards(source, count, on_progress)
+
+
+def open_inputs(config: EmbedConfig) -> tuple[AudioInputs | TokenInputs, int | None]:
+    """Load the upstream and open the sources. Return them with the number of inputs, None if it is not known."""
+    [upstream] = parse_all([config.upstream])
+    if tokens := _token_folder(config.sources):
+        return TokenInputs(config, upstream, tokens), len(Shards(tokens))
+    return AudioInputs(config, upstream), _count(config.sources)
+
+
+def write_shards(
+    source: AudioInputs | TokenInputs, inputs: int | None, on_progress: OnProgress = lambda done, total, note: None
+) -> dict[str, int] | None:
+    """Write the missing shards of this task, as `embed` does, into a folder whose plan is already open."""
+    config = source.config
     shards = -(-inputs // config.shard_inputs) if inputs is not None else None
     with alone_in(config.output, f".{config.task}-of-{config.tasks}.lock"):
         done, last = 0, -1
@@ -161,8 +174,8 @@ def _open_plan(config: EmbedConfig, upstream: Upstream, inputs: int | None) -> N
 class _Inputs:
     """Yield the rows and failures of each unfinished shard of this task."""
 
-    def __init__(self, config: EmbedConfig) -> None:
-        self.config = config
+    def __init__(self, config: EmbedConfig, upstream: Upstream) -> None:
+        self.config, self.upstream = config, upstream
 
     def mine(self, shard: int) -> bool:
         return shard % self.config.tasks == self.config.task and not _data(self.config.output, shard).exists()
@@ -185,9 +198,11 @@ class _Inputs:
         )  # fmt: skip
 
 
-class _AudioInputs(_Inputs):
+class AudioInputs(_Inputs):
+    """Audio: short inputs in batches of like length, long ones window by window."""
+
     def __init__(self, config: EmbedConfig, upstream: Upstream) -> None:
-        super().__init__(config)
+        super().__init__(config, upstream)
         expert = UpstreamBuilder(device=config.device).build_unnormalised(upstream)
         self.states = WaveStates(
             expert,
@@ -271,11 +286,11 @@ class _AudioInputs(_Inputs):
         return EmbeddingRow(**vars(row) | {"seconds": samples / SAMPLE_RATE})
 
 
-class _TokenInputs(_Inputs):
+class TokenInputs(_Inputs):
     """Utterances of token shards: no codec runs. Each is encoded alone."""
 
     def __init__(self, config: EmbedConfig, upstream: Upstream, folder: Path) -> None:
-        super().__init__(config)
+        super().__init__(config, upstream)
         self.data = Shards(folder)
         self.reader = TokenReader(UpstreamBuilder(device=config.device), upstream, self.data)
         self.layers = LayerChoice(config.layer)

@@ -26,7 +26,7 @@ class TokenReader:
         if (card.weights_sha256, card.codebook_sizes) != (theirs.weights_sha256, theirs.codebook_sizes):
             where = card.difference(theirs)
             raise UserError(f"upstream {upstream.name}: its codec is not the one of {shards.path} ({where})")
-        self._encoder: Any = encoder.to(builder.device).eval()
+        self.encoder: Any = encoder.to(builder.device).eval()
         self._mel_spec = getattr(encoder, "mel_spec", None)
         if self._mel_spec not in (None, shards.mel_spec):
             raise UserError(f"upstream {upstream.name}: reads a log-mel plane that {shards.path} does not have")
@@ -40,4 +40,4 @@ class TokenReader:
         if self._mel_spec is not None:
             mel = self._shards.mel(index, start=start, stop=stop)
             inputs.append(torch.from_numpy(mel.T.copy())[None].to(self._device))
-        return [layer[0] for layer in self._encoder.extract(*inputs)]
+        return [layer[0] for layer in self.encoder.extract(*inputs)]

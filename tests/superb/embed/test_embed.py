@@ -143,7 +143,7 @@ def test_long_token_utterances_are_cut_into_windows(upstream, tmp_path, audio):
 @pytest.mark.parametrize("frames", [3, 12, 13, 57])
 def test_windows_of_tokens_keep_every_state_once(pool, frames):
     """A task codec has `pool` states a frame of codes."""
-    inputs = module._TokenInputs.__new__(module._TokenInputs)
+    inputs = module.TokenInputs.__new__(module.TokenInputs)
     inputs.window, inputs.overlap = 10, 2
     inputs._states = lambda index, start, stop: np.arange(start * pool, stop * pool)[:, None]
     assert np.array_equal(np.concatenate(list(inputs._pieces(0, frames)))[:, 0], np.arange(frames * pool))
