@@ -48,7 +48,7 @@ def maeb_task(folder: Path, fold: int = 0) -> AbsTaskClassification:
         input_column_name = "audio"
         n_experiments = DRAWS
 
-        def load_data(self, **options: Any) -> None:
+        def load_data(self, num_proc: int | None = None, **options: Any) -> None:
             from datasets import DatasetDict
 
             chosen = task.folds[fold]

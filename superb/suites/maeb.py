@@ -75,7 +75,7 @@ def model_meta(upstream: str | None = None, layer: int | None = None) -> ModelMe
     parameters = sum(p.numel() for p in frozen.parameters())
     state = "mean" if layer is None else f"layer{layer}"
     return ModelMeta(
-        loader=CodecSSLAudio,
+        loader=CodecSSLAudio,  # type: ignore[arg-type]  # its description is set by MTEB
         loader_kwargs={"upstream": upstream, "layer": layer},
         name=f"codecssl/{upstream.rstrip('/').rpartition('/')[2].replace(':', '-')}-{state}",
         revision=None,
@@ -91,7 +91,7 @@ def model_meta(upstream: str | None = None, layer: int | None = None) -> ModelMe
         public_training_code=None,
         public_training_data=None,
         framework=["PyTorch"],
-        similarity_fn_name="cosine",
+        similarity_fn_name="cosine",  # type: ignore[arg-type]
         use_instructions=False,
         training_datasets=None,
         modalities=["audio"],
