@@ -29,20 +29,22 @@ MAE = {
     "model": {"norm": "residual", "positions": "sinusoidal", "activation": "relu", "tie_ffn": True},
     "mask": {"kind": "exact", "span_frames": 5},
 }
+# Fractions of 50 steps that give the schedules of the first record, which has the defaults' fractions of 15 steps.
 ONLINE = {"objective": {"target": "online"}}
 OBJECTIVES: dict[str, dict[str, dict[str, Any]]] = {
     "codes": {},
     "labels": {"objective": {"target": "labels"}},
-    "online_dinosr": {**ONLINE, "online": {"top_layers": 2, "clusters": 16, "ema_start": 0.9, "ema_end": 0.99}},
+    "online_dinosr": {**ONLINE, "online": {"top_layers": 2, "clusters": 16, "ema_start": 0.9, "ema_end": 0.99,
+                                           "ema_fraction": 0.0225, "freeze_fraction": 0.15}},
     "online_spidr": {**ONLINE, "online": {"variant": "spidr", "top_layers": 2, "clusters": 16, "ema_start": 0.9}},
     "encodecmae": MAE,
-}
+}  # fmt: skip
 SMALL: dict[str, dict[str, Any]] = {
     "model": {"dim": 32, "layers": 2, "heads": 2, "ffn_dim": 48, "conv_kernel": 8, "conv_groups": 4, "dropout": 0.0,
               "input_dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0, "embedding_init": "random",
               "embedding_dim": 12},
     "data": {"batch_frames": 400, "crop_frames": 60, "valid_fraction": 0.0},
-    "optim": {"steps": 15, "lr": 3e-3, "clip_norm": 1.0, "schedule": "constant"},
+    "optim": {"steps": 50, "lr": 3e-3, "clip_norm": 1.0, "schedule": "constant", "warmup_fraction": 0.024},
     "log": {"log_every": 1},
 }  # fmt: skip
 
@@ -84,9 +86,15 @@ def utterances() -> Any:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_first_losses_are_the_stored_ones(name: str, tmp_path: Path) -> None:
+    """50 steps in fp32, equal to 1e-5.
+
+    The first 15 were recorded on 2026-11-21, before batches were packed, and the others were added on 2026-11-30. The
+    record is written by running this file. AVX2 instead of AVX-512 changes the losses by up to 2e-7.
+    """
     stored = json.loads(STORED.read_text())[name]
     found = losses(name, tmp_path)
-    assert found == pytest.approx(stored, rel=1e-3)
+    assert len(stored) == 50
+    assert found == pytest.approx(stored, rel=1e-5)
     assert sum(found[-3:]) < sum(found[:3]), "the stored losses must be those of a model that learns"
 
 
