@@ -36,20 +36,20 @@ class MaskedPrediction(Objective):
         """detailed: count accuracy and usage too; score_visible: score visible frames even at weight 0."""
         hidden = self.model(batch.codes, batch.frames, batch.mask, batch.kept, batch.mel)
         labels = self.target.labels(batch).t()  # [N, S]
-        masked = self._score(hidden, labels, batch.masked, detailed)
-        gamma = self.gamma.to(masked.cross_entropy.device)
-        total = (gamma * masked.cross_entropy).sum() / batch.masked_total
+        total, masked = self._score(hidden, labels, batch.masked, detailed, batch.masked_total)
         visible = None
         if self.visible_weight > 0.0 or score_visible:
-            visible = self._score(hidden, labels, batch.visible, detailed)
+            loss, visible = self._score(hidden, labels, batch.visible, detailed, batch.visible_total)
             if self.visible_weight > 0.0:
-                total = total + self.visible_weight * (gamma * visible.cross_entropy).sum() / batch.visible_total
+                total = total + self.visible_weight * loss
         return Loss(total, masked, visible)
 
     def head_parameters(self) -> int:
         return parameters(self.heads)
 
-    def _score(self, hidden: Tensor, labels: Tensor, where: Tensor, detailed: bool) -> Scores:
-        """hidden [N, D], labels [N, S], indices [M] of the frames to score."""
+    def _score(
+        self, hidden: Tensor, labels: Tensor, where: Tensor, detailed: bool, frames: int
+    ) -> tuple[Tensor, Scores]:
+        """hidden [N, D], labels [N, S], indices [M] of the frames to score. See `score_heads`."""
         own = labels.index_select(0, where)
-        return score_heads(self.heads, hidden.index_select(0, where), own, self.sizes, detailed)
+        return score_heads(self.heads, hidden.index_select(0, where), own, self.sizes, detailed, self.gamma, frames)

@@ -56,13 +56,13 @@ class EncodecMae(Objective):
     def forward(self, batch: Batch, *, detailed: bool = False, score_visible: bool = False) -> Loss:
         hidden = self.decode(self.encode(batch), batch)
         labels = self.target.labels(batch).t()  # [N, S]
-        masked = self._score(hidden, labels, batch.masked, detailed)
-        gamma, weight = self.gamma.to(hidden.device), self.config.masked_weight
-        total = weight * (gamma * masked.cross_entropy).sum() / batch.masked_total
+        loss, masked = self._score(hidden, labels, batch.masked, detailed, batch.masked_total)
+        weight = self.config.masked_weight
+        total = weight * loss
         visible = None
         if weight < 1.0 or score_visible:
-            visible = self._score(hidden, labels, batch.visible, detailed)
-            total = total + (1.0 - weight) * (gamma * visible.cross_entropy).sum() / batch.visible_total
+            loss, visible = self._score(hidden, labels, batch.visible, detailed, batch.visible_total)
+            total = total + (1.0 - weight) * loss
         if self.mel_weight and self.training:  # not in an evaluation's loss, which is that of the targets
             total = total + self.mel_weight * self._mel_error(hidden, batch) / batch.masked_total
         return Loss(total, masked, visible)
@@ -107,9 +107,11 @@ class EncodecMae(Objective):
         narrow = 0 if self.narrow is None else parameters(self.narrow)
         return parameters(self.heads) + parameters(self.decoder) + narrow
 
-    def _score(self, hidden: Tensor, labels: Tensor, where: Tensor, detailed: bool) -> Scores:
+    def _score(
+        self, hidden: Tensor, labels: Tensor, where: Tensor, detailed: bool, frames: int
+    ) -> tuple[Tensor, Scores]:
         own = labels.index_select(0, where)
-        return score_heads(self.heads, hidden.index_select(0, where), own, self.sizes, detailed)
+        return score_heads(self.heads, hidden.index_select(0, where), own, self.sizes, detailed, self.gamma, frames)
 
 
 def decoder_config(model: ModelConfig, config: MaeConfig) -> ModelConfig:

@@ -1,11 +1,12 @@
 """Base of all objectives: the interface, cross-entropy per stream of targets, and further metrics."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from codecssl.pretrain.config import ENCODECMAE_GAMMA
@@ -14,8 +15,10 @@ from codecssl.pretrain.model.model import CodecModel
 from codecssl.pretrain.objectives.cross_entropy import summed_cross_entropy
 from codecssl.tokenize.common.errors import UserError
 
+PIECES = {"cpu": 1 << 22}
+"""Most logits at once by device type: 16 MiB in fp32 on a CPU (LOG.md, 2026-11-30)."""
 PIECE = 1 << 26
-"""Most logits at once: 256 MiB in fp32. Smaller batches, as on a CPU, are scored without a second product."""
+"""Most logits at once on other devices, where small products leave cores idle: 256 MiB in fp32."""
 
 
 @dataclass(frozen=True)
@@ -127,25 +130,85 @@ def score(logits: Tensor, labels: Tensor, sizes: Sequence[int], detailed: bool) 
     )
 
 
-def score_heads(heads: nn.Module, hidden: Tensor, labels: Tensor, sizes: Sequence[int], detailed: bool) -> Scores:
-    """Compute the scores of heads on hidden states [N, D] and labels [N, S].
+def score_heads(
+    heads: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    sizes: Sequence[int],
+    detailed: bool,
+    gamma: Tensor,
+    frames: int,
+) -> tuple[Tensor, Scores]:
+    """Score heads on hidden states [N, D] and labels [N, S]; return sum_s gamma_s CE_s / frames and the scores.
 
-    More than PIECE logits never exist at once: longer inputs are cut along N, and the backward pass computes the logits
-    of each piece again.
+    CE_s is the summed cross-entropy of stream s, gamma float32 [S]. The first result has a gradient. More than PIECE
+    logits never exist at once: longer inputs are cut along N, and each piece's gradient is computed right after its
+    logits, so that no product is computed twice (with ZeRO 3, the backward pass computes the logits again).
     """
-    rows = max(1, PIECE // sum(sizes))
-    if len(hidden) <= rows:
-        return score(heads(hidden, labels), labels, sizes, detailed)
+    gamma = gamma.to(hidden.device)
+    rows = max(1, PIECES.get(hidden.device.type, PIECE) // sum(sizes))
 
-    def piece(part: Tensor, own: Tensor) -> Scores:
+    def scored(part: Tensor, own: Tensor) -> Scores:
         return score(heads(part, own), own, sizes, detailed)
 
-    parts = [
-        checkpoint(piece, part, own, use_reentrant=False, preserve_rng_state=False)
-        for part, own in zip(hidden.split(rows), labels.split(rows), strict=True)
-    ]
-    whole = merged(parts) if detailed else parts[0]
-    return replace(whole, frames=len(hidden), cross_entropy=torch.stack([part.cross_entropy for part in parts]).sum(0))
+    if len(hidden) <= rows:
+        whole = scored(hidden, labels)
+        return (gamma * whole.cross_entropy).sum() / frames, whole
+    trained = [parameter for parameter in heads.parameters() if parameter.requires_grad]
+    parts: list[Scores] = []
+    if any(
+        hasattr(parameter, "ds_id") for parameter in trained
+    ):  # ZeRO 3: weights are whole only within a module's call
+        pieces = zip(hidden.split(rows), labels.split(rows), strict=True)
+        parts = [checkpoint(scored, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+        total = (gamma * torch.stack([part.cross_entropy for part in parts]).sum(0)).sum() / frames
+    else:
+        total = _InPieces.apply(scored, parts, rows, hidden, labels, gamma / frames, *trained)
+    entropy = torch.stack([part.cross_entropy.detach() for part in parts]).sum(0)
+    return total, replace(merged(parts) if detailed else parts[0], frames=len(hidden), cross_entropy=entropy)
+
+
+class _InPieces(torch.autograd.Function):
+    """Weighted sum of the cross-entropies of all pieces. The forward pass computes the gradients too.
+
+    The sum is linear in its one outer gradient, which the backward pass multiplies. Gradients of the heads' weights are
+    summed in fp32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scored: Callable[[Tensor, Tensor], Scores],
+        parts: list[Scores],
+        rows: int,
+        hidden: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        *trained: Tensor,
+    ) -> Tensor:
+        wanted = any(ctx.needs_input_grad)
+        into_hidden = torch.empty_like(hidden) if wanted else None
+        sums: list[Tensor] = [torch.zeros_like(each, dtype=torch.float32) for each in trained] if wanted else []
+        for begin in range(0, len(hidden), rows):
+            piece = slice(begin, begin + rows)
+            with torch.set_grad_enabled(wanted):
+                part = hidden[piece].detach().requires_grad_(wanted)
+                found = scored(part, labels[piece])
+                total = (weights * found.cross_entropy).sum()
+            if into_hidden is not None:
+                into_hidden[piece], *own = torch.autograd.grad(total, (part, *trained), materialize_grads=True)
+                for whole, each in zip(sums, own, strict=True):
+                    whole += each
+            parts.append(replace(found, cross_entropy=found.cross_entropy.detach()))
+        if into_hidden is not None:
+            ctx.save_for_backward(into_hidden, *(total.to(each.dtype) for total, each in zip(sums, trained)))
+        return (weights * torch.stack([part.cross_entropy for part in parts]).sum(0)).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        into_hidden, *sums = ctx.saved_tensors
+        return None, None, None, into_hidden * outer[0], None, None, *(each * outer[0] for each in sums)
 
 
 def codebook_weights(gamma: str, streams: int) -> Tensor:
