@@ -1,14 +1,18 @@
-"""The subcommands `probe` and `abx` of codecssl-superb."""
+"""The subcommands `probe`, `abx` and `pnmi` of codecssl-superb."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from codecssl.superb.commands.common import add_upstreams
-from codecssl.tokenize.common.command_line import CommandLine, console, integers, positive_floats
+from codecssl.tokenize.common.command_line import CommandLine, console, integers, positive, positive_floats
+
+if TYPE_CHECKING:
+    from codecssl.superb.probe.layers import Abx, Pnmi
 
 
 def add_commands(line: CommandLine) -> None:
-    """Add `probe` and `abx`."""
+    """Add `probe`, `abx` and `pnmi`."""
     probe = line.command(
         "probe",
         _probe,
@@ -51,24 +55,49 @@ def add_commands(line: CommandLine) -> None:
         example="abx --upstream model --upstream logmel --data manifest.jsonl --output probes",
         resume="computes what is missing",
     )
-    add_upstreams(abx)
-    abx.add_argument("--data", required=True, type=Path, metavar="MANIFEST|SHARDS", help="as in probe")
-    abx.add_argument("--probes", default="probes", metavar="NAME|YAML", help="as in probe")
-    abx.add_argument(
-        "--probe", default="digits", help="probe: its label column has the classes, its group column the speakers"
+    _add_clips(abx, "probe: its label column has the classes, its group column the speakers")
+    pnmi = line.command(
+        "pnmi",
+        _pnmi,
+        group="evaluation",
+        help="mutual information of every layer's k-means units with phones or classes",
+        example="pnmi --upstream model --upstream logmel --data manifest.jsonl --output probes",
+        description="Labels: phones with times ([phone, start, end in seconds]) where rows have them, else a clip's class.",
+        resume="computes what is missing",
     )
-    abx.add_argument("--clips", type=int, default=200, metavar="N", help="maximum number of clips")
-    abx.add_argument("--seed", type=int, default=0, help="seed of the draw")
+    _add_clips(pnmi, "probe: its clips, and their classes where they have no phones with times")
+    pnmi.add_argument("--clusters", type=positive, default=100, metavar="N", help="units of the k-means of a layer")
+
+
+def _add_clips(parser: argparse.ArgumentParser, probe_help: str) -> None:
+    add_upstreams(parser)
+    parser.add_argument("--data", required=True, type=Path, metavar="MANIFEST|SHARDS", help="as in probe")
+    parser.add_argument("--probes", default="probes", metavar="NAME|YAML", help="as in probe")
+    parser.add_argument("--probe", default="digits", help=probe_help)
+    parser.add_argument("--clips", type=int, default=200, metavar="N", help="maximum number of clips")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
 
 
 def _abx(arguments: argparse.Namespace) -> None:
+    from codecssl.superb.probe.layers import Abx
+
+    _measure_layers(arguments, Abx())
+
+
+def _pnmi(arguments: argparse.Namespace) -> None:
+    from codecssl.superb.probe.layers import Pnmi
+
+    _measure_layers(arguments, Pnmi(clusters=arguments.clusters, seed=arguments.seed))
+
+
+def _measure_layers(arguments: argparse.Namespace, measure: "Abx | Pnmi") -> None:
     from codecssl.superb.probe import layers, probe
     from codecssl.tokenize.common.errors import UserError
 
     probes = {one.name: one for one in probe.load_probes(arguments.probes)}
     if arguments.probe not in probes:
         raise UserError(f"--probe {arguments.probe}: not in {arguments.probes}, which has {', '.join(probes)}")
-    options = {"clips": arguments.clips, "seed": arguments.seed, "device": arguments.device}
+    options = {"measure": measure, "clips": arguments.clips, "seed": arguments.seed, "device": arguments.device}
     layers.run(arguments.upstream, arguments.data, probes[arguments.probe], arguments.output, **options)
     print(f"wrote {arguments.output / 'layers.html'}")
 

@@ -27,6 +27,12 @@ class AudioRows:
         """SHA-256 of the audio file of a row."""
         return file_sha256(self.manifest.parent / self.rows[index]["path"])
 
+    def seconds(self, index: int) -> float:
+        """Duration of a row's audio."""
+        from codecssl.tokenize.sources.audio import read_wave
+
+        return len(read_wave(self.manifest.parent / self.rows[index]["path"], SAMPLE_RATE)) / SAMPLE_RATE
+
     def features(self, upstream: Upstream, builder: UpstreamBuilder) -> Callable[[int], list[np.ndarray]]:
         """Return a function from a row's number to its hidden states [T, D]."""
         import torch
@@ -57,6 +63,10 @@ class ShardRows:
     def source_sha256(self, index: int) -> str:
         """SHA-256 of the audio file of a row."""
         return str(self.shards.utterance(index).source_sha256)
+
+    def seconds(self, index: int) -> float:
+        """Duration of a row's audio."""
+        return self.shards.utterance(index).samples / self.shards.card.sample_rate
 
     def features(self, upstream: Upstream, builder: UpstreamBuilder) -> Callable[[int], list[np.ndarray]]:
         """Return a function from a row's number to its hidden states [T, D]."""
