@@ -62,7 +62,7 @@ def add_commands(line: CommandLine) -> None:
         group="evaluation",
         help="mutual information of every layer's k-means units with phones or classes",
         example="pnmi --upstream model --upstream logmel --data manifest.jsonl --output probes",
-        description="Labels: phones with times ([phone, start, end in seconds]) where rows have them, else a clip's class.",
+        description="Labels: phones with times ([phone, start, end in seconds]) if a row has them, else its class.",
         resume="computes what is missing",
     )
     _add_clips(pnmi, "probe: its clips, and their classes where they have no phones with times")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from codecssl.superb import results
+from codecssl.superb.rows import BASELINES
 
 ACCURACIES = ("top1_acc", "pitch_acc", "chroma_acc", "accuracy", "mlp", "knn")
 """Metrics that are proportions of clips."""
@@ -19,7 +20,7 @@ def write_table(output: Path) -> Path:
     """Write hear.md from all results in `output`."""
     rows = [results.read_json(path) for suite in ("hear", "x-ares", "maeb")
             for path in sorted(output.glob(f"{suite}/*/*/result.json"))]  # fmt: skip
-    columns = list(dict.fromkeys(map(_column, rows)))
+    columns = list(dict.fromkeys(map(_column, sorted(rows, key=_order))))
     lines = ["| suite | task | metric | " + " | ".join(columns) + " |", "|---" * (len(columns) + 3) + "|"]
     by_task: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
@@ -42,6 +43,12 @@ def _clear_best(rows: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
     p, q = best["scores"][name], second["scores"][name]
     error = (p * (1 - p) / best["clips"] + q * (1 - q) / second["clips"]) ** 0.5
     return best if p - q > 1.96 * error else None
+
+
+def _order(row: dict[str, Any]) -> tuple[int, str]:
+    """Models first, then the baselines in their usual order."""
+    kind = row["upstream"]["kind"]
+    return (BASELINES.index(kind) if kind in BASELINES else -1), _column(row)
 
 
 def _column(row: dict[str, Any]) -> str:

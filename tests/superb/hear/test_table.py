@@ -14,7 +14,13 @@ from codecssl.superb.hear.task_folder import Clip, write_task
 
 
 def put(output: Path, upstream: str, value: float, **more: Any) -> None:
-    row = {"upstream": {"name": upstream}, "layer": None, "task": "two", "metrics": ["top1_acc"], "folds": [{}] * 4}
+    row = {
+        "upstream": {"name": upstream, "kind": more.pop("kind", "model")},
+        "layer": None,
+        "task": "two",
+        "metrics": ["top1_acc"],
+        "folds": [{}] * 4,
+    }
     row |= {"scores": {"top1_acc": value}, "deviations": {"top1_acc": 0.021}, "clips": 100, **more}
     path = output / row.get("suite", "hear") / "two" / upstream / "result.json"
     path.parent.mkdir(parents=True)
@@ -31,6 +37,13 @@ def test_only_clear_winners_are_bold(tmp_path: Path) -> None:
     assert "| hear | two | top1_acc | **80.0 ± 2.1** | 67.0 ± 2.1 |" in write_table(tmp_path / "clear").read_text()
     put(tmp_path / "clear", "d", 0.3, suite="x-ares", deviations={})
     assert "| x-ares | two | top1_acc |  |  |  | 30.0 |" in write_table(tmp_path / "clear").read_text()
+
+
+def test_models_come_before_baselines(tmp_path: Path) -> None:
+    for name, kind in (("logmel", "logmel"), ("codes:c", "codes"), ("random:z", "random"), ("z", "model")):
+        put(tmp_path, name, 0.5, kind=kind)
+    header = write_table(tmp_path).read_text().splitlines()[2]
+    assert header == "| suite | task | metric | z | logmel | codes:c | random:z |"
 
 
 def test_bad_names_of_suites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
