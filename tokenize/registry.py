@@ -189,8 +189,9 @@ def identify(path: Path) -> str:
     for name, entry in known.items():
         if path.is_dir() and entry.contains and any(path.rglob(entry.contains)):
             return name
-        if path.is_file() and entry.file and path.match(entry.file):
-            return name
+    matching = [name for name, entry in known.items() if path.is_file() and entry.file and path.match(entry.file)]
+    if matching:
+        return max(matching, key=lambda name: len(known[name].file))  # the most specific pattern
     if config.exists():
         raise UserError(f"{path}: model_type {kind!r} at {rate} Hz is not a known codec; known are {', '.join(known)}")
     raise UserError(f"{path}: no codec recognised; say which with NAME@{path}, NAME one of {', '.join(known)}")

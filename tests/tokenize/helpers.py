@@ -65,11 +65,11 @@ def verify(root, on_progress=lambda done, total: None):
 
 
 def check_any_batch_and_any_cut(codec, lengths, rate=16_000):
-    """The codes of waves in one batch are those of each alone and of its pieces; return those of the last, [1, T]."""
+    """The codes of waves in one batch are those of each alone and of its pieces; return those of the last, [R, T]."""
     codec.whole_seconds, codec.segment_seconds = 3, 2
     waves = [wave(n, n, rate=rate, levels=(0.1, 0.9)) for n in lengths]
     for one, codes in zip(waves, codes_of(codec, waves)):
-        assert codes.shape == (1, codec.card.frames_of(len(one)))
+        assert codes.shape == (codec.card.num_rows, codec.card.frames_of(len(one)))
         assert torch.equal(codec.encode([one])[0].codes, codes)
         stream = codec.stream()
         parts = [stream.push(part) for part in one.split(7_001)]

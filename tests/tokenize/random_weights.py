@@ -1,11 +1,13 @@
 """Random weights of each codec, narrow, in the files that the hub has: write(folder) returns the path to give."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import helpers
 import numpy as np
 import pytest
+import random_dualcodec
 import random_models
 import torch
 import transformers
@@ -346,6 +348,8 @@ WRITERS = {
     "hificodec_24khz": write_hificodec_24khz,
     "speechtokenizer": write_speechtokenizer,
     "wavtokenizer": write_wavtokenizer,
+    "dualcodec_12hz": partial(random_dualcodec.write, name="dualcodec_12hz"),
+    "dualcodec_25hz": partial(random_dualcodec.write, name="dualcodec_25hz"),
 }
 """By codec. Every codec of the table is here or in SHIPPED."""
 SHIPPED = {"tiny_16khz": shipped_tiny, "lyra_v2": shipped_lyra}

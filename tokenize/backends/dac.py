@@ -66,15 +66,20 @@ class Codebook:
         """Vectors [V, D] that the entries add to the latent."""
         return torch.addmm(self.up_bias, self.entries, self.up)
 
-    def quantize(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize a residual [T, D]. Return the codes [T] and the remaining residual [T, D]."""
-        narrow = torch.addmm(self.down_bias, residual, self.down)
+    def nearest(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the codes [T] of latents [T, D] and the vectors [T, D] of these codes."""
+        narrow = torch.addmm(self.down_bias, latents, self.down)
         unit = F.normalize(narrow)
         # the reference's expression: ties and rounding agree with it
         nearness = -(unit.pow(2).sum(1, keepdim=True) - 2 * unit @ self.directions) + self.squared_norms
         index = nearness.max(1)[1]
         chosen = narrow + (F.embedding(index, self.entries) - narrow)  # rounding of its straight-through estimator
-        return index, residual - torch.addmm(self.up_bias, chosen, self.up)
+        return index, torch.addmm(self.up_bias, chosen, self.up)
+
+    def quantize(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantize a residual [T, D]. Return the codes [T] and the remaining residual [T, D]."""
+        index, vectors = self.nearest(residual)
+        return index, residual - vectors
 
 
 # ---------------------------------------------------------------- the codec

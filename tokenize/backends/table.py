@@ -124,6 +124,20 @@ BACKENDS = {
         summary="16 kHz, 50, 25 or 12.5 Hz, 1 x 8192, 0.65 to 0.16 kbps, WavLM inside (Della Libera et al. 2025)",
         weights=_hub("lucadellalib/focalcodec_50hz"),
     ),
+    "dualcodec_12hz": Backend(
+        module="codecssl.tokenize.backends.dualcodec",
+        summary="24 kHz, 12.5 Hz, 16384 + up to 7 x 4096, 1.2 kbps, w2v-BERT 2.0 inside (Li et al. 2025)",
+        weights=_hub("amphion/dualcodec", " with a folder w2v-bert-2.0 in it") + "; also facebook/w2v-bert-2.0",
+        file="dualcodec_12hz*.safetensors",
+        contains="dualcodec_12hz*.safetensors",
+    ),
+    "dualcodec_25hz": Backend(
+        module="codecssl.tokenize.backends.dualcodec",
+        summary="24 kHz, 25 Hz, 16384 + up to 11 x 1024, 3.1 kbps, w2v-BERT 2.0 inside (Li et al. 2025)",
+        weights=_hub("amphion/dualcodec", " with a folder w2v-bert-2.0 in it") + "; also facebook/w2v-bert-2.0",
+        file="dualcodec_25hz*.safetensors",
+        contains="dualcodec_25hz*.safetensors",
+    ),
     "snac_24khz": Backend(
         module="codecssl.tokenize.backends.snac",
         summary="24 kHz, 3 x 4096 at 11.7, 23.4 and 46.9 Hz, 0.98 kbps (Siuzdak et al. 2024; needs pip install snac)",

@@ -176,6 +176,18 @@ def fold_weight_norm(model: nn.Module) -> None:
             nn.utils.remove_weight_norm(module)
 
 
+def folded(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Replace each pair of `weight_g` and `weight_v` in a state dict by the weight that they compute."""
+    found = {}
+    for key, value in state.items():
+        if key.endswith("weight_v"):
+            norm = torch.norm_except_dim(value, 2, 0)
+            found[key.removesuffix("_v")] = value * (state[key.removesuffix("v") + "g"] / norm)
+        elif not key.endswith("weight_g"):
+            found[key] = value
+    return found
+
+
 def state_sha256(model: nn.Module, *more: Tensor) -> str:
     """sha256 over names and bytes of a state dict, independent of its storage format, and over `more` tensors."""
     digest = hashlib.sha256()
