@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import random_dualcodec
 import random_models
+import random_moss
 import torch
 import transformers
 from random_models import entries_of
@@ -348,6 +349,7 @@ WRITERS = {
     "hificodec_24khz": write_hificodec_24khz,
     "speechtokenizer": write_speechtokenizer,
     "wavtokenizer": write_wavtokenizer,
+    "moss_audio": random_moss.write,
     "dualcodec_12hz": partial(random_dualcodec.write, name="dualcodec_12hz"),
     "dualcodec_25hz": partial(random_dualcodec.write, name="dualcodec_25hz"),
 }

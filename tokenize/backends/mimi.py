@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from transformers.models.mimi.modeling_mimi import apply_rotary_pos_emb, repeat_kv
 
 from codecssl.tokenize.backends.parts.activations import elu
+from codecssl.tokenize.backends.parts.attention import causal_window
 from codecssl.tokenize.backends.parts.card_fields import policies, versions
 from codecssl.tokenize.backends.parts.chunked_stream import ChunkedStream
 from codecssl.tokenize.backends.parts.precision import full_precision
@@ -135,7 +136,7 @@ class MimiCodec:
         length, window = hidden.shape[1], model.config.sliding_window
         mask = None
         if length > window:
-            seen = _window(length, length, window, self.device)[None, None]
+            seen = causal_window(length, length, window, self.device)[None, None]
             mask = torch.zeros(seen.shape).to(hidden).masked_fill(~seen, float("-inf"))
         latents = model.downsample(model.encoder_transformer(hidden, attention_mask=mask)[0].transpose(1, 2))
         codes: Tensor = model.quantizer.encode(latents, count)
@@ -258,7 +259,7 @@ class Transformer:
         length = x.shape[1]
         positions = torch.arange(past.position, past.position + length, device=x.device)
         angles = self.layers[0].self_attn.rotary_emb(x, positions[None])
-        mask = _window(length, min(past.position, self.window - 1) + length, self.window, x.device)
+        mask = causal_window(length, min(past.position, self.window - 1) + length, self.window, x.device)
         past.position += length
         for layer in self.layers:
             x = x + layer.self_attn_layer_scale(
@@ -279,12 +280,6 @@ class Transformer:
         key, value = (repeat_kv(x, layer.num_key_value_groups) for x in (key, value))
         weights = (query @ key.transpose(2, 3) * layer.scaling).masked_fill(~mask, float("-inf")).softmax(dim=-1)
         return layer.o_proj((weights @ value).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
-
-
-def _window(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
-    """Mask [queries, keys]: each of the last `queries` positions sees itself and the window - 1 keys before it."""
-    age = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    return (age >= 0) & (age < window)
 
 
 def _chain(layers: Sequence[Any]) -> Layer:

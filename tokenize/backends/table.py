@@ -138,6 +138,13 @@ BACKENDS = {
         file="dualcodec_25hz*.safetensors",
         contains="dualcodec_25hz*.safetensors",
     ),
+    "moss_audio": Backend(
+        module="codecssl.tokenize.backends.moss.codec",
+        summary="24 kHz, 12.5 Hz, up to 32 x 1024, 0.125 kbps per codebook, 1.6 billion parameters (OpenMOSS 2026)",
+        weights=_hub("OpenMOSS-Team/MOSS-Audio-Tokenizer"),
+        model_type="speech_tokenizer",
+        sample_rates=(24_000,),
+    ),
     "snac_24khz": Backend(
         module="codecssl.tokenize.backends.snac",
         summary="24 kHz, 3 x 4096 at 11.7, 23.4 and 46.9 Hz, 0.98 kbps (Siuzdak et al. 2024; needs pip install snac)",

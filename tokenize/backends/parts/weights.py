@@ -154,14 +154,16 @@ def _flat(state: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor
             yield f"{prefix}{key}", value
 
 
-def fill_part(module: nn.Module, state: dict[str, Tensor], prefix: str, path: Path, name: str) -> None:
+def fill_part(
+    module: nn.Module, state: dict[str, Tensor], prefix: str, path: Path, name: str, *, assign: bool = False
+) -> None:
     """Load the tensors of `state` under `prefix` into `module`. Raises UserError if they are missing or do not match.
 
-    Tensors of the checkpoint that the module does not have are ignored.
+    Tensors of the checkpoint that the module does not have are ignored. assign: the module takes the tensors, uncopied.
     """
     part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     try:
-        lacking = module.load_state_dict(part, strict=False).missing_keys
+        lacking = module.load_state_dict(part, strict=False, assign=assign).missing_keys
     except RuntimeError as error:
         what = str(error).splitlines()[-1].strip()  # torch lists the tensors after a title
         raise UserError(f"{path}: not the weights of {name} ({what})") from error
@@ -176,15 +178,23 @@ def fold_weight_norm(model: nn.Module) -> None:
             nn.utils.remove_weight_norm(module)
 
 
+WEIGHT_NORM = {"weight_g": "weight_v", "parametrizations.weight.original0": "parametrizations.weight.original1"}
+"""Names of the norms and of the directions of a layer with weight norm, in torch's old and new format."""
+
+
 def folded(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace each pair of `weight_g` and `weight_v` in a state dict by the weight that they compute."""
-    found = {}
-    for key, value in state.items():
-        if key.endswith("weight_v"):
-            norm = torch.norm_except_dim(value, 2, 0)
-            found[key.removesuffix("_v")] = value * (state[key.removesuffix("v") + "g"] / norm)
-        elif not key.endswith("weight_g"):
-            found[key] = value
+    """Replace the norms and directions of weight norm in a state dict by the weights that they compute.
+
+    Raises KeyError if one of two is missing.
+    """
+    found = dict(state)
+    for key in state:
+        for norms, directions in WEIGHT_NORM.items():
+            if key.endswith((f".{norms}", f".{directions}")):
+                stem = key.removesuffix(norms).removesuffix(directions)
+                direction = state[stem + directions]
+                found[f"{stem}weight"] = direction * (state[stem + norms] / torch.norm_except_dim(direction, 2, 0))
+                del found[key]
     return found
 
 
