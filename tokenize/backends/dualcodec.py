@@ -27,7 +27,7 @@ from codecssl.tokenize.backends.dac import Codebook, encoder_layers
 from codecssl.tokenize.backends.parts.card_fields import policies, versions
 from codecssl.tokenize.backends.parts.precision import full_precision
 from codecssl.tokenize.backends.parts.segments import SegmentCodec, chunk_policy
-from codecssl.tokenize.backends.parts.streaming_conv import Pace, RowStream
+from codecssl.tokenize.backends.parts.streaming_conv import Pace, encode_rows
 from codecssl.tokenize.backends.parts.weights import (
     fill_part,
     find_weights,
@@ -193,13 +193,6 @@ class DualQuantizer:
         return [F.pad(semantic, (0, acoustic[0].shape[1] if acoustic else 0)), *padded]
 
 
-class AcousticStream(RowStream):
-    """The acoustic encoder on a wave, without a quantizer."""
-
-    def quantize(self, latents: Tensor) -> Tensor:
-        return latents.t()
-
-
 class DualCodec(SegmentCodec):
     """DualCodec as a `Codec`."""
 
@@ -224,7 +217,7 @@ class DualCodec(SegmentCodec):
         semantic: Tensor = self.network.convnext_encoder(self.semantic_features(padded)[None])[0]
         if self.card.num_codebooks == 1:
             return semantic
-        acoustic = AcousticStream(self).encode_chunk(padded, last=True)
+        acoustic = encode_rows(self, padded, {}, last=True).t()
         return torch.cat([semantic, acoustic[:, : semantic.shape[1]]])
 
     def semantic_features(self, audio: Tensor) -> Tensor:

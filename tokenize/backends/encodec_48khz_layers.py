@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from codecssl.tokenize.backends.mimi import Taps
-from codecssl.tokenize.backends.parts.activations import elu
+from codecssl.tokenize.backends.parts.functional import elu
 
 BLOCK_FLOATS = 1 << 16
 """Input values per block. The block and its output fit the second-level cache of a CPU."""

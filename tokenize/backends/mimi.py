@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.mimi.modeling_mimi import apply_rotary_pos_emb, repeat_kv
 
-from codecssl.tokenize.backends.parts.activations import elu
-from codecssl.tokenize.backends.parts.attention import causal_window
 from codecssl.tokenize.backends.parts.card_fields import policies, versions
 from codecssl.tokenize.backends.parts.chunked_stream import ChunkedStream
+from codecssl.tokenize.backends.parts.functional import causal_window, elu
 from codecssl.tokenize.backends.parts.precision import full_precision
 from codecssl.tokenize.backends.parts.weights import load_pretrained, state_sha256
 from codecssl.tokenize.codec import CodecCard, Encoded, keep_codebooks

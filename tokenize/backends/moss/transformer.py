@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codecssl.tokenize.backends.parts.attention import causal_window
+from codecssl.tokenize.backends.parts.functional import causal_window
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,15 +118,20 @@ class Pace(NamedTuple):
     """Frames per step of the last layers, where weights are large."""
 
 
-class RowCodec(Protocol):
-    """A codec whose encoder consists of layers of this module."""
+class RowEncoder(Protocol):
+    """An encoder of layers of this module."""
 
     card: CodecCard
-    device: torch.device
-    dtype: torch.dtype
     front: list[Layer]
     back: list[Layer]
     pace: Pace
+
+
+class RowCodec(RowEncoder, Protocol):
+    """A codec whose encoder consists of layers of this module."""
+
+    device: torch.device
+    dtype: torch.dtype
 
     def quantize(self, latents: Tensor) -> Tensor: ...
 
@@ -139,7 +144,6 @@ class RowStream(ChunkedStream):
     def __init__(self, codec: RowCodec) -> None:
         chunk = codec.pace.chunk * codec.card.hop_length
         super().__init__(codec, chunk=chunk, needed=chunk + 1)
-        self.piece = codec.pace.piece * codec.card.hop_length
         self.kept: ConvState = {}
 
     def quantize(self, latents: Tensor) -> Tensor:
@@ -148,16 +152,22 @@ class RowStream(ChunkedStream):
 
     @full_precision()
     def encode_chunk(self, audio: Tensor, last: bool) -> Tensor:
-        padded = F.pad(audio, (0, -len(audio) % self.codec.card.hop_length))
-        *pieces, end = padded[:, None].split(self.piece)
-        fronts = [self._through(self.codec.front, piece, False) for piece in pieces]
-        fronts.append(self._through(self.codec.front, end, last))
-        codes = self.quantize(self._through(self.codec.back, torch.cat(fronts), last))
+        codes = self.quantize(encode_rows(self.codec, audio, self.kept, last))
         if last:
             self.kept = {}
         return codes
 
-    def _through(self, layers: Sequence[Layer], rows: Tensor, last: bool) -> Tensor:
-        for layer in layers:
-            rows = layer.push(rows, self.kept, last)
-        return rows
+
+def encode_rows(encoder: RowEncoder, audio: Tensor, kept: ConvState, last: bool) -> Tensor:
+    """Compute the latents [T, D] that the next samples [n] complete, zero-padded to whole frames."""
+    hop = encoder.card.hop_length
+    *pieces, end = F.pad(audio, (0, -len(audio) % hop))[:, None].split(encoder.pace.piece * hop)
+    fronts = [_through(encoder.front, piece, kept, False) for piece in pieces]
+    fronts.append(_through(encoder.front, end, kept, last))
+    return _through(encoder.back, torch.cat(fronts), kept, last)
+
+
+def _through(layers: Sequence[Layer], rows: Tensor, kept: ConvState, last: bool) -> Tensor:
+    for layer in layers:
+        rows = layer.push(rows, kept, last)
+    return rows
