@@ -273,6 +273,13 @@ class RunConfig:
                 f"objective.mel_weight: {self.objective.mel_weight}, needs objective.name encodecmae and model.input"
                 " mel or both; set it to 0"
             )
+        if self.objective.contrast_weight and (
+            self.objective.name != "codec2vec" or self.objective.target == "online" or self.model.input == "codes"
+        ):
+            raise UserError(
+                f"objective.contrast_weight: {self.objective.contrast_weight}, needs objective.name codec2vec, targets"
+                " codes or labels, and model.input mel or both; set it to 0"
+            )
         if self.objective.name == "encodecmae":
             self._check_encodecmae()
         if self.objective.target == "online":

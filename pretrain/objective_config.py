@@ -51,11 +51,16 @@ class ObjectiveConfig:
     head_dim: int = 256
     """Width of the projection and of the class embeddings of each stream (cosine; HuBERT 256, MERT 64)."""
     temperature: float = 0.1
-    """Divisor of the cosines (cosine heads)."""
+    """Divisor of the cosines (cosine heads, contrast)."""
     mel_weight: float = 0.0
     """Weight of a second loss: the mean absolute error of scaled log-mel values that a linear layer predicts at masked
     frames (encodecmae with model.input mel or both), as in masked spectrogram models (TERA, arXiv 2007.06028,
     section III)."""
+    contrast_weight: float = 0.0
+    """Weight of another loss: which frame of its item is a masked frame? See objectives/contrast.py (codec2vec with
+    model.input mel or both)."""
+    contrast_dim: int = 64
+    """Width of the two projections that are compared."""
     visible_weight: float = 0.0
     """Weight of the prediction loss at unmasked frames (HuBERT's pred_nomask_weight)."""
     quantizer_dropout: float = 0.5
@@ -66,6 +71,8 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         _at_least("objective.visible_weight", self.visible_weight, 0.0)
         _at_least("objective.mel_weight", self.mel_weight, 0.0)
+        _at_least("objective.contrast_weight", self.contrast_weight, 0.0)
+        _at_least("objective.contrast_dim", self.contrast_dim, 1)
         _at_least("objective.head_dim", self.head_dim, 1)
         _above_zero("objective.temperature", self.temperature)
         if self.head == "codebook" and self.target != "codes":

@@ -52,6 +52,8 @@ class LabelConfig:
     output: Path
     layer: int = -1
     """0 is the input of the first layer, L the output of the last; negative counts from the end."""
+    cmvn: bool = False
+    """Normalise the cepstra of each utterance to mean 0 and deviation 1 (source mfcc)."""
     clusters: int = 500
     sample_frames: int = 300_000
     """Number of frames to which the clustering is fitted."""
@@ -69,6 +71,8 @@ class LabelConfig:
     def __post_init__(self) -> None:
         if not 2 <= self.clusters <= 1 << 16:
             raise UserError(f"--clusters {self.clusters}: must be from 2 to 65536")
+        if self.cmvn and self.source != "mfcc":
+            raise UserError(f"--cmvn: normalises cepstra, but the source is {self.source}; remove it, or give mfcc")
         if self.sample_frames < self.clusters:
             raise UserError(f"--sample-frames {self.sample_frames}: must be at least --clusters ({self.clusters})")
         if self.utterance_frames is not None and self.utterance_frames < 1:
@@ -190,7 +194,7 @@ def _source(config: LabelConfig, card: CodecCard) -> FeatureSource | FromFile:
     if config.source.endswith(".jsonl"):
         return FromFile(path)
     if config.source == "mfcc":
-        return CepstralExtractor(card)
+        return CepstralExtractor(card, cmvn=config.cmvn)
     if config.source != "latents" and not (path / "model.safetensors").exists():
         from codecssl.pretrain.export.export import export, is_export_of
         from codecssl.pretrain.run_folder import read_config

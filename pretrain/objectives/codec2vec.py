@@ -5,6 +5,7 @@ from torch import Tensor
 from codecssl.pretrain.config import ObjectiveConfig
 from codecssl.pretrain.data.loader import Batch
 from codecssl.pretrain.model.model import CodecModel
+from codecssl.pretrain.objectives.contrast import Contrast
 from codecssl.pretrain.objectives.heads import make_heads
 from codecssl.pretrain.objectives.objective import (
     Loss,
@@ -22,6 +23,7 @@ class MaskedPrediction(Objective):
 
     loss = mean over masked frames of sum_s gamma_s CE_s + visible_weight * the same over visible frames
 
+    With objective.contrast_weight c: + c * mean over masked frames of the loss of `Contrast`.
     The means are over the global batch, without padding. Heads are applied only to the frames that need them.
     """
 
@@ -30,6 +32,10 @@ class MaskedPrediction(Objective):
         self.model, self.target, self.sizes = model, target, target.sizes
         self.visible_weight = config.visible_weight
         self.heads = make_heads(config, model.config.dim, target.sizes, target.width)
+        self.contrast_weight = config.contrast_weight
+        if config.contrast_weight:
+            assert model.mel_spec is not None, "RunConfig checks it"
+            self.contrast = Contrast(model.config.dim, model.mel_spec.bands, config.contrast_dim, config.temperature)
         self.gamma = codebook_weights(config.gamma, len(target.sizes))  # not a buffer: a bf16 engine would round it
 
     def forward(self, batch: Batch, *, detailed: bool = False, score_visible: bool = False) -> Loss:
@@ -42,6 +48,8 @@ class MaskedPrediction(Objective):
             loss, visible = self._score(hidden, labels, batch.visible, detailed, batch.visible_total)
             if self.visible_weight > 0.0:
                 total = total + self.visible_weight * loss
+        if self.contrast_weight and self.training:  # not in an evaluation's loss, which is that of the targets
+            total = total + self.contrast_weight * self.contrast(hidden, batch) / batch.masked_total
         return Loss(total, masked, visible)
 
     def head_parameters(self) -> int:

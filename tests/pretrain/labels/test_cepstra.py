@@ -6,8 +6,10 @@ import librosa
 import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
+from sklearn.preprocessing import StandardScaler
 
-from codecssl.pretrain.labels.cepstra import cepstra
+from codecssl.pretrain.cli import main
+from codecssl.pretrain.labels.cepstra import cepstra, normalised
 from codecssl.pretrain.labels.clustering import Clustering
 from codecssl.pretrain.labels.label import LabelConfig, label
 from codecssl.tokenize.codec import CodecCard
@@ -66,6 +68,28 @@ def test_labels_are_the_nearest_centroids_of_the_cepstra(tmp_path: Path) -> None
     for index, plane in enumerate(planes(12)):
         expected = cdist(by_librosa(plane), clustering.centroids).argmin(1)
         assert (made.codes(index)[0] == expected).mean() > 0.98
+
+
+def test_cmvn_clusters_the_normalised_cepstra_of_each_utterance(tmp_path: Path) -> None:
+    """Oracle: scikit-learn's StandardScaler, whose deviation has no floor, of librosa's cepstra."""
+    data = shards(tmp_path / "data", mel=True)
+    command = ["label", "mfcc", "--data", str(data.path), "--output", str(tmp_path / "labels"), "--clusters", "7",
+               "--sample-frames", "300"]  # fmt: skip
+    assert main([*command, "--cmvn"]) == 0
+    made, clustering = Shards(tmp_path / "labels"), Clustering.load(tmp_path / "labels" / "clustering.safetensors")
+    for index, plane in enumerate(planes(12)):
+        expected = cdist(StandardScaler().fit_transform(by_librosa(plane)), clustering.centroids).argmin(1)
+        assert (made.codes(index)[0] == expected).mean() > 0.9
+    assert main(command) == 1  # the same folder with other features
+
+
+def test_cmvn_leaves_silence_at_zero() -> None:
+    assert not normalised(np.full((20, 39), 3.0, np.float32)).any()
+
+
+def test_cmvn_is_refused_for_other_features(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--cmvn: normalises cepstra, but the source is latents"):
+        LabelConfig(source="latents", data=(tmp_path,), output=tmp_path / "labels", cmvn=True)
 
 
 def test_shards_without_a_plane_are_refused(tmp_path: Path) -> None:
