@@ -226,3 +226,54 @@ def test_a_short_file_is_cut_short(cache: Path, shards: Path, in_memory: Callabl
     assert folder.read("dataset.json", 2, size - 2) == (shards / "dataset.json").read_bytes()[2:]
     with pytest.raises(ValueError, match="cut short"):
         folder.read("dataset.json", 2, size)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A local S3 server, to which AWS's variables point, with an empty bucket `tokens`; fsspec's file system of it."""
+    server_module = pytest.importorskip(
+        "moto.server", reason="needs a local S3 server: pip install -c constraints.txt 'moto[server]'"
+    )
+    s3fs = pytest.importorskip("s3fs")
+    server = server_module.ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1"}
+    for name, value in (settings | {"ENDPOINT_URL": f"http://{host}:{port}"}).items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    system = fsspec.filesystem("s3")
+    system.mkdir("tokens")
+    yield system
+    system.rm("tokens", recursive=True)
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+def test_s3_and_disk_hold_the_same_bytes(cache: Path, shards: Path, bucket: Any) -> None:
+    bucket.put(str(shards), "tokens/", recursive=True)
+    remote = Shards("s3://tokens/shards", remote=True)
+    assert same(Shards(shards), remote)
+    assert same(remote, pickle.loads(pickle.dumps(remote)))
+    bucket.rm("tokens/shards/shards", recursive=True)
+    assert same(Shards(shards), remote), "every block must be in the cache"
+
+
+def test_errors_of_s3_are_lines(cache: Path, bucket: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"s3://tokens/gone/dataset\.json: there is no such file, or no right to see it"
+    ):
+        Shards("s3://tokens/gone", remote=True)
+    with pytest.raises(UserError, match=r"s3://nowhere/corpus/dataset\.json: there is no such file"):
+        Shards("s3://nowhere/corpus", remote=True)
+
+
+def test_gs_without_its_package_names_it(cache: Path) -> None:
+    try:
+        import gcsfs  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match=r"gs://bucket/shards: cannot be opened .*gcsfs") as error:
+            Shards("gs://bucket/shards", remote=True)
+        assert "\n" not in str(error.value)
+    else:
+        pytest.skip("gcsfs is installed")
