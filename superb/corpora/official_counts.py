@@ -1,11 +1,12 @@
 """Counts of SUPERB's official data, against which a full run is compared.
 
 A run on part of a corpus is no SUPERB result. Sources of the numbers: the Hugging Face card of s3prl/superb for
-asr, pr, ks, sid, ic, sd and er (utterances and labels), PaddleSpeech's summary of VoxCeleb1 for asv (speakers,
-utterances, trial lists), LibriSpeech (Panayotov et al. 2015) for the speakers of asr and pr, and Fluent Speech
-Commands (Lugosch et al. 2019) for those of ic. Audio SNIPS (13,084, 700 and 700 sentences by 8, 4 and 4 voices) and
-LibriMix's 13,900, 3,000 and 3,000 mixtures are not confirmed by a second source. For QUESST14's English part only
-lower bounds are known here.
+asr, pr, ks, sid, ic and er (utterances and labels), PaddleSpeech's summary of VoxCeleb1 for asv (speakers,
+utterances, trial lists), LibriSpeech (Panayotov et al. 2015) for the speakers of asr and pr, Fluent Speech Commands
+(Lugosch et al. 2019) for those of ic, and the mixtures listed in LibriMix's metadata/Libri2Mix (repository
+JorisCos/LibriMix) for sd: the card's 13,901, 3,014 and 3,002 are pieces of 20 s. sf has the sentences listed in
+data/nlu_annotation of aws-samples/aws-lex-noisy-spoken-language-understanding (13,084, 700 and 700), spoken by the 8,
+4 and 4 voices of s3prl's superb_sf.py. For QUESST14's English part only lower bounds are known here.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,49 +19,49 @@ from codecssl.superb.rows import ManifestRow
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Official numbers of one split. Several numbers are alternatives; None is not compared."""
+    """Official numbers of one split; None is not compared."""
 
-    utterances: tuple[int, ...] | None = None
+    utterances: int | None = None
     speakers: int | None = None
     at_least: int | None = None
 
 
 _LIBRISPEECH = {
-    "train": Counts(utterances=(28_539,), speakers=251),
-    "valid": Counts(utterances=(2_703,), speakers=40),
-    "test": Counts(utterances=(2_620,), speakers=40),
+    "train": Counts(utterances=28_539, speakers=251),
+    "valid": Counts(utterances=2_703, speakers=40),
+    "test": Counts(utterances=2_620, speakers=40),
 }
 SPLITS: dict[str, dict[str, Counts]] = {
     "asr": _LIBRISPEECH,
     "pr": _LIBRISPEECH,
     "ks": {  # files; the 6 files of background noise in train and valid are not counted
-        "train": Counts(utterances=(51_088,)),
-        "valid": Counts(utterances=(6_798,)),
-        "test": Counts(utterances=(3_081,)),
+        "train": Counts(utterances=51_088),
+        "valid": Counts(utterances=6_798),
+        "test": Counts(utterances=3_081),
     },
     "sid": {
-        "train": Counts(utterances=(138_361,), speakers=1_251),
-        "valid": Counts(utterances=(6_904,), speakers=1_251),
-        "test": Counts(utterances=(8_251,), speakers=1_251),
+        "train": Counts(utterances=138_361, speakers=1_251),
+        "valid": Counts(utterances=6_904, speakers=1_251),
+        "test": Counts(utterances=8_251, speakers=1_251),
     },
     "asv": {
-        "train": Counts(utterances=(148_642,), speakers=1_211),
-        "test": Counts(utterances=(4_874,), speakers=40),
+        "train": Counts(utterances=148_642, speakers=1_211),
+        "test": Counts(utterances=4_874, speakers=40),
     },
     "sd": {
-        "train": Counts(utterances=(13_901, 13_900)),
-        "valid": Counts(utterances=(3_014, 3_000)),
-        "test": Counts(utterances=(3_002, 3_000)),
+        "train": Counts(utterances=13_900),
+        "valid": Counts(utterances=3_000),
+        "test": Counts(utterances=3_000),
     },
     "ic": {
-        "train": Counts(utterances=(23_132,), speakers=77),
-        "valid": Counts(utterances=(3_118,), speakers=10),
-        "test": Counts(utterances=(3_793,), speakers=10),
+        "train": Counts(utterances=23_132, speakers=77),
+        "valid": Counts(utterances=3_118, speakers=10),
+        "test": Counts(utterances=3_793, speakers=10),
     },
     "sf": {
-        "train": Counts(utterances=(104_672,), speakers=8),
-        "valid": Counts(utterances=(2_800,), speakers=4),
-        "test": Counts(utterances=(2_800,), speakers=4),
+        "train": Counts(utterances=104_672, speakers=8),
+        "valid": Counts(utterances=2_800, speakers=4),
+        "test": Counts(utterances=2_800, speakers=4),
     },
     "qbe": {"valid": Counts(at_least=2_000), "test": Counts(at_least=2_000)},
 }
@@ -103,7 +104,7 @@ def _split_deviations(task: str, split: str, counts: Counts, rows: Sequence[Mani
     if counts.at_least is not None:
         return [] if files >= counts.at_least else [f"{split} has {files:,} files, not at least {counts.at_least:,}"]
     assert counts.utterances is not None
-    found = [_said(split, files, counts.utterances[0], "files")] if files not in counts.utterances else []
+    found = [_said(split, files, counts.utterances, "files")]
     if counts.speakers is not None:
         speakers = {row["speaker"] for row in rows}
         text = _said(split, len(speakers), counts.speakers, "speakers")

@@ -190,6 +190,11 @@ def test_part_of_a_corpus_is_not_the_official_data() -> None:
     voxceleb_rows = rows("asv", "train", 148_642, 1_211) + rows("asv", "test", 4_874, 40)
     assert deviations("asv", voxceleb_rows, 37_720) == deviations("asv", voxceleb_rows, 37_611) == []
     assert deviations("asv", voxceleb_rows, 37_000) == ["the list has 37,000 trials, not 37,720"]
+    mixtures = rows("sd", "train", 13_900, 2) + rows("sd", "valid", 3_000, 2) + rows("sd", "test", 3_000, 2)
+    assert deviations("sd", mixtures) == []
+    assert deviations("sd", [*mixtures, mixtures[0] | {"path": "more"}]) == ["train has 13,901 files, not 13,900"], (
+        "13,901 pieces of 20 s are not the mixtures"
+    )
     folds = [{"path": str(i), "splits": {"er": "train"}, "fold": 1, "label": i % 4} for i in range(1_085)]
     assert deviations("er", folds)[0] == "session 2 has 0 utterances, not 1,023"
 
