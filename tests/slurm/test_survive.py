@@ -85,7 +85,7 @@ def test_a_run_that_was_stopped_goes_back_as_often_as_it_takes(job):
 
 
 def test_a_run_stopped_before_its_first_step_is_not_requeued_for_ever(job):
-    """For example with a time limit below the warning time."""
+    """An example is a time limit below the warning time."""
     for turn in (1, 2):
         assert f"after a signal, stop {turn} without progress" in job.run("exit 75")[1]
     code, printed = job.run("exit 75")
@@ -165,7 +165,7 @@ def test_checkpoints_of_s3prl_count_as_progress(tmp_path):
 
 
 def test_a_warning_between_two_programs_is_not_lost(job):
-    """For example while shards are copied: the first program does not start, and the job is requeued."""
+    """This happens while shards are copied: the first program does not start, and the job is requeued."""
     job.environment["CODECSSL_SETUP"] = "kill -USR2 $$; touch ready; sleep 0.5"
     code, printed = job.run("touch started")
     assert "warned before the next start" in printed

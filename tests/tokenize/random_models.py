@@ -155,7 +155,7 @@ def snac_model(seed=0, **changes):
 
 
 def save_snac(net, folder, **changes):
-    """In the hub's format."""
+    """Write the model in the hub's format; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SNAC_CONFIG | changes))
     torch.save(net.state_dict(), folder / "pytorch_model.bin")

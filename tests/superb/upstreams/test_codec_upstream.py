@@ -269,7 +269,7 @@ def test_the_codec_runs_once_per_wave(model_folder: Path, loads_codec: Any, wave
 def test_cached_features_equal_uncached(
     limit: int, model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]
 ) -> None:
-    """For no memory, too little and enough, at the first and the second read."""
+    """The cache holds nothing, some or all of the waves. Each wave is read twice."""
     expert = UpstreamBuilder().build(parse(str(model_folder)))
     cached = CachedUpstream(expert, limit)
     expected = expert(waves)["hidden_states"]

@@ -36,7 +36,7 @@ def test_mfcc_equals_that_of_librosa_with_second_deltas() -> None:
 
 @pytest.mark.parametrize(("name", "width"), [("logmel", 80), ("mfcc", 39)])
 def test_as_upstreams_waves_do_not_depend_on_their_batch(name: str, width: int) -> None:
-    """Also one that is shorter than a window; a silent wave is finite."""
+    """Waves include one shorter than a window. Features of silence are finite."""
     expert = UpstreamBuilder().build(parse(name))
     waves = [torch.from_numpy(WAVE).float(), torch.from_numpy(WAVE[:150]).float(), torch.zeros(1000)]
     (batch,) = expert(waves)["hidden_states"]

@@ -41,7 +41,7 @@ def padded(audio, hop):
 @pytest.mark.parametrize("name", ["dac_16khz", "dac_44khz"])
 @pytest.mark.parametrize("pace", [None, dac.Pace(chunk=5, piece=2), dac.Pace(chunk=1, piece=1)])
 def test_pieces_equal_the_whole_wave_of_the_reference(name, pace):
-    """In float64, where rounding cannot hide a wrong border."""
+    """The comparison is in float64, where rounding cannot hide a wrong border."""
     model = random_models.dac_model(name).double()
     codec, hop = as_codec(model, name, pace=pace), dac.NETWORKS[name][1]
     frames = 3 * codec.pace.chunk + 4 if pace else 205

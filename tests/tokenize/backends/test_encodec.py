@@ -74,7 +74,7 @@ def stream_latents(codec, audio):
     ("model", "seconds", "pieces"), [(random_24khz, 1.43, 4), (helpers.random_network, 2.2, 4), (small, 0.5, 11)]
 )
 def test_latents_equal_the_whole_file_of_the_encodec_package(model, seconds, pieces, monkeypatch):
-    """In float64, where rounding cannot hide a wrong frame; the LSTM runs alone after the first second."""
+    """In float64 rounding cannot hide a wrong frame. The LSTM runs alone after the first second."""
     monkeypatch.setattr(encodec, "SHARED_SECONDS", 1)
     net = model().double()
     codec = as_codec(net)

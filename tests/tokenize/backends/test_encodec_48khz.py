@@ -68,7 +68,7 @@ def streamed(codec, audio, seed=0):
 
 @pytest.mark.parametrize("samples", [*range(1, 12), 300, 641, 20_000, SEGMENT])
 def test_latents_equal_the_packages_in_float64(samples):
-    """In float64, where rounding cannot hide a wrong row. The package pads the shortest waves in a special way."""
+    """In float64 rounding cannot hide a wrong row. The package pads the shortest waves in a special way."""
     model = small_model().double()
     try:
         audio = wave(samples, seed=samples).double()

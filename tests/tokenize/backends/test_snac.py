@@ -48,7 +48,7 @@ def net():
 
 @pytest.fixture(scope="module")
 def exact():
-    """In float64, where rounding cannot hide a wrong frame."""
+    """The comparison is in float64, where rounding cannot hide a wrong frame."""
     return random_models.snac_model().double()
 
 

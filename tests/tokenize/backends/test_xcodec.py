@@ -42,7 +42,7 @@ def plainly(model, audio):
 
 @pytest.fixture(scope="module")
 def exact():
-    """In float64, where rounding cannot hide a wrong frame."""
+    """The comparison is in float64, where rounding cannot hide a wrong frame."""
     return random_models.xcodec_model()
 
 
@@ -81,7 +81,7 @@ def test_a_longer_wave_is_encoded_in_segments_each_for_itself(exact, samples, le
 
 
 def test_any_cut_of_the_stream_and_any_batch_give_the_same_codes():
-    """In float32, as it is used."""
+    """The comparison is in float32, which users run."""
     codec = as_codec(random_models.xcodec_model().float())
     waves = [wave(n, seed) for seed, n in enumerate([1, 300, HOP, 5 * HOP + 1, 47_999, 90_000])]
     for audio, codes in zip(waves, helpers.codes_of(codec, waves)):

@@ -137,7 +137,7 @@ def test_parts_of_a_file_cost_one_sha256_of_it(audio, config, monkeypatch):
 
 
 def test_threads_that_read_segments_of_one_file_hash_it_once(audio, monkeypatch):
-    """Also where more files take part than hashes are kept."""
+    """Eight threads, eight files, and a cache of two hashes."""
     read = []
     real = unchanged.sha256_of
 

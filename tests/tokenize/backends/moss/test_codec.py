@@ -86,7 +86,7 @@ def test_a_code_sees_the_past_only_and_a_limited_one(folder):
 
 
 def test_pieces_of_a_transformer_are_the_whole():
-    """In float64, with pieces shorter and longer than the window."""
+    """The comparison is in float64, with pieces shorter and longer than the window."""
     config = TransformerConfig(
         input_dimension=6, output_dimension=5, d_model=8, num_heads=2, num_layers=3, dim_feedforward=12
     )

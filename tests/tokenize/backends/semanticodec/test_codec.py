@@ -34,7 +34,7 @@ wave = random_weights.semantic_wave
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """By patches in a cell."""
+    """Folder of random weights for each number of patches in a cell."""
     return {
         joined: random_weights.write_semanticodec(tmp_path_factory.mktemp("semanticodec"), joined=joined)
         for joined in GRIDS
@@ -175,7 +175,7 @@ class Reference:
         return model
 
     def features(self, mels):
-        """Of patches, [columns, bands, W]."""
+        """Mean of the last layers at each patch, [columns, bands, W]."""
         with torch.no_grad():
             outputs = self.mae(mels[None, None].double(), output_hidden_states=True)
             averaged = [self.mae.layernorm(hidden) for hidden in outputs.hidden_states[10:]]
@@ -201,7 +201,7 @@ class Reference:
         return inputs
 
     def tokens(self, mels):
-        """Of a spectrogram [1024, 128]."""
+        """Codes of a spectrogram [1024, 128]."""
         patches, (centroids, acoustic), grid = self.features(mels), self.tables, self.grid
         cells = [
             torch.cat(
