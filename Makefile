@@ -28,11 +28,12 @@ STEPS ?= $(if $(SHIPPED),60,120)
 TASKS ?= ks,sid,er,ic,pr,sound
 BUDGET ?= demo
 SHIPPED ?= $(if $(wildcard pretrain/weights/laptop_16khz/config.json),laptop_16khz)
-RECIPE ?= $(if $(SHIPPED),codecmae_laptop --optim.start_from $(SHIPPED) --optim.lr 2e-4,encodecmae_tiny)
+RECIPE ?= $(if $(SHIPPED),clusters_laptop --data.labels $(DEMO)/labels --optim.start_from $(SHIPPED) --optim.lr 2e-4,encodecmae_tiny)
 demo: install
 	$(BIN)/codecssl-superb sample $(DEMO)/sample
 	$(BIN)/codecssl-tokenize run $(or $(AUDIO),$(DEMO)/sample/pretrain.jsonl) --output $(DEMO)/shards --codec tiny_16khz \
 		--with-mel 80
+	$(BIN)/codecssl-pretrain label mfcc --cmvn --clusters 200 --data $(DEMO)/shards --output $(DEMO)/labels
 	$(BIN)/codecssl-pretrain run $(RECIPE) --data $(DEMO)/shards --output $(DEMO)/run --optim.steps $(STEPS)
 	$(BIN)/codecssl-pretrain export $(DEMO)/run --output $(DEMO)/model
 	$(BIN)/codecssl-superb run $(addprefix --upstream ,$(SHIPPED)) --upstream $(DEMO)/model --upstream fbank \
