@@ -144,7 +144,7 @@ def test_the_card_holds_what_is_known(tmp_path: Path, capsys: pytest.CaptureFixt
     card = ModelCard.load(output / "README.md")
     assert card.data.license is None
     assert card.data.datasets is None
-    assert {"tiny_16khz", "encodecmae", "codecssl"} <= set(card.data.tags)
+    assert {"tiny_16khz", "codec2vec", "codecssl"} <= set(card.data.tags)
     assert card.data.metrics == ["accuracy"]
     [result] = card.data.eval_results
     own = (model_folder("laptop_16khz") / "README.md").read_text()
