@@ -155,7 +155,8 @@ def test_a_regular_install_runs(wheel, tmp_path):
     code = (
         "import codecssl.tokenize.cli as c, codecssl.pretrain.cli, codecssl.superb.cli, codecssl.configs.load as l;"
         "from codecssl.tokenize.registry import load_codec; from codecssl.superb.sample.unpack import ARCHIVE;"
-        "print(c.__file__, load_codec('tiny_16khz').card.num_codebooks, ARCHIVE.is_file(), 'encodecmae_base' in l.names('pretrain'))"
+        "print(c.__file__, load_codec('tiny_16khz').card.num_codebooks, ARCHIVE.is_file(),"
+        "'encodecmae_base' in l.names('pretrain'))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
