@@ -57,10 +57,10 @@ class ObjectiveConfig:
     frames (encodecmae with model.input mel or both), as in masked spectrogram models (TERA, arXiv 2007.06028,
     section III)."""
     contrast_weight: float = 0.0
-    """Weight of another loss: which frame of its item is a masked frame? See objectives/contrast.py (codec2vec with
-    model.input mel or both)."""
+    """Weight of a contrastive loss: the hidden state of a masked frame has to find the log-mels of that frame among
+    those of all frames of its item (objectives/contrast.py; codec2vec with model.input mel or both)."""
     contrast_dim: int = 64
-    """Width of the two projections that are compared."""
+    """Width of the projections of hidden states and of log-mels (contrast)."""
     visible_weight: float = 0.0
     """Weight of the prediction loss at unmasked frames (HuBERT's pred_nomask_weight)."""
     quantizer_dropout: float = 0.5

@@ -16,7 +16,7 @@ from codecssl.tokenize.shards import Shards
 
 CEPSTRA = 13
 _LEAST_DEVIATION = 0.05
-"""Added to the deviations of `normalised`, so that silence is not scaled up to noise."""
+"""Added to deviations, so that silence is not scaled up to noise."""
 _DELTA_FRAMES = 5
 
 
@@ -35,10 +35,10 @@ def cepstra(spec: MelSpec, plane: NDArray[np.uint8]) -> Features:
 
 
 def normalised(features: Features) -> Features:
-    """Subtract the mean over time and divide by the deviation over time, for each column of [T, D].
+    """Subtract the mean over time and divide by the deviation over time plus 0.05, for each column of [T, D].
 
-    This is cepstral mean and variance normalisation of an utterance (Viikki and Laurila 1998). It removes the channel
-    and most of the speaker.
+    This is cepstral mean and variance normalisation of an utterance (Viikki and Laurila 1998). It removes a constant
+    channel, and the mean and spread of a speaker's voice.
     """
     found: Features = (features - features.mean(0)) / (features.std(0) + np.float32(_LEAST_DEVIATION))
     return found

@@ -53,7 +53,7 @@ class MaskedPrediction(Objective):
         return Loss(total, masked, visible)
 
     def head_parameters(self) -> int:
-        return parameters(self.heads)
+        return parameters(self.heads) + (parameters(self.contrast) if self.contrast_weight else 0)
 
     def _score(
         self, hidden: Tensor, labels: Tensor, where: Tensor, detailed: bool, frames: int

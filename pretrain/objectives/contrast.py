@@ -17,6 +17,7 @@ from codecssl.pretrain.model.packing import packed_layout, to_grid
 _OFFSETS = (-2, 0, 2)
 """Frames of the plane, relative to the predicted one, that make up a target."""
 _LEAST_DEVIATION = 0.05
+"""Smallest divisor of a scaled band, so that silence is not scaled up to noise."""
 
 
 class Contrast(nn.Module):
@@ -50,8 +51,8 @@ class Contrast(nn.Module):
 def contrast_features(plane: Tensor, real: Tensor) -> Tensor:
     """Return the targets [B, T, 3 bands] of planes [B, T, bands], given their frames without padding, bool [B, T].
 
-    Each band has mean 0 and deviation 1 over the frames of its item. Frames before the first and after the last repeat
-    those.
+    Each band has mean 0 and deviation 1 over the frames of its item, and less than 1 in silence. Frames before the
+    first and after the last repeat those.
     """
     weight, count = real[:, :, None].to(plane.dtype), real.sum(1)[:, None, None]
     mean = (plane * weight).sum(1, keepdim=True) / count

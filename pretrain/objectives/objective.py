@@ -141,9 +141,9 @@ def score_heads(
 ) -> tuple[Tensor, Scores]:
     """Score heads on hidden states [N, D] and labels [N, S]; return sum_s gamma_s CE_s / frames and the scores.
 
-    CE_s is the summed cross-entropy of stream s, gamma float32 [S]. The first result has a gradient. More than PIECE
-    logits never exist at once: longer inputs are cut along N, and each piece's gradient is computed right after its
-    logits, so that no product is computed twice (with ZeRO 3, the backward pass computes the logits again).
+    CE_s is the summed cross-entropy of stream s, gamma float32 [S]. The first result has a gradient. More logits than
+    PIECES or PIECE never exist at once: longer inputs are cut along N, and each piece's gradient is computed right
+    after its logits, so that no product is computed twice (with ZeRO 3, the backward pass computes the logits again).
     """
     gamma = gamma.to(hidden.device)
     rows = max(1, PIECES.get(hidden.device.type, PIECE) // sum(sizes))
@@ -156,9 +156,8 @@ def score_heads(
         return (gamma * whole.cross_entropy).sum() / frames, whole
     trained = [parameter for parameter in heads.parameters() if parameter.requires_grad]
     parts: list[Scores] = []
-    if any(
-        hasattr(parameter, "ds_id") for parameter in trained
-    ):  # ZeRO 3: weights are whole only within a module's call
+    divided = any(hasattr(parameter, "ds_id") for parameter in trained)
+    if divided:  # by ZeRO 3: weights are whole only within a module's call
         pieces = zip(hidden.split(rows), labels.split(rows), strict=True)
         parts = [checkpoint(scored, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
         total = (gamma * torch.stack([part.cross_entropy for part in parts]).sum(0)).sum() / frames

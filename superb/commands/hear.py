@@ -25,7 +25,7 @@ def add_commands(line: CommandLine) -> None:
         default="hear",
         metavar="NAME,...",
         help="hear; x-ares: linear layer and kNN (extra xares); maeb: 8 clips of each class (extra mteb); tasks with "
-        "one label a clip only, in x-ares and maeb",
+        "one label a clip only, in x-ares and maeb; x-ares chooses its own device",
     )
     add("--output", required=True, type=Path, metavar="DIR", help="results; may hold earlier ones")
     add("--layer", type=int, metavar="L", help="hidden state 0 to L (negative: from the last); default: mean of all")

@@ -52,6 +52,15 @@ def encoder_layers(encoder: Any) -> tuple[list[Layer], list[Layer]]:
     return layers[:9], layers[9:]
 
 
+class CodebookLayers(nn.Module):
+    """Layers of a factorized codebook of V entries, under the names of published checkpoints. `Codebook` reads them."""
+
+    def __init__(self, channels: int, size: int, width: int) -> None:
+        super().__init__()
+        self.in_proj, self.out_proj = nn.Conv1d(channels, width, 1), nn.Conv1d(width, channels, 1)
+        self.codebook = nn.Embedding(size, width)
+
+
 class Codebook:
     """One level of the residual quantizer: nearest entry by direction, in a narrow projection (Kumar et al., 3.2)."""
 

@@ -23,7 +23,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codecssl.tokenize.backends.dac import Codebook, encoder_layers
+from codecssl.tokenize.backends.dac import Codebook, CodebookLayers, encoder_layers
 from codecssl.tokenize.backends.parts.card_fields import policies, versions
 from codecssl.tokenize.backends.parts.precision import full_precision
 from codecssl.tokenize.backends.parts.segments import SegmentCodec, chunk_policy
@@ -75,15 +75,6 @@ class ConvNeXtBlock(nn.Module):
         return found
 
 
-class Projections(nn.Module):
-    """A factorized codebook of V entries: the layers that `dac.Codebook` reads."""
-
-    def __init__(self, channels: int, size: int, width: int) -> None:
-        super().__init__()
-        self.in_proj, self.out_proj = nn.Conv1d(channels, width, 1), nn.Conv1d(width, channels, 1)
-        self.codebook = nn.Embedding(size, width)
-
-
 class DualCodecNetwork(nn.Module):
     """All layers but w2v-BERT, with the sizes of a checkpoint. Raises KeyError if a tensor is missing."""
 
@@ -106,7 +97,7 @@ class DualCodecNetwork(nn.Module):
         self.convnext_encoder, self.convnext_decoder = nn.Sequential(first, *blocks[0]), nn.Sequential(*blocks[1], last)
         self.semantic_vq = nn.Module()
         shape = state["semantic_vq.quantizers.0.codebook.weight"].shape
-        self.semantic_vq.quantizers = nn.ModuleList([Projections(channels, *shape)])
+        self.semantic_vq.quantizers = nn.ModuleList([CodebookLayers(channels, *shape)])
         self.dac: Any = transformers.DacModel(dac_config(state, latent_dim))
 
     @property

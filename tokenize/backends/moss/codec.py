@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codecssl.tokenize.backends.dac import Codebook
+from codecssl.tokenize.backends.dac import Codebook, CodebookLayers
 from codecssl.tokenize.backends.moss.transformer import CausalTransformer, Past, Patches, TransformerConfig
 from codecssl.tokenize.backends.parts.card_fields import policies, versions
 from codecssl.tokenize.backends.parts.chunked_stream import ChunkedStream
@@ -48,15 +48,6 @@ FIXED = {"causal": True, "norm": "layer_norm", "positional_embedding": "rope", "
 """Settings of the published Transformers. Others are not implemented."""
 
 
-class FactorizedCodebook(nn.Module):
-    """A codebook of V entries between two projections: the layers that `dac.Codebook` reads."""
-
-    def __init__(self, channels: int, size: int, width: int) -> None:
-        super().__init__()
-        self.in_proj, self.out_proj = nn.Conv1d(channels, width, 1), nn.Conv1d(width, channels, 1)
-        self.codebook = nn.Embedding(size, width)
-
-
 class Quantizer(nn.Module):
     """Projections around residual codebooks."""
 
@@ -66,7 +57,7 @@ class Quantizer(nn.Module):
         self.input_proj = nn.Identity() if inputs == width else nn.Conv1d(inputs, width, 1)
         self.output_proj = nn.Identity() if outputs == width else nn.Conv1d(width, outputs, 1)
         shape = width, sizes["codebook_size"], sizes["codebook_dim"]
-        self.quantizers = nn.ModuleList(FactorizedCodebook(*shape) for _ in range(sizes["num_quantizers"]))
+        self.quantizers = nn.ModuleList(CodebookLayers(*shape) for _ in range(sizes["num_quantizers"]))
 
 
 class MossNetwork(nn.Module):
