@@ -309,12 +309,22 @@ def progress_bar(unit: str, *, every: float = 0.5) -> Iterator[OnProgress]:
     bar = Progress(*columns, console=terminal, disable=not terminal.is_terminal, auto_refresh=False)
     with bar:
         task, drawn = bar.add_task(unit, total=None, note=""), 0.0
+        state: tuple[int, int | None, str] = (0, None, "")
 
         def on_progress(done: int, total: int | None, note: str = "") -> None:
-            nonlocal drawn
-            bar.update(task, completed=done, total=total, note=note)
+            nonlocal drawn, state
+            state = done, total, note
             if time.monotonic() - drawn > every:
                 drawn = time.monotonic()
+                _set(bar, task, state)
                 bar.refresh()
 
-        yield on_progress
+        try:
+            yield on_progress
+        finally:
+            _set(bar, task, state)  # drawn by the bar's end
+
+
+def _set(bar: Any, task: Any, state: tuple[int, int | None, str]) -> None:
+    done, total, note = state
+    bar.update(task, completed=done, total=total, note=note)

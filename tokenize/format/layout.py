@@ -102,6 +102,8 @@ def segments_of(frames: NDArray[np.integer]) -> NDArray[np.int64]:
 
 def to_planes(codes: NDArray[np.integer], card: CodecCard) -> list[NDArray[np.integer]]:
     """Split codes [R, T] into one plane per codebook, [T * codes per frame], in time order."""
+    if card.num_rows == card.num_codebooks:
+        return list(codes)
     rows = np.cumsum(card.codes_per_frame)
     return [codes[row - n : row].T.reshape(-1) for row, n in zip(rows, card.codes_per_frame)]
 

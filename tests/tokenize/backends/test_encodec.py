@@ -316,3 +316,12 @@ def test_missing_weights_say_how_to_get_them(monkeypatch, tmp_path):
     )
     with pytest.raises(UserError, match="huggingface-cli download facebook/encodec_24khz"):
         load_codec("encodec_24khz")
+
+
+def test_the_first_of_equal_scores_is_taken_by_numpy_and_by_torch():
+    scores = torch.randn(32, 1024, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    assert (scores == scores.amax(1, keepdim=True)).sum(1).max() > 1, "a row must hold its largest score twice"
+    index = torch.zeros(64, dtype=torch.int64)
+    encodec.first_largest(scores, index[:32])
+    assert torch.equal(index[:32], scores.max(1).indices)
+    assert not index[32:].any()

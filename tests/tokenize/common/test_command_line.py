@@ -1,6 +1,7 @@
 """Conventions of the three commands: exit codes, one-line errors, help, examples, Ctrl-C and closed pipes."""
 
 import errno
+import io
 import os
 import shlex
 import signal
@@ -11,10 +12,12 @@ from argparse import Namespace
 from collections.abc import Callable
 
 import pytest
+from rich.console import Console
 
 from codecssl.pretrain.cli import command_line as pretrain
 from codecssl.superb.cli import command_line as superb
 from codecssl.tokenize.cli import command_line as tokenize
+from codecssl.tokenize.common import command_line
 from codecssl.tokenize.common.command_line import CommandLine
 from codecssl.tokenize.common.errors import TransientError, UserError
 
@@ -145,3 +148,14 @@ def test_ctrl_c_prints_one_line_and_exits_130() -> None:
     assert process.wait() == 130
     assert process.stderr.read() == b"error: interrupted\n"
     assert time.monotonic() - began < 30
+
+
+def test_a_progress_bar_ends_with_the_last_state_that_was_reported(monkeypatch) -> None:
+    drawn = io.StringIO()
+    monkeypatch.setattr(command_line, "console", lambda **_: Console(file=drawn, force_terminal=True, width=80))
+    with command_line.progress_bar("files", every=1e9) as on_progress:
+        for done in range(1, 4):
+            on_progress(done, 3, f"note {done}")
+    assert "3/3" in drawn.getvalue()
+    assert "note 3" in drawn.getvalue()
+    assert "note 2" not in drawn.getvalue()

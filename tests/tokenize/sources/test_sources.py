@@ -1,6 +1,7 @@
 """Sources: what they list, in which order, under which ids."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,13 @@ def test_an_empty_name_is_not_the_working_folder(tree, monkeypatch):
     with pytest.raises(UserError, match="an empty name; give . for the working folder"):
         ids("")
     assert ids(".")[0] == "a.flac"
+
+
+def test_files_of_a_folder_open_under_the_paths_of_pathlib(tree, monkeypatch):
+    monkeypatch.chdir(tree)
+    for folder in (".", "b", "./b/", "../tree", str(tree)):
+        paths = sorted(str(p) for p in Path(folder).rglob("*") if p.suffix.lower() in (".wav", ".flac", ".mp3"))
+        assert sorted(item.file for item in read_sources([folder])) == paths
 
 
 def test_a_glob_and_a_file(tree):

@@ -30,7 +30,7 @@ The other layers take COARSE_FRAMES: they have fewer rows a frame and more weigh
 """
 COARSE_FRAMES = 160
 LEAST_FRAMES = 7
-"""Minimum number of frames in the layers from the LSTM on: the last convolution has a padding of 6."""
+"""Minimum number of frames in the last convolution, which has a padding of 6."""
 
 
 class ShortEncoder:
@@ -57,10 +57,9 @@ class ShortEncoder:
             row[: len(wave), 0] = wave
         x = self._grouped(self.stages[: self.fine], x, FINE_FRAMES // frames)
         features = self._grouped(self.stages[self.fine :], x, COARSE_FRAMES // frames)
-        features = F.pad(features, (0, 0, 0, max(0, LEAST_FRAMES - frames))).transpose(0, 1).contiguous()
         lanes = [Lane(frames) for _ in waves]
-        hidden = self.encoder.recur(features, lanes).transpose(0, 1).contiguous()
-        return self.last(hidden, frames)[:, :frames]
+        hidden = self.encoder.recur(features.transpose(0, 1).contiguous(), lanes).transpose(0, 1)
+        return self.last(F.pad(hidden, (0, 0, 0, max(0, LEAST_FRAMES - frames))), frames)[:, :frames]
 
     def _grouped(self, stages: Sequence[Any], x: Tensor, count: int) -> Tensor:
         """Run stages on `count` waves of x [W, n, C] at a time, at least one."""
