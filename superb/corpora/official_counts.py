@@ -6,7 +6,9 @@ utterances, trial lists), LibriSpeech (Panayotov et al. 2015) for the speakers o
 (Lugosch et al. 2019) for those of ic, and the mixtures listed in LibriMix's metadata/Libri2Mix (repository
 JorisCos/LibriMix) for sd: the card's 13,901, 3,014 and 3,002 are pieces of 20 s. sf has the sentences listed in
 data/nlu_annotation of aws-samples/aws-lex-noisy-spoken-language-understanding (13,084, 700 and 700), spoken by the 8,
-4 and 4 voices of s3prl's superb_sf.py. For QUESST14's English part only lower bounds are known here.
+4 and 4 voices of s3prl's superb_sf.py. QUESST14 has 12,492 documents, 560 development and 555 evaluation queries in six
+languages (the Hugging Face card of Codec-SUPERB/quesst14). No source at hand counts its English part, which qbe uses,
+so its documents and queries have lower bounds only.
 """
 
 from collections.abc import Iterable, Sequence
