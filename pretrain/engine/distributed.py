@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from io import StringIO
 from typing import Any, NoReturn, TypeVar
@@ -134,7 +134,8 @@ class ProcessGroup:
         A launcher that sees another rank exit may kill rank 0 before it has printed its message.
         """
         if not self.first:
-            with suppress(RuntimeError):  # rank 0 never arrives: this ends when its connection closes
+            # rank 0 never arrives: this ends when its connection closes, which gloo would report on stderr
+            with silent(2), suppress(RuntimeError):
                 torch.distributed.monitored_barrier(self._group, timeout=_LAST_WORDS)
         raise SystemExit(code)
 
@@ -177,16 +178,16 @@ def join_ranks(environment: Mapping[str, str] | None = None) -> ProcessGroup:
 
 
 @contextmanager
-def silent() -> Iterator[None]:
-    """Suppress standard output, from Python and from native libraries."""
-    sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
+def silent(stream: int = 1) -> Iterator[None]:
+    """Suppress standard output (1) or standard error (2), from Python and from native libraries."""
+    (sys.stdout if stream == 1 else sys.stderr).flush()
+    kept, nowhere = os.dup(stream), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream)
     try:
-        with redirect_stdout(StringIO()):
+        with (redirect_stdout if stream == 1 else redirect_stderr)(StringIO()):
             yield
     finally:
-        os.dup2(kept, 1)
+        os.dup2(kept, stream)
         os.close(kept)
         os.close(nowhere)
 
