@@ -35,7 +35,7 @@ def test_no_stage_shadows_the_standard_library(folder):
 
 
 def test_folders_and_files_are_small():
-    """At most 15 source files in a folder and 400 lines in a file."""
+    """A folder has at most 15 source files, a file at most 400 lines."""
     for stage in STAGES:
         for folder in {path.parent for path in (ROOT / stage).rglob("*.py")}:
             files = sorted(folder.glob("*.py"))

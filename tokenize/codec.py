@@ -49,7 +49,7 @@ class CodecCard:
     segment_stride: int = 0
     """Samples from the start of one segment to the start of the next."""
     policies: dict[str, str] = field(default_factory=dict)
-    """How audio becomes the codec's input: channels, resampling, padding, chunks, precision, device."""
+    """Conversion of audio to the codec's input: channels, resampling, padding, chunks, precision, device."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of the libraries that computed the codes."""
 
@@ -291,7 +291,7 @@ class Backend:
     summary: str
     """One line for `codecssl-tokenize codecs`."""
     weights: str
-    """How to get the weights; also part of the error for missing weights."""
+    """Instructions to get the weights, also part of the error for missing weights."""
     model_type: str = ""
     """`model_type` in the config.json of a weights folder from which `registry.identify` recognizes the codec."""
     sample_rates: tuple[int, ...] = ()

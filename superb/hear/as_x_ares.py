@@ -31,7 +31,7 @@ EPOCHS = 10
 BATCH_SIZE = 8
 """With X-ARES's default of 32, 10 epochs would be 40 steps on 150 clips."""
 NEIGHBOURS = 10
-"""Of X-ARES's kNN."""
+"""Number of neighbours of X-ARES's kNN."""
 MODULE = '''"""A task of X-ARES, written by codecssl-superb hear-tasks."""
 
 from pathlib import Path

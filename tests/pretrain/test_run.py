@@ -342,7 +342,7 @@ def test_another_config_or_other_data_is_refused(make_shards: Make, small_config
 
 
 def test_a_start_that_failed_does_not_keep_its_folder(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
-    """Nothing was trained: the config that was wrong may be mended, with the same --output."""
+    """Nothing was trained, so a wrong config may be corrected with the same --output."""
     wrong = small_config(make_shards(), model={"embedding_init": "codec"}, optim={"steps": 2})
     with pytest.raises(UserError, match="synthetic"):  # no such codec
         run(wrong, tmp_path / "run")

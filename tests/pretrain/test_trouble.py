@@ -38,7 +38,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def shards(make_shards: Make) -> Path:
-    """Many shards, of which most are opened late in a run."""
+    """Write many shards, most of which are opened late in a run."""
     return make_shards(count=120, per_shard=1)
 
 

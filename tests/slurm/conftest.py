@@ -104,7 +104,7 @@ class Cluster:
         self.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
     def kill(self, number: signal.Signals, *marks: str, program: str = "python") -> int:
-        """Signal the jobs' processes that have these marks in their environment; how many there were."""
+        """Signal the jobs' processes that have these marks in their environment. Return their number."""
         found = _processes(str(self.root), *marks)
         found = [p for p in found if program in Path(f"/proc/{p}/exe").resolve().name]
         for process in found:
@@ -143,7 +143,7 @@ class Cluster:
         return {job if task == "N/A" else f"{array}_{task}": state for array, task, job, state in table}
 
     def wait(self, *jobs: str, seconds: float = 240) -> None:
-        """Until these jobs (arrays with all their elements) are COMPLETED; another end fails at once."""
+        """Wait until these jobs (arrays with all their elements) are COMPLETED. Another end fails at once."""
         bad = ("FAILED", "CANCELLED", "TIMEOUT", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY")
 
         def over() -> bool:

@@ -104,7 +104,7 @@ def w2v_bert(seed=0):
 
 
 def write(folder, seed=0, name="dualcodec_12hz", **sizes):
-    """As the README of the authors' package lays the files out; the projections are centered on some audio."""
+    """Write the files as the README of the authors' package describes. The projections are centered on some audio."""
     state = dualcodec_state(name, seed=seed, **sizes)
     w2v_bert(seed).save_pretrained(folder / dualcodec.SEMANTIC_FOLDER)
     statistics = {"mean": torch.randn(WIDTH) / 4, "var": torch.rand(WIDTH) + 0.5}

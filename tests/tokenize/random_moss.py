@@ -77,7 +77,7 @@ def state_of(values, seed=0):
 
 
 def write(folder, seed=0, **sizes):
-    """As the hub has it: config.json, and the tensors in two files with an index."""
+    """Write config.json, and the tensors in two files with an index, as on the hub."""
     values = config(**sizes)
     (folder / "config.json").write_text(json.dumps(values))
     state = state_of(values, seed)

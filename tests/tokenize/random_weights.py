@@ -235,7 +235,7 @@ def focalcodec_config(factors=(1, 1, 1), **changes):
 
 
 def write_focalcodec(folder, seed=0, config=None):
-    """As the hub has it; the bits of a code are balanced on some audio."""
+    """Write the files as on the hub. The bits of a code are balanced on some audio."""
     config = config or focalcodec_config()
     torch.manual_seed(seed)
     network = livened(focalcodec.FocalNetwork(config, folder, "focalcodec"), seed)

@@ -329,7 +329,7 @@ def test_tasks_that_begin_and_end_at_the_same_moment(parent, audio, tmp_path, ha
 
 @pytest.mark.parametrize("how", ["renamed", "exchanged", "another codec"])
 def test_changes_since_a_kill_are_refused(parent, audio, tmp_path, hashed, how):
-    """Killed with half of the first shard done. Times of files do not matter, their names and order do."""
+    """The run is killed with half of the first shard done. Times of files do not matter, their names and order do."""
     folder, output = tmp_path / "audio", tmp_path / "out"
     shutil.copytree(audio, folder)
     argv = arguments(folder, output, "hash_16khz")

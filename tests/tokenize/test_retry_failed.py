@@ -103,7 +103,7 @@ def test_a_rerun_says_how_many_stand_and_the_option_reads_them(audio, tmp_path, 
 
 
 def test_a_retry_that_ends_anywhere_is_completed_by_the_next(audio, tmp_path, hashcodec, monkeypatch):
-    """Killed at every rename, removal and sync. Readers see the old dataset, the new, or none."""
+    """The run is killed at every rename, removal and sync. Readers see the old dataset, the new, or none."""
     expected = clean(audio, tmp_path / "clean")
     run(config(audio, tmp_path / "first"))
     mend(audio)

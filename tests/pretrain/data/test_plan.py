@@ -65,7 +65,7 @@ def test_a_step_depends_on_nothing_but_seed_and_step() -> None:
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (2, 3), (4, 1)])
 def test_ranks_partition_the_same_global_batch(world: int, accumulation: int) -> None:
-    """As in OLMo-core's test: over the ranks no item is lost or repeated, and every rank has work."""
+    """OLMo-core has a similar test: over the ranks no item is lost or repeated, and every rank has work."""
     frames = lengths()
     made = plan(frames, parts=world * accumulation)
     for step in (0, 7, made.steps_per_epoch + 3):

@@ -87,7 +87,7 @@ def test_the_gradient_is_that_of_the_weights_that_dropout_kept() -> None:
 )
 @pytest.mark.parametrize("width", [8, 10])
 def test_another_device_gets_boundaries_and_no_mask(dtype: torch.dtype, called: str, width: int) -> None:
-    """On torch's meta device: the call is valid and asks the device for no value (gradients: test_device.py)."""
+    """On torch's meta device, the call is valid and reads no value from the device (gradients: test_device.py)."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     seen: dict[str, Any] = {}

@@ -59,7 +59,7 @@ def test_tables_of_another_codec_are_refused() -> None:
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_encoder_equals_transformers_hubert(norm: str) -> None:
-    """Same weights, same hidden states, padding included: HuBERT's encoder as transformers has it."""
+    """With the same weights, hidden states equal those of HuBERT in transformers, padding included."""
     ours = model(norm=norm)
     kind = HubertEncoder if norm == "post" else HubertEncoderStableLayerNorm
     config = HubertConfig(

@@ -31,7 +31,7 @@ def test_the_histogram_of_the_targets_in_one_line() -> None:
 
 
 def test_operations_agree_with_torchs_own_count() -> None:
-    """Against torch.utils.flop_counter, which counts the matrices, convolutions and attention really executed."""
+    """The reference is torch.utils.flop_counter, which counts executed products, convolutions and attention."""
     from torch.utils.flop_counter import FlopCounterMode
 
     card = CodecCard(

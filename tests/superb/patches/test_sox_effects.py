@@ -75,7 +75,7 @@ def test_the_chain_of_speaker_verification_equals_sox_bit_for_bit(seed: int, tmp
 @needs_sox
 @pytest.mark.parametrize(("source", "channels"), [(8_000, 1), (44_100, 1), (16_000, 2), (48_000, 2)])
 def test_rate_gain_and_channels_equal_those_of_sox(source: int, channels: int, tmp_path: Path) -> None:
-    """Equal to 1e-6 of full scale without resampling and 2e-4 with resampling (speech-like noise of RMS 0.1)."""
+    """The output equals sox's to 1e-6 of full scale, with resampling to 2e-4 (speech-like noise of RMS 0.1)."""
     rng = np.random.default_rng(source)
     wave = np.clip(rng.standard_normal((source * 2, channels)) * 3277, -32768, 32767).astype(np.int16)
     soundfile.write(tmp_path / "a.wav", wave, source, subtype="PCM_16")

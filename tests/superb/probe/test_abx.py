@@ -14,7 +14,7 @@ from codecssl.tokenize.common.errors import UserError
 
 
 def warped(a: np.ndarray, b: np.ndarray) -> float:
-    """Cell by cell, with the path walked back from the end."""
+    """Fill the table cell by cell and follow the path back from the end."""
     angle = np.array([[np.arccos(np.clip(x @ y / np.linalg.norm(x) / np.linalg.norm(y), -1, 1)) / np.pi for y in b]
                       for x in a])  # fmt: skip
     cost = np.full((len(a) + 1, len(b) + 1), np.inf)

@@ -64,7 +64,7 @@ def scikit_learn(C: float) -> Any:
 
 @pytest.mark.parametrize(("rows", "columns", "classes"), [(150, 20, 3), (60, 90, 4), (120, 10, 2)])
 def test_the_solver_matches_scikit_learn(rows: int, columns: int, classes: int) -> None:
-    """More rows than columns, fewer, and two classes (one weight vector there, two here); a constant column too."""
+    """There are more rows than columns, fewer, two classes (one weight vector there, two here), a constant column."""
     from sklearn.datasets import make_classification
 
     options = {"n_informative": 5, "n_classes": classes, "flip_y": 0.3, "random_state": 0}
@@ -93,7 +93,7 @@ def test_accuracy_matches_scikit_learn() -> None:
 
 
 def test_layer_and_penalty_are_selected_without_the_test_folds() -> None:
-    """Compared with a plain nested cross-validation on noise, where selection on the test folds looks much better."""
+    """The reference is a plain nested cross-validation on noise, where selection on test folds looks much better."""
     generator = np.random.default_rng(0)
     features, labels, grid = generator.standard_normal((60, 8, 5)), np.array([0, 1] * 30), (1e-3, 1e-1, 10.0)
     row = evaluate(features, labels, None, Settings(seeds=(0,), C=grid))

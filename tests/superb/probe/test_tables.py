@@ -51,7 +51,7 @@ def test_the_paired_test_equals_mcnemars_for_one_seed() -> None:
 
 
 def test_the_paired_test_of_larger_differences() -> None:
-    """Against every one of the 2^9 signs, and at the size of a corpus."""
+    """The reference tries all 2^9 signs. The function must also be fast enough for a corpus."""
     difference = np.array([3, -1, 2, 2, 0, 5, -2, 1, 3])
     signs = np.array(np.meshgrid(*[[-1, 1]] * 9)).reshape(9, -1)
     expected = (abs(difference @ signs) >= abs(difference.sum())).mean()

@@ -98,7 +98,7 @@ def test_the_rates_that_won_stand_with_their_tasks() -> None:
 
 
 def test_the_validation_set_chooses_the_learning_rate() -> None:
-    """Though another rate is better on the test set."""
+    """Another rate is better on the test set."""
     sweep = [
         row("fbank", "ks", 0.9, valid=0.1, learning_rate=1e-1),
         row("fbank", "ks", 0.5, valid=0.2, learning_rate=1e-3),
@@ -125,7 +125,7 @@ def of_share(value: float, utterances: int) -> Cell:
 
 
 def test_the_interval_equals_wilsons() -> None:
-    """Against the value for 60 of 100 in Brown, Cai and DasGupta's formula, and at the edges."""
+    """The reference is Brown, Cai and DasGupta's formula for 60 of 100. Shares of 0 and 1 are included."""
     cell = of_share(0.6, 100)
     assert cell.interval == pytest.approx((0.5020, 0.6906), abs=2e-4)
     low, high = of_share(1.0, 10).interval
@@ -227,7 +227,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_stands_alone_and_has_everything() -> None:
-    """Nothing is fetched, tags match; two curves a task, one heat chart for the one upstream with layers."""
+    """The page fetches nothing. It has two curves a task, and one heat chart for the one upstream with layers."""
     page = Page(html(tables.compare(rows())))
     assert page.fetched == []
     assert page.open == []

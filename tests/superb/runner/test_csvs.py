@@ -31,7 +31,7 @@ def manifest(corpus: Path, task: str, split: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", ["ks", "sid", "er", "ic"])
 def test_s3prl_reads_every_utterance_with_its_label(name: str, corpus: Path, tmp_path: Path) -> None:
-    """Through s3prl's own encoder and dataset: ids, waves and labels come out as the manifest has them."""
+    """s3prl's own encoder and dataset read the files: ids, waves and labels come out as the manifest has them."""
     problem, csvs, splits = prepared(name, corpus, tmp_path)
     problem.build_encoder({}, tmp_path, tmp_path, csvs["train"], csvs["valid"], [csvs["test"]])
     encoder = pickle.loads((tmp_path / "encoder.pkl").read_bytes())

@@ -25,7 +25,7 @@ def all_sounds():
 
 
 def test_the_pitch_of_a_note_is_its_label(all_notes):
-    """Within a quarter tone by YIN. A bell has no harmonic spectrum and is left out."""
+    """YIN finds the pitch within a quarter tone. A bell has no harmonic spectrum and is left out."""
     for clip in all_notes[::13]:
         if clip.labels["instrument"] == "bell":
             continue
@@ -58,7 +58,7 @@ def test_every_class_is_in_every_split_and_what_is_tested_did_not_train(all_note
 
 
 def test_statistics_of_log_mels_tell_the_sounds_apart(all_sounds):
-    """They are a task that can be learnt: eight classes, chance 12.5 %."""
+    """The sounds are a task that can be learnt: eight classes, chance 12.5 %."""
 
     def features(split):
         chosen = [clip for clip in all_sounds if clip.splits["env"] == split]

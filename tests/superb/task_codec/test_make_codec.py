@@ -73,7 +73,7 @@ def made(upstream, shards, tmp_path_factory):
 
 
 def test_codec_answers_from_shards_as_from_audio(made, manifest, tmp_path):
-    """Wave -> codec -> head, and wave -> shards -> head; also the model's own states through the bottleneck."""
+    """Answers are equal for wave -> codec -> head, for wave -> shards -> head and for the model's own states."""
     folder, description, _ = made
     assert description["training"]["rate"] == "100 bit/s (1 x 256 at 12.5 Hz)"
     run(TokenizeConfig(sources=(str(manifest),), codec=str(folder), output=tmp_path / "s", workers=0))

@@ -144,7 +144,7 @@ def test_another_codec_is_another_folder(waves: list[Wave], codec: Any, tmp_path
 
 
 def test_opening_reads_no_keys_and_no_codes(codec: Any, tmp_path: Path) -> None:
-    """Whatever the size of a set: keys are mapped, and one look-up touches a handful."""
+    """Keys are memory-mapped, and one look-up touches a few of them, at any size of a set."""
     from codecssl.superb.tokens.token_cache import KeyedShards
     from codecssl.tokenize.write_codes import write_shards
 
@@ -262,7 +262,7 @@ def test_waves_match_those_of_s3prl(corpus: Path) -> None:
 
 @pytest.mark.parametrize("frame_shift", [320, 213])
 def test_diarisation_cuts_recordings_as_its_dataset_does(frame_shift: int, tmp_path: Path) -> None:
-    """Longer and shorter than a chunk of 2000 frames, through the CSV and the Kaldi folder that s3prl makes of it."""
+    """Waves are longer and shorter than a chunk of 2000 frames. s3prl reads the CSV and the Kaldi folder made of it."""
     from codecssl.superb.corpora.corpus import Example
     from codecssl.superb.patches import import_patches
     from codecssl.superb.runner.csvs import write_csvs

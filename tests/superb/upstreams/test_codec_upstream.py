@@ -28,7 +28,7 @@ def waves() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["MODEL", "codes", "random:MODEL", "codes:MODEL", "fbank", "fbank@s3prl"])
 def test_batch_equals_one_by_one(name: str, model_folder: Path, loads_codec: Any, waves: list[torch.Tensor]) -> None:
-    """Equal to 1e-4 on each wave's own frames, zero beyond. test_transformers_upstreams.py has the others."""
+    """A batch gives each wave's own features to 1e-4, and zeros after them. Others: test_transformers_upstreams.py."""
     expert: Any = UpstreamBuilder().build(parse(name.replace("MODEL", str(model_folder))))
     long = 0.3 * torch.randn(240_000, generator=torch.Generator().manual_seed(1))  # 15 s
     batch = [*waves[:-1], long, waves[0][:1600]] if "fbank" in name else [*waves, long]
@@ -74,7 +74,7 @@ def test_batch_equals_one_by_one_for_each_kind_of_model(name: str, codec: Any, w
 @pytest.mark.parametrize("name", ["MODEL", "fbank"])
 @pytest.mark.parametrize("samples", [400, 479, 480, 799, 800, 801, 12_345, 200_000])
 def test_frame_counts_follow_s3prls_rule(name: str, samples: int, model_folder: Path, loads_codec: Any) -> None:
-    """Fewer than 5 frames from ceil(n / rate), as s3prl's own check of upstreams asks; its wrapper accepts them."""
+    """The number of frames is within 5 of ceil(n / rate), as s3prl's own check asks. Its wrapper accepts them."""
     import_patches.install()
     import s3prl.hub
     from s3prl.nn import S3PRLUpstream
@@ -137,7 +137,7 @@ def test_moving_the_expert_moves_the_encoder(model_folder: Path, loads_codec: An
 @pytest.mark.parametrize(("sample_rate", "hop", "rate"), [(16000, 320, 320), (24000, 320, 213), (24000, 1920, 1280)])
 @pytest.mark.parametrize("samples", [1, 213, 16000, 16000 * 120 + 7])
 def test_frames_follow_s3prl_at_any_rate(codec: Any, sample_rate: int, hop: int, rate: int, samples: int) -> None:
-    """Exactly ceil(n / rate) frames, each the codec's frame that holds its first sample, even after two
+    """There are exactly ceil(n / rate) frames, each the codec's frame that holds its first sample, even after two
     minutes.
     """
     from dataclasses import replace
@@ -203,7 +203,7 @@ def test_segments_that_overlap_do_not_drift(codec: Any, samples: int) -> None:
 
 
 def test_the_upstream_works_in_s3prl(model_folder: Path, loads_codec: Any) -> None:
-    """Through the hub, the wrapper and the featurizer of s3prl."""
+    """The features pass the hub, the wrapper and the featurizer of s3prl."""
     import_patches.install()
     from s3prl.nn import Featurizer, S3PRLUpstream
 

@@ -72,7 +72,7 @@ def test_batch_equals_one_by_one(name: str, folders: dict[str, Path], waves: lis
 def test_equals_s3prls_own_upstream(
     name: str, theirs: str, folders: dict[str, Path], waves: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wave by wave to 1e-4, through s3prl's wrapper: the same number of frames, the same last frame."""
+    """Each wave's features, through s3prl's wrapper, are equal to 1e-4, with the same number of frames."""
     import_patches.install()
     import s3prl.hub
     from s3prl.nn import S3PRLUpstream

@@ -61,7 +61,7 @@ def authors_inference(name, folder, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_codes_and_wave_are_those_of_the_authors_package(name, folders, monkeypatch):
-    """In float32, on the padded wave. For 1 and for all codebooks."""
+    """The reference runs in float32 on the padded wave, for 1 and for all codebooks."""
     theirs, codec = authors_inference(name, folders[name], monkeypatch), load_codec(str(folders[name]))
     hop = codec.card.hop_length
     for samples in (1, hop, 5 * hop + 7, 100_000):
@@ -101,7 +101,7 @@ def test_the_acoustic_encoder_in_pieces_is_that_of_transformers_on_the_whole_wav
 
 @pytest.mark.parametrize("kept", [1, 2, 4])
 def test_the_latent_is_the_semantic_vector_and_the_sum_of_the_acoustic_ones(folders, kept):
-    """Against products of the checkpoint's tensors in float64."""
+    """The reference multiplies the checkpoint's tensors in float64."""
     state = load_file(folders["dualcodec_12hz"] / dualcodec.FILES["dualcodec_12hz"])
     codec = load_codec(str(folders["dualcodec_12hz"]), num_codebooks=kept)
     codes = codec.encode([helpers.wave(40_000, rate=24_000, levels=(0.1, 0.9))])[0].codes

@@ -40,7 +40,7 @@ def test_codes_and_wave_are_those_of_the_authors_code(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kept", [1, 2, 3, 4])
 def test_the_latent_is_the_groups_one_after_the_other(tmp_path, kept):
-    """Against the sum of each group's own entries; rows are layer by layer."""
+    """The reference sums each group's own entries. Rows are ordered by layer."""
     state = random_weights.hificodec_state()
     path = random_weights.write_hificodec(tmp_path)
     codec, quantizer = load_codec(str(path), num_codebooks=kept), state["quantizer"]
@@ -56,7 +56,7 @@ def test_the_latent_is_the_groups_one_after_the_other(tmp_path, kept):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_each_code_is_the_nearest_entry_to_the_residual(groups):
-    """Against a float64 loop."""
+    """The reference is a float64 loop."""
     torch.manual_seed(0)
     tables, latents = torch.randn(4, 10, 6), torch.randn(6 * groups, 30)
     codes = ResidualQuantizer(tables, groups).quantize(latents)

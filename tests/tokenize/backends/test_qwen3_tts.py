@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 def test_codes_are_those_of_the_authors_package(folder):
-    """Within the window of the attention, beyond which transformers 4.57 has none (backends/mimi.py)."""
+    """Waves are shorter than the window of the attention, which transformers 4.57 has none (backends/mimi.py)."""
     name = "qwen_tts.core.tokenizer_12hz"
     own = references.installed(f"{name}.modeling_qwen3_tts_tokenizer_v2", "pip install --no-deps qwen-tts", *UNNEEDED)
     values = json.loads((folder / "config.json").read_text())

@@ -21,7 +21,7 @@ HOP = 2048
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
-    """Many chunks in waves of a second or two, and a last piece that is shorter than the others."""
+    """Encode waves of a second or two in many chunks, the last one shorter than the others."""
     monkeypatch.setattr(snac, "CPU_PACE", snac.Pace(piece=3, chunk=8))
 
 

@@ -117,7 +117,7 @@ except UserError as error:
 
 
 def test_a_shard_truncated_while_it_is_read_is_a_one_line_error(tmp_path):
-    """Through a memory map this is SIGBUS: the process ends with -7 and no word."""
+    """A memory map would end the process by SIGBUS, with -7 and no message."""
     write(tmp_path / "d", codes(400, 300), per_shard=400)
     reader = subprocess.Popen(
         [sys.executable, "-c", READER, str(tmp_path / "d")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

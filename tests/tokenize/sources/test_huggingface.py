@@ -44,7 +44,7 @@ def dataset(rows=ROWS, **columns):
 
 @pytest.fixture(autouse=True)
 def offline(tmp_path, monkeypatch):
-    """No hub, a separate cache, and no torchcodec even if it is installed."""
+    """Disable the hub and torchcodec, and use a separate cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "TORCHCODEC_AVAILABLE", False, raising=False)

@@ -29,7 +29,7 @@ class FocalConfig:
     focal_level: int = 2
     """Number of contexts below the whole sequence."""
     focal_factor: int = 4
-    """How much wider each kernel is than the one before."""
+    """Difference in width between a kernel and the one before."""
     use_post_norm: bool = False
     use_layerscale: bool = False
     normalize_modulator: bool = False

@@ -16,7 +16,7 @@ HEAD_WIDTH = 64
 FIRST_AVERAGED = 9
 """First block, counted from 0, whose output is part of the mean. A ViT-B has 12 blocks."""
 EPSILON = 1e-6
-"""Of the layer norms."""
+"""Epsilon of the layer norms."""
 MEL_MEAN, MEL_DEVIATION = -4.2677393, 4.5689974
 """Mean and standard deviation of the log-mel energies of AudioSet, as published."""
 SAMPLE_RATE, FRAME, HOP = 16_000, 400, 160

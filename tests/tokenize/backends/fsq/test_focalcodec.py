@@ -34,7 +34,7 @@ def load(folder, **options):
     [((1, 1, 1), {}), ((2, 1, 2), {"use_post_norm": True}), ((1, 2, 1), {"normalize_modulator": True})],
 )
 def test_codes_and_wave_are_those_of_the_authors_code(tmp_path, monkeypatch, factors, changes):
-    """On the padded wave."""
+    """The reference encodes the padded wave."""
     references.cloned("lucadellalib/focalcodec", monkeypatch)
     own = references.installed("focalcodec.codec", "the clone")
     folder = random_weights.write_focalcodec(tmp_path, config=random_weights.focalcodec_config(factors, **changes))
@@ -139,7 +139,7 @@ def test_any_batch_and_any_cut_give_the_same_codes(folder):
 
 
 def test_checkpoints_of_the_first_release_load_too(folder, tmp_path):
-    """Separate projections, and other names in the same order in compressor and decompressor."""
+    """Compressor and decompressor have separate projections, and other names in the same order."""
     old = {}
     for key, value in load_file(folder / "model.safetensors").items():
         if "qkv_proj" in key:

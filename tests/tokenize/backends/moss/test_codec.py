@@ -50,7 +50,7 @@ def authors_model(folder, monkeypatch):
 
 
 def test_codes_and_wave_are_those_of_the_authors_code(folder, monkeypatch):
-    """On whole frames, in one piece: longer than a chunk and than the window of 2 s."""
+    """The reference encodes whole frames in one piece. The wave is longer than a chunk and than the window of 2 s."""
     theirs, codec = authors_model(folder, monkeypatch), load_codec(str(folder))
     assert (codec.card.name, codec.card.frame_rate) == ("moss_audio", 12.5)
     for frames in (1, 7, 60, 121):
@@ -125,7 +125,7 @@ def test_rotations_are_the_formula():
 
 @pytest.mark.parametrize("kept", [1, 3])
 def test_the_latent_is_the_sum_of_the_tables(folder, kept):
-    """Against products of the checkpoint's tensors in float64."""
+    """The reference multiplies the checkpoint's tensors in float64."""
     state, codec = state_in(folder), load_codec(str(folder), num_codebooks=kept)
     codes = codec.encode([helpers.wave(40_000, rate=24_000, levels=(0.1, 0.9))])[0].codes
     assert torch.equal(

@@ -36,7 +36,7 @@ def test_any_number_of_waves_of_one_length_gives_the_codes_of_each_alone(codec, 
 
 
 def test_lengths_whose_bits_differ_run_alone(codec, monkeypatch):
-    """Emulates a machine on which the order of sums depends on the number of rows."""
+    """The patch emulates a machine on which the order of sums depends on the number of rows."""
     monkeypatch.setattr(codec.short, "_exact", {})
     monkeypatch.setattr(seanet_short, "activated", lambda x: torch.nn.functional.elu(x) * (1 + 1e-6))
     assert not any(codec.short.runs(n) for n in (3, 8, 16))

@@ -1,4 +1,4 @@
-"""What all codecs share that see a wave at once: batches, cuts, segments, decoding, loading. On random weights."""
+"""Codecs that encode a wave as a whole: batches, cuts, segments, decoding and loading, with random weights."""
 
 import json
 

@@ -255,7 +255,7 @@ def test_codes_are_those_of_the_whole_files_spectrogram(folders, joined, samples
 
 
 def test_the_mean_is_over_three_blocks_of_a_vit_b():
-    """At two heads and the published depth, against transformers' ViT in float64."""
+    """The reference is transformers' ViT in float64, with two heads and the published depth."""
     state, centroids = random_weights.semanticodec_state(width=128, depth=12, sizes=(20, 20))
     encoder = SemanticEncoder(state, centroids)
     encoder.audiomae.load_state_dict(
