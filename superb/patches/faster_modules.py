@@ -47,7 +47,18 @@ def weighted_sum(states: Sequence[Tensor], weights: Tensor) -> Tensor:
 
     This is one vector-matrix product, where s3prl sums a weighted copy of every state.
     """
-    return torch.tensordot(weights.softmax(-1), torch.stack(list(states)), 1)
+    return torch.tensordot(weights.softmax(-1), _stacked(states), 1)
+
+
+def _stacked(states: Sequence[Tensor]) -> Tensor:
+    """Stack states to [L, B, T, D]. Views that follow one another in one tensor are not copied."""
+    first = states[0]
+    for number, state in enumerate(states):
+        near = state.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and not state.requires_grad
+        alike = state.shape == first.shape and state.dtype == first.dtype and state.is_contiguous()
+        if not (near and alike and state.storage_offset() == first.storage_offset() + number * first.numel()):
+            return torch.stack(list(states))
+    return first.as_strided((len(states), *first.shape), (first.numel(), *first.stride()))
 
 
 def quicken(model: nn.Module) -> nn.Module:

@@ -8,6 +8,9 @@ from codecssl.superb.reporting.predictions import keep_answers
 from codecssl.superb.tasks import Task
 from codecssl.tokenize.common.errors import UserError
 
+UNLISTED = ("asv", "sd")
+"""Tasks whose heads need waves padded to a tensor."""
+
 
 def make_problem(task: Task, csvs: dict[str, Path], *, pooled_bytes: int = 0) -> Any:
     """Build s3prl's problem on the given CSVs.
@@ -16,16 +19,18 @@ def make_problem(task: Task, csvs: dict[str, Path], *, pooled_bytes: int = 0) ->
     `train.seed` never reaches the head's weights. Here, building the upstream restores the state of the generators. If
     s3prl drops every training utterance as too short, it searches for a batch forever; here that is an error.
     Test answers are stored (predictions.py). With `pooled_bytes` of memory, heads of mean pooling get the mean of each
-    wave's states (`PooledUpstream`). Models compute faster (faster.py).
+    wave's states (`PooledUpstream`). Models compute faster (faster_modules.py), and heads get waves in lists
+    (`ListedUpstream`).
     """
     import random
 
     import s3prl.problem
     import torch
     from s3prl.nn import MeanPoolingLinear
+    from torch.utils.data import get_worker_info
 
     from codecssl.superb.patches.faster_modules import quicken
-    from codecssl.superb.upstreams.feature_cache import PooledUpstream
+    from codecssl.superb.upstreams.feature_cache import ListedUpstream, PooledUpstream
 
     task_patches.install()
     base: Any = getattr(s3prl.problem, str(task.problem))
@@ -47,7 +52,21 @@ def make_problem(task: Task, csvs: dict[str, Path], *, pooled_bytes: int = 0) ->
             model: Any = quicken(super().build_model(*arguments, **options))
             if pooled_bytes and isinstance(model.downstream, MeanPoolingLinear) and not model.featurizer.normalize:
                 model.upstream = PooledUpstream(model.upstream, pooled_bytes)
+            elif task.name not in UNLISTED:
+                model.upstream = ListedUpstream(model.upstream)
             return model
+
+        def build_collate_fn(self, *arguments: Any, **options: Any) -> Any:
+            genuine = super().build_collate_fn(*arguments, **options)
+
+            def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+                if task.name in UNLISTED or get_worker_info():  # processes hand over one padded tensor more easily
+                    found: dict[str, Any] = genuine(samples)
+                    return found
+                waves = [sample["x"] for sample in samples]
+                return {"x": waves, **genuine([{k: v for k, v in sample.items() if k != "x"} for sample in samples])}
+
+            return collate
 
         def build_task(self, *arguments: Any, **options: Any) -> Any:
             return keep_answers(super().build_task(*arguments, **options))

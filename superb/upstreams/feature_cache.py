@@ -5,9 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from codecssl.superb.tokens.token_cache import wave_key
+from codecssl.superb.tokens.token_cache import on_device, wave_key
 from codecssl.superb.upstreams.codec_upstream import CodecUpstream
 from codecssl.superb.upstreams.frozen import FrozenUpstream
+
+Waves = Tensor | Sequence[Tensor]
+"""Waves as heads get them: [B, n] or [B, n, 1], zeros beyond each wave's end, or a list of 1-D waves."""
 
 
 class CachedUpstream(FrozenUpstream):
@@ -33,9 +36,7 @@ class CachedUpstream(FrozenUpstream):
             if self._room > 0:
                 self._keep(key, rest.pop(key), codes.get(key))
         batch = self._in_batch(rest)
-        layers = zip(*(batch[key] if key in batch else self._states[key] for key in keys), strict=True)
-        pad = nn.utils.rnn.pad_sequence
-        return {"hidden_states": [pad([s.to(wavs[0].device) for s in layer], batch_first=True) for layer in layers]}
+        return {"hidden_states": _padded([batch[key] if key in batch else self._states[key] for key in keys])}
 
     def _codes(self, wavs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Codes of all waves at once, if the upstream reads codes. A codec is slower on single waves."""
@@ -56,6 +57,45 @@ class CachedUpstream(FrozenUpstream):
         return {key: [layer[i] for layer in layers] for i, key in enumerate(wavs)}
 
 
+def _padded(waves: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Pad the states [T, D] of each wave to a batch [B, T, D] for each layer.
+
+    Layers of one shape are views of one tensor [L, B, T, D], which `weighted_sum` needs not copy.
+    """
+    layers = list(zip(*waves, strict=True))
+    if len({tuple(state.shape) for state in waves[0]}) > 1:
+        return [nn.utils.rnn.pad_sequence(layer, batch_first=True) for layer in layers]
+    longest, width = max(len(state) for state in layers[0]), waves[0][0].shape[1]
+    batch = waves[0][0].new_empty(len(layers), len(waves), longest, width)
+    for at, layer in zip(batch, layers, strict=True):
+        for row, state in zip(at, layer, strict=True):
+            row[: len(state)] = state
+            row[len(state) :] = 0
+    return list(batch)
+
+
+class ListedUpstream(FrozenUpstream):
+    """s3prl's S3PRLUpstream for a list of waves, which are neither padded nor copied, and keep their `wave_key`.
+
+    States and lengths are those of S3PRLUpstream.
+    """
+
+    def forward(self, wavs: Waves, wavs_len: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Waves and their lengths [B] -> for each layer the states [B, T, D], and the numbers of frames [B]."""
+        from s3prl.nn.upstream import MIN_SECOND, SAMPLE_RATE
+
+        genuine, listed = self.frozen, _listed(wavs, wavs_len)
+        if genuine.normalize or int(wavs_len.max()) < MIN_SECOND * SAMPLE_RATE:
+            found: tuple[list[Tensor], list[Tensor]] = genuine(
+                nn.utils.rnn.pad_sequence([wav.to(wavs_len.device) for wav in listed], batch_first=True), wavs_len
+            )
+            return found
+        states = genuine.upstream([on_device(wav, wavs_len.device) for wav in listed])["hidden_states"]
+        frames = [(wavs_len - 1) // stride + 1 for stride in genuine.downsample_rates]
+        most = [int(counts.max()) for counts in frames]
+        return [genuine._match_length(state, n) for state, n in zip(states, most, strict=True)], frames
+
+
 class PooledUpstream(FrozenUpstream):
     """s3prl's S3PRLUpstream for a head that is linear up to its mean over time: one frame per wave, the states' mean.
 
@@ -70,17 +110,17 @@ class PooledUpstream(FrozenUpstream):
         self._room = limit_bytes
 
     @torch.no_grad()
-    def forward(self, wavs: Tensor, wavs_len: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Waves [B, n] and their lengths [B] -> for each layer the means [B, 1, D], and ones [B]."""
-        means = torch.stack([self._mean(wav[:length]) for wav, length in zip(wavs, wavs_len, strict=True)])
+    def forward(self, wavs: Waves, wavs_len: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Waves and their lengths [B] -> for each layer the means [B, 1, D], and ones [B]."""
+        means = torch.stack([self._mean(wav, wavs_len.device) for wav in _listed(wavs, wavs_len)])
         ones = torch.ones_like(wavs_len)
-        layers = means.to(wavs.device).unbind(1)  # of [B, L, D]
+        layers = means.unbind(1)  # of [B, L, D]
         return [layer[:, None] for layer in layers], [ones] * len(layers)
 
-    def _mean(self, wav: Tensor) -> Tensor:
+    def _mean(self, wav: Tensor, device: torch.device) -> Tensor:
         """Return the mean of each layer's states over a wave's own frames, [L, D]."""
         if (found := self._means.get(key := wave_key(wav))) is None:
-            states, lengths = self.frozen(wav[None], torch.tensor([len(wav)], device=wav.device))
+            states, lengths = self.frozen(wav[None].to(device), torch.tensor([len(wav)], device=device))
             found = torch.stack(
                 [state[0, : int(frames)].mean(0) for state, frames in zip(states, lengths, strict=True)]
             )
@@ -88,3 +128,11 @@ class PooledUpstream(FrozenUpstream):
                 self._room -= found.nbytes
                 self._means[key] = found
         return found
+
+
+def _listed(wavs: Waves, wavs_len: Tensor) -> list[Tensor]:
+    """Return the waves without padding, each 1-D."""
+    if isinstance(wavs, Tensor):
+        rows = wavs.flatten(1)  # [B, n] of [B, n, 1]
+        return [row[:length] for row, length in zip(rows, wavs_len.tolist(), strict=True)]
+    return list(wavs)

@@ -21,13 +21,17 @@ class Guarded(FrozenUpstream):
         super().__init__(upstream)
         self.broken: set[str] = set()
         """Keys of the waves with NaN or infinite features."""
+        self._whole: set[str] = set()
 
     def forward(self, wavs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
         """1-D waves at 16 kHz -> {"hidden_states": [[B, T, D], ...]}."""
-        states = list(self.frozen(wavs)["hidden_states"])
+        states, keys = list(self.frozen(wavs)["hidden_states"]), [wave_key(wav) for wav in wavs]
+        if self._whole.issuperset(keys):  # their features are those of the last time, up to rounding
+            return {"hidden_states": states}
         broken = torch.stack([~torch.isfinite(state).flatten(1).all(1) for state in states]).any(0)  # [B]
+        for key, bad in zip(keys, broken.tolist(), strict=True):
+            (self.broken if bad else self._whole).add(key)
         if broken.any():
-            self.broken.update(wave_key(wav) for wav, bad in zip(wavs, broken.tolist(), strict=True) if bad)
             states = [state.masked_fill(broken[:, None, None], 0.0) for state in states]
         return {"hidden_states": states}
 
