@@ -160,7 +160,8 @@ class CodecModel(nn.Module):
         last output is after the final norm. There is no mask and no dropout. Outputs are zero in the padding. The model
         is in evaluation mode afterwards.
         """
-        self.eval()
+        if self.training:
+            self.eval()
         layout, width = self._layout(frames, codes.device), codes.shape[2]
         if mel is not None:
             self._check_mel(mel, mel.shape[1:], width)

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-import os
+from pathlib import Path
 from typing import Any
 
 from codecssl.tokenize.common.errors import UserError
@@ -37,7 +37,7 @@ class LoadedOnce:
         """Return the wave without a crop."""
         path = audio.filepaths[index]
         try:
-            state = os.stat(path)  # a file that was overwritten is read again
+            state = Path(path).stat()  # a file that was overwritten is read again
             place = [None if seconds is None else seconds[index] for seconds in (audio.start_secs, audio.end_secs)]
             effects = None if audio.individual_sox_effects is None else repr(audio.individual_sox_effects[index])
             key = (path, state.st_mtime_ns, state.st_size, audio.sample_rate, *place, effects)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -24,9 +23,6 @@ Item = TypeVar("Item")
 
 GRACE_SECONDS = 2.0
 """Time between SIGTERM and SIGKILL."""
-QUIET_TRACKER = "ignore:resource_tracker:UserWarning"
-"""A warning filter for multiprocessing's resource tracker. The tracker removes the semaphores of killed workers. Its
-warning about them would follow the line that Ctrl-C prints."""
 
 
 class WorkerDiedError(RuntimeError):
@@ -58,6 +54,11 @@ class Worker(Generic[Item]):
         self.process.join(GRACE_SECONDS)
         raise WorkerDiedError(f"a worker process died with exit code {self.process.exitcode}")
 
+    def finish(self) -> None:
+        """Let the process end by itself, within `GRACE_SECONDS`. A killed one leaves its semaphores behind."""
+        self.connection.close()
+        self.process.join(GRACE_SECONDS)
+
     def signal(self, number: int) -> None:
         """Send a signal to the process and the processes that it started."""
         pid = self.process.pid
@@ -79,8 +80,6 @@ def in_workers(
     takes the remaining items. Close the generator (`contextlib.closing`) to end the workers early.
     """
     waiting, workers = deque(items), list[Worker[Item]]()
-    if QUIET_TRACKER not in sys.warnoptions:
-        sys.warnoptions.append(QUIET_TRACKER)  # the tracker starts with the first worker and gets these as -W
     try:
         with interrupts_deferred():
             for _ in range(min(jobs, len(items))):
@@ -102,6 +101,7 @@ def in_workers(
                         continue
                 except WorkerDiedError as error:
                     yield item, error
+                worker.finish()
                 with interrupts_deferred():
                     end([worker])
                     workers.remove(worker)
@@ -132,7 +132,11 @@ def _serve(connection: Connection, function: Callable[[Any], Iterable[Any]]) -> 
     os.setpgid(0, 0)
     _end_with_parent()
     while True:
-        for outcome in function(connection.recv()):
+        try:
+            item = connection.recv()
+        except EOFError:  # there are no more items
+            return
+        for outcome in function(item):
             connection.send((outcome,))
         connection.send(None)
 

@@ -28,7 +28,8 @@ class CachedUpstream(FrozenUpstream):
     @torch.no_grad()
     def forward(self, wavs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
         """1-D waves at 16 kHz -> {"hidden_states": [[B, T, D], ...]}, zeros beyond each wave's end."""
-        self.frozen.eval()
+        if self.frozen.training:
+            self.frozen.eval()
         keys = [wave_key(wav) for wav in wavs]
         rest = {key: wav for key, wav in zip(keys, wavs, strict=True) if key not in self._states}
         codes = self._codes(rest) if self._room > 0 else {}
@@ -64,7 +65,7 @@ def _padded(waves: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """
     layers = list(zip(*waves, strict=True))
     if len({tuple(state.shape) for state in waves[0]}) > 1:
-        return [nn.utils.rnn.pad_sequence(layer, batch_first=True) for layer in layers]
+        return [nn.utils.rnn.pad_sequence(list(layer), batch_first=True) for layer in layers]
     longest, width = max(len(state) for state in layers[0]), waves[0][0].shape[1]
     batch = waves[0][0].new_empty(len(layers), len(waves), longest, width)
     for at, layer in zip(batch, layers, strict=True):

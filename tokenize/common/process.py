@@ -94,6 +94,11 @@ class StopSignal:
         self.asked = signal.Signals(number).name
 
 
+QUIET_TRACKER = "ignore:resource_tracker:UserWarning"
+"""A warning filter for multiprocessing's resource tracker. The tracker removes the semaphores of killed processes. Its
+warning about them would follow the line that Ctrl-C prints."""
+
+
 class StoppedBySignal(BaseException):
     """A signal of SIGNALS arrived. The text is its name."""
 
@@ -130,6 +135,8 @@ def interrupts_deferred() -> Iterator[None]:
     caught: list[int] = []
     handler = signal.getsignal(signal.SIGINT)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})  # inherited by new processes
+    if QUIET_TRACKER not in sys.warnoptions:
+        sys.warnoptions.append(QUIET_TRACKER)  # the tracker gets these as -W
     try:
         resource_tracker.ensure_running()  # unblocks SIGINT
         if handler != signal.SIG_IGN:  # ignored where a shell script started the command with &

@@ -1,26 +1,19 @@
-"""Decoded audio: the same samples as from the file, read once while there is room."""
+"""Loaded audio: the waves of s3prl's own loader, loaded once while there is room."""
 
+import random
 from pathlib import Path
 from typing import Any
 
-import librosa
 import numpy as np
 import pytest
 import soundfile
+import torch
 
-from codecssl.superb.patches.decoded_audio import DecodedOnce
+from codecssl.superb.patches import decoded_audio, import_patches
+from codecssl.superb.patches.decoded_audio import LoadedOnce
 from codecssl.tokenize.common.errors import UserError
 
-
-class CountingLibrosa:
-    """librosa that records its calls of `load`."""
-
-    def __init__(self) -> None:
-        self.loaded: list[tuple[Any, ...]] = []
-
-    def load(self, path: str, **options: Any) -> Any:
-        self.loaded.append((path, *options.values()))
-        return librosa.load(path, **options)
+import_patches.install()  # before s3prl is imported
 
 
 @pytest.fixture
@@ -29,47 +22,77 @@ def path(tmp_path: Path) -> str:
     return str(tmp_path / "a.wav")
 
 
-def test_each_part_at_each_rate_is_decoded_once_and_matches_librosa(path: str) -> None:
-    genuine = CountingLibrosa()
-    once = DecodedOnce(genuine, limit_bytes=1 << 20)
-    for options in ({"sr": 16_000}, {"sr": 16_000, "offset": 0.5, "duration": 0.25}, {"sr": 8_000}) * 2:
-        wave, rate = once.load(path, **options)
-        assert np.array_equal(wave, librosa.load(path, **options)[0])
-        assert rate == options["sr"]
-        wave[:] = 0.0  # changes by a caller must have no effect
-    assert len(genuine.loaded) == 3
+class Loader:
+    """s3prl's LoadAudio through a new cache, and as it is. `loaded` counts the genuine loads of the cache."""
+
+    def __init__(self, limit_bytes: int = 1 << 20) -> None:
+        from s3prl.dataio.dataset.load_audio import LoadAudio
+
+        self.kind = LoadAudio
+        self.genuine: Any = getattr(LoadAudio.__getitem__, "__wrapped__", LoadAudio.__getitem__)
+        self.loaded = 0
+        self.once = LoadedOnce(self._counted, limit_bytes)
+
+    def _counted(self, audio: Any, index: int) -> Any:
+        self.loaded += 1
+        return self.genuine(audio, index)
+
+    def item(self, path: str, **options: Any) -> Any:
+        return self.once.item(self.kind([path], **options), 0)
+
+    def expected(self, path: str, **options: Any) -> Any:
+        return self.genuine(self.kind([path], **options), 0)
+
+
+def test_each_part_at_each_rate_and_effect_is_loaded_once_and_matches_s3prl(path: str) -> None:
+    loader = Loader()
+    part = {"start_secs": [0.5], "end_secs": [0.75]}
+    for options in ({}, part, {"sample_rate": 8_000}, {"sox_effects": [["gain", "-3.0"]]}) * 2:
+        item, expected = loader.item(path, **options), loader.expected(path, **options)
+        assert torch.equal(item.pop("wav"), expected.pop("wav"))
+        assert item == expected
+    assert loader.loaded == 4
+
+
+def test_random_crops_are_those_of_s3prl_and_differ(path: str) -> None:
+    loader = Loader()
+    crops = []
+    for item in (loader.once.item, loader.genuine):
+        audio = loader.kind([path], max_secs=0.5, generator=random.Random(1))
+        crops.append([item(audio, 0)["wav"] for _ in range(3)])
+    assert all(torch.equal(one, other) for one, other in zip(*crops, strict=True))
+    assert not torch.equal(crops[0][0], crops[0][1])
+    assert loader.loaded == 1
 
 
 def test_a_rewritten_file_is_read_again(path: str) -> None:
-    once = DecodedOnce(librosa, limit_bytes=1 << 20)
-    assert once.load(path, sr=8_000)[0].any()
+    loader = Loader()
+    assert loader.item(path)["wav"].any()
     soundfile.write(path, np.zeros(8_000), 8_000)
-    assert not once.load(path, sr=8_000)[0].any()
+    assert not loader.item(path)["wav"].any()
+
+
+def test_a_wave_that_was_changed_in_place_is_loaded_again(path: str) -> None:
+    loader = Loader()
+    first = loader.item(path)["wav"]
+    assert loader.item(path)["wav"] is first, "the tensor keeps its key"
+    first.zero_()
+    assert loader.item(path)["wav"].abs().max() > 0.4
+    assert loader.loaded == 2
 
 
 def test_the_cache_respects_its_size_limit(path: str) -> None:
-    genuine = CountingLibrosa()
-    once = DecodedOnce(genuine, limit_bytes=16_000 * 4)  # two seconds at 8 kHz, float32
+    loader = Loader(limit_bytes=16_000 * 4)  # two seconds at 8 kHz, float32
     for rate in (16_000, 8_000, 16_000, 8_000):
-        once.load(path, sr=rate)
-    assert [rate for _, rate, *_ in genuine.loaded] == [16_000, 8_000, 16_000]
+        loader.item(path, sample_rate=rate)
+    assert loader.loaded == 3
 
 
-def test_s3prls_loader_reads_a_file_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from codecssl.superb.patches import decoded_audio, import_patches
-
-    import_patches.install()
-    import s3prl.dataio.dataset.load_audio as loader
-
+def test_s3prls_loader_keeps_its_waves(path: str) -> None:
     decoded_audio.install()
-    genuine = CountingLibrosa()
-    monkeypatch.setattr(loader.librosa, "librosa", genuine)
-    audio = loader.LoadAudio([path])
-    first = audio[0]["wav"]
-    assert np.array_equal(audio[0]["wav"], first)
-    assert len(genuine.loaded) == 1
-    first.zero_()
-    assert audio[0]["wav"].abs().max() > 0.4
+    from s3prl.dataio.dataset.load_audio import LoadAudio
+
+    assert LoadAudio([path])[0]["wav"] is LoadAudio([path])[0]["wav"]
 
 
 @pytest.mark.parametrize("content", ["a letter", None])
@@ -81,4 +104,4 @@ def test_a_file_that_cannot_be_used_is_named(content: str | None, tmp_path: Path
     else:
         path.write_text(content)
     with pytest.raises(UserError, match=r"a\.wav: cannot be used \(.+\); replace it or remove its row$"):
-        DecodedOnce(librosa, 0).load(str(path), sr=16_000)
+        Loader(0).item(str(path))

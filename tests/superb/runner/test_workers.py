@@ -97,6 +97,30 @@ def test_ctrl_c_ends_all_processes(parent: Any, delay: float | None) -> None:
     assert parent.returncode == 130
 
 
+LAST = """
+import multiprocessing
+from contextlib import closing
+from multiprocessing import resource_tracker
+from codecssl.superb.runner.workers import in_workers
+
+def locked(item):
+    globals()["lock"] = multiprocessing.Lock()
+    yield item
+
+if __name__ == "__main__":
+    resource_tracker.ensure_running()  # its warnings are shown
+    with closing(in_workers(locked, [1, 2, 3], 2)) as outcomes:
+        print(sorted(outcome for _, outcome in outcomes))
+"""
+
+
+def test_workers_that_are_done_leave_no_semaphores(tmp_path: Path) -> None:
+    """A killed worker would, and multiprocessing's resource tracker would warn about them."""
+    (tmp_path / "last.py").write_text(LAST)
+    done = subprocess.run([sys.executable, str(tmp_path / "last.py")], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("[1, 2, 3]\n", "", 0)
+
+
 def test_a_killed_command_takes_its_processes_along(parent: Any) -> None:
     assert parent.stdout.readline().startswith("working")
     assert parent.stdout.readline().startswith("working")
