@@ -273,7 +273,7 @@ def _add_label(line: CommandLine) -> None:
     label.add_argument("--output", metavar="LABELS", type=Path, required=True, help="folder of the labels")
     features = label.add_argument_group("features")
     features.add_argument("--layer", type=int, default=-1, metavar="L", help="0: input of the first; -1: the last")
-    features.add_argument("--cmvn", action="store_true", help="mfcc: mean 0 and deviation 1 in each utterance")
+    features.add_argument("--cmvn", action="store_true", help="mean 0 and deviation 1 in each utterance")
     features.add_argument("--device", default="cpu", help="device of the model")
     add_codec_weights(features)
     kmeans = label.add_argument_group("k-means")

@@ -15,8 +15,6 @@ from codecssl.tokenize.mel import MelSpec
 from codecssl.tokenize.shards import Shards
 
 CEPSTRA = 13
-_LEAST_DEVIATION = 0.05
-"""Added to deviations, so that silence is not scaled up to noise."""
 _DELTA_FRAMES = 5
 
 
@@ -34,26 +32,12 @@ def cepstra(spec: MelSpec, plane: NDArray[np.uint8]) -> Features:
     return found
 
 
-def normalised(features: Features) -> Features:
-    """Subtract the mean over time and divide by the deviation over time plus 0.05, for each column of [T, D].
-
-    This is cepstral mean and variance normalisation of an utterance (Viikki and Laurila 1998). It removes a constant
-    channel, and the mean and spread of a speaker's voice.
-    """
-    found: Features = (features - features.mean(0)) / (features.std(0) + np.float32(_LEAST_DEVIATION))
-    return found
-
-
 class CepstralExtractor:
-    """`labellers.Extractor` for the source mfcc. It reads the planes alone, whichever codec wrote the codes.
+    """`labellers.Extractor` for the source mfcc. It reads the planes alone, whichever codec wrote the codes."""
 
-    cmvn: normalise the features of each utterance, see `normalised`.
-    """
-
-    def __init__(self, card: CodecCard, *, cmvn: bool = False) -> None:
-        self.num_codebooks, self.cmvn = card.num_codebooks, cmvn
-        kind = "mfcc, cmvn" if cmvn else "mfcc"
-        self.made_of = {"source": "mfcc", "layer": kind, "codec": card.name, "weights_sha256": "mfcc"}
+    def __init__(self, card: CodecCard) -> None:
+        self.num_codebooks = card.num_codebooks
+        self.made_of = {"source": "mfcc", "layer": "mfcc", "codec": card.name, "weights_sha256": "mfcc"}
 
     def features(self, shards: Shards, indices: Sequence[int]) -> list[Features]:
         """Return features [T_i, 39] of the given utterances. Raises UserError for shards without a plane."""
@@ -61,5 +45,4 @@ class CepstralExtractor:
             raise UserError(f"{shards.path}: has no log-mel plane, which mfcc reads; tokenize with --with-mel 80")
         if shards.mel_spec.bands < CEPSTRA:
             raise UserError(f"{shards.path}: {shards.mel_spec.bands} mel bands, mfcc needs at least {CEPSTRA}")
-        found = [cepstra(shards.mel_spec, shards.mel(index)) for index in indices]
-        return [normalised(features) for features in found] if self.cmvn else found
+        return [cepstra(shards.mel_spec, shards.mel(index)) for index in indices]

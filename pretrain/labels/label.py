@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from codecssl.pretrain.data.hashed_random import permuted, smallest, uniform
+from codecssl.pretrain.export.shipped import model_folder
 from codecssl.pretrain.labels.cepstra import CepstralExtractor
 from codecssl.pretrain.labels.clustering import Clustering, Features, Quality, fit
-from codecssl.pretrain.labels.labellers import ByCentroids, Extractor, FeatureSource, FromFile, Labeller
+from codecssl.pretrain.labels.labellers import ByCentroids, Extractor, FeatureSource, FromFile, Labeller, Normalised
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.command_line import progress_bar
 from codecssl.tokenize.common.errors import UserError, check_share
@@ -53,7 +54,7 @@ class LabelConfig:
     layer: int = -1
     """0 is the input of the first layer, L the output of the last; negative counts from the end."""
     cmvn: bool = False
-    """Normalise the cepstra of each utterance to mean 0 and deviation 1 (source mfcc)."""
+    """Normalise the features of each utterance to mean 0 and deviation 1, see `labellers.normalised`."""
     clusters: int = 500
     sample_frames: int = 300_000
     """Number of frames to which the clustering is fitted."""
@@ -71,8 +72,8 @@ class LabelConfig:
     def __post_init__(self) -> None:
         if not 2 <= self.clusters <= 1 << 16:
             raise UserError(f"--clusters {self.clusters}: must be from 2 to 65536")
-        if self.cmvn and self.source != "mfcc":
-            raise UserError(f"--cmvn: normalises cepstra, but the source is {self.source}; remove it, or give mfcc")
+        if self.cmvn and self.source.endswith(".jsonl"):
+            raise UserError(f"--cmvn: normalises features, but {self.source} has labels; remove it")
         if self.sample_frames < self.clusters:
             raise UserError(f"--sample-frames {self.sample_frames}: must be at least --clusters ({self.clusters})")
         if self.utterance_frames is not None and self.utterance_frames < 1:
@@ -190,11 +191,15 @@ def _source(config: LabelConfig, card: CodecCard) -> FeatureSource | FromFile:
 
     A run is exported once into the label folder first, because later checkpoints would give other labels.
     """
-    path, made = Path(config.source), config.source
     if config.source.endswith(".jsonl"):
-        return FromFile(path)
-    if config.source == "mfcc":
-        return CepstralExtractor(card, cmvn=config.cmvn)
+        return FromFile(Path(config.source))
+    source = CepstralExtractor(card) if config.source == "mfcc" else _extractor(config, card)
+    return Normalised(source) if config.cmvn else source
+
+
+def _extractor(config: LabelConfig, card: CodecCard) -> Extractor:
+    """Open a model, or the codec's latents. A run is exported once into the label folder."""
+    path, made = model_folder(config.source), config.source
     if config.source != "latents" and not (path / "model.safetensors").exists():
         from codecssl.pretrain.export.export import export, is_export_of
         from codecssl.pretrain.run_folder import read_config

@@ -23,6 +23,8 @@ from codecssl.tokenize.shards import Shards
 _BATCH_FRAMES = 8_000
 WINDOW_SECONDS = 60.0
 """Maximum length that a model reads at once, seconds. Longer utterances are read in windows."""
+_LEAST_DEVIATION = 0.05
+"""Added to deviations, so that silence is not scaled up to noise."""
 
 Labelled = tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float32]]
 """An utterance's index, its labels [T], and the squared distance of each frame to its centroid [T]."""
@@ -155,6 +157,29 @@ def windows(frames: int, size: int) -> Iterator[tuple[int, int, int, int]]:
     bounds = [0, *((a + size + b) // 2 for a, b in pairwise(starts)), frames]
     for start, (first, last) in zip(starts, pairwise(bounds), strict=True):
         yield start, min(start + size, frames), first, last
+
+
+def normalised(features: Features) -> Features:
+    """Subtract the mean over time and divide by the deviation over time plus 0.05, for each column of [T, D].
+
+    This is cepstral mean and variance normalisation of an utterance (Viikki and Laurila 1998). It removes a constant
+    channel, and the mean and spread of a speaker's voice. Of hidden states it removes what is constant in an utterance,
+    and gives all columns the same weight in a clustering.
+    """
+    found: Features = (features - features.mean(0)) / (features.std(0) + np.float32(_LEAST_DEVIATION))
+    return found
+
+
+class Normalised:
+    """The features of another source, `normalised` in each utterance."""
+
+    def __init__(self, source: FeatureSource) -> None:
+        self.source = source
+        self.made_of = source.made_of | {"layer": f"{source.made_of['layer']}, cmvn"}
+
+    def features(self, shards: Shards, indices: Sequence[int]) -> list[Features]:
+        """Return features [T_i, D] of the given utterances."""
+        return [normalised(features) for features in self.source.features(shards, indices)]
 
 
 class ByCentroids:

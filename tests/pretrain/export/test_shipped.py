@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from codecssl.pretrain.export.export import load_pretrained
 from codecssl.pretrain.export.pretrained import from_pretrained
 from codecssl.pretrain.export.shipped import FOLDER, model_folder, shipped_models
+from codecssl.pretrain.labels.labellers import Extractor
 from codecssl.superb.upstreams.names import parse
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.registry import load_codec

@@ -9,9 +9,10 @@ from scipy.spatial.distance import cdist
 from sklearn.preprocessing import StandardScaler
 
 from codecssl.pretrain.cli import main
-from codecssl.pretrain.labels.cepstra import cepstra, normalised
+from codecssl.pretrain.labels.cepstra import cepstra
 from codecssl.pretrain.labels.clustering import Clustering
 from codecssl.pretrain.labels.label import LabelConfig, label
+from codecssl.pretrain.labels.labellers import normalised
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format.records import EncodedUtterance
@@ -87,9 +88,9 @@ def test_cmvn_leaves_silence_at_zero() -> None:
     assert not normalised(np.full((20, 39), 3.0, np.float32)).any()
 
 
-def test_cmvn_is_refused_for_other_features(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--cmvn: normalises cepstra, but the source is latents"):
-        LabelConfig(source="latents", data=(tmp_path,), output=tmp_path / "labels", cmvn=True)
+def test_cmvn_is_refused_for_labels_of_a_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--cmvn: normalises features, but labels.jsonl has labels; remove it"):
+        LabelConfig(source="labels.jsonl", data=(tmp_path,), output=tmp_path / "labels", cmvn=True)
 
 
 def test_shards_without_a_plane_are_refused(tmp_path: Path) -> None:

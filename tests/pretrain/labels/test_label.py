@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 from sklearn.metrics import mutual_info_score
+from sklearn.preprocessing import StandardScaler
 
 from codecssl.pretrain.cli import main
 from codecssl.pretrain.config import RunConfig
@@ -153,6 +154,22 @@ def test_labels_are_the_nearest_centroids_of_the_layer_and_can_be_trained_on(
     label(same)
     assert Shards(again / "0-data").fingerprint == labels.fingerprint, "the same centroids must give the same labels"
     assert len(Shards(again / "1-other")) == len(Shards(other))
+
+
+def test_cmvn_clusters_the_normalised_states_of_each_utterance(trained: Path, tmp_path: Path) -> None:
+    """Oracle: scikit-learn's StandardScaler, whose deviation has no floor, of the layer's states."""
+    data, labels = Shards(tmp_path / "data"), tmp_path / "labels"
+    command = ["label", str(trained), "--layer", "1", "--data", str(data.path), "--output", str(labels), "--clusters", "9"]
+    assert main([*command, "--cmvn"]) == 0
+    made, model = Shards(labels), load_pretrained(tmp_path / "labels.model")
+    clustering = Clustering.load(labels / "clustering.safetensors")
+    agree = []
+    for index in range(len(data)):
+        codes = torch.from_numpy(data.codes(index).astype(np.int64))[None]
+        hidden = model.extract(codes, [codes.shape[2]])[1][0].double().numpy()
+        agree.append(made.codes(index)[0] == cdist(StandardScaler().fit_transform(hidden), clustering.centroids).argmin(1))
+    assert np.concatenate(agree).mean() > 0.8
+    assert main(command) == 1, "the same folder, other features"
 
 
 def test_a_model_of_the_first_codebooks_labels_shards_with_more(
