@@ -61,6 +61,9 @@ class ObjectiveConfig:
     those of all frames of its item (objectives/contrast.py; codec2vec with model.input mel or both)."""
     contrast_dim: int = 64
     """Width of the projections of hidden states and of log-mels (contrast)."""
+    utterance_weight: float = 0.0
+    """Weight of a contrastive loss between recordings: the mean hidden states of both halves of an item have to find each
+    other among those of all items (objectives/utterance_contrast.py; codec2vec)."""
     visible_weight: float = 0.0
     """Weight of the prediction loss at unmasked frames (HuBERT's pred_nomask_weight)."""
     quantizer_dropout: float = 0.5

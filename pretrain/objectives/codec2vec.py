@@ -16,6 +16,7 @@ from codecssl.pretrain.objectives.objective import (
     score_heads,
 )
 from codecssl.pretrain.objectives.targets import Target
+from codecssl.pretrain.objectives.utterance_contrast import UtteranceContrast
 
 
 class MaskedPrediction(Objective):
@@ -36,6 +37,9 @@ class MaskedPrediction(Objective):
         if config.contrast_weight:
             assert model.mel_spec is not None, "RunConfig checks it"
             self.contrast = Contrast(model.config.dim, model.mel_spec.bands, config.contrast_dim, config.temperature)
+        self.utterance_weight = config.utterance_weight
+        if config.utterance_weight:
+            self.utterances = UtteranceContrast(model.config.dim, config.contrast_dim, config.temperature)
         self.gamma = codebook_weights(config.gamma, len(target.sizes))  # not a buffer: a bf16 engine would round it
 
     def forward(self, batch: Batch, *, detailed: bool = False, score_visible: bool = False) -> Loss:
@@ -50,6 +54,8 @@ class MaskedPrediction(Objective):
                 total = total + self.visible_weight * loss
         if self.contrast_weight and self.training:  # not in an evaluation's loss, which is that of the targets
             total = total + self.contrast_weight * self.contrast(hidden, batch) / batch.masked_total
+        if self.utterance_weight and self.training:
+            total = total + self.utterance_weight * self.utterances(hidden, batch.frames)
         return Loss(total, masked, visible)
 
     def head_parameters(self) -> int:

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from codecssl.pretrain.export.export import load_pretrained
 from codecssl.pretrain.export.pretrained import from_pretrained
 from codecssl.pretrain.export.shipped import FOLDER, model_folder, shipped_models
-from codecssl.pretrain.labels.labellers import Extractor
+from codecssl.pretrain.labels.label import LabelConfig, label
 from codecssl.superb.upstreams.names import parse
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.registry import load_codec
+from codecssl.tokenize.write_codes import write_shards
 
 
 @pytest.mark.parametrize("name", shipped_models())
@@ -51,6 +52,17 @@ def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.M
     assert model_folder("laptop_16khz") == Path("laptop_16khz")
     with pytest.raises(UserError, match="no readable config.json"):
         load_pretrained("laptop_16khz")
+
+
+def test_label_takes_a_shipped_model_by_name(tmp_path: Path) -> None:
+    """It opens: the error is about the data, which has no log-mel plane."""
+    card = load_codec("tiny_16khz").card
+    write_shards(tmp_path / "data", card, [("u", np.zeros((len(card.row_sizes), 40), np.uint16), {})])
+    config = LabelConfig(
+        source="laptop_16khz", data=(tmp_path / "data",), output=tmp_path / "labels", clusters=2, sample_frames=40
+    )
+    with pytest.raises(UserError, match="data: not the log-mel plane that the model reads"):
+        label(config)
 
 
 def test_listing_the_shipped_models_does_not_load_torch() -> None:

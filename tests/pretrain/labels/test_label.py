@@ -159,17 +159,19 @@ def test_labels_are_the_nearest_centroids_of_the_layer_and_can_be_trained_on(
 def test_cmvn_clusters_the_normalised_states_of_each_utterance(trained: Path, tmp_path: Path) -> None:
     """Oracle: scikit-learn's StandardScaler, whose deviation has no floor, of the layer's states."""
     data, labels = Shards(tmp_path / "data"), tmp_path / "labels"
-    command = ["label", str(trained), "--layer", "1", "--data", str(data.path), "--output", str(labels), "--clusters", "9"]
-    assert main([*command, "--cmvn"]) == 0
+    options = ["--layer", "1", "--clusters", "9", "--data", str(data.path), "--output", str(labels)]
+    assert main(["label", str(trained), *options, "--cmvn"]) == 0
     made, model = Shards(labels), load_pretrained(tmp_path / "labels.model")
     clustering = Clustering.load(labels / "clustering.safetensors")
     agree = []
     for index in range(len(data)):
         codes = torch.from_numpy(data.codes(index).astype(np.int64))[None]
         hidden = model.extract(codes, [codes.shape[2]])[1][0].double().numpy()
-        agree.append(made.codes(index)[0] == cdist(StandardScaler().fit_transform(hidden), clustering.centroids).argmin(1))
+        agree.append(
+            made.codes(index)[0] == cdist(StandardScaler().fit_transform(hidden), clustering.centroids).argmin(1)
+        )
     assert np.concatenate(agree).mean() > 0.8
-    assert main(command) == 1, "the same folder, other features"
+    assert main(["label", str(trained), *options]) == 1, "the same folder, other features"
 
 
 def test_a_model_of_the_first_codebooks_labels_shards_with_more(
