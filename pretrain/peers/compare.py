@@ -5,7 +5,8 @@
     OUTPUT/hubert/          a waveform HuBERT of transformers with the same encoder
     OUTPUT/peers.json       steps, processor time and seconds of audio of each
 
-The two HuBERTs predict the same clusters of cepstra, as HuBERT's first iteration does. Every folder is a model that
+The two HuBERTs predict the labels that CONFIG predicts. If it predicts none, they predict 100 clusters of cepstra, as
+HuBERT's first iteration does. Every folder is a model that
 `codecssl-superb probe --upstream` takes (hubert as hf:OUTPUT/hubert). Existing folders are kept, which resumes the
 comparison after a stop.
 """
@@ -23,6 +24,7 @@ from typing import Any
 from codecssl.configs.load import to_yaml
 from codecssl.pretrain.bench import step_cpu_seconds
 from codecssl.pretrain.config import MaskConfig, ObjectiveConfig, RunConfig
+from codecssl.pretrain.data.corpus import TokenCorpus
 from codecssl.pretrain.frame_rate import at_frame_rate
 from codecssl.pretrain.labels.label import LabelConfig, label
 from codecssl.pretrain.peers import hubert
@@ -48,17 +50,23 @@ def compare(
         raise UserError(f"--data: {len(config.data.dirs)} folders, but the comparison needs one")
     if not 0 < cpu_seconds < float("inf"):
         raise UserError(f"--cpu-seconds {cpu_seconds}: must be above 0 and finite")
-    data, labels = Shards(Path(config.data.dirs[0])), output / "labels"
+    data = Shards(Path(config.data.dirs[0]))
     hubert.check(data, audio)
+    if config.data.labels:
+        [classes] = TokenCorpus(config.data.dirs, labels=config.data.labels).label_sizes
+        labels = Path(config.data.labels[0])
+    else:
+        classes, labels = CLUSTERS, output / "labels"
     output.mkdir(parents=True, exist_ok=True)
-    label(LabelConfig(source="mfcc", data=(data.path,), output=labels, clusters=CLUSTERS), say)
+    if not config.data.labels:
+        label(LabelConfig(source="mfcc", data=(data.path,), output=labels, clusters=classes), say)
     found: dict[str, Any] = {}
     for name, variant in {"ours": config, "logmel_hubert": logmel_hubert(config, labels)}.items():
         train = partial(_run, variant, output, name, cpu_seconds, say)
         found[name] = _kept(output / name, train, say)
     found["hubert"] = _kept(
         output / "hubert",
-        lambda: _hubert(config, data, Shards(labels), audio, output / "hubert", cpu_seconds, conv_dim, say),
+        lambda: _hubert(config, data, Shards(labels), audio, classes, output / "hubert", cpu_seconds, conv_dim, say),
         say,
     )
     write_atomic(output / "peers.json", json.dumps(found, indent=1).encode())
@@ -107,12 +115,12 @@ def _run(
 
 
 def _hubert(
-    config: RunConfig, data: Shards, labels: Shards, audio: Path | None, output: Path, cpu_seconds: float,
-    conv_dim: int, say: Callable[[str], None],
+    config: RunConfig, data: Shards, labels: Shards, audio: Path | None, classes: int, output: Path,
+    cpu_seconds: float, conv_dim: int, say: Callable[[str], None],
 ) -> dict[str, float]:  # fmt: skip
     spans = at_frame_rate(replace(config, mask=MaskConfig(kind="spans")), data.card.frame_rate)
     recordings = hubert.read_recordings(data, labels, audio)
-    made = hubert.train(spans, recordings, CLUSTERS, output, cpu_seconds=cpu_seconds, conv_dim=conv_dim, say=say)
+    made = hubert.train(spans, recordings, classes, output, cpu_seconds=cpu_seconds, conv_dim=conv_dim, say=say)
     return {
         "steps": made.steps, "cpu_seconds": round(made.cpu_seconds, 1), "audio_seconds": round(made.audio_seconds, 1)
     }  # fmt: skip

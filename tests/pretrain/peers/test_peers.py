@@ -1,7 +1,9 @@
 """The comparison with HuBERTs on log-mels and on samples: all three train on the same audio, and open afterwards."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +15,16 @@ from codecssl.configs.load import from_dict
 from codecssl.pretrain.bench import hubert_model
 from codecssl.pretrain.config import MaskConfig, RunConfig
 from codecssl.pretrain.export.export import load_pretrained
+from codecssl.pretrain.labels.label import LabelConfig, label
 from codecssl.pretrain.peers import hubert
 from codecssl.pretrain.peers.compare import CLUSTERS, compare, logmel_hubert
+from codecssl.pretrain.run_folder import read_config
 from codecssl.tokenize.codec import CodecCard
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.format.records import EncodedUtterance
 from codecssl.tokenize.format.writer import ShardWriter, finish_dataset
 from codecssl.tokenize.mel import MelSpec, mel_plane
+from codecssl.tokenize.shards import Shards
 
 CARD = CodecCard(
     name="synthetic", weights="none", weights_sha256="0" * 64, sample_rate=16_000, hop_length=320,
@@ -80,6 +85,37 @@ def test_all_three_train_and_open(corpus: Path, tmp_path: Path) -> None:
     again = compare(config(corpus), tmp_path / "peers", cpu_seconds=0.5, audio=tmp_path, conv_dim=8, say=lines.append)
     assert again == made
     assert sum(line.endswith(": training") for line in lines) == 3, "finished trainings must be kept"
+
+
+def test_all_three_predict_the_labels_of_the_config(corpus: Path, tmp_path: Path) -> None:
+    labels, output = tmp_path / "labels", tmp_path / "peers"
+    label(LabelConfig(source="mfcc", data=(corpus,), output=labels, clusters=7, cmvn=True))
+    given = config(corpus)
+    given = replace(
+        given,
+        objective=replace(given.objective, name="codec2vec", target="labels"),
+        data=replace(given.data, labels=(str(labels),)),
+    )
+    seen: dict[str, Any] = {}
+    train = hubert.train
+
+    def spied(*arguments: Any, **options: Any) -> Any:
+        seen["labels"], seen["classes"] = [r.labels for r in arguments[1]], arguments[2]
+        return train(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hubert, "train", spied)
+        compare(given, output, cpu_seconds=0.3, audio=tmp_path, conv_dim=8, say=lambda _: None)
+    assert seen["classes"] == 7
+    assert all(np.array_equal(row, Shards(labels).codes(index)[0]) for index, row in enumerate(seen["labels"]))
+    for name in ("ours", "logmel_hubert"):
+        made = read_config(output / f"{name}.run")
+        assert made.data.labels == (str(labels),)
+    assert not (output / "labels").exists()
+    other = replace(given, data=replace(given.data, labels=(str(labels), str(labels))))
+    with pytest.raises(UserError, match=r"data.labels: 2 folders for 1 of data.dirs"):
+        compare(other, tmp_path / "none", cpu_seconds=0.3, audio=tmp_path, conv_dim=8, say=lambda _: None)
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_logmel_hubert_predicts_the_labels_from_mels_alone(corpus: Path) -> None:
