@@ -273,13 +273,7 @@ class RunConfig:
                 f"objective.mel_weight: {self.objective.mel_weight}, needs objective.name encodecmae and model.input"
                 " mel or both; set it to 0"
             )
-        if self.objective.contrast_weight and (
-            self.objective.name != "codec2vec" or self.objective.target == "online" or self.model.input == "codes"
-        ):
-            raise UserError(
-                f"objective.contrast_weight: {self.objective.contrast_weight}, needs objective.name codec2vec, targets"
-                " codes or labels, and model.input mel or both; set it to 0"
-            )
+        self._check_contrasts()
         if self.objective.name == "encodecmae":
             self._check_encodecmae()
         if self.objective.target == "online":
@@ -293,6 +287,20 @@ class RunConfig:
             raise UserError(
                 f"objective.visible_weight: {self.objective.visible_weight}, applies to codec2vec with codes or labels;"
                 " set mae.masked_weight for encodecmae"
+            )
+
+    def _check_contrasts(self) -> None:
+        objective = self.objective
+        fits = objective.name == "codec2vec" and objective.target != "online"
+        if objective.contrast_weight and not (fits and self.model.input != "codes"):
+            raise UserError(
+                f"objective.contrast_weight: {objective.contrast_weight}, needs objective.name codec2vec, targets codes"
+                " or labels, and model.input mel or both; set it to 0"
+            )
+        if objective.utterance_weight and not fits:
+            raise UserError(
+                f"objective.utterance_weight: {objective.utterance_weight}, needs objective.name codec2vec, and targets"
+                " codes or labels; set it to 0"
             )
 
     def _check_online(self) -> None:

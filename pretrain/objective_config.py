@@ -51,7 +51,7 @@ class ObjectiveConfig:
     head_dim: int = 256
     """Width of the projection and of the class embeddings of each stream (cosine; HuBERT 256, MERT 64)."""
     temperature: float = 0.1
-    """Divisor of the cosines (cosine heads, contrast)."""
+    """Divisor of the cosines (cosine heads, contrasts)."""
     mel_weight: float = 0.0
     """Weight of a second loss: the mean absolute error of scaled log-mel values that a linear layer predicts at masked
     frames (encodecmae with model.input mel or both), as in masked spectrogram models (TERA, arXiv 2007.06028,
@@ -60,10 +60,10 @@ class ObjectiveConfig:
     """Weight of a contrastive loss: the hidden state of a masked frame has to find the log-mels of that frame among
     those of all frames of its item (objectives/contrast.py; codec2vec with model.input mel or both)."""
     contrast_dim: int = 64
-    """Width of the projections of hidden states and of log-mels (contrast)."""
+    """Width of the projections in both contrasts."""
     utterance_weight: float = 0.0
-    """Weight of a contrastive loss between recordings: the mean hidden states of both halves of an item have to find each
-    other among those of all items (objectives/utterance_contrast.py; codec2vec)."""
+    """Weight of a contrastive loss between recordings: the mean hidden states of both halves of an item have to find
+    each other among those of all items of the micro-batch (objectives/utterance_contrast.py; codec2vec)."""
     visible_weight: float = 0.0
     """Weight of the prediction loss at unmasked frames (HuBERT's pred_nomask_weight)."""
     quantizer_dropout: float = 0.5
@@ -75,6 +75,7 @@ class ObjectiveConfig:
         _at_least("objective.visible_weight", self.visible_weight, 0.0)
         _at_least("objective.mel_weight", self.mel_weight, 0.0)
         _at_least("objective.contrast_weight", self.contrast_weight, 0.0)
+        _at_least("objective.utterance_weight", self.utterance_weight, 0.0)
         _at_least("objective.contrast_dim", self.contrast_dim, 1)
         _at_least("objective.head_dim", self.head_dim, 1)
         _above_zero("objective.temperature", self.temperature)

@@ -25,6 +25,8 @@ class MaskedPrediction(Objective):
     loss = mean over masked frames of sum_s gamma_s CE_s + visible_weight * the same over visible frames
 
     With objective.contrast_weight c: + c * mean over masked frames of the loss of `Contrast`.
+    With objective.utterance_weight u: + u * the loss of `UtteranceContrast`. Each micro-batch has a loss of its own,
+    weighted by its share of the masked frames.
     The means are over the global batch, without padding. Heads are applied only to the frames that need them.
     """
 
@@ -55,11 +57,15 @@ class MaskedPrediction(Objective):
         if self.contrast_weight and self.training:  # not in an evaluation's loss, which is that of the targets
             total = total + self.contrast_weight * self.contrast(hidden, batch) / batch.masked_total
         if self.utterance_weight and self.training:
-            total = total + self.utterance_weight * self.utterances(hidden, batch.frames)
+            share = len(batch.masked) / batch.masked_total
+            total = total + self.utterance_weight * share * self.utterances(hidden, batch.frames)
         return Loss(total, masked, visible)
 
     def head_parameters(self) -> int:
-        return parameters(self.heads) + (parameters(self.contrast) if self.contrast_weight else 0)
+        heads = [self.heads]
+        if self.contrast_weight:
+            heads.append(self.contrast)
+        return sum(map(parameters, heads))
 
     def _score(
         self, hidden: Tensor, labels: Tensor, where: Tensor, detailed: bool, frames: int
