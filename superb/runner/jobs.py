@@ -28,6 +28,9 @@ def run_all(
     before each run starts. Returns the failures by folder.
     """
     failures: dict[str, Exception] = {}
+    for run in runs:
+        if run.finished and one.leftovers(run.folder):  # killed between the result and tidying
+            _attempt(run, machine)
     with closing(_outcomes([run for run in runs if not run.finished], machine, jobs, begin)) as outcomes:
         for run, outcome in outcomes:
             if isinstance(outcome, Exception):

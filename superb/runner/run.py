@@ -157,11 +157,18 @@ def _run(run: Run, machine: Machine) -> ResultRow:
     return row
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """Return data that only an unfinished run needs, e.g. 300 MB of optimiser state of a recurrent head."""
+    train = folder / "train"
+    return [*train.glob("step_*"), *train.glob("valid_best/optimizer.pt")]
+
+
 def _tidy(folder: Path) -> None:
-    """Remove data that only an unfinished run needs, e.g. 300 MB of optimiser state of a recurrent head."""
-    for checkpoint in (folder / "train").glob("step_*"):
-        shutil.rmtree(checkpoint)
-    (folder / "train" / "valid_best" / "optimizer.pt").unlink(missing_ok=True)
+    for path in leftovers(folder):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _trained(run: Run, machine: Machine, task: Task, selection: Selection) -> ResultRow:

@@ -475,9 +475,11 @@ def test_a_kill_after_the_result_is_written_repeats_no_training(make: Any, monke
         with pytest.raises(KeyboardInterrupt):
             run_one(run, Machine())
     assert run.finished, "the result must be written before anything is removed"
+    assert list((run.folder / "train").glob("step_*"))
     monkeypatch.setattr(running, "_run", lambda *arguments: pytest.fail("trained again"))
-    run_one(run, Machine())
+    assert not run_all([run], Machine(), on_result=lambda *_: pytest.fail("a finished run has no new result"))
     assert not list((run.folder / "train").glob("step_*"))
+    assert not list((run.folder / "train").rglob("optimizer.pt"))
 
 
 def test_results_are_read_while_another_process_trains(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
