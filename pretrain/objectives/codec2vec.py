@@ -62,10 +62,8 @@ class MaskedPrediction(Objective):
         return Loss(total, masked, visible)
 
     def head_parameters(self) -> int:
-        heads = [self.heads]
-        if self.contrast_weight:
-            heads.append(self.contrast)
-        return sum(map(parameters, heads))
+        # without the projection of `utterances`, which reads two means of an item instead of its frames
+        return parameters(self.heads) + (parameters(self.contrast) if self.contrast_weight else 0)
 
     def _score(
         self, hidden: Tensor, labels: Tensor, where: Tensor, detailed: bool, frames: int

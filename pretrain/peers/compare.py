@@ -6,9 +6,8 @@
     OUTPUT/peers.json       steps, processor time and seconds of audio of each
 
 The two HuBERTs predict the labels that CONFIG predicts. If it predicts none, they predict 100 clusters of cepstra, as
-HuBERT's first iteration does. Every folder is a model that
-`codecssl-superb probe --upstream` takes (hubert as hf:OUTPUT/hubert). Existing folders are kept, which resumes the
-comparison after a stop.
+HuBERT's first iteration does. Every folder is a model that `codecssl-superb probe --upstream` takes (hubert as
+hf:OUTPUT/hubert). Existing folders are kept, which resumes the comparison after a stop.
 """
 
 import json
@@ -24,10 +23,11 @@ from typing import Any
 from codecssl.configs.load import to_yaml
 from codecssl.pretrain.bench import step_cpu_seconds
 from codecssl.pretrain.config import MaskConfig, ObjectiveConfig, RunConfig
-from codecssl.pretrain.data.corpus import TokenCorpus
+from codecssl.pretrain.data.open_data import open_data
 from codecssl.pretrain.frame_rate import at_frame_rate
 from codecssl.pretrain.labels.label import LabelConfig, label
 from codecssl.pretrain.peers import hubert
+from codecssl.pretrain.ranks import Ranks
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.common.files import write_atomic
 from codecssl.tokenize.shards import Shards
@@ -52,11 +52,9 @@ def compare(
         raise UserError(f"--cpu-seconds {cpu_seconds}: must be above 0 and finite")
     data = Shards(Path(config.data.dirs[0]))
     hubert.check(data, audio)
-    if config.data.labels:
-        [classes] = TokenCorpus(config.data.dirs, labels=config.data.labels).label_sizes
-        labels = Path(config.data.labels[0])
-    else:
-        classes, labels = CLUSTERS, output / "labels"
+    *_, corpus = open_data(config, Ranks(rank=0, world_size=1, local_rank=0))  # what a training would refuse
+    labels = Path(config.data.labels[0]) if config.data.labels else output / "labels"
+    [classes] = corpus.label_sizes or (CLUSTERS,)
     output.mkdir(parents=True, exist_ok=True)
     if not config.data.labels:
         label(LabelConfig(source="mfcc", data=(data.path,), output=labels, clusters=classes), say)
@@ -105,13 +103,20 @@ def _run(
     recipe, run = output / f"{name}.yaml", output / f"{name}.run"
     write_atomic(recipe, to_yaml(config).encode())
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    program = [sys.executable, "-m", "codecssl.pretrain"]
-    subprocess.run([*program, "run", str(recipe), "--output", str(run)], check=True)
+    _command("run", recipe, run)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([*program, "export", str(run), "--output", str(output / name)], check=True)
+    _command("export", run, output / name)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     seconds = steps * at_frame_rate(config, Shards(Path(config.data.dirs[0])).card.frame_rate).data.batch_seconds
     return {"steps": steps, "cpu_seconds": round(spent, 1), "audio_seconds": round(seconds, 1)}
+
+
+def _command(name: str, source: Path, output: Path) -> None:
+    """Run a command of `codecssl-pretrain`. Raises UserError if it fails; its own error is on stderr."""
+    command = [name, str(source), "--output", str(output)]
+    code = subprocess.run([sys.executable, "-m", "codecssl.pretrain", *command], check=False).returncode
+    if code:
+        raise UserError(f"codecssl-pretrain {' '.join(command)}: exit status {code}; its error is above")
 
 
 def _hubert(

@@ -164,6 +164,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def _tidy(folder: Path) -> None:
+    """Remove the `leftovers`."""
     for path in leftovers(folder):
         if path.is_dir():
             shutil.rmtree(path)

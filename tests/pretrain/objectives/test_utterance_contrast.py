@@ -1,4 +1,4 @@
-"""The contrast between utterances against a loop in float64, and what it teaches."""
+"""The contrast between utterances against a loop in float64, and its part in the loss of a micro-batch."""
 
 import math
 

@@ -115,7 +115,19 @@ def test_all_three_predict_the_labels_of_the_config(corpus: Path, tmp_path: Path
     other = replace(given, data=replace(given.data, labels=(str(labels), str(labels))))
     with pytest.raises(UserError, match=r"data.labels: 2 folders for 1 of data.dirs"):
         compare(other, tmp_path / "none", cpu_seconds=0.3, audio=tmp_path, conv_dim=8, say=lambda _: None)
+    without = replace(given, data=replace(given.data, labels=()))
+    with pytest.raises(UserError, match=r"data.labels: none given for objective.target labels"):
+        compare(without, tmp_path / "none", cpu_seconds=0.3, audio=tmp_path, conv_dim=8, say=lambda _: None)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_training_that_fails_is_an_error_of_one_line(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("codecssl.pretrain.peers.compare.to_yaml", lambda config: "optim: {lr: -1}\n")
+    with pytest.raises(UserError, match=r"codecssl-pretrain run .*ours.yaml .*: exit status 1; its error is above"):
+        compare(config(corpus), tmp_path / "peers", cpu_seconds=0.3, audio=tmp_path, conv_dim=8, say=lambda _: None)
+    assert not (tmp_path / "peers" / "ours").exists()
 
 
 def test_the_logmel_hubert_predicts_the_labels_from_mels_alone(corpus: Path) -> None:
