@@ -202,8 +202,13 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule: HuBERT's polynomial decay, DinoSR's tri-stage, or constant."""
+    """Optimizer and schedule: HuBERT's polynomial decay, DinoSR's tri-stage, or constant."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw: for all weights. muon: Muon (Jordan et al. 2024) for the matrices of the Transformer layers, scaled so
+    that `lr` means the same as for AdamW (Liu et al. 2025, arXiv 2502.16982), and AdamW for all other weights."""
+    momentum: float = 0.95
+    """Momentum of Muon."""
     start_from: str | None = None
     """Folder of an exported model, or name of a shipped one, from which the encoder is initialised, as in EnCodecMAE's
     self-training. Heads and decoders are always new. null is random initialisation."""
@@ -230,6 +235,7 @@ class OptimConfig:
             _at_least(f"optim.{key}", getattr(self, key), 0.0)
         for beta in self.betas:
             _probability("optim.betas", beta)
+        _probability("optim.momentum", self.momentum)
         for key in ("warmup_fraction", "hold_fraction"):
             _probability(f"optim.{key}", getattr(self, key))
         if self.schedule == "tri_stage" and self.warmup_fraction + self.hold_fraction > 1.0:
@@ -274,6 +280,7 @@ class RunConfig:
                 " mel or both; set it to 0"
             )
         self._check_contrasts()
+        self._check_muon()
         if self.objective.name == "encodecmae":
             self._check_encodecmae()
         if self.objective.target == "online":
@@ -301,6 +308,14 @@ class RunConfig:
             raise UserError(
                 f"objective.utterance_weight: {objective.utterance_weight}, needs objective.name codec2vec, and targets"
                 " codes or labels; set it to 0"
+            )
+
+    def _check_muon(self) -> None:
+        fits = 1 if self.engine.precision == "bf16" else 0
+        if self.optim.name == "muon" and self.engine.zero_stage not in (None, fits):
+            raise UserError(
+                f"engine.zero_stage: {self.engine.zero_stage}, but with optim.name muon it must be {fits} in"
+                f" {self.engine.precision}, or null"
             )
 
     def _check_online(self) -> None:

@@ -306,5 +306,5 @@ def keep_codebooks(name: str, wanted: int | None, default: int, available: int) 
     """Return the number of codebooks to keep. Raises UserError outside 1..available."""
     count = default if wanted is None else wanted
     if not 1 <= count <= available:
-        raise UserError(f"num_codebooks {count}: {name} has 1 to {available}")
+        raise UserError(f"num_codebooks {count}: {name} has 1 to {available}; give --num-codebooks a number of these")
     return count

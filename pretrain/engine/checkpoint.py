@@ -1,7 +1,7 @@
 """Checkpoints of a run: written atomically, the newest few kept, damaged ones reported and skipped.
 
     RUN/checkpoints/step-00005000/   model.safetensors (the encoder in fp32, as `export` publishes it)
-                                     training.safetensors (heads, AdamW's moments, the objective's extra state)
+                                     training.safetensors (heads, moments of the optimizer, the objective's extra state)
                                      state.json (step, losses since the last row of the metrics)
                                      whole.json (size and CRC-32 of every file: written last)
     RUN/checkpoints/latest           a link to the newest
@@ -41,7 +41,7 @@ class Saved:
     state: dict[str, Any]
     weights: dict[str, Tensor] = field(default_factory=dict)
     moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """AdamW's moments, by key and parameter name."""
+    """The optimizer's moments, by key and parameter name."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """The objective's `extra_state`."""
 

@@ -2,7 +2,7 @@
 
 import ctypes
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -11,11 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from codecssl.pretrain.config import OptimConfig, RunConfig
+from codecssl.pretrain.config import RunConfig
 from codecssl.pretrain.engine.distributed import quiet_deepspeed, silent
 from codecssl.pretrain.engine.fp32_state import restore
+from codecssl.pretrain.engine.optimizer import (
+    layer_matrices,
+    make_optimizer,
+    schedule,
+    transformer_layers,
+    uncompiled,
+)
 from codecssl.pretrain.engine_config import EngineConfig
-from codecssl.pretrain.model.fairseq2_parts import PolynomialDecayLR, RotaryEncoder, TriStageLR
+from codecssl.pretrain.model.fairseq2_parts import RotaryEncoder
 from codecssl.pretrain.objectives.objective import Objective
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -30,25 +37,25 @@ def start_engine(
     step: int = 0,
     moments: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Any:
-    """Build a DeepSpeed engine with model, heads, torch's AdamW and a fairseq2 schedule, after `step` updates.
+    """Build a DeepSpeed engine with model, heads, optimizer and a fairseq2 schedule, after `step` updates.
 
-    The objective must already have the weights of that step. moments: AdamW's moments, by key and parameter name.
+    The objective must already have the weights of that step. moments: the optimizer's moments, by key and parameter
+    name.
     """
     deepspeed = quiet_deepspeed()
     optim = config.optim
-    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     exact = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
     prepare_layers(objective, config.engine)
     with silent():  # it prints memory usage at each stage
         engine, *_ = deepspeed.initialize(
             model=objective,
-            optimizer=torch.optim.AdamW(
-                trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
-            ),
+            optimizer=make_optimizer(objective, optim),
             lr_scheduler=lambda basic: schedule(optim, basic),
             config=deepspeed_config(config),
             dist_init_required=False,
         )
+    engine.uncompiled = partial(uncompiled, optim)
+    engine.matrices = frozenset(name for name, _ in layer_matrices(objective)) if optim.name == "muon" else frozenset()
     engine.frozen = {name: exact[name] for name, p in objective.named_parameters() if not p.requires_grad}
     if torch.distributed.get_world_size() == 1 and zero_stage(config) == 0:
         engine.enable_backward_allreduce = False  # it copies all gradients into a buffer and back, needlessly
@@ -106,23 +113,6 @@ def zero_stage(config: RunConfig) -> int:
     return 1 if config.engine.precision == "bf16" else 0
 
 
-def schedule(config: OptimConfig, optimizer: torch.optim.Optimizer) -> Any:
-    """Build the config's fairseq2 schedule, which is stepped once per update."""
-    warmup, hold = config.warmup_fraction, config.hold_fraction
-    if config.schedule == "polynomial":
-        return PolynomialDecayLR(
-            optimizer,
-            config.steps,
-            min(int(warmup * config.steps), config.steps - 1),
-            start_lr=0.01 * config.lr,
-            final_lr=config.final_scale * config.lr,
-        )
-    if config.schedule == "constant":
-        return TriStageLR(optimizer, config.steps, (warmup, 1.0 - warmup, 0.0), final_lr_scale=1.0)
-    stages = (warmup, hold, 1.0 - warmup - hold)
-    return TriStageLR(optimizer, config.steps, stages, final_lr_scale=config.final_scale)
-
-
 def backward(engine: Any, loss: Tensor) -> None:
     """Compute the gradients of this rank's part of the loss.
 
@@ -144,7 +134,8 @@ def take_step(engine: Any, *, want_norm: bool) -> float | None:
                 parameter.grad = torch.zeros_like(parameter)
     if want_norm and not hasattr(engine.optimizer, "_global_grad_norm"):  # a plain fp32 optimizer keeps none
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
-    engine.step()
+    with engine.uncompiled():
+        engine.step()
     if engine.skipped_steps != skipped:
         return float("inf")
     kept = engine.get_global_grad_norm()
@@ -162,18 +153,11 @@ def after_update(engine: Any, step: int) -> None:
 
 def prepare_layers(objective: Objective, config: EngineConfig) -> None:
     """Enable activation checkpointing and compilation of the layers, as configured."""
-    for layer in _layers(objective):
+    for layer in transformer_layers(objective):
         if config.activation_checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         if config.compile:
             layer.compile(dynamic=True)
-
-
-def _layers(module: nn.Module) -> Iterator[Any]:
-    """Yield the layers of every encoder and decoder in the module."""
-    for child in module.modules():
-        if isinstance(layers := getattr(child, "layers", None), nn.ModuleList):
-            yield from layers
 
 
 def restore_buffers(module: nn.Module) -> None:

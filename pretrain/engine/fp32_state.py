@@ -1,4 +1,4 @@
-"""Read and restore the whole fp32 weights and AdamW moments of a DeepSpeed engine, at any ZeRO stage.
+"""Read and restore the whole fp32 weights and the optimizer's moments of a DeepSpeed engine, at any ZeRO stage.
 
 Every ZeRO stage keeps flat fp32 tensors, of which a rank may have a part. A `ParameterPart` locates a parameter's
 values in them. The remaining code is the same for all stages and any number of ranks. DeepSpeed's `safe_get_full_*`
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from codecssl.pretrain.engine.optimizer import ADAM_MOMENTS, MUON_MOMENTS, moments_of
 from codecssl.tokenize.common.errors import UserError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Keys of AdamW's state of each weight."""
+MOMENTS = (*ADAM_MOMENTS, *MUON_MOMENTS)
+"""Keys of the optimizer's state. A weight has AdamW's or Muon's."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,11 @@ def masters(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def moments(engine: Any, key: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield AdamW's `key` (one of MOMENTS) of each trained parameter, in the form of `masters`."""
+    """Yield `key` (one of MOMENTS) of each trained parameter that has it, in the form of `masters`."""
     state = engine.basic_optimizer.state
     for name, parameter in _trained(engine):
+        if key not in moments_of(engine.matrices, name):
+            continue
         part = _part(engine, parameter)
         yield name, _gathered(parameter, part, state[part.flat][key] if part else None)
 
@@ -68,11 +71,14 @@ def restore(engine: Any, exact: Mapping[str, Tensor], moments: Mapping[str, Mapp
         if part is None:
             continue
         part.of(part.flat).copy_(part.cut(exact[name]))
-        if step and part.flat not in state:
-            # AdamW's fused kernel requires the step count on the device of the weights
-            state[part.flat] = {"step": torch.tensor(float(step), device=part.flat.device)}
-            state[part.flat] |= {key: torch.zeros_like(part.flat, requires_grad=False) for key in MOMENTS}
-        for key in MOMENTS if step else ():
+        if not step:
+            continue
+        keys = moments_of(engine.matrices, name)
+        if part.flat not in state:
+            state[part.flat] = {key: torch.zeros_like(part.flat, requires_grad=False) for key in keys}
+            if keys == ADAM_MOMENTS:  # the fused kernel requires the step count on the device of the weights
+                state[part.flat]["step"] = torch.tensor(float(step), device=part.flat.device)
+        for key in keys:
             part.of(state[part.flat][key]).copy_(part.cut(moments[key][name]))
 
 

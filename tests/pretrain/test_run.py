@@ -23,7 +23,7 @@ from codecssl.pretrain.data.corpus import TokenCorpus
 from codecssl.pretrain.data.open_data import open_data
 from codecssl.pretrain.engine import checkpoint
 from codecssl.pretrain.engine.distributed import PREEMPTED
-from codecssl.pretrain.engine.engine import schedule
+from codecssl.pretrain.engine.optimizer import schedule
 from codecssl.pretrain.export.export import export, load_pretrained
 from codecssl.pretrain.export.pretrained import from_pretrained
 from codecssl.pretrain.export.sources import seen_sources
@@ -145,6 +145,42 @@ def test_the_engine_matches_a_plain_torch_loop(make_shards: Make, small_config: 
     trained = load_file(found / "model.safetensors")
     for name, parameter in whole.model.named_parameters():
         assert torch.allclose(trained[name], parameter, atol=2e-5), name
+
+
+def test_muon_matches_torch_muon(make_shards: Make, small_config: Config, tmp_path: Path) -> None:
+    """DeepSpeed's Muon with our scale against torch.optim.Muon with Liu et al.'s, and AdamW for the other weights."""
+    config = small_config(
+        make_shards(count=50), model={"dropout": 0.0, "input_dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0},
+        optim={"name": "muon", "steps": 6, "clip_norm": 0.0, "weight_decay": 10.0, "lr": 1e-2},
+        log={"checkpoint_every": 6},
+    )  # fmt: skip
+    run(config, tmp_path / "run")
+    train = open_data(config, Ranks(rank=0, world_size=1, local_rank=0))[0]
+    whole = build(config, train.corpus, fresh=True).train()
+    start = {name: parameter.detach().clone() for name, parameter in whole.model.named_parameters()}
+    inner = {name: p for name, p in whole.named_parameters() if ".layers." in name and p.ndim == 2}
+    assert {p.shape for p in inner.values()} == {(32, 32), (48, 32), (32, 48)}
+    others = [p for name, p in whole.named_parameters() if name not in inner]
+    pair: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=10.0),
+        torch.optim.Muon(
+            list(inner.values()), lr=1e-2, momentum=0.95, weight_decay=10.0, adjust_lr_fn="match_rms_adamw"
+        ),
+    ]
+    schedulers = [schedule(config.optim, optimizer) for optimizer in pair]
+    for step in range(6):
+        sum(whole(batch).total for batch in train.step(step)).backward()
+        for one in (*pair, *schedulers):
+            one.step()
+        whole.zero_grad()
+    found = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    trained = load_file(found / "model.safetensors")
+    for name, parameter in whole.model.named_parameters():
+        moved = float((parameter - start[name]).norm())
+        assert moved > 0.0, name
+        # the iteration is in bf16: small singular values of a gradient come back with the noise of rounding
+        assert float((trained[name] - parameter).norm()) < 0.1 * moved + 1e-6, name
 
 
 def test_export_loads_without_deepspeed_and_is_the_checkpoint(

@@ -34,7 +34,8 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 NO_DROPOUT = {"dropout": 0.0, "input_dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0}
 STEPS, SHORT = 50, 12
-EXACT = [(stage, precision) for stage in (0, 1, 2) for precision in ("fp32", "bf16")]
+EXACT = [(stage, precision, "adamw") for stage in (0, 1, 2) for precision in ("fp32", "bf16")]
+EXACT += [(0, "fp32", "muon"), (1, "bf16", "muon")]
 MACHINE = {
     "frames_per_second",
     "audio_hours_per_hour",
@@ -191,11 +192,20 @@ def same(shards: Path, stage: int, *, steps: int = STEPS, accumulation: int = 1)
     )  # fmt: skip
 
 
-def exact(shards: Path, stage: int, precision: str) -> dict[str, Any]:
+def exact(shards: Path, stage: int, precision: str, optimizer: str = "adamw") -> dict[str, Any]:
     """Runs that must repeat bit for bit, with dropout, accumulation and averaged weights."""
     return config(
         shards, engine={"zero_stage": stage, "precision": precision, "accumulation": 2},
         objective={"target": "online"}, online={"top_layers": 2, "clusters": 8}, log={"log_every": 3},
+        optim={"name": optimizer},
+    )  # fmt: skip
+
+
+def muon(shards: Path) -> dict[str, Any]:
+    """Runs with Muon in bf16. With two ranks, ZeRO 1 cuts one of the matrices."""
+    return config(
+        shards, model=NO_DROPOUT, engine={"precision": "bf16"}, optim={"name": "muon", "steps": SHORT},
+        log={"valid_every": SHORT, "checkpoint_every": SHORT},
     )  # fmt: skip
 
 
@@ -253,9 +263,11 @@ def sessions(tmp_path_factory: pytest.TempPathFactory, write_learnable: Callable
         made.add(f"two-{stage}", same(shards, stage))
     for stage in (2, 3):
         made.add(f"two-{stage}", same(shards, stage, steps=SHORT, accumulation=stage - 1))
+    made.add("two-muon", muon(shards))
     _add_exact(made, shards, 2)
     made.session(1)
     made.add("one", same(shards, 0))
+    made.add("one-muon", muon(shards))
     made.add("short", same(shards, 0, steps=SHORT))
     made.add("one-from-two", same(shards, 0), begin=("two-1", half))
     _add_exact(made, shards, 1)
@@ -275,10 +287,10 @@ def sessions(tmp_path_factory: pytest.TempPathFactory, write_learnable: Callable
 
 
 def _add_exact(made: Sessions, shards: Path, world: int) -> None:
-    for stage, precision in EXACT:
-        name = f"exact-{world}-{stage}-{precision}"
-        made.add(name, exact(shards, stage, precision))
-        made.add(f"{name}-resumed", exact(shards, stage, precision), begin=(name, 4))
+    for stage, precision, optimizer in EXACT:
+        name, values = f"exact-{world}-{stage}-{precision}-{optimizer}", exact(shards, stage, precision, optimizer)
+        made.add(name, values)
+        made.add(f"{name}-resumed", values, begin=(name, 4))
 
 
 def assert_close(left: dict[str, Any], right: dict[str, Any], tolerance: float) -> None:
@@ -309,6 +321,19 @@ def test_the_same_global_batches_train_the_same_model(sessions: Sessions, name: 
     assert_close(sessions.tensors(alone), sessions.tensors(name), 2e-3)
 
 
+def test_two_ranks_orthogonalize_whole_matrices(sessions: Sessions) -> None:
+    for name in ("one-muon", "two-muon"):
+        assert {outcome["error"] for outcome in sessions.outcomes(name)} == {None}
+    one, two = sessions.rows("one-muon"), sessions.rows("two-muon")
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=5e-3)
+    assert one[-2]["loss"] < one[0]["loss"] - 0.03, "the model must have learned something"
+    left, right = sessions.tensors("one-muon"), sessions.tensors("two-muon")
+    momenta = [name for name in left if name.startswith("momentum_buffer/")]
+    assert len(momenta) == 12  # of two layers: query, key, value, output and both of the feed-forward
+    for name in momenta:
+        assert float((left[name] - right[name]).norm()) < 0.1 * float(left[name].norm()), name
+
+
 @pytest.mark.parametrize(("name", "first"), [("two-0", 0), ("one-from-two", STEPS // 2), ("four-from-two", STEPS // 2)])
 def test_ranks_read_the_one_order_of_utterances(sessions: Sessions, name: str, first: int) -> None:
     whole, parts = sessions.outcomes("one")[0]["read"], [outcome["read"] for outcome in sessions.outcomes(name)]
@@ -317,9 +342,9 @@ def test_ranks_read_the_one_order_of_utterances(sessions: Sessions, name: str, f
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize(("stage", "precision"), EXACT)
-def test_resume_is_bit_exact(sessions: Sessions, world: int, stage: int, precision: str) -> None:
-    name = f"exact-{world}-{stage}-{precision}"
+@pytest.mark.parametrize(("stage", "precision", "optimizer"), EXACT)
+def test_resume_is_bit_exact(sessions: Sessions, world: int, stage: int, precision: str, optimizer: str) -> None:
+    name = f"exact-{world}-{stage}-{precision}-{optimizer}"
     for part in (name, f"{name}-resumed"):
         assert {outcome["error"] for outcome in sessions.outcomes(part)} == {None}
     assert "resumes from step-00000004" in sessions.outcomes(f"{name}-resumed")[0]["out"]
@@ -327,6 +352,7 @@ def test_resume_is_bit_exact(sessions: Sessions, world: int, stage: int, precisi
     whole, resumed = sessions.tensors(name), sessions.tensors(f"{name}-resumed")
     assert any(key.startswith("extra/") for key in whole)
     assert any(key.startswith("exp_avg_sq/") for key in whole)
+    assert any(key.startswith("momentum_buffer/") for key in whole) == (optimizer == "muon")
     assert_close(whole, resumed, 0.0)
     kept = sum(int((value != value.bfloat16()).sum()) for key, value in whole.items() if key.endswith("weight"))
     assert kept > 1000, "weights must be kept in fp32"

@@ -14,7 +14,8 @@ from codecssl.pretrain.data.corpus import TokenCorpus
 from codecssl.pretrain.data.open_data import open_data
 from codecssl.pretrain.engine import engine
 from codecssl.pretrain.engine.distributed import join_ranks
-from codecssl.pretrain.engine.engine import deepspeed_config, schedule
+from codecssl.pretrain.engine.engine import deepspeed_config
+from codecssl.pretrain.engine.optimizer import schedule
 from codecssl.pretrain.ranks import Ranks
 from codecssl.tokenize.common.errors import UserError
 
@@ -78,6 +79,12 @@ def test_the_zero_stage(chosen: int | None, precision: Literal["fp32", "bf16"], 
 def test_an_unknown_zero_stage_is_refused(stage: int) -> None:
     with pytest.raises(UserError, match=f"engine.zero_stage: {stage}, must be 0, 1, 2 or 3"):
         EngineConfig(zero_stage=stage)
+
+
+@pytest.mark.parametrize(("precision", "stage", "fits"), [("fp32", 1, 0), ("bf16", 0, 1), ("bf16", 2, 1)])
+def test_muon_refuses_other_zero_stages(precision: Literal["fp32", "bf16"], stage: int, fits: int) -> None:
+    with pytest.raises(UserError, match=f"engine.zero_stage: {stage}, but with optim.name muon it must be {fits} in"):
+        RunConfig(optim=OptimConfig(name="muon"), engine=EngineConfig(precision=precision, zero_stage=stage))
 
 
 def test_ranks_that_contradict_each_other_are_refused_before_anything_is_joined() -> None:
