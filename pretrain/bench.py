@@ -20,6 +20,7 @@ from codecssl.pretrain.data.open_data import open_data
 from codecssl.pretrain.data.random_batch import random_batch
 from codecssl.pretrain.engine.distributed import join_ranks
 from codecssl.pretrain.engine.engine import after_update, backward, start_engine, take_step
+from codecssl.pretrain.engine.optimizer import make_optimizer, uncompiled
 from codecssl.pretrain.frame_rate import at_frame_rate
 from codecssl.pretrain.model.model import untrained
 from codecssl.pretrain.monitor.telemetry import machine_row
@@ -175,9 +176,7 @@ def torch_step(
 ) -> Callable[[], None]:
     """Build a training step in plain torch. bf16 uses autocast, as is usual without DeepSpeed."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps, fused=True
-    )
+    optimizer = make_optimizer(module, config.optim)
     half = config.engine.precision == "bf16"
 
     def step() -> None:
@@ -186,7 +185,8 @@ def torch_step(
         value.backward()
         if config.optim.clip_norm:
             torch.nn.utils.clip_grad_norm_(trained, config.optim.clip_norm)
-        optimizer.step()
+        with uncompiled(config.optim):
+            optimizer.step()
         optimizer.zero_grad()
 
     return step

@@ -20,6 +20,7 @@ from codecssl.pretrain.bench import hubert_model
 from codecssl.pretrain.config import MaskConfig, RunConfig
 from codecssl.pretrain.data.hashed_random import hashed
 from codecssl.pretrain.data.masking import span_mask
+from codecssl.pretrain.engine.optimizer import make_optimizer, uncompiled
 from codecssl.tokenize.common.errors import UserError
 from codecssl.tokenize.shards import Shards
 from codecssl.tokenize.sources.audio import read_wave
@@ -94,9 +95,8 @@ def train(
     model, optim = hubert_model(config.model, conv_dim=conv_dim), config.optim
     heads = nn.Linear(config.model.dim, classes)
     trained = [*model.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(
-        trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
-    )
+    optimizer = make_optimizer(nn.ModuleList([model, heads]), optim)
+    rates = [group["lr"] for group in optimizer.param_groups]
     usable = [r for r in recordings if len(r.labels) >= config.data.min_frames]
     if not usable:
         raise UserError(f"data.min_frames: {config.data.min_frames}, but all utterances are shorter; lower it")
@@ -104,14 +104,15 @@ def train(
     while (spent := time.process_time() - began) < cpu_seconds:
         done = spent / cpu_seconds
         rate = min(1.0, done / max(optim.warmup_fraction, 1e-9)) * (1.0 - done) + 0.01
-        for group in optimizer.param_groups:
-            group["lr"] = optim.lr * rate
+        for group, highest in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = highest * rate
         waves, labels = crops(usable, config.data.crop_frames, config.data.batch_frames, random)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.engine.precision == "bf16"):
             loss = _loss(model, heads, waves, labels, config.mask, config.seed + step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, optim.clip_norm or float("inf"))
-        optimizer.step()
+        with uncompiled(optim):
+            optimizer.step()
         optimizer.zero_grad()
         step, audio = step + 1, audio + waves.numel() / SAMPLE_RATE
         if step % 20 == 0:

@@ -359,7 +359,7 @@ def test_resume_is_bit_exact(sessions: Sessions, world: int, stage: int, precisi
 
 
 def test_only_the_first_rank_speaks(sessions: Sessions) -> None:
-    for name in ("two-0", "two-3", "exact-2-1-bf16", "stopped"):
+    for name in ("two-0", "two-3", "exact-2-1-bf16-adamw", "stopped"):
         first, second = sessions.outcomes(name)
         assert (second["out"], second["err"]) == ("", "")
         assert first["err"] == ""
@@ -372,8 +372,8 @@ def test_a_signal_to_one_rank_saves_and_stops_all(sessions: Sessions) -> None:
     assert [outcome["code"] for outcome in outcomes] == [75, 75]
     assert "stopped by a signal to another rank after step 6" in outcomes[0]["out"]
     assert (sessions.folder / "stopped" / "checkpoints" / "step-00000006").is_dir()
-    assert_close(sessions.tensors("exact-2-1-fp32"), sessions.tensors("stopped-resumed"), 0.0)
-    assert sessions.rows("exact-2-1-fp32") == sessions.rows("stopped-resumed")
+    assert_close(sessions.tensors("exact-2-1-fp32-adamw"), sessions.tensors("stopped-resumed"), 0.0)
+    assert sessions.rows("exact-2-1-fp32-adamw") == sessions.rows("stopped-resumed")
 
 
 @pytest.mark.parametrize(
