@@ -30,6 +30,8 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 """Texts of errors that indicate that another process has ended."""
 _FAILED = ("NCCL", "gloo")
 """Words in other errors of the communication libraries."""
+_BROKEN = ("ECC error", "NVLink error", "devices unavailable", "busy or unavailable", "Hardware")
+"""Words in errors of a device that a fault of the program does not cause."""
 
 T = TypeVar("T")
 
@@ -99,13 +101,16 @@ class ProcessGroup:
         """Context of a communication with the other ranks: a failure is reported on one line without a traceback.
 
         A rank that only detects that another one has ended prints nothing; the ended rank reports the cause. A rank
-        whose own communication failed (an error of NCCL or gloo while all ranks are alive) prints the cause itself. All
-        exit with CRASHED: another start may succeed.
+        whose own communication failed (an error of NCCL or gloo while all ranks are alive), or whose device is broken,
+        prints the cause itself. All exit with CRASHED: another start may succeed.
         """
         try:
             yield
         except RuntimeError as error:
             text = " ".join(str(error).split())
+            if isinstance(error, torch.AcceleratorError) and any(word in text for word in _BROKEN):
+                reason = str(error).splitlines()[0]  # the others advise how to debug a kernel
+                self._alone(f"rank {self.rank}: the device failed: {reason}; start again, on another device", error)
             if self.world_size == 1:
                 raise
             if any(sign in text for sign in _LOST):
@@ -115,12 +120,15 @@ class ProcessGroup:
                     )
                 )
             if isinstance(error, torch.distributed.DistError) or any(word in text for word in _FAILED):
-                cause = f"rank {self.rank}: exchanging data with the other ranks failed: {text[:600]}"
-                if self.first:
-                    raise TransientError(cause) from error
-                print(f"error: {cause}", file=sys.stderr, flush=True)
-                raise SystemExit(CRASHED) from error  # immediately: the others may wait for this rank's data
+                self._alone(f"rank {self.rank}: exchanging data with the other ranks failed: {text[:600]}", error)
             raise
+
+    def _alone(self, cause: str, error: Exception) -> NoReturn:
+        """Report a fault of this rank and exit at once: the others may wait for its data."""
+        if self.first:
+            raise TransientError(cause) from error
+        print(f"error: {cause}", file=sys.stderr, flush=True)
+        raise SystemExit(CRASHED) from error
 
     def fail(self, error: UserError) -> NoReturn:
         """Stop all ranks with an error that all of them have. Rank 0 raises it; the others exit silently."""

@@ -159,6 +159,8 @@ def _trouble(rank: int, read: dict[int, list[str]], kind: str = "", at: int = 0,
     def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
         if (kind, now["step"], rank) == ("nccl", at, on):
             raise torch.distributed.DistBackendError("NCCL error in: x.cpp:3,\n unhandled cuda error, Xid 94 on n7")
+        if (kind, now["step"], rank) == ("ecc", at, on):
+            raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nCompile with X for Y")
         loss = forward(self, *args, **kwargs)
         bad = (kind, now["step"], rank) == ("nan", at, on)
         return replace(loss, total=loss.total * float("nan")) if bad else loss
@@ -277,7 +279,7 @@ def sessions(tmp_path_factory: pytest.TempPathFactory, write_learnable: Callable
     made.add("stopped", exact(shards, 1, "fp32"), trouble={"kind": "signal", "at": 5, "on": 1})
     made.session(2)
     made.add("stopped-resumed", exact(shards, 1, "fp32"), begin=("stopped", 99))
-    for kind, stage in (("nan", 0), ("nan", 2), ("unreadable", 0), ("away", 0), ("nccl", 0), ("full", 1)):
+    for kind, stage in (("nan", 0), ("nan", 2), ("unreadable", 0), ("away", 0), ("nccl", 0), ("ecc", 0), ("full", 1)):
         made.session(2)
         trouble = {"kind": kind, "at": 6, "on": 0 if kind == "full" else 1}
         values = config(shards, engine={"zero_stage": stage}, log={"log_every": 8})
@@ -399,6 +401,16 @@ def test_trouble_on_one_rank_stops_all_with_one_line(
         assert 4 <= step <= 6
     found = sorted(path.name for path in (sessions.folder / name / "checkpoints").iterdir())
     assert found == (["latest", *(f"step-{step:08d}" for step in saved)] if saved else [])
+
+
+def test_the_rank_with_a_broken_device_reports_it(sessions: Sessions) -> None:
+    first, second = sessions.outcomes("ecc-0")
+    assert second["err"] == (
+        "error: rank 1: the device failed: CUDA error: uncorrectable ECC error encountered; start again, on another"
+        " device\n"
+    )
+    assert "another process of this run has ended" in first["error"]
+    assert (first["code"], second["code"]) == (70, 70)
 
 
 def test_the_rank_with_an_nccl_error_reports_it(sessions: Sessions) -> None:
