@@ -11,7 +11,7 @@ from codecssl.pretrain.model.model import CodecModel, untrained
 from codecssl.pretrain.objectives.codec2vec import MaskedPrediction
 from codecssl.pretrain.objectives.dinosr import OnlineClusters
 from codecssl.pretrain.objectives.encodecmae import EncodecMae
-from codecssl.pretrain.objectives.heads import log_unigram
+from codecssl.pretrain.objectives.heads import CodebookHeads, log_unigram
 from codecssl.pretrain.objectives.objective import Objective
 from codecssl.pretrain.objectives.targets import Codes, Digits, make_target
 from codecssl.tokenize.codec import Codec, stored_tables
@@ -41,11 +41,15 @@ def build(config: RunConfig, corpus: TokenCorpus, *, fresh: bool) -> Objective:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
         objective = build_objective(config, model, corpus.label_sizes)
-    if fresh and config.objective.head == "codebook":
-        codec, target = load_codec_for(corpus.card, weights=config.data.codec_weights), objective.target
+    if fresh and (config.objective.head == "codebook" or config.objective.codes_weight):
+        codec = load_codec_for(corpus.card, weights=config.data.codec_weights)
+        heads, target = (
+            (objective.code_heads, objective.codes) if config.objective.codes_weight
+            else (objective.heads, objective.target)
+        )  # fmt: skip
         assert isinstance(target, Codes | Digits)
-        tables = target.tables(codec.embeddings())
-        objective.heads.start(tables, log_unigram(target.counts(_code_counts(corpus))))  # type: ignore[union-attr,operator]
+        assert isinstance(heads, CodebookHeads)
+        heads.start(target.tables(codec.embeddings()), log_unigram(target.counts(_code_counts(corpus))))
     return objective
 
 

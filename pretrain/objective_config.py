@@ -56,6 +56,9 @@ class ObjectiveConfig:
     """Weight of a second loss: the mean absolute error of scaled log-mel values that a linear layer predicts at masked
     frames (encodecmae with model.input mel or both), as in masked spectrogram models (TERA, arXiv 2007.06028,
     section III)."""
+    codes_weight: float = 0.0
+    """Weight of the prediction of the codec's codes next to that of labels (codec2vec with target labels), as with the
+    several targets of MT4SSL (arXiv 2211.07321). Its heads are codebook heads with context: see `head`."""
     contrast_weight: float = 0.0
     """Weight of a contrastive loss: the hidden state of a masked frame has to find the log-mels of that frame among
     those of all frames of its item (objectives/contrast.py; codec2vec with model.input mel or both)."""
@@ -74,6 +77,7 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         _at_least("objective.visible_weight", self.visible_weight, 0.0)
         _at_least("objective.mel_weight", self.mel_weight, 0.0)
+        _at_least("objective.codes_weight", self.codes_weight, 0.0)
         _at_least("objective.contrast_weight", self.contrast_weight, 0.0)
         _at_least("objective.utterance_weight", self.utterance_weight, 0.0)
         _at_least("objective.contrast_dim", self.contrast_dim, 1)
@@ -81,6 +85,11 @@ class ObjectiveConfig:
         _above_zero("objective.temperature", self.temperature)
         if self.head == "codebook" and self.target != "codes":
             raise UserError(f"objective.head: codebook, but objective.target is {self.target}; use linear or cosine")
+        if self.codes_weight and (self.name, self.target) != ("codec2vec", "labels"):
+            raise UserError(
+                f"objective.codes_weight: {self.codes_weight}, needs objective.name codec2vec and objective.target"
+                " labels; set it to 0"
+            )
         if self.head_context and self.head != "codebook":
             raise UserError(f"objective.head_context: true, but objective.head is {self.head}; use codebook")
         if not 0.0 <= self.quantizer_dropout <= 1.0:

@@ -100,14 +100,14 @@ class Labels:
         return batch.labels
 
 
-def _codes(config: ObjectiveConfig, card: CodecCard) -> Target:
-    """The codes of a codec, or their digits (`ObjectiveConfig.fsq`)."""
+def make_codes(config: ObjectiveConfig, card: CodecCard) -> Codes | Digits:
+    """Make the target of the codes of a codec, or their digits (`ObjectiveConfig.fsq`)."""
     digits = config.fsq == "digits" or (config.fsq == "auto" and card.fsq_levels is not None)
     return Digits(card) if digits else Codes(card)
 
 
 TARGETS: dict[str, Callable[[ObjectiveConfig, CodecCard, tuple[int, ...]], Target] | None] = {
-    "codes": lambda config, card, label_sizes: _codes(config, card),
+    "codes": lambda config, card, label_sizes: make_codes(config, card),
     "labels": lambda config, card, label_sizes: Labels(label_sizes),
     "online": None,  # the clusters of objectives/dinosr.py
 }
