@@ -30,7 +30,7 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 """Texts of errors that indicate that another process has ended."""
 _FAILED = ("NCCL", "gloo")
 """Words in other errors of the communication libraries."""
-_BROKEN = ("ECC error", "NVLink error", "devices unavailable", "busy or unavailable", "Hardware")
+_BROKEN = ("ECC error", "NVLink error", "busy or unavailable")
 """Words in errors of a device that a fault of the program does not cause."""
 
 T = TypeVar("T")
