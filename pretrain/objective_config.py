@@ -58,7 +58,8 @@ class ObjectiveConfig:
     section III)."""
     codes_weight: float = 0.0
     """Weight of the prediction of the codec's codes next to that of labels (codec2vec with target labels), as with the
-    several targets of MT4SSL (arXiv 2211.07321). Its heads are codebook heads with context: see `head`."""
+    several targets of MT4SSL (arXiv 2211.07321). Its heads are codebook heads with context: see `head`. Like the
+    contrasts it is part of the training's loss; the loss of a validation is that of the labels."""
     contrast_weight: float = 0.0
     """Weight of a contrastive loss: the hidden state of a masked frame has to find the log-mels of that frame among
     those of all frames of its item (objectives/contrast.py; codec2vec with model.input mel or both)."""
